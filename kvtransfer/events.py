@@ -1,0 +1,211 @@
+"""What a rank's scheduler and its transfer thread say to each other, over two queues.
+
+They share no other state. Commands go to the thread, events come back; both are plain data.
+"""
+
+from dataclasses import dataclass
+
+from protocol.handoff import SegmentKey
+from protocol.kv import BlockRef, PoolEndpoint
+from protocol.messages import ToCoordinator, ToRank, Welcome
+from protocol.request import TransferStats
+
+# -- commands: main thread -> transfer thread ------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SendControl:
+    """Send a message to the coordinator."""
+
+    message: ToCoordinator
+
+
+@dataclass(frozen=True, slots=True)
+class AnnounceBlocks:
+    """Source rank: these blocks of these layers are final. Opens the hand-off when it is the first.
+
+    ``logical_blocks[i]`` lies here as ``blocks[i]``. Dropped when the hand-off was closed before.
+    """
+
+    request_id: str
+    attempt: int
+    target_pool_id: str
+    target_epoch: int
+    chunk: int
+    layer_start: int
+    layer_end: int
+    logical_blocks: tuple[int, ...]
+    blocks: tuple[BlockRef, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AnnouncedAll:
+    """Source rank: nothing more will be announced for this hand-off (zero segments is fine)."""
+
+    request_id: str
+    attempt: int
+    target_pool_id: str
+    target_epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class CommitWhenRead:
+    """Source leader: commit as soon as every rank of the own pool has said SourceDone.
+
+    ``manifest`` is what the plan dealt; the union of what the ranks say must equal it.
+    """
+
+    request_id: str
+    attempt: int
+    target_pool_id: str
+    target_epoch: int
+    manifest: tuple[SegmentKey, ...]
+    num_tokens: int
+    first_token_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class CloseSource:
+    """Source leader: end this side on every own rank; answered by SourceClosed. Idempotent."""
+
+    request_id: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class OpenTargetBlocks:
+    """Target leader: expect a hand-off into these blocks on every own rank."""
+
+    request_id: str
+    attempt: int
+    first_logical: int
+    blocks: tuple[BlockRef, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CloseTarget:
+    """Target leader: end this side on every own rank; answered by TargetClosed. Idempotent."""
+
+    request_id: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReportStatus:
+    """Any rank: what its next heartbeats say. The transfer thread adds the age of the step."""
+
+    num_steps: int
+    step_started: float | None  # time.monotonic(), None between steps
+    num_waiting: int = 0
+    num_running: int = 0
+    pending_tokens: int = 0
+    blocks: tuple[tuple[int, int, int, int, int, int], ...] = ()  # BlockCounts, in its order
+    counters: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StopThread:
+    """Flush what is queued, close everything and end the thread."""
+
+
+Command = (
+    SendControl
+    | AnnounceBlocks
+    | AnnouncedAll
+    | CommitWhenRead
+    | CloseSource
+    | OpenTargetBlocks
+    | CloseTarget
+    | ReportStatus
+    | StopThread
+)
+
+# -- events: transfer thread -> main thread --------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ControlReceived:
+    """A message of the coordinator that the thread does not deal with itself."""
+
+    message: ToRank
+
+
+@dataclass(frozen=True, slots=True)
+class Welcomed:
+    """The gang may form."""
+
+    welcome: Welcome
+
+
+@dataclass(frozen=True, slots=True)
+class PoolsChanged:
+    """Every rank of these pools can be reached."""
+
+    pools: tuple[PoolEndpoint, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TargetIsOpen:
+    """Target leader: every own rank expects the hand-off; the ticket may be given."""
+
+    request_id: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class TargetCommitted:
+    """Target leader: every own rank holds exactly the manifest. The hand-off is closed by this."""
+
+    request_id: str
+    attempt: int
+    num_tokens: int
+    first_token_id: int
+    stats: TransferStats
+
+
+@dataclass(frozen=True, slots=True)
+class TargetClosed:
+    """Target leader: no own rank has a read in flight, or will start one."""
+
+    request_id: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class SourceClosed:
+    """Source leader: committed or closed, and no target rank reads from these blocks any more."""
+
+    request_id: str
+    attempt: int
+    committed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffBroken:
+    """Leader of either side: the hand-off cannot complete. Close it, fail the request."""
+
+    request_id: str
+    attempt: int
+    side: str  # "source" or "target"
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ThreadDied:
+    """The transfer thread has ended, on request or by an error; the process must end too."""
+
+    reason: str
+    clean: bool
+
+
+Event = (
+    ControlReceived
+    | Welcomed
+    | PoolsChanged
+    | TargetIsOpen
+    | TargetCommitted
+    | TargetClosed
+    | SourceClosed
+    | HandoffBroken
+    | ThreadDied
+)

@@ -1,0 +1,156 @@
+"""The transfer plane: every message between the transfer threads of two ranks.
+
+A *hand-off* moves the KV of one ``(request_id, attempt)`` from a source pool to a target pool. A
+*segment* is what one source rank has for one target rank after one group of layers of one chunk.
+
+1. target leader -> its ranks ``OpenTarget``; each answers ``TargetOpened``. Only then is the ticket
+   given, so that no announcement can come early. A source opens with its first announcement.
+2. source rank -> target rank ``Announce``: logical blocks, where they lie, at which generation.
+3. The target rank reads into the blocks that *its own leader* named for those logical blocks, sees
+   the handle end, checks the checksum, and says ``ReadDone``.
+4. The source rank still owns the blocks at that generation, or not: ``Confirm(valid=...)``.
+5. A source rank whose chunks are all announced and confirmed tells its leader ``SourceDone``;
+   when all have, the leader sends every target rank ``Commit`` with the manifest.
+6. A target rank that holds exactly the manifest tells its leader ``TargetReady``; when all have,
+   the sequence may decode. A missing or surplus segment is ``HandoffFailed``.
+7. ``Close`` from a leader to its own ranks ends a side early: nothing new is announced or read, the
+   handles in flight are waited for, then ``Closed``. A closing target rank tells its sources
+   ``ReadsEnded``, and only after that are their blocks free of transfers.
+
+Every message carries ``(request_id, attempt)`` and the epochs of the pools that it speaks of; one
+that does not match an open hand-off is dropped and counted.
+"""
+
+import msgspec
+
+from protocol.kv import BlockRef
+from protocol.request import TransferStats
+
+
+class SegmentKey(msgspec.Struct, frozen=True, array_like=True):
+    """Names a segment within one hand-off and one target rank."""
+
+    source_rank: int
+    chunk: int
+    layer_start: int
+    layer_end: int
+
+
+class _Message(
+    msgspec.Struct, frozen=True, tag=True, omit_defaults=True, forbid_unknown_fields=True
+):
+    request_id: str
+    attempt: int
+
+
+class OpenTarget(_Message, frozen=True):
+    """target leader -> target rank. ``blocks[i]`` is for logical block ``first_logical + i``."""
+
+    target_epoch: int
+    first_logical: int
+    blocks: tuple[BlockRef, ...]
+
+
+class TargetOpened(_Message, frozen=True):
+    rank: int
+
+
+class Announce(_Message, frozen=True):
+    """source rank -> target rank: these blocks of these layers are final and may be read."""
+
+    source_pool_id: str
+    source_epoch: int
+    target_epoch: int
+    key: SegmentKey
+    logical_blocks: tuple[int, ...]
+    blocks: tuple[BlockRef, ...]  # the source's, one for each logical block
+    checksum: int | None = None  # of the bytes that this target rank is to read, in plan order
+
+
+class ReadDone(_Message, frozen=True):
+    """target rank -> source rank: the bytes are here; were they still yours?"""
+
+    target_pool_id: str
+    target_rank: int
+    target_epoch: int
+    source_epoch: int
+    key: SegmentKey
+
+
+class Confirm(_Message, frozen=True):
+    """source rank -> target rank."""
+
+    source_epoch: int
+    target_epoch: int
+    key: SegmentKey
+    valid: bool
+
+
+class SourceDone(_Message, frozen=True):
+    """source rank -> source leader: all that this rank announced is confirmed."""
+
+    rank: int
+    keys: tuple[SegmentKey, ...]
+
+
+class Commit(_Message, frozen=True):
+    """source leader -> target rank: the hand-off is exactly this set of segments."""
+
+    source_pool_id: str
+    source_epoch: int
+    target_epoch: int
+    manifest: tuple[SegmentKey, ...]
+    num_tokens: int  # the prompt's
+    first_token_id: int
+    prefill_age_s: float  # since the prefill ended
+
+
+class TargetReady(_Message, frozen=True):
+    """target rank -> target leader: the manifest is complete here."""
+
+    rank: int
+    num_tokens: int
+    first_token_id: int
+    stats: TransferStats
+
+
+class HandoffFailed(_Message, frozen=True):
+    """Either side's rank -> its leader: this hand-off cannot complete."""
+
+    rank: int
+    reason: str
+
+
+class Close(_Message, frozen=True):
+    """leader -> its own rank. ``side`` is "source" or "target"."""
+
+    side: str
+
+
+class Closed(_Message, frozen=True):
+    rank: int
+    side: str
+
+
+class ReadsEnded(_Message, frozen=True):
+    """target rank -> source rank: nothing of this hand-off is or will be read from you any more."""
+
+    target_pool_id: str
+    target_rank: int
+    target_epoch: int
+
+
+HandoffMessage = (
+    OpenTarget
+    | TargetOpened
+    | Announce
+    | ReadDone
+    | Confirm
+    | SourceDone
+    | Commit
+    | TargetReady
+    | HandoffFailed
+    | Close
+    | Closed
+    | ReadsEnded
+)

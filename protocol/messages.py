@@ -1,0 +1,261 @@
+"""The control plane: every message between the coordinator and the ranks.
+
+The life of a pool
+1. each rank connects and says ``Hello``; when the whole gang has, each gets ``Welcome`` with the
+   pool's epoch and the addresses at which the gang forms;
+2. a rank whose gang has formed says ``GangReady``;
+3. ``Topology`` names every pool that is ready; a rank answers ``Connected`` once it reaches them;
+4. ``Heartbeat`` each second from the transfer thread, so a long step does not look like a death.
+
+The life of a request, all with ``(request_id, attempt)``
+1. coordinator -> decode ``Reserve``; decode -> coordinator ``Ticket``: blocks are granted;
+2. either ``ComputeHere`` to the decode pool, or ``Prefill`` to a prefill pool;
+3. prefill -> coordinator ``Progress`` per chunk, then ``FirstToken``, sampled by the prefill pool;
+4. decode -> coordinator ``Committed`` when the KV is whole and its own, then ``Tokens`` per step;
+5. ``Abort`` at any time, any number of times; ``RequestFailed`` from either side; ``Released`` from
+   each pool that held something, once nothing of it is held any more.
+
+Token ``index`` counts generated tokens from 0. Fields are appended with defaults, never reordered.
+"""
+
+import msgspec
+
+from protocol.kv import PoolEndpoint, RankEndpoint
+from protocol.request import (
+    FinishReason,
+    PrefillPath,
+    SamplingParams,
+    TokenLogprobs,
+    TransferStats,
+)
+
+PROTOCOL_VERSION = 1
+
+
+class _Message(
+    msgspec.Struct, frozen=True, tag=True, omit_defaults=True, forbid_unknown_fields=True
+):
+    """Tagged by class name; an unknown tag, field or type is refused by the decoder."""
+
+
+# -- the life of a pool ----------------------------------------------------------------------------
+
+
+class GangAddress(msgspec.Struct, frozen=True):
+    """Where a pool's ranks meet: the leader's plan socket and its torch store."""
+
+    plan: str  # a ZMQ address
+    store: str  # "tcp://HOST:PORT" of a torch TCPStore
+
+
+class Hello(_Message, frozen=True):
+    """rank -> coordinator, first of all. ``token`` is the cluster's secret."""
+
+    version: int
+    token: str
+    role: str
+    pool_id: str
+    cp_size: int
+    tp_size: int
+    endpoint: RankEndpoint
+    model_fingerprint: str
+    max_model_len: int
+    gang: GangAddress | None = None  # from the leader only
+    tokens_per_s: float = 0.0  # measured at start; weighs the router's load
+
+
+class Welcome(_Message, frozen=True):
+    """coordinator -> rank: the whole gang is here, form it."""
+
+    coordinator_epoch: int
+    pool_epoch: int
+    gang: GangAddress
+
+
+class Refused(_Message, frozen=True):
+    """coordinator -> rank: do not come back with the same HELLO."""
+
+    reason: str
+
+
+class GangReady(_Message, frozen=True):
+    """rank -> coordinator: collectives work, the model is loaded."""
+
+    tokens_per_s: float = 0.0
+
+
+class Topology(_Message, frozen=True):
+    """coordinator -> rank: all pools that are ready, the receiver's own among them."""
+
+    version: int
+    pools: tuple[PoolEndpoint, ...]
+
+
+class Connected(_Message, frozen=True):
+    """rank -> coordinator: every pool of that topology can be reached."""
+
+    version: int
+
+
+class BlockCounts(msgspec.Struct, frozen=True, array_like=True):
+    """The conservation audit: ``free + owned + in_flight + quarantined + cached == total``."""
+
+    total: int
+    free: int
+    owned: int
+    in_flight: int
+    quarantined: int
+    cached: int
+
+
+class Heartbeat(_Message, frozen=True):
+    """rank -> coordinator, each second. ``step_age_s`` is how long the present step has run."""
+
+    num_steps: int
+    step_age_s: float
+    num_waiting: int = 0
+    num_running: int = 0
+    pending_tokens: int = 0
+    blocks: tuple[BlockCounts, ...] = ()  # one per block space; from the leader only
+    rss_bytes: int = 0
+    counters: dict[str, float] = {}
+
+
+class CacheUpdate(_Message, frozen=True):
+    """leader -> coordinator: block hashes that a prompt can newly, or no longer, hit."""
+
+    stored: tuple[bytes, ...] = ()
+    evicted: tuple[bytes, ...] = ()
+
+
+class Shutdown(_Message, frozen=True):
+    """coordinator -> rank: end now."""
+
+    reason: str = ""
+
+
+# -- the life of a request -------------------------------------------------------------------------
+
+
+class Reserve(_Message, frozen=True):
+    """coordinator -> decode leader: grant blocks; answered by Ticket when there is room."""
+
+    request_id: str
+    attempt: int
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    cache_salt: str = ""  # the tenant's; part of every block hash
+
+
+class Ticket(_Message, frozen=True):
+    """decode leader -> coordinator: blocks are reserved, of which a prefix holds KV already."""
+
+    request_id: str
+    attempt: int
+    num_cached_tokens: int
+
+
+class ComputeHere(_Message, frozen=True):
+    """coordinator -> decode leader: compute the rest of the prompt yourself."""
+
+    request_id: str
+    attempt: int
+
+
+class Prefill(_Message, frozen=True):
+    """coordinator -> prefill leader: compute the prompt, hand its KV to ``target_pool_id``."""
+
+    request_id: str
+    attempt: int
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    target_pool_id: str
+    target_epoch: int
+    num_target_tokens: int  # a prefix that the target holds already, a multiple of the block size
+    cache_salt: str = ""
+
+
+class Progress(_Message, frozen=True):
+    """prefill leader -> coordinator: the first ``num_done`` prompt tokens are computed."""
+
+    request_id: str
+    attempt: int
+    num_done: int
+    num_total: int
+
+
+class FirstToken(_Message, frozen=True):
+    """prefill leader -> coordinator, at once, before the hand-off is complete. Its index is 0."""
+
+    request_id: str
+    attempt: int
+    token_id: int
+    path: PrefillPath
+    logprobs: TokenLogprobs | None = None
+    finish_reason: FinishReason | None = None
+
+
+class Committed(_Message, frozen=True):
+    """decode leader -> coordinator: the hand-off is whole, the sequence joins the batch."""
+
+    request_id: str
+    attempt: int
+    stats: TransferStats
+
+
+class NewToken(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
+    """One token of one sequence."""
+
+    request_id: str
+    attempt: int
+    index: int
+    token_id: int
+    finish_reason: FinishReason | None = None
+    logprobs: TokenLogprobs | None = None
+
+
+class Tokens(_Message, frozen=True):
+    """decode leader -> coordinator: all new tokens of one step."""
+
+    step: int
+    tokens: tuple[NewToken, ...]
+
+
+class Abort(_Message, frozen=True):
+    """coordinator -> leader: hold nothing of it any more; answered by Released. Idempotent."""
+
+    request_id: str
+    attempt: int
+
+
+class RequestFailed(_Message, frozen=True):
+    """leader -> coordinator: this request cannot go on here."""
+
+    request_id: str
+    attempt: int
+    code: str
+    message: str
+
+
+class Released(_Message, frozen=True):
+    """leader -> coordinator: no block of this pool is owned by, or in flight for, the request."""
+
+    request_id: str
+    attempt: int
+
+
+ToRank = Welcome | Refused | Topology | Shutdown | Reserve | ComputeHere | Prefill | Abort
+ToCoordinator = (
+    Hello
+    | GangReady
+    | Connected
+    | Heartbeat
+    | CacheUpdate
+    | Ticket
+    | Progress
+    | FirstToken
+    | Committed
+    | Tokens
+    | RequestFailed
+    | Released
+)

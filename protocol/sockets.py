@@ -1,0 +1,212 @@
+"""The only file that opens ZMQ sockets; every option that matters is set on purpose.
+
+- Mandatory routing: a ROUTER raises for an unknown peer where the default drops in silence.
+- High-water marks and a maximal message size: nobody can fill our memory.
+- ZMTP heartbeats notice a dead connection; they do not notice a hung process, the application's do.
+- Linger zero: a process that ends does not wait for a peer that will never read.
+
+A ROUTER here is bound, a DEALER connects; a DEALER's routing id names its process and incarnation.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import zmq
+import zmq.asyncio
+
+from protocol.errors import ConfigError, PeerError
+
+MAX_MESSAGE_BYTES = 64 << 20
+HIGH_WATER_MARK = 10_000
+HEARTBEAT_INTERVAL_MS = 1_000
+HEARTBEAT_TIMEOUT_MS = 5_000
+
+
+_AnySocket = zmq.Socket[bytes] | zmq.asyncio.Socket
+
+
+def _configure(socket: _AnySocket) -> None:
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+    socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
+    socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
+    socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_INTERVAL_MS)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, HEARTBEAT_TIMEOUT_MS)
+
+
+def _bind(socket: _AnySocket, address: str) -> str:
+    try:
+        socket.bind(address)
+    except zmq.ZMQError as error:
+        raise ConfigError(f"cannot listen on {address}: {error.strerror}") from error
+    return socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+
+class Router:
+    """A bound ROUTER: receives from anyone, sends to those that have spoken. For one thread.
+
+    Args:
+        context: the process's ZMQ context.
+        address: ``ipc://PATH``, or ``tcp://HOST:*`` for a free port.
+    """
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str) -> None:
+        self.socket = context.socket(zmq.ROUTER)
+        _configure(self.socket)
+        self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self.address = _bind(self.socket, address)
+
+    def receive(self) -> tuple[str, bytes] | None:
+        """The next (routing id, frame), or None when there is none now. Odd frames are skipped."""
+        while True:
+            try:
+                parts = self.socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return None
+            if len(parts) == 2:
+                return parts[0].decode("utf-8", "replace"), parts[1]
+
+    def send(self, peer: str, frame: bytes) -> None:
+        """Send without blocking.
+
+        Raises:
+            PeerError: the peer is gone, or reads so slowly that its queue is full.
+        """
+        try:
+            self.socket.send_multipart([peer.encode(), frame], zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            raise PeerError(f"cannot send to {peer}: {error.strerror}") from error
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+class Dealer:
+    """A DEALER connected to one ROUTER. For one thread."""
+
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], address: str, routing_id: str
+    ) -> None:
+        self.socket = context.socket(zmq.DEALER)
+        _configure(self.socket)
+        self.socket.setsockopt_string(zmq.IDENTITY, routing_id)
+        self.socket.connect(address)
+        self.address = address
+
+    def receive(self) -> bytes | None:
+        """The next frame, or None when there is none now."""
+        try:
+            return bytes(self.socket.recv(zmq.NOBLOCK))
+        except zmq.Again:
+            return None
+
+    def send(self, frame: bytes) -> None:
+        """Send without blocking.
+
+        Raises:
+            PeerError: the peer has not read for so long that the queue is full.
+        """
+        try:
+            self.socket.send(frame, zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            raise PeerError(f"cannot send to {self.address}: {error.strerror}") from error
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+class AsyncRouter:
+    """The coordinator's ROUTER, in its event loop."""
+
+    def __init__(self, context: zmq.asyncio.Context, address: str) -> None:
+        self._socket = context.socket(zmq.ROUTER)
+        # The asyncio socket shares the options; only its send and receive are coroutines.
+        _configure(self._socket)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self.address = _bind(self._socket, address)
+
+    async def receive(self) -> tuple[str, bytes]:
+        """The next (routing id, frame)."""
+        while True:
+            parts = await self._socket.recv_multipart()
+            if len(parts) == 2:
+                return parts[0].decode("utf-8", "replace"), parts[1]
+
+    async def send(self, peer: str, frame: bytes) -> None:
+        """Send one frame.
+
+        Raises:
+            PeerError: the peer is gone, or its queue is full.
+        """
+        try:
+            await self._socket.send_multipart([peer.encode(), frame], zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            raise PeerError(f"cannot send to {peer}: {error.strerror}") from error
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class Waker:
+    """Wakes a thread that waits in a :class:`Poller`, from any other thread."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], name: str) -> None:
+        self.socket = context.socket(zmq.PULL)
+        self.socket.bind(f"inproc://{name}")
+        self._context = context
+        self._name = name
+
+    def handle(self) -> "WakerHandle":
+        """A handle for one other thread."""
+        return WakerHandle(self._context, self._name)
+
+    def drain(self) -> None:
+        with contextlib.suppress(zmq.Again):
+            while True:
+                self.socket.recv(zmq.NOBLOCK)
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+class WakerHandle:
+    """The other end of a :class:`Waker`; belongs to the thread that uses it."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], name: str) -> None:
+        self._socket = context.socket(zmq.PUSH)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.connect(f"inproc://{name}")
+
+    def wake(self) -> None:
+        with contextlib.suppress(zmq.Again):  # a full queue will wake it as well
+            self._socket.send(b"", zmq.NOBLOCK)
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class Poller:
+    """Waits for any of several sockets to have something to receive."""
+
+    def __init__(self, *members: Router | Dealer | Waker) -> None:
+        self._poller = zmq.Poller()
+        for member in members:
+            self.add(member)
+
+    def add(self, member: Router | Dealer | Waker) -> None:
+        self._poller.register(member.socket, zmq.POLLIN)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether something is there, at the latest after ``timeout_s``."""
+        return bool(self._poller.poll(max(0, int(timeout_s * 1000))))
+
+
+@contextlib.contextmanager
+def open_context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
+    """The process's ZMQ context; on leaving, its sockets are closed without lingering."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    try:
+        yield context
+    finally:
+        context.destroy(linger=0)
