@@ -1,0 +1,1 @@
+"""The command line, and what starts, watches and ends the processes of a cluster."""

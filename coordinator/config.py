@@ -1,0 +1,132 @@
+"""The coordinator's configuration: one frozen Struct, read as JSON, checked before a socket opens.
+
+Everything here is resolved: "auto" has become a value in the launcher. Durations are in seconds.
+"""
+
+import ipaddress
+from pathlib import Path
+
+import msgspec
+
+from protocol.errors import ConfigError
+
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+
+
+class ExpectedPool(msgspec.Struct, frozen=True):
+    """A pool that has to serve before the cluster is ready."""
+
+    pool_id: str
+    role: str  # "prefill" or "decode"
+    cp_size: int
+    tp_size: int
+
+    @property
+    def num_ranks(self) -> int:
+        return self.cp_size * self.tp_size
+
+
+class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one caller may ask for. Each has its row in the tests, at the limit and beyond it."""
+
+    max_body_bytes: int = 64 << 20  # a prompt of a million token ids takes some 8 MB
+    max_headers: int = 100
+    max_header_bytes: int = 32 << 10
+    header_timeout_s: float = 10.0
+    body_idle_timeout_s: float = 10.0
+    body_timeout_s: float = 60.0
+    max_json_depth: int = 32
+    max_json_objects: int = 20_000
+    max_messages: int = 2048
+    max_content_parts: int = 64
+    max_prompts: int = 128  # prompts of one completion request
+    max_choices: int = 8  # n
+    max_stops: int = 4
+    max_stop_chars: int = 256
+    max_logit_bias: int = 1024
+    max_requests: int = 4096  # sequences in the cluster at one time, waiting ones included
+    max_label_chars: int = 4096  # user, and each value of metadata
+
+
+class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One coordinator process.
+
+    Raises:
+        ConfigError: a field, or two together, that cannot be served with.
+    """
+
+    token: str  # the cluster's secret, which every rank must know
+    model: str  # a checkpoint folder, or the name of a built-in model
+    pools: tuple[ExpectedPool, ...]
+    control_listen: str = "tcp://127.0.0.1:*"  # or ipc://PATH
+    host: str = "127.0.0.1"
+    port: int = 8000  # 0 takes a free one
+    served_model_name: str = ""  # "" takes the model's own name
+    block_size: int = 32
+    max_model_len: int | None = None
+    api_keys: tuple[str, ...] = ()
+    secret: str = ""  # salts every tenant's cache; "" takes the token
+    local_prefill_threshold: int = 128  # new tokens, up to which the decode pool computes them
+    session_ttl_s: float = 3600.0
+    ready_timeout_s: float = 600.0
+    heartbeat_timeout_s: float = 5.0
+    header_wait_s: float = 2.0  # a stream's headers wait so long for the first token
+    keep_alive_s: float = 15.0
+    send_timeout_s: float = 30.0  # a reader that takes nothing for so long is gone
+    release_grace_s: float = 5.0  # a pool may hold a finished request so long before it is told
+    num_tokenizer_threads: int = 2
+    limits: Limits = Limits()
+    log_level: str = "INFO"
+    parent_pid: int = 0  # end when this process ends; 0 outlives it
+
+    def __post_init__(self) -> None:
+        if not self.api_keys and not is_loopback(self.host):
+            raise ConfigError(
+                f"--host {self.host} can be reached from other machines and nobody would be asked "
+                f"for a key: add --api-key KEY, or listen on 127.0.0.1"
+            )
+        if any(not key.isascii() or not key.isprintable() or " " in key for key in self.api_keys):
+            raise ConfigError("--api-key: a key is printable ASCII without spaces")
+        if "" in self.api_keys:
+            raise ConfigError("--api-key: a key cannot be empty")
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"--port {self.port}: must be between 0 (any free one) and 65535")
+        if self.log_level not in LOG_LEVELS:
+            raise ConfigError(f"--log-level {self.log_level}: choose one of {LOG_LEVELS}")
+        if not any(pool.role == "decode" for pool in self.pools):
+            raise ConfigError("no decode pool: add --decode tp1")
+        if len({pool.pool_id for pool in self.pools}) < len(self.pools):
+            raise ConfigError("two pools have the same name: pool_id must be unique")
+        if self.max_model_len is not None and self.max_model_len < 2:
+            raise ConfigError(f"--max-model-len {self.max_model_len}: must be at least 2 tokens")
+        if self.num_tokenizer_threads < 1:
+            raise ConfigError("num_tokenizer_threads: must be at least 1")
+
+    @property
+    def model_name(self) -> str:
+        """The name that requests give and ``/v1/models`` lists."""
+        return self.served_model_name or Path(self.model).name
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a socket that listens on ``host``."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def read_config(path: str) -> CoordinatorConfig:
+    """The configuration in a JSON file.
+
+    Raises:
+        ConfigError: unreadable, or not what :class:`CoordinatorConfig` asks for.
+    """
+    try:
+        return msgspec.json.decode(Path(path).read_bytes(), type=CoordinatorConfig)
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}") from error
+    except msgspec.DecodeError as error:  # ValidationError is one, and wraps our own ConfigError
+        raise ConfigError(str(error)) from error

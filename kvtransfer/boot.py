@@ -1,0 +1,252 @@
+"""What the process of a rank does before and around its loop, the same for both roles.
+
+The life of a rank's process
+1. ``main`` reads the configuration, ties the process to its parent's life and to SIGTERM, and calls
+   the role's ``serve``, which sizes the KV pool with ``plan_layout``.
+2. ``start_rank`` binds the leader's sockets and starts the transfer thread, which says HELLO.
+3. ``RankProcess.form_gang``: the coordinator's WELCOME, torch.distributed, the plan channel.
+4. The role loads its shard, warms up, says GangReady and enters its loop: the leader calls
+   ``drain`` and ``step``, a follower ``follow``.
+5. Shutdown, SIGTERM or the leader's Stop: exit code 0. A mistake of the operator: 2. The rest: 1.
+
+Nobody outlives the gang: the parent's death kills the process, the transfer thread's death ends it.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import logging
+import os
+import signal
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn, TypeVar
+
+import msgspec
+import torch
+import zmq
+
+from kvcache.pool import KVPool
+from kvtransfer.process import RankProcess
+from kvtransfer.rank_config import RankConfig
+from kvtransfer.thread import RankIdentity, TransferConfig, TransferThread
+from modeling.config import ModelConfig
+from modeling.parallel import open_gang_store
+from protocol.errors import BatonError, ConfigError, PeerError
+from protocol.gang import LeaderChannel
+from protocol.kv import DTYPE_BYTES, KVLayout
+from protocol.logs import configure_logging
+from protocol.messages import GangAddress
+from protocol.plans import Stop
+from protocol.sockets import open_context
+
+EXIT_CLEAN, EXIT_FAILED, EXIT_CONFIG = 0, 1, 2
+STOP_TIMEOUT_S = 5.0
+_PR_SET_PDEATHSIG = 1
+
+_log = logging.getLogger(__name__)
+
+C = TypeVar("C", bound=RankConfig)
+
+
+# -- the process -----------------------------------------------------------------------------------
+
+
+def main(role: str, config_type: type[C], serve: Callable[[C], None]) -> NoReturn:
+    """The whole of a role's ``__main__``: run ``serve`` on the file named by ``--config``."""
+    parser = argparse.ArgumentParser(prog=role, description=f"One rank of a {role} pool.")
+    parser.add_argument("--config", required=True, help="JSON file of this rank's configuration")
+    code = _run(lambda: serve(_prepare(parser.parse_args().config, config_type)))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Threads of gloo, UCX or a hung collective must not keep a finished process alive.
+    os._exit(code)
+
+
+def _run(body: Callable[[], None]) -> int:
+    try:
+        body()
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else EXIT_CLEAN
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201 - the operator reads this line
+        return EXIT_CONFIG
+    except BatonError as error:
+        _log.error("ending: %s", error)
+        return EXIT_FAILED
+    except Exception:  # noqa: BLE001 - the process's outermost frame: a bug ends it, with its trace
+        _log.exception("ending by a bug")
+        return EXIT_FAILED
+    return EXIT_CLEAN
+
+
+def _prepare(path: str, config_type: type[C]) -> C:
+    config = read_config(path, config_type)
+    configure_logging(f"{config.pool_id}/{config.rank}", config.log_level)
+    die_with_parent(config.parent_pid)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
+    torch.set_num_threads(config.threads)
+    return config
+
+
+def _stop(number: int, _frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_IGN)  # once is enough, the way out must not be interrupted
+    raise SystemExit(EXIT_CLEAN)
+
+
+def read_config(path: str, config_type: type[C]) -> C:
+    """The configuration in a JSON file.
+
+    Raises:
+        ConfigError: unreadable, or not what ``config_type`` asks for.
+    """
+    try:
+        return msgspec.json.decode(Path(path).read_bytes(), type=config_type)
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}") from error
+    except msgspec.DecodeError as error:  # ValidationError is one
+        raise ConfigError(f"--config {path}: {error}") from error
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Have the kernel kill this process when its parent ends; ``parent_pid`` 0 changes nothing.
+
+    The signal is tied to the parent's *thread* that started us. SIGKILL, because a rank in a
+    collective that will never complete answers nothing else.
+
+    Raises:
+        PeerError: the parent had died before.
+    """
+    if parent_pid == 0:
+        return
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent_pid:
+        raise PeerError(f"the parent process {parent_pid} is gone")
+
+
+# -- what it holds ---------------------------------------------------------------------------------
+
+
+def resolve_dtype(config: RankConfig, model: ModelConfig) -> str:
+    """The dtype of weights, activations and KV: the checkpoint's unless the operator chose one."""
+    if model.architecture == "arithmetic":
+        return "float32"  # its integers do not fit into less
+    return model.dtype if config.dtype == "auto" else config.dtype
+
+
+def resolve_device(config: RankConfig) -> torch.device:
+    """This rank's device.
+
+    Raises:
+        ConfigError: CUDA was asked for and there is none.
+    """
+    has_cuda = torch.cuda.is_available()
+    if config.device == "cuda" and not has_cuda:
+        raise ConfigError("--device cuda: torch sees no CUDA device here, use --device cpu")
+    if config.device == "cpu" or not has_cuda:
+        return torch.device("cpu")
+    return torch.device("cuda", config.rank % torch.cuda.device_count())
+
+
+def plan_layout(config: RankConfig, model: ModelConfig, dtype: str) -> KVLayout:
+    """The layout of this rank's pool: as many blocks as ``kv_memory_bytes`` holds.
+
+    Raises:
+        ConfigError: not one block fits, or the heads cannot be divided.
+    """
+    one_block = KVLayout(
+        num_layers=model.num_layers,
+        num_blocks=1,
+        num_kv_heads_total=model.num_kv_heads,
+        tp_rank=config.tp_rank,
+        tp_size=config.tp_size,
+        block_size=config.block_size,
+        head_dim=model.head_dim,
+        dtype=dtype,
+    )
+    num_blocks = config.kv_memory_bytes // one_block.num_bytes
+    if num_blocks < 1:
+        raise ConfigError(
+            f"--kv-memory {config.kv_memory_bytes} bytes: one block of {config.block_size} tokens "
+            f"of this model takes {one_block.num_bytes} bytes ({DTYPE_BYTES[dtype]} per number), "
+            f"give more or choose a smaller --block-size"
+        )
+    return msgspec.structs.replace(one_block, num_blocks=num_blocks)
+
+
+@contextlib.contextmanager
+def start_rank(
+    role: str, config: RankConfig, model: ModelConfig, pool: KVPool
+) -> Iterator[RankProcess]:
+    """Say HELLO and go on as a rank; on leaving, everything that was started here has ended.
+
+    Raises:
+        ConfigError: a socket cannot be bound.
+    """
+    identity = RankIdentity(
+        role=role,
+        pool_id=config.pool_id,
+        rank=config.rank,
+        cp_size=config.cp_size,
+        tp_size=config.tp_size,
+        incarnation=uuid.uuid4().hex,
+    )
+    with contextlib.ExitStack() as stack:
+        context = stack.enter_context(open_context())
+        leader = _bind_leader(config, identity, context) if config.is_leader else None
+        store_fd, gang = -1, None
+        if leader is not None:
+            stack.callback(leader.close)
+            store_address, store_fd = _open_store(config)
+            gang = GangAddress(plan=leader.address, store=store_address)
+        thread = TransferThread(identity, _transfer_config(config, model), pool, gang)
+        thread.start()
+        stack.callback(thread.stop, STOP_TIMEOUT_S)
+        process = RankProcess(config, identity, thread, context)
+        process.leader, process.store_fd = leader, store_fd
+        stack.callback(_dismiss, process)
+        yield process
+
+
+def _bind_leader(
+    config: RankConfig, identity: RankIdentity, context: zmq.Context[zmq.Socket[bytes]]
+) -> LeaderChannel:
+    if config.listen.startswith("ipc://"):
+        # A new name each time: a follower of a gang that is gone finds nobody there.
+        address = f"{config.listen}/{config.pool_id}-plan-{identity.incarnation[:8]}"
+    else:
+        address = f"{config.listen}:*"
+    return LeaderChannel(context, address, world_size=config.world_size, token=config.token)
+
+
+def _open_store(config: RankConfig) -> tuple[str, int]:
+    if config.world_size == 1:
+        return "", -1
+    host = "127.0.0.1" if config.listen.startswith("ipc://") else config.listen[len("tcp://") :]
+    return open_gang_store(host)
+
+
+def _transfer_config(config: RankConfig, model: ModelConfig) -> TransferConfig:
+    return TransferConfig(
+        control_address=config.control_address,
+        token=config.token,
+        transport=config.transport,
+        listen=config.listen,
+        checksum=config.checksum,
+        model_fingerprint=model.fingerprint,
+        max_model_len=config.max_model_len or model.max_model_len,
+    )
+
+
+def _dismiss(process: RankProcess) -> None:
+    """Followers wait for a plan: tell them that none will come. They may be gone already."""
+    if process.leader is not None:
+        with contextlib.suppress(PeerError):
+            process.leader.broadcast(Stop())
+    if process.follower is not None:
+        process.follower.close()

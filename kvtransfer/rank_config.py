@@ -1,0 +1,61 @@
+"""What the launcher tells every rank, whatever its role. No torch: the launcher reads it too."""
+
+import msgspec
+
+from protocol.errors import ConfigError
+
+
+class RankConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What every rank is told by the launcher; the roles add their own fields.
+
+    Raises:
+        ConfigError: a value that no rank can run with.
+    """
+
+    model: str  # a checkpoint folder, or the name of an embedded model
+    pool_id: str
+    control_address: str  # the coordinator's
+    token: str  # the cluster's secret
+    listen: str  # "ipc:///DIR" on one host, "tcp://HOST" between hosts
+    rank: int = 0
+    cp_size: int = 1
+    tp_size: int = 1
+    dtype: str = "auto"
+    device: str = "auto"
+    block_size: int = 32
+    kv_memory_bytes: int = 1 << 30
+    max_model_len: int | None = None  # None: the model's
+    threads: int = 1
+    transport: str = "auto"
+    checksum: str = "sampled"
+    parent_pid: int = 0  # the process to die with; 0 is nobody
+    log_level: str = "INFO"
+    start_timeout_s: float = 600.0  # until the whole gang is there
+    step_timeout_s: float = 600.0  # a rank that is silent for longer has broken the gang
+
+    def __post_init__(self) -> None:
+        sizes = (self.cp_size, self.tp_size, self.block_size, self.kv_memory_bytes, self.threads)
+        if min(sizes) < 1:
+            raise ConfigError(f"{self.pool_id}: degrees, sizes and threads must be at least 1")
+        if not 0 <= self.rank < self.world_size:
+            raise ConfigError(f"{self.pool_id}: rank {self.rank} of {self.world_size}")
+        if self.max_model_len is not None and self.max_model_len < 2:
+            raise ConfigError(f"max_model_len {self.max_model_len}: must be at least 2 tokens")
+        if not self.listen.startswith(("ipc://", "tcp://")):
+            raise ConfigError(f"listen {self.listen}: write ipc:///DIR or tcp://HOST")
+
+    @property
+    def world_size(self) -> int:
+        return self.cp_size * self.tp_size
+
+    @property
+    def is_leader(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def cp_rank(self) -> int:
+        return self.rank // self.tp_size
+
+    @property
+    def tp_rank(self) -> int:
+        return self.rank % self.tp_size

@@ -1,0 +1,116 @@
+"""``baton``: the command line. Mistakes are one line on standard error and exit code 2."""
+
+import argparse
+import logging
+import sys
+from typing import Any, NoReturn
+
+import msgspec
+
+from launcher.config import resolve
+from protocol.errors import ConfigError
+from protocol.logs import configure_logging
+
+EPILOG = """\
+a pool is written cp2, tp2 or cp4tp2; repeat --prefill and --decode for more pools.
+--decode tp2 without --prefill is a colocated server: the decode pool computes its prompts itself.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A mistake is one line that names it, not the usage of everything."""
+
+    def error(self, message: str) -> NoReturn:
+        sys.stderr.write(f"error: {message} (see {self.prog} --help)\n")
+        raise SystemExit(2)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = _Parser(prog="baton", description="Disaggregated LLM serving.")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    serve = commands.add_parser(
+        "serve",
+        help="run a cluster",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    _add_serve_flags(serve)
+    show = commands.add_parser("config", help="show the configuration that serve would run")
+    show.add_argument("action", choices=["show"])
+    show.add_argument("--resolved", action="store_true", help="with every default filled in")
+    _add_serve_flags(show)
+    doctor = commands.add_parser("doctor", help="check this machine: versions, transports, speed")
+    doctor.add_argument("--json", action="store_true", help="for programs")
+    demo = commands.add_parser("demo", help="a small disaggregated cluster at work")
+    demo.add_argument("--keep", action="store_true", help="leave the cluster running")
+    return parser
+
+
+def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    suppress = argparse.SUPPRESS
+    add("model", nargs="?", default=suppress, help="a Hugging Face checkpoint folder")
+    add("--prefill", action="append", metavar="POOL", default=suppress, help="cp2, cp4tp2, ...")
+    add("--decode", action="append", metavar="POOL", default=suppress, help="tp2, ...")
+    add("--config", metavar="FILE", default=None, help="a TOML file with the same names")
+    add("--launcher", metavar="local|ray", default=suppress)
+    add("--transport", metavar="auto|nixl|tcp", default=suppress)
+    add("--device", metavar="auto|cpu|cuda", default=suppress)
+    add("--dtype", metavar="auto|bfloat16|float32", default=suppress)
+    add("--block-size", type=int, metavar="TOKENS", default=suppress)
+    add("--kv-memory", metavar="SIZE", default=suppress, help="KV pool of each rank, 1GiB")
+    add("--max-model-len", type=int, metavar="N", default=suppress)
+    add("--host", default=suppress)
+    add("--port", type=int, default=suppress, help="0 for any free one")
+    add("--api-key", action="append", metavar="KEY", default=suppress, help="one tenant each")
+    add("--threads-per-rank", type=int, metavar="N", default=suppress)
+    add("--data-dir", metavar="DIR", default=suppress)
+    add("--checksum", metavar="off|sampled|always", default=suppress)
+    add("--log-level", default=suppress)
+    add("--log-dir", metavar="DIR", default=suppress, help="one log file per process")
+    add("--set", action="append", dest="sets", metavar="a.b=c", default=[])
+
+
+def _serve_config(arguments: argparse.Namespace) -> Any:  # noqa: ANN401 - resolved lazily
+    flags = vars(arguments).copy()
+    file, sets = flags.pop("config"), tuple(flags.pop("sets"))
+    for name in ("command", "action", "resolved"):
+        flags.pop(name, None)
+    return resolve(file, flags, sets)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the process's exit code."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        return _run(arguments)
+    except ConfigError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if arguments.command == "serve":
+        from launcher.serve import serve
+
+        config = _serve_config(arguments)
+        configure_logging("launcher", config.log_level)
+        return serve(config)
+    if arguments.command == "config":
+        config = _serve_config(arguments)
+        print(msgspec.json.format(msgspec.json.encode(config), indent=2).decode())
+        return 0
+    if arguments.command == "doctor":
+        from launcher.doctor import doctor
+
+        return doctor(as_json=arguments.json)
+    from launcher.demo import demo
+
+    logging.getLogger().setLevel("WARNING")
+    return demo(keep=arguments.keep)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

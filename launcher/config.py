@@ -1,0 +1,180 @@
+"""What ``baton serve`` was asked for, and the one place where the environment is read.
+
+Later wins: defaults, the file of ``--config`` (TOML), flags, then ``--set a.b=c``. A file has the
+flags' names with underscores (``kv_memory = "1GiB"``, ``prefill = ["cp2"]``) and one table for each
+process kind, whose keys are the fields of that process's configuration:
+
+    [coordinator]
+    session_ttl_s = 600.0
+    [prefill_pool]
+    layers_per_group = 2
+
+``--set prefill_pool.layers_per_group=2`` is the same from the command line.
+"""
+
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from protocol.errors import ConfigError
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
+_EXPONENT = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Every flag of ``baton serve``; ``None`` is "not said"."""
+
+    model: str | None = None
+    prefill: tuple[str, ...] = ()
+    decode: tuple[str, ...] = ()
+    launcher: str = "local"
+    transport: str = "auto"
+    device: str = "auto"
+    dtype: str = "auto"
+    block_size: int = 32
+    kv_memory: str = "1GiB"
+    max_model_len: int | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: tuple[str, ...] = ()
+    threads_per_rank: int | None = None
+    data_dir: str | None = None
+    checksum: str = "sampled"
+    log_level: str = "INFO"
+    log_dir: str | None = None
+    ready_timeout_s: float = 600.0
+    ray_prefill_strategy: str = "PACK"
+    ray_address: str | None = None
+    coordinator: dict[str, Any] = {}
+    prefill_pool: dict[str, Any] = {}
+    decode_pool: dict[str, Any] = {}
+
+    def __post_init__(self) -> None:
+        _choice("--launcher", self.launcher, ("local", "ray"))
+        _choice("--transport", self.transport, ("auto", "nixl", "tcp"))
+        _choice("--device", self.device, ("auto", "cpu", "cuda"))
+        _choice("--dtype", self.dtype, ("auto", "bfloat16", "float32"))
+        _choice("--checksum", self.checksum, ("off", "sampled", "always"))
+        _choice("--log-level", self.log_level, ("DEBUG", "INFO", "WARNING", "ERROR"))
+        _choice("ray_prefill_strategy", self.ray_prefill_strategy, ("PACK", "SPREAD"))
+        if not 1 <= self.block_size <= 1024:
+            raise ConfigError(f"--block-size {self.block_size}: must be between 1 and 1024 tokens")
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"--port {self.port}: must be between 0 (any free one) and 65535")
+        if self.max_model_len is not None and self.max_model_len < 2:
+            raise ConfigError(f"--max-model-len {self.max_model_len}: must be at least 2 tokens")
+        if self.threads_per_rank is not None and self.threads_per_rank < 1:
+            raise ConfigError(f"--threads-per-rank {self.threads_per_rank}: must be at least 1")
+        parse_size("--kv-memory", self.kv_memory)
+
+
+def _choice(flag: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{flag} {value}: choose one of {', '.join(allowed)}")
+
+
+def parse_size(flag: str, text: str) -> int:
+    """Bytes from ``1GiB``, ``512MB`` or a plain number.
+
+    Raises:
+        ConfigError: not a size, or not at least one byte.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ConfigError(f"{flag} {text}: write a size such as 1GiB, 512MiB or 2000000000")
+    base = 1024 if match[3] else 1000
+    size = int(float(match[1]) * base ** _EXPONENT[match[2].upper()])
+    if size < 1:
+        raise ConfigError(f"{flag} {text}: must be more than nothing")
+    return size
+
+
+def resolve(file: str | None, flags: Mapping[str, Any], sets: tuple[str, ...]) -> ServeConfig:
+    """The configuration that file, flags and ``--set`` make together.
+
+    Args:
+        file: path of a TOML file, or None.
+        flags: fields of ServeConfig that were given on the command line.
+        sets: ``a.b=value`` or ``a=value``; the value is read as TOML, else as a plain string.
+
+    Raises:
+        ConfigError: an unreadable file, an unknown name or a value of the wrong type or range.
+    """
+    values: dict[str, Any] = _read_file(file) if file is not None else {}
+    values.update(flags)
+    for setting in sets:
+        _apply(values, setting)
+    try:
+        return msgspec.convert(values, ServeConfig, strict=False)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"configuration: {error}") from error
+
+
+def _read_file(file: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {file}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {file}: not TOML: {error}") from error
+
+
+def _apply(values: dict[str, Any], setting: str) -> None:
+    name, equals, text = setting.partition("=")
+    parts = name.strip().split(".")
+    if not equals or not all(parts) or len(parts) > 2:
+        raise ConfigError(f"--set {setting}: write --set name=value or --set table.name=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    if len(parts) == 1:
+        values[parts[0]] = value
+        return
+    table = values.setdefault(parts[0], {})
+    if not isinstance(table, dict):
+        raise ConfigError(f"--set {setting}: {parts[0]} is not a table")
+    table[parts[1]] = value
+
+
+def child_environment(num_threads: int, *, is_local: bool) -> dict[str, str]:
+    """The environment of a rank's process, complete before torch or UCX are loaded in it.
+
+    Threads: each rank keeps to its own cores. GLIBC tunables: large buffers are taken from the heap
+    and kept, since fresh pages from mmap cost more than the copy into them. Gloo: on one host the
+    loopback is named, because resolving the host's name may give an address of neither.
+    """
+    environment = dict(os.environ)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        environment[name] = str(num_threads)
+    environment.setdefault(
+        "GLIBC_TUNABLES", "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=8589934592"
+    )
+    environment.setdefault("TOKENIZERS_PARALLELISM", "false")
+    environment.setdefault("NIXL_LOG_LEVEL", "ERROR")
+    environment.setdefault("UCX_LOG_LEVEL", "error")
+    environment["PYTHONUNBUFFERED"] = "1"
+    if is_local:
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    return environment
+
+
+def runtime_root() -> Path:
+    """Where a cluster keeps its sockets: short, private to the user, gone after a reboot."""
+    return Path(os.environ.get("XDG_RUNTIME_DIR") or os.environ.get("TMPDIR") or "/tmp")
+
+
+def default_url() -> str:
+    """The server that the client commands talk to."""
+    return os.environ.get("BATON_URL", "http://127.0.0.1:8000")
+
+
+def num_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

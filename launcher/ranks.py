@@ -1,0 +1,124 @@
+"""How the ranks of a cluster are started: one interface, local processes or Ray actors behind it.
+
+The configuration of a rank is the same for both; only who starts the process differs.
+"""
+
+import os
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from coordinator.config import CoordinatorConfig, ExpectedPool
+from decode.config import DecodeConfig
+from prefill.config import PrefillConfig
+
+from launcher.config import child_environment
+from launcher.processes import ProcessGroup
+from launcher.resolved import Cluster
+from launcher.topology import PoolSpec
+from protocol.errors import ConfigError
+
+
+class RankStarter(ABC):
+    """Starts the ranks of every pool and ends them."""
+
+    @abstractmethod
+    def start(self, control_address: str) -> None:
+        """Start every rank. Their exits are reported to the supervisor's queue."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """End what was started. Idempotent."""
+
+
+class LocalRanks(RankStarter):
+    """Ranks as child processes of the launcher; sockets are files in the run folder."""
+
+    def __init__(self, cluster: Cluster, run_dir: Path, group: ProcessGroup) -> None:
+        self._cluster = cluster
+        self._run_dir = run_dir
+        self._group = group
+
+    def start(self, control_address: str) -> None:
+        environment = child_environment(self._cluster.threads, is_local=True)
+        parent = {"parent_pid": os.getpid()}
+        for pool in self._cluster.pools:
+            for rank in range(pool.num_ranks):
+                where = {"control_address": control_address, "listen": f"ipc://{self._run_dir}"}
+                config = rank_config(self._cluster, pool, rank, where | parent)
+                file = self._run_dir / f"{pool.pool_id}.{rank}.json"
+                file.touch(mode=0o600)
+                file.write_bytes(config)
+                self._group.start(f"{pool.pool_id}/{rank}", pool.role, file, environment)
+
+    def stop(self) -> None:
+        """The supervisor ends the whole group, these among them."""
+
+
+def rank_config(cluster: Cluster, pool: PoolSpec, rank: int, where: dict[str, Any]) -> bytes:
+    """The JSON that rank ``rank`` of ``pool`` is started with; ``where`` is the starter's part.
+
+    Raises:
+        ConfigError: ``[prefill_pool]`` or ``[decode_pool]`` names an unknown field or a bad value.
+    """
+    serve = cluster.serve
+    fields: dict[str, Any] = {
+        "model": cluster.model,
+        "pool_id": pool.pool_id,
+        "rank": rank,
+        "cp_size": pool.cp_size,
+        "tp_size": pool.tp_size,
+        "dtype": cluster.dtype,
+        "device": cluster.device,
+        "block_size": serve.block_size,
+        "kv_memory_bytes": cluster.kv_memory_bytes,
+        "max_model_len": cluster.max_model_len,
+        "threads": cluster.threads,
+        "token": cluster.token,
+        "transport": serve.transport,
+        "checksum": serve.checksum,
+        "log_level": serve.log_level,
+        **where,
+    }
+    if pool.role == "prefill":
+        return _encode("prefill_pool", PrefillConfig, fields | serve.prefill_pool)
+    return _encode("decode_pool", DecodeConfig, fields | serve.decode_pool)
+
+
+def coordinator_config(cluster: Cluster, control_listen: str) -> bytes:
+    """The JSON that the coordinator is started with.
+
+    Raises:
+        ConfigError: ``[coordinator]`` names an unknown field or a bad value.
+    """
+    serve = cluster.serve
+    fields: dict[str, Any] = {
+        "host": serve.host,
+        "port": serve.port,
+        "control_listen": control_listen,
+        "token": cluster.token,
+        "model": cluster.model,
+        "block_size": serve.block_size,
+        "max_model_len": cluster.max_model_len,
+        "pools": [
+            msgspec.structs.asdict(
+                ExpectedPool(pool.pool_id, pool.role, pool.cp_size, pool.tp_size)
+            )
+            for pool in cluster.pools
+        ],
+        "api_keys": list(serve.api_key),
+        "ready_timeout_s": serve.ready_timeout_s,
+        "log_level": serve.log_level,
+    }
+    return _encode("coordinator", CoordinatorConfig, fields | serve.coordinator)
+
+
+def _encode(table: str, kind: type[Any], fields: dict[str, Any]) -> bytes:
+    unknown = fields.keys() - set(kind.__struct_fields__)
+    if unknown:
+        raise ConfigError(f"[{table}] has no setting {', '.join(sorted(unknown))}")
+    try:
+        return msgspec.json.encode(msgspec.convert(fields, kind))
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"[{table}]: {error}") from error

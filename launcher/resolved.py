@@ -1,0 +1,114 @@
+"""From what was asked for to what each process is told: "auto" becomes a value here.
+
+Everything that can be known before a process starts is checked before one starts, so that a mistake
+is one line and not the same line from every rank.
+"""
+
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.config import ServeConfig, num_cores, parse_size
+from launcher.topology import PoolSpec, parse_pools, threads_per_rank
+from modeling.config import ModelConfig, load_config
+from protocol.errors import ConfigError
+from protocol.kv import KVLayout
+
+DEFAULT_MODEL = "arithmetic"
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """A cluster as it will run."""
+
+    serve: ServeConfig
+    model: str
+    model_config: ModelConfig
+    pools: tuple[PoolSpec, ...]
+    device: str
+    dtype: str
+    max_model_len: int
+    kv_memory_bytes: int
+    threads: int
+    token: str
+
+
+def resolve_cluster(serve: ServeConfig) -> Cluster:
+    """Check ``serve`` against the model and this machine and fill in what was left to us.
+
+    Raises:
+        ConfigError: anything that would keep the cluster from serving one request.
+    """
+    if not serve.prefill and not serve.decode:  # nothing said: the smallest that disaggregates
+        pools = parse_pools(("cp1",), ("tp1",))
+    else:
+        pools = parse_pools(serve.prefill, serve.decode)
+    model = serve.model if serve.model is not None else DEFAULT_MODEL
+    if not model.startswith("arithmetic"):
+        model = str(Path(model).expanduser().resolve())
+    model_config = load_config(model)
+    device = _device(serve.device)
+    dtype = _dtype(serve.dtype, model_config, device)
+    max_model_len = _max_model_len(serve.max_model_len, model_config)
+    kv_memory_bytes = parse_size("--kv-memory", serve.kv_memory)
+    for pool in pools:
+        _check_pool(pool, model_config, serve.block_size, dtype, kv_memory_bytes)
+    return Cluster(
+        serve=serve,
+        model=model,
+        model_config=model_config,
+        pools=pools,
+        device=device,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        kv_memory_bytes=kv_memory_bytes,
+        threads=serve.threads_per_rank or threads_per_rank(num_cores(), pools),
+        token=secrets.token_hex(16),
+    )
+
+
+def _device(asked: str) -> str:
+    has_cuda = Path("/dev/nvidiactl").exists()
+    if asked == "cuda" and not has_cuda:
+        raise ConfigError("--device cuda: no NVIDIA device on this machine, use --device cpu")
+    return ("cuda" if has_cuda else "cpu") if asked == "auto" else asked
+
+
+def _dtype(asked: str, model: ModelConfig, device: str) -> str:
+    if model.architecture == "arithmetic":
+        if asked == "bfloat16":
+            raise ConfigError("--dtype bfloat16: the arithmetic model is exact in float32 only")
+        return "float32"
+    if asked != "auto":
+        return asked
+    return "bfloat16" if device == "cuda" else model.dtype
+
+
+def _max_model_len(asked: int | None, model: ModelConfig) -> int:
+    if asked is None:
+        return model.max_model_len
+    if asked > model.max_model_len:
+        raise ConfigError(
+            f"--max-model-len {asked}: the model's context ends at {model.max_model_len} tokens"
+        )
+    return asked
+
+
+def _check_pool(
+    pool: PoolSpec, model: ModelConfig, block_size: int, dtype: str, kv_memory_bytes: int
+) -> None:
+    heads = (("attention", model.num_heads), ("KV", model.num_kv_heads))
+    for kind, count in heads:
+        if count % pool.tp_size:
+            raise ConfigError(
+                f"--{pool.role} tp{pool.tp_size}: does not divide the model's {count} {kind} heads"
+            )
+    one = KVLayout(
+        model.num_layers, 1, model.num_kv_heads, 0, pool.tp_size, block_size, model.head_dim, dtype
+    )
+    # A request needs a block for its prompt and, once the prompt fills it, one for its answer.
+    if kv_memory_bytes < 2 * one.num_bytes:
+        raise ConfigError(
+            f"--kv-memory {kv_memory_bytes} bytes per rank is too little for one request: "
+            f"{pool.pool_id} needs at least {2 * one.num_bytes} (two blocks of {block_size} tokens)"
+        )

@@ -1,0 +1,126 @@
+"""A JSON file of a checkpoint, read as data: each field is checked where it is taken.
+
+A checkpoint is written by strangers. Its JSON is size-bounded, never executed, and a wrong field
+becomes one line for the operator that names the file and the field.
+"""
+
+from pathlib import Path
+from typing import Any, NoReturn
+
+import msgspec
+
+from protocol.errors import ConfigError
+
+MAX_JSON_BYTES = 64 << 20
+REQUIRED: Any = object()
+
+
+def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The object in ``path``.
+
+    Raises:
+        ConfigError: the file is missing, too large, not JSON, or not an object.
+    """
+    try:
+        with path.open("rb") as file:
+            raw = file.read(max_bytes + 1)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    if len(raw) > max_bytes:
+        raise ConfigError(f"{path}: larger than {max_bytes} bytes, which no such file is")
+    try:
+        data = msgspec.json.decode(raw)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a JSON object, found {type(data).__name__}")
+    return data
+
+
+class Fields:
+    """Typed access to one JSON object; every complaint names the file and the field.
+
+    A field that is present but null counts as absent when a default is given.
+    """
+
+    def __init__(self, data: dict[str, Any], where: str, prefix: str = "") -> None:
+        self._data = data
+        self._where = where
+        self._prefix = prefix
+
+    def fail(self, name: str, problem: str) -> NoReturn:
+        raise ConfigError(f"{self._where}: {self._prefix}{name} {problem}")
+
+    def has(self, name: str) -> bool:
+        """Whether the field is there and not null."""
+        return self._data.get(name) is not None
+
+    def raw(self, name: str, default: Any = None) -> Any:  # noqa: ANN401 - JSON is anything
+        return self._data.get(name, default)
+
+    def _take(self, name: str, default: Any) -> Any:  # noqa: ANN401
+        value = self._data.get(name)
+        if value is None:
+            if default is REQUIRED:
+                self.fail(name, "is missing: the checkpoint's configuration is incomplete")
+            return default
+        return value
+
+    def integer(
+        self, name: str, default: int = REQUIRED, *, low: int = 1, high: int = 2**31
+    ) -> int:
+        value = self._take(name, default)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if not isinstance(value, int) or isinstance(value, bool):
+            self.fail(name, f"must be an integer, found {value!r:.80}")
+        if not low <= value <= high:
+            self.fail(name, f"must lie in {low} to {high}, found {value}")
+        return value
+
+    def number(self, name: str, default: float = REQUIRED, *, above: float = 0.0) -> float:
+        value = self._take(name, default)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            self.fail(name, f"must be a number, found {value!r:.80}")
+        if not above < value < 1e30:
+            self.fail(name, f"must be above {above:g} and finite, found {value}")
+        return float(value)
+
+    def boolean(self, name: str, default: bool = REQUIRED) -> bool:
+        value = self._take(name, default)
+        if not isinstance(value, bool):
+            self.fail(name, f"must be true or false, found {value!r:.80}")
+        return value
+
+    def string(self, name: str, default: str = REQUIRED) -> str:
+        value = self._take(name, default)
+        if not isinstance(value, str):
+            self.fail(name, f"must be a string, found {value!r:.80}")
+        return value
+
+    def strings(self, name: str) -> list[str]:
+        value = self._take(name, [])
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            self.fail(name, f"must be a list of strings, found {value!r:.80}")
+        return value
+
+    def token_ids(self, name: str, vocab_size: int) -> tuple[int, ...]:
+        """A token id or a list of them; absent gives none."""
+        value = self._take(name, [])
+        ids = value if isinstance(value, list) else [value]
+        for item in ids:
+            if not isinstance(item, int) or isinstance(item, bool):
+                self.fail(name, f"must be token ids, found {value!r:.80}")
+        return tuple(item for item in ids if 0 <= item < vocab_size)
+
+    def section(self, name: str) -> "Fields | None":
+        """A nested object, or None when absent or null."""
+        value = self._data.get(name)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            self.fail(name, f"must be an object, found {value!r:.80}")
+        return Fields(value, self._where, f"{self._prefix}{name}.")
+
+    def names(self) -> list[str]:
+        return list(self._data)

@@ -1,0 +1,184 @@
+"""How one chunk lies on a ring: who computes which tokens, who holds which keys, who sees what.
+
+1. The prefill leader deals a chunk's blocks with :func:`deal_zigzag`: each block has one owner, and
+   causal work is even, because a rank gets one early and one late run of blocks.
+2. Every rank of the ring derives the same :class:`Partition` from the same ChunkWork, so nobody
+   sends a size or a position: they are known on both sides of every message.
+3. A rank's tokens of the chunk are a few runs of consecutive positions. All keys inside a run are
+   the rank's own, so of anybody else's keys a run sees just those before it: a leading slice of
+   keys in ascending order, without a mask. Of its own it sees such a slice and its diagonal square.
+
+No torch here: shapes and indices only.
+"""
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
+
+from protocol.plans import ChunkWork, PlacedBlock
+
+# A run's diagonal square costs (run length)^2 / 2 whatever the window is, so under a window runs
+# are cut down to about the window; but not below what still makes an efficient kernel call.
+MIN_CUT_RUN = 128
+
+
+def deal_zigzag(num_blocks: int, ring_size: int) -> tuple[tuple[int, ...], ...]:
+    """Deal blocks ``0 .. num_blocks - 1`` over a ring in zigzag order (PyTorch: head-tail).
+
+    The blocks are cut into ``2 * ring_size`` consecutive runs that differ by at most one block;
+    rank ``r`` takes runs ``r`` and ``2 * ring_size - 1 - r``. Spare blocks go first to the early
+    run of each rank, then to the late run from rank 0 on, whose early run is the cheapest: no rank
+    has more than one block row of causal work above the mean.
+
+    Returns:
+        Of each rank, its blocks in ascending order; empty for some ranks if blocks are few.
+    """
+    assert num_blocks >= 0 and ring_size >= 1
+    num_runs = 2 * ring_size
+    base, num_spare = divmod(num_blocks, num_runs)
+    sizes = [base] * num_runs
+    for spare in range(num_spare):
+        sizes[spare if spare < ring_size else num_runs - 1 - (spare - ring_size)] += 1
+    starts = list(accumulate(sizes, initial=0))
+    runs = [range(start, end) for start, end in pairwise(starts)]
+    return tuple((*runs[rank], *runs[num_runs - 1 - rank]) for rank in range(ring_size))
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Consecutive tokens of the chunk, all of one rank."""
+
+    start: int  # position of the first
+    num_tokens: int
+    offset: int  # of the first, among the rank's tokens of the chunk
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.offset, self.offset + self.num_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """The keys that one run sees of one shard: those with index ``[first_key, end_key)``."""
+
+    run: Run
+    first_key: int
+    end_key: int
+    causal: bool
+    window: int | None  # None also where it would cut nothing
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One rank's part of a chunk: the keys that it holds and the tokens that it computes."""
+
+    cp_rank: int
+    block_ids: tuple[int, ...]  # in logical order; the cached ones come first
+    key_spans: tuple[tuple[int, int], ...]  # positions [start, end) of its keys, ascending
+    runs: tuple[Run, ...]
+
+    @cached_property
+    def _keys_before_span(self) -> tuple[int, ...]:
+        return tuple(accumulate((end - start for start, end in self.key_spans), initial=0))
+
+    @property
+    def num_keys(self) -> int:
+        return self._keys_before_span[-1]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(run.num_tokens for run in self.runs)
+
+    def num_keys_before(self, position: int) -> int:
+        """Index of the first key at or after ``position``."""
+        index = bisect_right(self.key_spans, position, key=lambda span: span[0]) - 1
+        if index < 0:
+            return 0
+        start, end = self.key_spans[index]
+        return self._keys_before_span[index] + min(position, end) - start
+
+    def has_key(self, position: int) -> bool:
+        return self.num_keys_before(position) < self.num_keys_before(position + 1)
+
+
+class Partition:
+    """A chunk on its ring, as layers with one attention window see it.
+
+    Indices are into the ring, not cp ranks. Cached blocks that no token of the chunk can see
+    through the window are left out of the shards: they are neither gathered nor sent.
+    """
+
+    def __init__(self, work: ChunkWork, block_size: int, window: int | None = None) -> None:
+        assert work.start % block_size == 0 and work.token_ids
+        assert len(set(work.ring)) == len(work.ring)
+        assert [block.logical for block in work.blocks] == list(range(len(work.blocks)))
+        self.ring = work.ring
+        self.window = window
+        self.start = work.start
+        self.end = work.start + len(work.token_ids)
+        assert len(work.blocks) == -(-self.end // block_size)
+        oldest = 0 if window is None else max(0, work.start - window + 1)
+        self.shards = tuple(
+            self._shard(cp_rank, work.blocks[oldest // block_size :], block_size)
+            for cp_rank in work.ring
+        )
+        held = sum(len(shard.block_ids) for shard in self.shards)
+        assert held == len(work.blocks) - oldest // block_size, "a block's owner is not in the ring"
+        self._sights: dict[tuple[int, int], tuple[Sight, ...]] = {}
+
+    def _shard(self, cp_rank: int, blocks: Sequence[PlacedBlock], block_size: int) -> Shard:
+        own = [block for block in blocks if block.cp_rank == cp_rank]
+        starts = [block.logical * block_size for block in own]
+        spans = _join((start, min(start + block_size, self.end)) for start in starts)
+        new = _join((max(start, self.start), end) for start, end in spans if end > self.start)
+        limit = None if self.window is None else max(self.window, MIN_CUT_RUN)
+        return Shard(
+            cp_rank=cp_rank,
+            block_ids=tuple(block.block_id for block in own),
+            key_spans=spans,
+            runs=tuple(_cut_runs(new, limit)),
+        )
+
+    @property
+    def size(self) -> int:
+        return len(self.ring)
+
+    def sights(self, q_index: int, k_index: int) -> tuple[Sight, ...]:
+        """What the tokens of one rank see of another's keys; nothing empty is among them.
+
+        A rank sees of its own keys each run's diagonal first, so that no row is ever without keys
+        when later partials are merged.
+        """
+        key = (q_index, k_index)
+        if key not in self._sights:
+            self._sights[key] = tuple(self._find_sights(*key))
+        return self._sights[key]
+
+    def _find_sights(self, q_index: int, k_index: int) -> Iterator[Sight]:
+        shard = self.shards[k_index]
+        for run in self.shards[q_index].runs:
+            before = shard.num_keys_before(run.start)
+            if q_index == k_index:
+                cut = None if self.window is None or run.num_tokens <= self.window else self.window
+                yield Sight(run, before, before + run.num_tokens, True, cut)
+            oldest, cut = 0, None
+            if self.window is not None:
+                oldest = shard.num_keys_before(run.start - self.window + 1)
+                # The last query no longer sees the oldest key that the first one sees.
+                cut = self.window if shard.has_key_in(oldest, run.end - self.window) else None
+            if oldest < before:
+                yield Sight(run, oldest, before, False, cut)
+
+    def kv_hops(self, index: int) -> int:
+        """How far round the ring a rank's keys must travel for all that see any of them."""
+        return self._last_hop(lambda other: bool(self.sights(other, index)), index)
+
+    def q_hops(self, index: int) -> int:
+        """How far round the ring a rank's queries must travel to all keys that they see."""
+        return self._last_hop(lambda other: bool(self.sights(index, other)), index)

@@ -1,0 +1,146 @@
+"""Whole clusters, started as a user starts them: ``baton serve ...`` as a process."""
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+START_S = 120.0
+STOP_S = 20.0
+
+
+class RunningCluster:
+    """A ``baton serve`` process that has printed its ready line."""
+
+    def __init__(self, process: subprocess.Popen[str], url: str) -> None:
+        self.process = process
+        self.url = url
+        self.client = httpx.Client(base_url=url, timeout=120.0)
+
+    def complete(self, prompt: Any, max_tokens: int, **fields: Any) -> dict[str, Any]:
+        """A greedy completion; returns the answer with its path header under ``path``."""
+        body = {
+            "prompt": prompt,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "return_token_ids": True,
+            "ignore_eos": True,
+            **fields,
+        }
+        reply = self.client.post("/v1/completions", json=body)
+        assert reply.status_code == 200, reply.text
+        return {**reply.json(), "path": parse_path(reply.headers["x-baton-path"])}
+
+    def tokens(self, prompt: Any, max_tokens: int, **fields: Any) -> list[int]:
+        """The greedy tokens after ``prompt``."""
+        token_ids: list[int] = self.complete(prompt, max_tokens, **fields)["choices"][0][
+            "token_ids"
+        ]
+        return token_ids
+
+    def cluster(self) -> dict[str, Any]:
+        """What ``/v1/cluster`` says."""
+        state: dict[str, Any] = self.client.get("/v1/cluster").json()
+        return state
+
+
+def parse_path(header: str) -> dict[str, str]:
+    """``decode=d0; local; cached=3`` as a dict; a bare word maps to the empty string."""
+    parts = (part.strip().partition("=") for part in header.split(";"))
+    return {name: value for name, _, value in parts}
+
+
+def wait_until(condition: Any, what: str, timeout_s: float = 20.0) -> None:
+    """Wait for another process to get somewhere; there is no event to wait for but its answers."""
+    deadline = time.monotonic() + timeout_s
+    pause = threading.Event()
+    while not condition():
+        assert time.monotonic() < deadline, f"not in {timeout_s} s: {what}"
+        pause.wait(0.02)
+
+
+def children_of(pid: int) -> list[int]:
+    """Process ids of the direct children of ``pid``."""
+    path = f"/proc/{pid}/task/{pid}/children"
+    with contextlib.suppress(FileNotFoundError), open(path) as file:
+        return [int(child) for child in file.read().split()]
+    return []
+
+
+@contextlib.contextmanager
+def run_cluster(*flags: str, environment: dict[str, str] | None = None) -> Iterator[RunningCluster]:
+    """``baton serve --port 0 FLAGS`` until the block ends; then it must end cleanly."""
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "launcher", "serve", "--port", "0", *flags],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **(environment or {})},
+    )
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+    assert process.stdout is not None
+    stream = process.stdout
+    reader = threading.Thread(
+        target=lambda: [lines.put(line) for line in stream] + [lines.put("")], daemon=True
+    )
+    reader.start()
+    try:
+        line = lines.get(timeout=START_S)
+        assert line.startswith("ready http://"), f"not ready: {line!r}"
+        cluster = RunningCluster(process, line.split()[1])
+        with cluster.client:
+            yield cluster
+    finally:
+        ranks = children_of(process.pid)
+        process.send_signal(signal.SIGINT)
+        try:
+            code = process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            raise
+        finally:
+            reader.join(STOP_S)
+            stream.close()
+    assert code == 0
+    assert not [pid for pid in ranks if os.path.exists(f"/proc/{pid}")], "a rank was left behind"
+
+
+@pytest.fixture(scope="session")
+def start_cluster() -> Any:
+    """The function that starts a cluster, for tests of any folder below."""
+    return run_cluster
+
+
+def assert_no_leaks(cluster: RunningCluster) -> None:
+    """Every block of every pool is free or cached once nothing runs."""
+
+    def is_clean() -> bool:
+        pools = cluster.cluster()["pools"]
+        counts = [space for pool in pools for space in pool["blocks"]]
+        return bool(counts) and all(
+            space["free"] + space["cached"] == space["total"] for space in counts
+        )
+
+    wait_until(is_clean, f"blocks are still held: {json.dumps(cluster.cluster())}")
+
+
+@pytest.fixture(scope="session")
+def no_leaks() -> Any:
+    """The function that asserts that a cluster holds nothing."""
+    return assert_no_leaks
+
+
+@pytest.fixture(scope="session")
+def until() -> Any:
+    """The function that waits for another process with a deadline."""
+    return wait_until

@@ -1,0 +1,114 @@
+"""Other people's clients against a real disaggregated cluster."""
+
+import json
+import socket
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+MODEL = "arithmetic:layers=2,heads=4,kv_heads=2,vocab=512,max_len=4096"
+
+
+@pytest.fixture(scope="module")
+def cluster(start_cluster: Any) -> Any:
+    flags = ("--prefill", "cp2", "--decode", "tp1", "--kv-memory", "32MiB", "--block-size", "16")
+    with start_cluster(MODEL, *flags) as running:
+        yield running
+
+
+@pytest.mark.cluster
+def test_the_openai_client_streams(cluster: Any) -> None:
+    with openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="none") as client:
+        model = client.models.list().data[0].id
+        stream = client.chat.completions.create(
+            model=model,
+            messages=[{"role": "user", "content": "Tell me about rings. " * 30}],
+            max_tokens=20,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        chunks = list(stream)
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+        usage = chunks[-1].usage
+        assert usage is not None
+        assert usage.completion_tokens == 20
+        whole = client.chat.completions.create(
+            model=model,
+            messages=[{"role": "user", "content": "Tell me about rings. " * 30}],
+            max_tokens=20,
+            temperature=0,
+        )
+        again = client.chat.completions.create(
+            model=model,
+            messages=[{"role": "user", "content": "Tell me about rings. " * 30}],
+            max_tokens=20,
+            temperature=0,
+        )
+        assert whole.choices[0].message.content == again.choices[0].message.content
+        assert text
+
+
+@pytest.mark.cluster
+def test_a_client_that_leaves_frees_every_block(cluster: Any, until: Any, no_leaks: Any) -> None:
+    body = {"prompt": [5] * 2000, "max_tokens": 1500, "stream": True, "ignore_eos": True}
+    with (
+        httpx.Client(base_url=cluster.url, timeout=30.0) as client,
+        client.stream("POST", "/v1/completions", json=body) as reply,
+    ):
+        for line in reply.iter_lines():
+            if line.startswith("data: "):
+                break
+    until(lambda: cluster.cluster()["num_requests"] == 0, "the request is still known")
+    no_leaks(cluster)
+
+
+@pytest.mark.cluster
+def test_a_client_that_leaves_before_the_first_token(
+    cluster: Any, until: Any, no_leaks: Any
+) -> None:
+    host, port = cluster.url.removeprefix("http://").split(":")
+    body = json.dumps({"prompt": list(range(400)) * 9, "max_tokens": 300}).encode()
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
+    for _ in range(5):
+        with socket.create_connection((host, int(port)), timeout=10.0) as connection:
+            connection.sendall(head.encode() + body)
+            until(lambda: cluster.cluster()["num_requests"] > 0, "the request has not arrived")
+        until(lambda: cluster.cluster()["num_requests"] == 0, "the request is still known")
+    no_leaks(cluster)
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(
+    ("content", "param"),
+    [
+        (b'{"prompt": ', None),
+        (b'{"prompt": "", "max_tokens": 5}', "prompt"),
+        (b'{"prompt": "x", "temperature": NaN}', None),
+        (b'{"prompt": "x", "max_tokens": "5"}', "max_tokens"),
+        (b'{"prompt": [1, 99999], "max_tokens": 5}', "prompt"),
+        (b'{"prompt": [-1], "max_tokens": 5}', "prompt"),
+        (b'{"prompt": "x", "n": true}', "n"),
+    ],
+)
+def test_bad_requests_disturb_nobody(cluster: Any, content: bytes, param: str | None) -> None:
+    headers = {"content-type": "application/json"}
+    reply = cluster.client.post("/v1/completions", content=content, headers=headers)
+    assert reply.status_code == 400
+    error = reply.json()["error"]
+    assert isinstance(error["code"], str)
+    assert error["param"] == param
+    assert len(cluster.tokens("the next request", 3)) == 3
+
+
+@pytest.mark.cluster
+def test_over_long_prompts_name_both_numbers(cluster: Any) -> None:
+    reply = cluster.client.post("/v1/completions", json={"prompt": [1] * 5000, "max_tokens": 4})
+    assert reply.status_code == 400
+    assert reply.json()["error"]["code"] == "context_length_exceeded"
+    assert "4096" in reply.json()["error"]["message"]
+    assert "5000" in reply.json()["error"]["message"]
