@@ -1,0 +1,369 @@
+"""Who holds which block of one block space. Pure: ids and counters, no memory.
+
+The life of a block
+1. FREE -> OWNED: ``allocate`` hands it out at a new generation, runs of adjacent ids first;
+2. OWNED -> IN_FLIGHT while transfers read or write it, and back when the last is seen to end;
+3. a full block whose content is known gets a hash (``set_hash``); from then on ``match`` finds it
+   and ``share`` gives it further owners;
+4. the last owner lets go: with transfers still in flight it is DRAINING and nobody's to reuse; with
+   a hash it is CACHED, evicted last used first out when free blocks run short; else FREE;
+5. ``quarantine`` takes it out of use whatever else holds it, until ``end_quarantine``.
+
+So a block has two lifetimes, its owners' and its transfers', and only when both are over can it be
+handed out again: bytes of an aborted read land as long as its handle is not seen to end.
+"""
+
+import enum
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from kvcache.free_runs import FreeRuns
+from protocol.errors import IllegalTransition, StaleError
+from protocol.kv import BlockRef
+from protocol.messages import BlockCounts
+
+
+class State(enum.Enum):
+    """What a block is in, as its counters say; see ``_Block.state``."""
+
+    FREE = "free"
+    OWNED = "owned"
+    IN_FLIGHT = "in_flight"  # owned, with transfers
+    DRAINING = "draining"  # transfers alone; counted as in flight
+    QUARANTINED = "quarantined"
+    CACHED = "cached"
+
+
+class Event(enum.Enum):
+    """What can happen to a block."""
+
+    ALLOCATE = "allocate"
+    SHARE = "share"
+    RELEASE = "release"
+    BEGIN_TRANSFER = "begin_transfer"
+    END_TRANSFER = "end_transfer"
+    QUARANTINE = "quarantine"
+    END_QUARANTINE = "end_quarantine"
+    SET_HASH = "set_hash"
+    EVICT = "evict"
+
+
+_S, _E = State, Event
+
+# (state, event) -> the states that may follow; which of them, the counters say.
+TABLE: dict[tuple[State, Event], frozenset[State]] = {
+    (_S.FREE, _E.ALLOCATE): frozenset({_S.OWNED}),
+    (_S.FREE, _E.QUARANTINE): frozenset({_S.QUARANTINED}),
+    (_S.OWNED, _E.SHARE): frozenset({_S.OWNED}),
+    (_S.OWNED, _E.RELEASE): frozenset({_S.OWNED, _S.CACHED, _S.FREE}),
+    (_S.OWNED, _E.BEGIN_TRANSFER): frozenset({_S.IN_FLIGHT}),
+    (_S.OWNED, _E.QUARANTINE): frozenset({_S.QUARANTINED}),
+    (_S.OWNED, _E.SET_HASH): frozenset({_S.OWNED}),
+    (_S.IN_FLIGHT, _E.SHARE): frozenset({_S.IN_FLIGHT}),
+    (_S.IN_FLIGHT, _E.RELEASE): frozenset({_S.IN_FLIGHT, _S.DRAINING}),
+    (_S.IN_FLIGHT, _E.BEGIN_TRANSFER): frozenset({_S.IN_FLIGHT}),
+    (_S.IN_FLIGHT, _E.END_TRANSFER): frozenset({_S.IN_FLIGHT, _S.OWNED}),
+    (_S.IN_FLIGHT, _E.QUARANTINE): frozenset({_S.QUARANTINED}),
+    (_S.IN_FLIGHT, _E.SET_HASH): frozenset({_S.IN_FLIGHT}),
+    (_S.DRAINING, _E.SHARE): frozenset({_S.IN_FLIGHT}),
+    (_S.DRAINING, _E.END_TRANSFER): frozenset({_S.DRAINING, _S.CACHED, _S.FREE}),
+    (_S.DRAINING, _E.QUARANTINE): frozenset({_S.QUARANTINED}),
+    (_S.QUARANTINED, _E.RELEASE): frozenset({_S.QUARANTINED}),
+    (_S.QUARANTINED, _E.END_TRANSFER): frozenset({_S.QUARANTINED}),
+    (_S.QUARANTINED, _E.END_QUARANTINE): frozenset(
+        {_S.FREE, _S.OWNED, _S.IN_FLIGHT, _S.DRAINING}
+    ),
+    (_S.CACHED, _E.SHARE): frozenset({_S.OWNED}),
+    (_S.CACHED, _E.EVICT): frozenset({_S.FREE}),
+    (_S.CACHED, _E.QUARANTINE): frozenset({_S.QUARANTINED}),
+}
+
+
+class _Block(NamedTuple):
+    generation: int = 0
+    num_owners: int = 0
+    num_transfers: int = 0
+    quarantined: bool = False
+    block_hash: bytes | None = None
+
+    @property
+    def state(self) -> State:
+        if self.quarantined:
+            return State.QUARANTINED
+        if self.num_transfers:
+            return State.IN_FLIGHT if self.num_owners else State.DRAINING
+        if self.num_owners:
+            return State.OWNED
+        return State.FREE if self.block_hash is None else State.CACHED
+
+
+def _advance(block: _Block, event: Event, block_hash: bytes | None = None) -> _Block:
+    """The block after ``event``.
+
+    Raises:
+        IllegalTransition: the table does not have it, or a counter would fall below zero.
+    """
+    match event:
+        case Event.ALLOCATE:
+            after = block._replace(generation=block.generation + 1, num_owners=1)
+        case Event.SHARE:
+            after = block._replace(num_owners=block.num_owners + 1)
+        case Event.RELEASE:
+            after = block._replace(num_owners=block.num_owners - 1)
+        case Event.BEGIN_TRANSFER:
+            after = block._replace(num_transfers=block.num_transfers + 1)
+        case Event.END_TRANSFER:
+            after = block._replace(num_transfers=block.num_transfers - 1)
+        case Event.QUARANTINE:  # what is in it is in doubt
+            after = block._replace(quarantined=True, block_hash=None)
+        case Event.END_QUARANTINE:
+            after = block._replace(quarantined=False)
+        case Event.SET_HASH | Event.EVICT:
+            after = block._replace(block_hash=block_hash)
+    legal = TABLE.get((block.state, event), frozenset())
+    unowned_content = block.state is State.DRAINING and block.block_hash is None
+    if (
+        after.state not in legal
+        or min(after.num_owners, after.num_transfers) < 0
+        or (event is Event.SHARE and unowned_content)
+    ):
+        raise IllegalTransition(f"{event.value} of a block that is {block}")
+    return after
+
+
+class BlockPool:
+    """The blocks of one block space, all FREE at first.
+
+    Every method that takes refs does all of them or, when it raises, none.
+
+    Args:
+        num_blocks: ids are ``range(num_blocks)``.
+        block_size: tokens per block.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self._blocks = [_Block()] * num_blocks
+        self._free = FreeRuns(num_blocks)
+        self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self._by_hash: dict[bytes, int] = {}
+        self._counts: Counter[State] = Counter({State.FREE: num_blocks})
+        self._cache_events: dict[bytes, bool] = {}  # hash -> stored, or else evicted
+
+    # -- owners ------------------------------------------------------------------------------------
+
+    def can_allocate(self, count: int) -> bool:
+        """Whether that many blocks are free, or cached and evictable."""
+        return count <= self.num_available
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that ``allocate`` could hand out now."""
+        return len(self._free) + len(self._cached)
+
+    def allocate(self, count: int, after: BlockRef | None = None) -> list[BlockRef]:
+        """Hand out blocks at a new generation, with one owner each.
+
+        Prefers adjacent ids; evicts cached blocks, least recently used first, only when too few
+        are free.
+
+        Args:
+            count: how many.
+            after: a block that these continue; its neighbour is taken when it is free.
+
+        Raises:
+            IllegalTransition: ``can_allocate(count)`` is False.
+        """
+        if not self.can_allocate(count):
+            raise IllegalTransition(f"allocate {count} blocks, {self.num_available} available")
+        while len(self._free) < count:
+            oldest = next(iter(self._cached))
+            self._set(oldest, _advance(self._blocks[oldest], Event.EVICT))
+        block_ids = self._free.take(count, None if after is None else after.block_id)
+        refs = []
+        for block_id in block_ids:
+            block = _advance(self._blocks[block_id], Event.ALLOCATE)
+            self._set(block_id, block)
+            refs.append(BlockRef(block_id, block.generation))
+        return refs
+
+    def share(self, refs: Iterable[BlockRef]) -> None:
+        """Add an owner to blocks that ``match`` found, or that another owner has.
+
+        Raises:
+            StaleError: a ref is of an earlier generation.
+            IllegalTransition: a block has no owner and no known content.
+        """
+        self._apply(Event.SHARE, refs)
+
+    def release(self, refs: Iterable[BlockRef]) -> None:
+        """Drop one owner of each. Of blocks that become cached, the last of ``refs`` is evicted
+        first: a prefix is worth more than what follows it.
+
+        Raises:
+            StaleError, IllegalTransition: a block is not owned at that generation.
+        """
+        self._apply(Event.RELEASE, list(refs)[::-1])
+
+    # -- transfers ---------------------------------------------------------------------------------
+
+    def begin_transfer(self, refs: Iterable[BlockRef]) -> None:
+        """Count one more transfer from or into each.
+
+        Raises:
+            StaleError, IllegalTransition: a block is not owned at that generation.
+        """
+        self._apply(Event.BEGIN_TRANSFER, refs)
+
+    def end_transfer(self, refs: Iterable[BlockRef]) -> None:
+        """Count one transfer less: it was seen to end, one way or the other.
+
+        Raises:
+            StaleError, IllegalTransition: a block has no transfer in flight at that generation.
+        """
+        self._apply(Event.END_TRANSFER, refs)
+
+    def quarantine(self, refs: Iterable[BlockRef]) -> None:
+        """Take blocks out of use and forget their content. Owners and transfers may still end.
+
+        Raises:
+            StaleError, IllegalTransition: of another generation, or quarantined already.
+        """
+        self._apply(Event.QUARANTINE, refs)
+
+    def end_quarantine(self, refs: Iterable[BlockRef]) -> None:
+        """Make blocks usable again, as far as their owners and transfers allow.
+
+        Raises:
+            StaleError, IllegalTransition: a block is not quarantined at that generation.
+        """
+        self._apply(Event.END_QUARANTINE, refs)
+
+    # -- content -----------------------------------------------------------------------------------
+
+    def set_hash(self, ref: BlockRef, block_hash: bytes) -> bool:
+        """Say what a full, owned block holds, so that ``match`` finds it.
+
+        When another block is known to hold the same, that one is kept and nothing changes.
+
+        Returns:
+            Whether ``match`` now finds this very block.
+
+        Raises:
+            StaleError, IllegalTransition: the block is not owned at that generation.
+        """
+        block = self._checked(ref)
+        after = _advance(block, Event.SET_HASH, block_hash)
+        known = self._by_hash.setdefault(block_hash, ref.block_id)
+        if known == ref.block_id:
+            self._set(ref.block_id, after)
+        return known == ref.block_id
+
+    def match(self, hashes: Sequence[bytes]) -> list[BlockRef]:
+        """The blocks of the longest prefix of ``hashes`` that is here; ``share`` keeps them."""
+        refs = []
+        for block_hash in hashes:
+            ref = self.find(block_hash)
+            if ref is None:
+                break
+            refs.append(ref)
+        return refs
+
+    def find(self, block_hash: bytes) -> BlockRef | None:
+        """The block that holds this content."""
+        block_id = self._by_hash.get(block_hash)
+        return None if block_id is None else BlockRef(block_id, self._blocks[block_id].generation)
+
+    def take_cache_events(self) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
+        """Hashes (stored, evicted) since the last call; what came and went is in neither."""
+        events, self._cache_events = self._cache_events, {}
+        stored = tuple(block_hash for block_hash, is_stored in events.items() if is_stored)
+        evicted = tuple(block_hash for block_hash, is_stored in events.items() if not is_stored)
+        return stored, evicted
+
+    # -- audit -------------------------------------------------------------------------------------
+
+    def state(self, block_id: int) -> State:
+        return self._blocks[block_id].state
+
+    def counts(self) -> BlockCounts:
+        """The conservation audit's figures."""
+        counts = self._counts
+        return BlockCounts(
+            total=self.num_blocks,
+            free=counts[State.FREE],
+            owned=counts[State.OWNED],
+            in_flight=counts[State.IN_FLIGHT] + counts[State.DRAINING],
+            quarantined=counts[State.QUARANTINED],
+            cached=counts[State.CACHED],
+        )
+
+    def check(self) -> None:
+        """Recount everything and assert that all views of it agree."""
+        counted = Counter(block.state for block in self._blocks)
+        assert counted == +self._counts, (counted, self._counts)
+        assert sum(counted.values()) == self.num_blocks
+        free = [i for first, length in self._free.runs() for i in range(first, first + length)]
+        assert free == self._in_state(State.FREE), "free runs"
+        assert sorted(self._cached) == self._in_state(State.CACHED), "cached order"
+        hashed = {
+            block.block_hash: block_id
+            for block_id, block in enumerate(self._blocks)
+            if block.block_hash is not None
+        }
+        assert hashed == self._by_hash, "hash index"
+
+    def _in_state(self, state: State) -> list[int]:
+        return [block_id for block_id, block in enumerate(self._blocks) if block.state is state]
+
+    # -- the one way in ----------------------------------------------------------------------------
+
+    def _apply(self, event: Event, refs: Iterable[BlockRef]) -> None:
+        """Work out every change first, so that a refusal leaves nothing half done."""
+        changed: dict[int, _Block] = {}
+        for ref in refs:
+            block = self._checked(ref)
+            changed[ref.block_id] = _advance(changed.get(ref.block_id, block), event)
+        for block_id, block in changed.items():
+            self._set(block_id, block)
+
+    def _checked(self, ref: BlockRef) -> _Block:
+        if not 0 <= ref.block_id < self.num_blocks:
+            raise StaleError(f"{ref} is not among {self.num_blocks} blocks")
+        block = self._blocks[ref.block_id]
+        if ref.generation != block.generation:
+            raise StaleError(f"{ref} is of another generation than {block.generation}")
+        return block
+
+    def _set(self, block_id: int, after: _Block) -> None:
+        """Put a changed block in place, and keep every view of it in step."""
+        before = self._blocks[block_id]
+        self._blocks[block_id] = after
+        self._counts[before.state] -= 1
+        self._counts[after.state] += 1
+        if before.block_hash != after.block_hash:
+            self._index(block_id, before.block_hash, after.block_hash)
+        if before.state is after.state:
+            return
+        if before.state is State.CACHED:
+            del self._cached[block_id]
+        if after.state is State.CACHED:
+            self._cached[block_id] = None
+        elif after.state is State.FREE:
+            self._free.add(block_id)
+
+    def _index(self, block_id: int, before: bytes | None, after: bytes | None) -> None:
+        if before is not None:
+            del self._by_hash[before]
+            self._note(before, is_stored=False)
+        if after is not None:
+            self._by_hash[after] = block_id
+            self._note(after, is_stored=True)
+
+    def _note(self, block_hash: bytes, *, is_stored: bool) -> None:
+        if self._cache_events.get(block_hash, is_stored) != is_stored:
+            del self._cache_events[block_hash]  # came and went
+        else:
+            self._cache_events[block_hash] = is_stored
