@@ -63,7 +63,7 @@ class Record:
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
     tenant: str
-    cache_salt: str
+    cache_salt: str = ""
     block_hashes: tuple[bytes, ...] = ()
     session: SessionKey | None = None
     timeline: TimeLine = field(default_factory=TimeLine)
@@ -78,7 +78,17 @@ class Record:
     finish_reason: FinishReason | None = None
     error_code: str = ""
     holders: set[str] = field(default_factory=set)  # pools that may hold blocks of it
+    ended_at: float = 0.0
+    num_prompt_tokens: int = 0  # stays when the prompt itself is forgotten
     _early: dict[int, NewToken] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.num_prompt_tokens = len(self.prompt_token_ids)
+
+    def forget_prompt(self) -> None:
+        """What is kept of an ended request must be small."""
+        self.prompt_token_ids, self.block_hashes = (), ()
+        self._early.clear()
 
     def step(self, step: Step) -> None:
         """Take one step of the table.
@@ -94,10 +104,6 @@ class Record:
     @property
     def is_active(self) -> bool:
         return self.state not in (State.ENDING, State.GONE)
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        return len(self.prompt_token_ids)
 
     @property
     def num_computed_tokens(self) -> int | None:
@@ -116,7 +122,7 @@ class Record:
 
     @property
     def pending_prefill_tokens(self) -> int:
-        """Prompt tokens that its prefill pool, or the decode pool if it has none, has to compute."""
+        """Prompt tokens still to be computed, by its prefill pool if it has one."""
         if not self.is_active or self.output_token_ids:
             return 0
         done = max(self.num_prefilled_tokens, self.num_target_cached_tokens or 0)

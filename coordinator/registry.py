@@ -1,4 +1,4 @@
-"""Which pools there are, and whether they live. Pure: told what arrived and when, says what to send.
+"""Which pools there are, and whether they live. Pure: told what arrived, it says what to send.
 
 The life of a pool through this file
 1. ``on_hello`` checks each rank; when the whole gang is here, each rank is sent ``Welcome``.

@@ -13,7 +13,8 @@
 
 QUEUED holds no block. From OPENING to SWITCHING a peer may write into the blocks, so they are in
 transfer; CLOSING has given up their ownership and waits until no byte can land any more. A commit
-that crosses the order to close ends a hand-off just as well as its closure does. RUNNING covers prefill and decode alike: ``num_computed_tokens`` tells how far a sequence is.
+that crosses the order to close ends a hand-off just as well as its closure does. RUNNING covers
+prefill and decode alike: ``num_computed_tokens`` tells how far a sequence is.
 """
 
 import enum

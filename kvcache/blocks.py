@@ -24,7 +24,7 @@ from protocol.kv import BlockRef
 from protocol.messages import BlockCounts
 
 
-class State(enum.Enum):
+class State(enum.StrEnum):
     """What a block is in, as its counters say; see ``_Block.state``."""
 
     FREE = "free"
@@ -35,7 +35,7 @@ class State(enum.Enum):
     CACHED = "cached"
 
 
-class Event(enum.Enum):
+class Event(enum.StrEnum):
     """What can happen to a block."""
 
     ALLOCATE = "allocate"
@@ -71,9 +71,7 @@ TABLE: dict[tuple[State, Event], frozenset[State]] = {
     (_S.DRAINING, _E.QUARANTINE): frozenset({_S.QUARANTINED}),
     (_S.QUARANTINED, _E.RELEASE): frozenset({_S.QUARANTINED}),
     (_S.QUARANTINED, _E.END_TRANSFER): frozenset({_S.QUARANTINED}),
-    (_S.QUARANTINED, _E.END_QUARANTINE): frozenset(
-        {_S.FREE, _S.OWNED, _S.IN_FLIGHT, _S.DRAINING}
-    ),
+    (_S.QUARANTINED, _E.END_QUARANTINE): frozenset({_S.FREE, _S.OWNED, _S.IN_FLIGHT, _S.DRAINING}),
     (_S.CACHED, _E.SHARE): frozenset({_S.OWNED}),
     (_S.CACHED, _E.EVICT): frozenset({_S.FREE}),
     (_S.CACHED, _E.QUARANTINE): frozenset({_S.QUARANTINED}),
@@ -104,29 +102,31 @@ def _advance(block: _Block, event: Event, block_hash: bytes | None = None) -> _B
     Raises:
         IllegalTransition: the table does not have it, or a counter would fall below zero.
     """
+    generation, num_owners, num_transfers, quarantined, content = block
     match event:
         case Event.ALLOCATE:
-            after = block._replace(generation=block.generation + 1, num_owners=1)
+            generation, num_owners = generation + 1, 1
         case Event.SHARE:
-            after = block._replace(num_owners=block.num_owners + 1)
+            num_owners += 1
         case Event.RELEASE:
-            after = block._replace(num_owners=block.num_owners - 1)
+            num_owners -= 1
         case Event.BEGIN_TRANSFER:
-            after = block._replace(num_transfers=block.num_transfers + 1)
+            num_transfers += 1
         case Event.END_TRANSFER:
-            after = block._replace(num_transfers=block.num_transfers - 1)
+            num_transfers -= 1
         case Event.QUARANTINE:  # what is in it is in doubt
-            after = block._replace(quarantined=True, block_hash=None)
+            quarantined, content = True, None
         case Event.END_QUARANTINE:
-            after = block._replace(quarantined=False)
+            quarantined = False
         case Event.SET_HASH | Event.EVICT:
-            after = block._replace(block_hash=block_hash)
-    legal = TABLE.get((block.state, event), frozenset())
-    unowned_content = block.state is State.DRAINING and block.block_hash is None
+            content = block_hash
+    after = _Block(generation, num_owners, num_transfers, quarantined, content)
+    nothing_to_share = event is Event.SHARE and not block.num_owners and content is None
     if (
-        after.state not in legal
-        or min(after.num_owners, after.num_transfers) < 0
-        or (event is Event.SHARE and unowned_content)
+        after.state not in TABLE.get((block.state, event), ())
+        or num_owners < 0
+        or num_transfers < 0
+        or nothing_to_share
     ):
         raise IllegalTransition(f"{event.value} of a block that is {block}")
     return after
@@ -341,17 +341,18 @@ class BlockPool:
         """Put a changed block in place, and keep every view of it in step."""
         before = self._blocks[block_id]
         self._blocks[block_id] = after
-        self._counts[before.state] -= 1
-        self._counts[after.state] += 1
         if before.block_hash != after.block_hash:
             self._index(block_id, before.block_hash, after.block_hash)
-        if before.state is after.state:
+        left, entered = before.state, after.state
+        if left is entered:
             return
-        if before.state is State.CACHED:
+        self._counts[left] -= 1
+        self._counts[entered] += 1
+        if left is State.CACHED:
             del self._cached[block_id]
-        if after.state is State.CACHED:
+        if entered is State.CACHED:
             self._cached[block_id] = None
-        elif after.state is State.FREE:
+        elif entered is State.FREE:
             self._free.add(block_id)
 
     def _index(self, block_id: int, before: bytes | None, after: bytes | None) -> None:

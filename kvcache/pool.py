@@ -61,7 +61,7 @@ class KVPool:
             raise ConfigError(
                 f"a KV pool on {self.device} has no bytes in host memory: use --transport nixl"
             )
-        return memoryview(self.bytes.numpy())
+        return self.bytes.numpy().data
 
     # -- writing -----------------------------------------------------------------------------------
 
@@ -130,7 +130,7 @@ class KVPool:
         block_size = self.layout.block_size
         source = self._layers[layer]
         num_blocks = -(-num_tokens // block_size)
-        out_2KNBH = out.unflatten(2, (-1, block_size))
+        out_2KNBH = out.view(*out.shape[:2], out.shape[2] // block_size, *source.shape[3:])
         for index, first, count in _adjacent(block_ids[:num_blocks]):
             piece_2KnBH = source[first : first + count].permute(2, 1, 0, 3, 4)
             out_2KNBH[:, :, index : index + count].copy_(piece_2KnBH)

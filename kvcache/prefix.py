@@ -41,9 +41,7 @@ def hash_blocks(token_ids: Sequence[int], block_size: int, salt: str) -> list[by
     return hashes
 
 
-def match_prefix(
-    pools: Sequence[BlockPool], hashes: Sequence[bytes]
-) -> list[tuple[int, BlockRef]]:
+def match_prefix(pools: Sequence[BlockPool], hashes: Sequence[bytes]) -> list[tuple[int, BlockRef]]:
     """The longest prefix of ``hashes`` that the pools hold between them, as (pool, block) each.
 
     A prefix may be spread over the pools in any way; of two holders the first is taken.

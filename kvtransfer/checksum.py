@@ -25,5 +25,5 @@ def _checksum(pool: KVPool, spans: list[tuple[int, int]]) -> int:
     value = 0
     for offset, num_bytes in spans:
         piece = pool.bytes[offset : offset + num_bytes].cpu()  # no copy on CPU
-        value = zlib.crc32(piece.numpy(), value)
+        value = zlib.crc32(piece.numpy().data, value)
     return value

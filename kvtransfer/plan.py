@@ -69,7 +69,9 @@ def plan(
     ]
     spans = [(run.source_offset, run.target_offset, run.num_bytes) for run in of_one_layer]
     runs = [Run(s + ds, t + dt, n) for ds, dt in shifts for s, t, n in spans]
-    return _join(runs) if len(spans) == 1 else runs
+    if len(layers) > 1 and _is_adjacent(runs[len(spans) - 1], runs[len(spans)]):
+        return _join(runs)  # the end of one layer and the beginning of the next
+    return runs
 
 
 def source_runs(
@@ -109,23 +111,22 @@ def peers(num_kv_heads: int, own_tp_rank: int, own_tp_size: int, other_tp_size: 
     return range(first // other, (first + own - 1) // other + 1)
 
 
+def _is_adjacent(run: Run, after: Run) -> bool:
+    return (
+        after.source_offset == run.source_offset + run.num_bytes
+        and after.target_offset == run.target_offset + run.num_bytes
+    )
+
+
 def _join(runs: Iterable[Run]) -> list[Run]:
     """Join neighbours in the list that are adjacent on both sides."""
     joined: list[Run] = []
-    source, target, num_bytes = 0, 0, 0
     for run in runs:
-        if (
-            num_bytes
-            and run.source_offset == source + num_bytes
-            and run.target_offset == target + num_bytes
-        ):
-            num_bytes += run.num_bytes
-            continue
-        if num_bytes:
-            joined.append(Run(source, target, num_bytes))
-        source, target, num_bytes = run.source_offset, run.target_offset, run.num_bytes
-    if num_bytes:
-        joined.append(Run(source, target, num_bytes))
+        if joined and _is_adjacent(joined[-1], run):
+            last = joined[-1]
+            joined[-1] = Run(last.source_offset, last.target_offset, last.num_bytes + run.num_bytes)
+        else:
+            joined.append(run)
     return joined
 
 

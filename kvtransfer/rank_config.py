@@ -59,3 +59,8 @@ class RankConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     @property
     def tp_rank(self) -> int:
         return self.rank % self.tp_size
+
+    @property
+    def same_host(self) -> bool:
+        """Whether all ranks see one another's files and shared memory."""
+        return self.listen.startswith("ipc://")

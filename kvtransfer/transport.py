@@ -20,6 +20,7 @@ from collections.abc import Sequence
 
 from kvcache.pool import KVPool
 from kvtransfer.plan import Run
+from protocol.errors import TransferError
 from protocol.kv import RankEndpoint
 
 
@@ -106,3 +107,18 @@ class KVTransport(ABC):
         """Release everything. Idempotent. Called only when no read is in flight, or when the
         process ends: the pool's memory must not be used for anything else afterwards.
         """
+
+
+def check_runs(runs: Sequence[Run], source_bytes: int, target_bytes: int) -> None:
+    """Refuse runs that leave either pool; offsets may come from a peer.
+
+    Raises:
+        TransferError: a run is empty, or not inside both pools.
+    """
+    for run in runs:
+        if (
+            run.num_bytes <= 0
+            or not 0 <= run.source_offset <= source_bytes - run.num_bytes
+            or not 0 <= run.target_offset <= target_bytes - run.num_bytes
+        ):
+            raise TransferError(f"{run} leaves pools of {source_bytes} and {target_bytes} bytes")

@@ -11,8 +11,8 @@
 No torch here: shapes and indices only.
 """
 
-from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -103,9 +103,6 @@ class Shard:
         start, end = self.key_spans[index]
         return self._keys_before_span[index] + min(position, end) - start
 
-    def has_key(self, position: int) -> bool:
-        return self.num_keys_before(position) < self.num_keys_before(position + 1)
-
 
 class Partition:
     """A chunk on its ring, as layers with one attention window see it.
@@ -170,15 +167,39 @@ class Partition:
             oldest, cut = 0, None
             if self.window is not None:
                 oldest = shard.num_keys_before(run.start - self.window + 1)
-                # The last query no longer sees the oldest key that the first one sees.
-                cut = self.window if shard.has_key_in(oldest, run.end - self.window) else None
+                # Keys that the last query no longer sees: is there one among the slice's?
+                if shard.num_keys_before(run.end - self.window) > oldest:
+                    cut = self.window
             if oldest < before:
                 yield Sight(run, oldest, before, False, cut)
 
     def kv_hops(self, index: int) -> int:
-        """How far round the ring a rank's keys must travel for all that see any of them."""
-        return self._last_hop(lambda other: bool(self.sights(other, index)), index)
+        """How many ranks on a rank's keys must travel until all that see any of them had them."""
+        others = ((hop, (index + hop) % self.size) for hop in range(1, self.size))
+        return max((hop for hop, other in others if self.sights(other, index)), default=0)
 
     def q_hops(self, index: int) -> int:
-        """How far round the ring a rank's queries must travel to all keys that they see."""
-        return self._last_hop(lambda other: bool(self.sights(index, other)), index)
+        """How many ranks on a rank's queries must travel until they met all keys that they see."""
+        others = ((hop, (index + hop) % self.size) for hop in range(1, self.size))
+        return max((hop for hop, other in others if self.sights(index, other)), default=0)
+
+
+def _join(spans: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Join spans that touch; they come in ascending order and do not overlap."""
+    joined: list[tuple[int, int]] = []
+    for start, end in spans:
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], end)
+        else:
+            joined.append((start, end))
+    return tuple(joined)
+
+
+def _cut_runs(spans: Iterable[tuple[int, int]], limit: int | None) -> Iterator[Run]:
+    offset = 0
+    for start, end in spans:
+        step = end - start if limit is None else limit
+        for first in range(start, end, step):
+            run = Run(first, min(step, end - first), offset)
+            offset += run.num_tokens
+            yield run

@@ -1,0 +1,131 @@
+"""Figures (b) and (c): what of the hand-off is not hidden behind the prefill, and memory per rank.
+
+    python -m bench.handoff [--prefill cp2] [--decode tp2] [--tokens 8192] [--runs 5] [--json]
+
+Starts ``baton serve`` on the benchmark model, sends cold prompts of random token ids one after the
+other, and reads each request's time line. (b) is the time from the end of the prefill to the commit
+over the time from arrival to the first token that the decode pool made. (c) is each rank's resident
+memory, its weights and its KV pool subtracted.
+"""
+
+import argparse
+import contextlib
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from bench.checkpoint import write_shape
+from bench.environment import describe, headline
+
+KV_MEMORY_BYTES = 256 << 20
+VOCABULARY = 8000
+
+
+@contextlib.contextmanager
+def cluster(*flags: str) -> Iterator[httpx.Client]:
+    """A client of a ``baton serve`` that runs while the block does."""
+    command = [sys.executable, "-P", "-m", "launcher", "serve", "--port", "0", *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        line = process.stdout.readline()
+        if not line.startswith("ready "):
+            raise SystemExit(f"the cluster did not start: {line!r}")
+        with httpx.Client(base_url=line.split()[1], timeout=600.0) as client:
+            yield client
+    finally:
+        process.terminate()
+        process.wait(30)
+        process.stdout.close()
+
+
+def measure_request(client: httpx.Client, prompt: list[int]) -> dict[str, float]:
+    """One cold request: seconds to the first token and to the first decode step, exposed, bytes."""
+    body = {"prompt": prompt, "max_tokens": 4, "temperature": 0, "ignore_eos": True}
+    reply = client.post("/v1/completions", json=body)
+    reply.raise_for_status()
+    path = f"/v1/requests/{reply.headers['x-request-id']}/timeline"
+    timeline: dict[str, Any] = client.get(path).json()
+    events, transfer = timeline["events"], timeline["transfer"]
+    return {
+        "first_token_s": events["first_token"],
+        "first_decode_s": events["first_decode"],
+        "exposed_s": transfer["exposed_s"],
+        "exposed_share": transfer["exposed_s"] / events["first_decode"],
+        "moved_bytes": transfer["num_bytes"],
+        "layers_overlapped": transfer["num_layers_overlapped"],
+        "layers": transfer["num_layers"],
+    }
+
+
+def memory_beyond_weights_and_kv(client: httpx.Client, weight_bytes: int) -> dict[str, float]:
+    """MiB per rank that are neither its share of the weights nor its KV pool."""
+    beyond = {}
+    for pool in client.get("/v1/cluster").json()["pools"]:
+        for rank in pool["ranks"]:
+            share = weight_bytes / pool["tp_size"]
+            rest = rank["rss_bytes"] - share - KV_MEMORY_BYTES
+            beyond[f"{pool['pool_id']}/{rank['rank']}"] = rest / (1 << 20)
+    return beyond
+
+
+def run(prefill: str, decode: str, num_tokens: int, num_runs: int) -> dict[str, Any]:
+    """Start the cluster and measure; the first request is a warm-up that does not count."""
+    rng = random.Random(0)
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "bench-model"
+        write_shape(model, "bench")
+        weight_bytes = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+        flags = ("--prefill", prefill, "--decode", decode, "--kv-memory", str(KV_MEMORY_BYTES))
+        flags += ("--threads-per-rank", "1", "--checksum", "off")
+        with cluster(str(model), *flags) as client:
+            results = [
+                measure_request(client, [rng.randrange(VOCABULARY) for _ in range(num_tokens)])
+                for _ in range(num_runs + 1)
+            ][1:]
+            memory = memory_beyond_weights_and_kv(client, weight_bytes)
+    return {
+        "prefill": prefill,
+        "decode": decode,
+        "tokens": num_tokens,
+        "runs": results,
+        "exposed_share_median": statistics.median(r["exposed_share"] for r in results),
+        "memory_beyond_mib": memory,
+        "environment": describe(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--prefill", default="cp2")
+    parser.add_argument("--decode", default="tp2")
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    result = run(arguments.prefill, arguments.decode, arguments.tokens, arguments.runs)
+    if arguments.json:
+        print(json.dumps(result))
+        return
+    print(headline())
+    shares = [r["exposed_share"] for r in result["runs"]]
+    first = statistics.median(r["first_decode_s"] for r in result["runs"])
+    print(
+        f"{result['prefill']} -> {result['decode']}, {result['tokens']} tokens: first decode step "
+        f"after {first:.2f} s; transfer not hidden {statistics.median(shares):.2%} of it "
+        f"({min(shares):.2%} to {max(shares):.2%}), target 5%"
+    )
+    for name, mib in result["memory_beyond_mib"].items():
+        print(f"{name}: {mib:.0f} MiB beyond weights and KV, target 600")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""``python -P -m coordinator --config FILE``.
+
+Standard output has JSON lines for whoever started us, and nothing else: {"control": ADDRESS,
+"http": URL} when ranks can be started, {"ready": URL} when the cluster answers, or
+{"failed": REASON} before the exit code 1. The operator's mistakes are one line on standard error
+and the exit code 2. SIGTERM and SIGINT end the whole cluster with the exit code 0.
+"""
+
+import argparse
+import asyncio
+import ctypes
+import json
+import logging
+import os
+import signal
+import sys
+
+import uvloop
+
+from coordinator.config import CoordinatorConfig, read_config
+from coordinator.server import Coordinator, StartFailed
+from protocol.errors import ConfigError
+from protocol.logs import configure_logging
+
+EXIT_CLEAN, EXIT_FAILED, EXIT_CONFIG = 0, 1, 2
+_PR_SET_PDEATHSIG = 1
+
+
+def main() -> int:
+    """The exit code."""
+    parser = argparse.ArgumentParser(prog="coordinator")
+    parser.add_argument(
+        "--config", required=True, help="JSON file of the coordinator's configuration"
+    )
+    try:
+        config = read_config(parser.parse_args().config)
+        configure_logging("coordinator", config.log_level)
+        logging.getLogger("uvicorn").setLevel(logging.WARNING)
+        _die_with_parent(config.parent_pid)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_serve(config))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_CONFIG
+    except StartFailed as error:
+        _say({"failed": str(error)})
+        return EXIT_FAILED
+    return EXIT_CLEAN
+
+
+async def _serve(config: CoordinatorConfig) -> None:
+    coordinator = Coordinator(
+        config,
+        on_control=lambda control, http: _say({"control": control, "http": http}),
+        on_ready=lambda url: _say({"ready": url}),
+    )
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, coordinator.stop)
+    await coordinator.run()
+
+
+def _say(line: dict[str, str]) -> None:
+    print(json.dumps(line), flush=True)
+
+
+def _die_with_parent(parent_pid: int) -> None:
+    """Have the kernel end this process when ``parent_pid`` ends; 0 changes nothing."""
+    if parent_pid == 0 or sys.platform != "linux":
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != parent_pid:
+        raise ConfigError(f"the parent process {parent_pid} is gone")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,195 @@
+"""The HTTP surface: paths to functions. Pydantic and Starlette's types go no further than this.
+
+A request passes, from the outside in: limits and request id, authentication, then its route. What a
+route raises as ``RequestError`` becomes OpenAI's error object; so do 404 and 405.
+"""
+
+import logging
+import time
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from starlette.exceptions import HTTPException
+
+from coordinator.auth import SCOPE_TENANT, AuthMiddleware, Tenants
+from coordinator.chat import chat, encode_messages, read_messages
+from coordinator.cluster import describe_cluster, version_info
+from coordinator.completions import complete
+from coordinator.errors import error_response
+from coordinator.frontend import Asker, Frontend
+from coordinator.json_body import parse_json
+from coordinator.limits import LimitsMiddleware
+from coordinator.metrics import CONTENT_TYPE
+from coordinator.parameters import check_token_ids
+from coordinator.schemas import DetokenizeBody, TokenizeBody, validate
+from protocol.errors import RequestError
+
+_log = logging.getLogger(__name__)
+
+
+def build_app(frontend: Frontend, tenants: Tenants) -> FastAPI:
+    """The application that uvicorn serves."""
+    app = FastAPI(
+        title="Baton", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
+    )
+    app.add_middleware(AuthMiddleware, tenants=tenants)
+    app.add_middleware(LimitsMiddleware, limits=frontend.config.limits)
+    app.add_exception_handler(RequestError, _on_request_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    _add_generation(app, frontend)
+    _add_text(app, frontend)
+    _add_state(app, frontend)
+    return app
+
+
+async def _body(request: Request, frontend: Frontend) -> dict[str, Any]:
+    return parse_json(await request.body(), frontend.config.limits)
+
+
+def _add_generation(app: FastAPI, frontend: Frontend) -> None:
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        asker = Asker.of(request)
+        fields = await _body(request, frontend)
+        frontend.check_ready()
+        return await complete(frontend, asker, fields)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        asker = Asker.of(request)
+        fields = await _body(request, frontend)
+        frontend.check_ready()
+        return await chat(frontend, asker, fields)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [_model(frontend)]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        frontend.check_model(name)
+        return _model(frontend)
+
+    @app.get("/v1/requests/{request_id}/timeline")
+    async def timeline(request: Request, request_id: str) -> dict[str, Any]:
+        trace = frontend.traces.find(request_id, request.scope[SCOPE_TENANT].name)
+        if trace is None:
+            raise RequestError("no such request", code="request_not_found", status=404)
+        return trace.describe()
+
+
+def _model(frontend: Frontend) -> dict[str, Any]:
+    return {
+        "id": frontend.config.model_name,
+        "object": "model",
+        "created": frontend.started_at,
+        "owned_by": "baton",
+        "root": frontend.config.model,
+        "parent": None,
+        "max_model_len": frontend.max_model_len,
+        "permission": [],
+    }
+
+
+def _add_text(app: FastAPI, frontend: Frontend) -> None:
+    @app.post("/tokenize")
+    async def tokenize(request: Request) -> dict[str, Any]:
+        body = validate(TokenizeBody, await _body(request, frontend))
+        frontend.check_model(body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise RequestError(
+                "give either prompt or messages", code="invalid_value", param="prompt"
+            )
+        if body.prompt is not None:
+            text, adds = body.prompt, body.add_special_tokens is not False
+            frontend.check_text(text, "prompt")
+            token_ids = await frontend.tokenization.run(
+                lambda tools: tools.tokenizer.encode(text, add_special_tokens=adds)
+            )
+        else:
+            messages = read_messages(frontend, body.messages)
+            token_ids = await frontend.tokenization.run(
+                lambda tools: encode_messages(tools, messages)
+            )
+        tokenizer = frontend.tokenization.tools.tokenizer
+        strings = [tokenizer.token(t) for t in token_ids] if body.return_token_strs else None
+        return {
+            "count": len(token_ids),
+            "max_model_len": frontend.max_model_len,
+            "tokens": token_ids,
+            "token_strs": strings,
+        }
+
+    @app.post("/detokenize")
+    async def detokenize(request: Request) -> dict[str, Any]:
+        body = validate(DetokenizeBody, await _body(request, frontend))
+        frontend.check_model(body.model)
+        token_ids = check_token_ids("tokens", body.tokens, frontend.model.vocab_size)
+        text = await frontend.tokenization.run(
+            lambda tools: tools.tokenizer.decode(token_ids, skip_special_tokens=False)
+        )
+        return {"prompt": text}
+
+
+def _add_state(app: FastAPI, frontend: Frontend) -> None:
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}  # this loop runs: a hung one does not answer
+
+    @app.get("/ready")
+    async def ready() -> JSONResponse:
+        is_ready = frontend.control.complete.is_set() and bool(frontend.registry.serving("decode"))
+        missing = "" if is_ready else frontend.registry.missing()
+        return JSONResponse(
+            {"ready": is_ready, "reason": missing}, status_code=200 if is_ready else 503
+        )
+
+    @app.get("/version")
+    async def version() -> dict[str, Any]:
+        return version_info()
+
+    @app.get("/v1/cluster")
+    async def cluster() -> dict[str, Any]:
+        return describe_cluster(frontend, time.monotonic())
+
+    @app.get("/metrics")
+    async def metrics() -> PlainTextResponse:
+        service = frontend.service
+        text = service.metrics.render(
+            frontend.registry.pools.values(),
+            service.num_active,
+            service.num_leaked(time.monotonic()),
+        )
+        return PlainTextResponse(text, media_type=CONTENT_TYPE)
+
+
+async def _on_request_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
+    return _as_response(error)
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if error.status_code == 405:
+        allow = (error.headers or {}).get("allow") or (error.headers or {}).get("Allow", "")
+        response = _as_response(
+            RequestError(
+                f"{request.method} is not offered here", code="method_not_allowed", status=405
+            )
+        )
+        response.headers["allow"] = allow
+        return response
+    if error.status_code == 404:
+        return _as_response(RequestError("no such path", code="not_found", status=404))
+    return _as_response(
+        RequestError(str(error.detail), code="invalid_request", status=error.status_code)
+    )
+
+
+def _as_response(error: RequestError) -> Response:
+    status, headers, body = error_response(error)
+    response = Response(body, status)
+    for name, value in headers:
+        response.headers[name.decode()] = value.decode()
+    return response

@@ -1,0 +1,107 @@
+"""uvicorn's HTTP connection, with the limits that it does not have.
+
+A head that is too large, or that does not arrive in time, ends the connection; so does an HTTP/1.1
+request without a Host. A response whose reader has stopped can be cut off: a plain close would wait
+for the reader for ever.
+"""
+
+import asyncio
+from functools import partial
+from typing import cast
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from coordinator.config import Limits
+
+SCOPE_ABORT = "baton.abort_connection"
+_TOO_LARGE = (
+    431,
+    "Request Header Fields Too Large",
+    "the header is too large",
+    "headers_too_large",
+)
+_TOO_SLOW = (408, "Request Timeout", "the header did not arrive in time", "header_timeout")
+_NO_HOST = (400, "Bad Request", "the Host header is missing or double", "invalid_host")
+
+
+class GuardedConnection(HttpToolsProtocol):
+    """One connection. ``limits`` is bound by :func:`guarded`."""
+
+    def __init__(self, *args: object, limits: Limits, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]  # passed through as they came
+        self._limits = limits
+        self._head_bytes = 0
+        self._is_in_head = True
+        self._head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._start_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_in_head:
+            self._head_bytes += len(data)
+        super().data_received(data)
+        # What came with the head's end was counted too, so only an unfinished head is judged.
+        if self._is_in_head and self._head_bytes > self._limits.max_header_bytes + 8192:
+            self._refuse(*_TOO_LARGE)
+
+    def on_message_begin(self) -> None:
+        self._is_in_head = True
+        self._head_bytes = 0
+        self._start_timer()
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._stop_timer()
+        self._is_in_head = False
+        num_hosts = sum(name == b"host" for name, _ in self.headers)
+        if num_hosts != 1 and self.parser.get_http_version() == "1.1":
+            self._refuse(*_NO_HOST)
+            return
+        cast(dict[str, object], self.scope)[SCOPE_ABORT] = self.transport.abort
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        if not self.transport.is_closing():
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._is_in_head = True  # the next request's
+        self._head_bytes = 0
+        if not self.transport.is_closing():
+            super().on_message_complete()
+
+    def _start_timer(self) -> None:
+        self._stop_timer()
+        self._head_timer = self.loop.call_later(
+            self._limits.header_timeout_s, self._refuse, *_TOO_SLOW
+        )
+
+    def _stop_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _refuse(self, status: int, phrase: str, message: str, code: str) -> None:
+        if self.transport.is_closing():
+            return
+        body = (
+            f'{{"error":{{"message":"{message}","type":"invalid_request_error",'
+            f'"param":null,"code":"{code}"}}}}'
+        )
+        head = (
+            f"HTTP/1.1 {status} {phrase}\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write((head + body).encode("ascii"))
+        self.transport.close()
+
+
+def guarded(limits: Limits) -> type[asyncio.Protocol]:
+    """The protocol for ``uvicorn.Config(http=...)``; it only ever calls what it is given."""
+    return partial(GuardedConnection, limits=limits)  # type: ignore[return-value]

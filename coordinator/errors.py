@@ -1,0 +1,74 @@
+"""How a failure looks to an HTTP caller: OpenAI's error object, with a string code.
+
+A ``RequestError`` carries its status, code and parameter. Whatever else goes wrong is a 500 that
+says nothing of our insides; its trace is in the log under the request's id.
+"""
+
+from typing import Any
+
+import msgspec
+
+from protocol.errors import RequestError
+
+ERROR_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    408: "invalid_request_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "server_error",
+    504: "server_error",
+}
+RETRY_AFTER_S = 1
+
+# What a pool may say of a request, and the status that carries it. Any other code is our fault.
+STATUS_BY_CODE = {
+    "kv_capacity_exceeded": 400,
+    "context_length_exceeded": 400,
+    "invalid_request": 400,
+    "overloaded": 503,
+    "worker_lost": 503,
+    "no_workers": 503,
+    "shutting_down": 503,
+}
+
+
+def error_object(error: RequestError) -> dict[str, Any]:
+    """The body of an error response, and of an error frame in a stream."""
+    kind = ERROR_TYPES.get(error.status, "invalid_request_error")
+    return {
+        "error": {
+            "message": error.message,
+            "type": kind,
+            "param": error.param,
+            "code": error.code,
+        }
+    }
+
+
+def error_response(error: RequestError) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+    """(status, headers, body) of an error that is told before anything else was."""
+    body = msgspec.json.encode(error_object(error))
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+    ]
+    if error.status in (429, 503):
+        headers.append((b"retry-after", str(RETRY_AFTER_S).encode()))
+    if error.status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    if error.status in (408, 413, 431):
+        headers.append((b"connection", b"close"))  # what is left of the body is not read
+    return error.status, headers, body
+
+
+def pool_failure(code: str, message: str) -> RequestError:
+    """What a pool said about a request that it cannot go on with."""
+    return RequestError(message, code=code, status=STATUS_BY_CODE.get(code, 500))
+
+
+def internal_error() -> RequestError:
+    """A bug of ours; the details are in the log."""
+    return RequestError("internal error", code="internal_error", status=500)

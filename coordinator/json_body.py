@@ -1,0 +1,124 @@
+"""The body of a request, parsed as strictly as JSON is defined, and a little more.
+
+Refused: what is not UTF-8, a byte order mark, NaN and infinities (also as 1e400), duplicate keys,
+half surrogate pairs, and structures deeper or larger than any real request. Python's own parser
+takes most of these, and an engine behind it may not survive them.
+"""
+
+import json
+import math
+import re
+from typing import Any, NoReturn
+
+from coordinator.config import Limits
+from protocol.errors import RequestError
+
+_SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def parse_json(body: bytes, limits: Limits) -> dict[str, Any]:
+    """The object that ``body`` is.
+
+    Raises:
+        RequestError: it is none, with the code that says why.
+    """
+    if body.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
+        raise RequestError("the body starts with a byte order mark", code="invalid_encoding")
+    try:
+        text = body.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(
+            f"the body is not UTF-8 at byte {error.start}", code="invalid_encoding"
+        ) from error
+    parser = _Parser(limits)
+    try:
+        value = json.loads(
+            text,
+            object_pairs_hook=parser.take_object,
+            parse_constant=_refuse_constant,
+            parse_float=_finite_float,
+        )
+    except json.JSONDecodeError as error:
+        raise RequestError(f"the body is not JSON: {error}", code="invalid_json") from error
+    except RecursionError as error:
+        raise _too_deep(limits) from error
+    except ValueError as error:  # an integer of more digits than Python converts
+        raise RequestError(f"the body is not usable JSON: {error}", code="invalid_json") from error
+    if not isinstance(value, dict):
+        raise RequestError("the body must be a JSON object", code="invalid_type")
+    _check_depth(value, limits)
+    if _SURROGATE_ESCAPE.search(body):
+        _check_unicode(value)
+    return value
+
+
+class _Parser:
+    """Sees each object as it is completed."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._num_objects = 0
+
+    def take_object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        self._num_objects += 1
+        if self._num_objects > self._limits.max_json_objects:
+            raise RequestError(
+                f"the body has more than {self._limits.max_json_objects} objects", code="too_large"
+            )
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            keys = [key for key, _ in pairs]
+            double = next(key for key in keys if keys.count(key) > 1)
+            raise RequestError(
+                f"the key {double[:64]!r} is given twice", code="duplicate_key", param=double[:64]
+            )
+        return value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise RequestError(f"{name} is not JSON", code="invalid_json")
+
+
+def _finite_float(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise RequestError(f"the number {digits[:32]} is out of range", code="invalid_json")
+    return value
+
+
+def _too_deep(limits: Limits) -> RequestError:
+    return RequestError(
+        f"the body is nested deeper than {limits.max_json_depth} levels", code="too_deep"
+    )
+
+
+def _check_depth(value: dict[str, Any], limits: Limits) -> None:
+    level: list[Any] = [value]
+    for _ in range(limits.max_json_depth):
+        level = [item for container in level for item in _containers(container)]
+        if not level:
+            return
+    raise _too_deep(limits)
+
+
+def _containers(container: Any) -> list[Any]:  # noqa: ANN401 - any JSON value
+    items = container.values() if type(container) is dict else container
+    return [item for item in items if type(item) in (dict, list)]
+
+
+def _check_unicode(value: Any) -> None:  # noqa: ANN401 - any JSON value
+    """Only for bodies with an escaped surrogate. Depth is bounded by now."""
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                "a string has half a surrogate pair: it is no Unicode text", code="invalid_unicode"
+            ) from error
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _check_unicode(key)
+            _check_unicode(item)
+    elif isinstance(value, list):
+        for item in value:
+            _check_unicode(item)

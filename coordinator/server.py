@@ -1,0 +1,220 @@
+"""The coordinator process from its first socket to its last: everything in one event loop.
+
+1. The HTTP socket is bound first, so that a taken port is one line; then the control socket.
+2. ``on_control`` is told both addresses: only now can ranks be started.
+3. HTTP answers at once, with 503 until every expected pool serves; then ``on_ready``.
+4. A rank that is refused, or a start that takes too long, ends it with :class:`StartFailed`.
+5. ``stop``: nothing new is accepted, streams end with an error event, every rank is told to end.
+"""
+
+import asyncio
+import contextlib
+import logging
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+import uvicorn
+import zmq.asyncio
+
+from coordinator.api import build_app
+from coordinator.auth import Tenants
+from coordinator.config import CoordinatorConfig
+from coordinator.connection import guarded
+from coordinator.control import ControlPlane
+from coordinator.frontend import Frontend
+from coordinator.registry import Registry
+from coordinator.service import Service
+from coordinator.tokenizing import Tokenization
+from coordinator.traces import Traces
+from modeling.config import load_config
+from protocol.errors import BatonError, ConfigError
+from protocol.sockets import AsyncRouter
+
+KEEP_ALIVE_S = 75  # longer than clients keep idle connections, so that they close them first
+STOP_BUDGET_S = 2.0
+BACKLOG = 2048
+
+_log = logging.getLogger(__name__)
+
+
+class StartFailed(BatonError):
+    """The cluster did not come up. The message says why."""
+
+
+class _HttpServer(uvicorn.Server):
+    """uvicorn without its signal handlers: the process has its own."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class Coordinator:
+    """The whole coordinator. Create it in its event loop, then ``run``.
+
+    Args:
+        config: checked.
+        on_control: called with (control address, HTTP URL) once both are bound.
+        on_ready: called with the HTTP URL once the cluster answers.
+
+    Raises:
+        ConfigError: a model or tokenizer that cannot be read, an address that is taken.
+    """
+
+    def __init__(
+        self,
+        config: CoordinatorConfig,
+        on_control: Callable[[str, str], None],
+        on_ready: Callable[[str], None],
+    ) -> None:
+        self._config = config
+        self._on_control = on_control
+        self._on_ready = on_ready
+        self._stop = asyncio.Event()
+        self._model = load_config(config.model, max_model_len=config.max_model_len)
+        self._tokenization = Tokenization(config.model, config.num_tokenizer_threads)
+        self._socket = bind_http(config.host, config.port)
+        self.url = _url(config.host, self._socket)
+
+    def stop(self) -> None:
+        """End ``run`` soon. Call it in the event loop."""
+        self._stop.set()
+
+    async def run(self) -> None:
+        """Serve until ``stop``.
+
+        Raises:
+            StartFailed: see the module's docstring.
+        """
+        async with self._control() as (control, registry, router):
+            service = Service(self._config, registry, control.send, time.monotonic)
+            control.attach(service)
+            http = self._http_server(control, registry, service)
+            failure: StartFailed | None = None
+            async with asyncio.TaskGroup() as tasks:
+                serving = tasks.create_task(http.serve(sockets=[self._socket]))
+                plane = tasks.create_task(control.run())
+                self._on_control(router.address, self.url)
+                try:
+                    await self._wait_ready(control, registry)
+                    await self._stop.wait()
+                except StartFailed as error:
+                    failure = error  # raised when everything has been put away
+                finally:
+                    service.shut_down()
+                    http.should_exit = True
+                    plane.cancel()
+                    await control.shut_down("the coordinator ends")
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(asyncio.shield(serving), STOP_BUDGET_S)
+                    serving.cancel()
+            if failure is not None:
+                raise failure
+
+    @asynccontextmanager
+    async def _control(self) -> AsyncIterator[tuple[ControlPlane, Registry, AsyncRouter]]:
+        context = zmq.asyncio.Context()
+        try:
+            router = AsyncRouter(context, self._config.control_listen)
+            registry = Registry(
+                self._config.pools,
+                token=self._config.token,
+                model_fingerprint=self._model.fingerprint,
+                block_size=self._config.block_size,
+                coordinator_epoch=time.time_ns() // 1_000_000,
+                heartbeat_timeout_s=self._config.heartbeat_timeout_s,
+            )
+            try:
+                yield ControlPlane(router, registry), registry, router
+            finally:
+                # Linger is zero: give the last frames a moment to leave before the socket goes.
+                await asyncio.sleep(0.05)
+                router.close()
+        finally:
+            context.destroy(linger=0)
+            self._tokenization.close()
+            self._socket.close()
+
+    def _http_server(
+        self, control: ControlPlane, registry: Registry, service: Service
+    ) -> _HttpServer:
+        frontend = Frontend(
+            config=self._config,
+            model=self._model,
+            registry=registry,
+            control=control,
+            service=service,
+            tokenization=self._tokenization,
+            traces=Traces(),
+            started_at=int(time.time()),
+        )
+        tenants = Tenants(self._config.api_keys, self._config.secret or self._config.token)
+        return _HttpServer(
+            uvicorn.Config(
+                build_app(frontend, tenants),
+                http=guarded(self._config.limits),
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                timeout_keep_alive=KEEP_ALIVE_S,
+                timeout_graceful_shutdown=1,
+            )
+        )
+
+    async def _wait_ready(self, control: ControlPlane, registry: Registry) -> None:
+        complete: asyncio.Future[object] = asyncio.ensure_future(control.complete.wait())
+        stop: asyncio.Future[object] = asyncio.ensure_future(self._stop.wait())
+        refused: asyncio.Future[object] = asyncio.ensure_future(control.refused)
+        try:
+            done, _ = await asyncio.wait(
+                {complete, stop, refused},
+                timeout=self._config.ready_timeout_s,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            if refused in done:
+                raise StartFailed(f"a worker was refused: {control.refused.result()}")
+            if not done:
+                raise StartFailed(
+                    f"not ready after {self._config.ready_timeout_s:.0f} s: {registry.missing()}"
+                )
+            if complete in done:
+                self._on_ready(self.url)
+        finally:
+            complete.cancel()
+            stop.cancel()
+
+
+def bind_http(host: str, port: int) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+        ConfigError: the host is unknown here, or the port is taken.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except socket.gaierror as error:
+        raise ConfigError(f"--host {host}: {error.strerror}") from error
+    listener = socket.socket(family, kind, protocol)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"--port {port}: cannot listen on {host}: {error.strerror}; choose another, or 0"
+        ) from error
+    listener.setblocking(False)
+    return listener
+
+
+def _url(host: str, listener: socket.socket) -> str:
+    shown = f"[{host}]" if ":" in host else host
+    return f"http://{shown}:{listener.getsockname()[1]}"

@@ -1,0 +1,89 @@
+"""What became of the latest requests: ``/v1/requests/{id}/timeline``, asked by their own tenant."""
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from coordinator.records import Record
+from protocol.timeline import Event
+
+MAX_TRACES = 1024
+
+
+@dataclass(slots=True)
+class Trace:
+    """One HTTP request and the sequences that it became."""
+
+    request_id: str  # the server's
+    client_request_id: str  # what was echoed
+    tenant: str
+    model: str
+    created: int
+    records: list[Record] = field(default_factory=list)
+
+    def describe(self) -> dict[str, Any]:
+        """For JSON. Times are seconds from the arrival, of the coordinator's clock."""
+        return {
+            "id": self.request_id,
+            "object": "request.timeline",
+            "client_request_id": self.client_request_id,
+            "model": self.model,
+            "created": self.created,
+            "requests": [_describe(record) for record in self.records],
+        }
+
+
+def _describe(record: Record) -> dict[str, Any]:
+    arrived = record.timeline.times.get(Event.ARRIVED, 0.0)
+    return {
+        "request_id": record.request_id,
+        "attempt": record.attempt,
+        "state": record.state.value,
+        "finish_reason": record.finish_reason,
+        "error_code": record.error_code or None,
+        "num_prompt_tokens": record.num_prompt_tokens,
+        "num_output_tokens": len(record.output_token_ids),
+        "num_cached_tokens": record.num_cached_tokens,
+        "num_prefilled_tokens": record.num_prefilled_tokens,
+        "decode_pool": record.decode_pool or None,
+        "prefill_pool": record.prefill_pool or None,
+        "events": {
+            event.value: round(record.timeline.times[event] - arrived, 6)
+            for event in Event
+            if event in record.timeline.times
+        },
+        "prefill": None if record.path is None else _builtins(record.path),
+        "transfer": None if record.stats is None else _builtins(record.stats),
+        "path": record.describe_path(),
+    }
+
+
+def _builtins(struct: msgspec.Struct) -> dict[str, Any]:
+    return {name: getattr(struct, name) for name in struct.__struct_fields__}
+
+
+class Traces:
+    """The latest ``max_traces`` requests, by any id that their caller has seen."""
+
+    def __init__(self, max_traces: int = MAX_TRACES) -> None:
+        self._max_traces = max_traces
+        self._by_id: OrderedDict[str, Trace] = OrderedDict()
+        self._by_client_id: dict[tuple[str, str], str] = {}
+
+    def add(self, trace: Trace) -> None:
+        self._by_id[trace.request_id] = trace
+        self._by_client_id[trace.tenant, trace.client_request_id] = trace.request_id
+        while len(self._by_id) > self._max_traces:
+            _, old = self._by_id.popitem(last=False)
+            key = (old.tenant, old.client_request_id)
+            if self._by_client_id.get(key) == old.request_id:
+                del self._by_client_id[key]
+
+    def find(self, request_id: str, tenant: str) -> Trace | None:
+        """By the id of the answer, the engine's, or ``x-request-id``; None if not this tenant's."""
+        known = self._by_client_id.get((tenant, request_id))
+        bare = request_id.removeprefix("cmpl-").removeprefix("chatcmpl-").partition("-")[0]
+        trace = self._by_id.get(known or bare)
+        return trace if trace is not None and trace.tenant == tenant else None

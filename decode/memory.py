@@ -1,0 +1,118 @@
+"""Which blocks a sequence holds: every change of the decode pool's block space is made here. Pure.
+
+The life of a sequence's blocks
+1. ``allocate`` shares the longest cached prefix and takes new blocks for the rest;
+2. ``begin_transfer`` while a hand-off may write into them, ``end_transfer`` when none can any more;
+3. ``grow`` adds one when the context crosses a block boundary;
+4. ``offer`` names the full blocks by their hashes, for later prompts to find;
+5. ``release`` gives them all up: in one place, whatever ended the sequence.
+"""
+
+from decode.sequence import Sequence
+from kvcache.blocks import BlockPool
+from kvcache.prefix import hash_blocks
+from protocol.messages import BlockCounts, CacheUpdate
+
+
+class SequenceMemory:
+    """A decode pool's blocks, by sequence.
+
+    Args:
+        pool: the block space; nobody else changes it.
+        watermark_blocks: kept available for running sequences when one is admitted.
+    """
+
+    def __init__(self, pool: BlockPool, watermark_blocks: int) -> None:
+        self._pool = pool
+        self._watermark_blocks = watermark_blocks
+        self.block_size = pool.block_size
+        self.num_slots = pool.num_blocks * pool.block_size
+        self.has_new_room = True  # something was given up since someone last cleared this
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def allocate(self, sequence: Sequence, num_slots: int, *, is_alone: bool) -> bool:
+        """Give ``sequence`` blocks for ``num_slots`` tokens, or change nothing and say False.
+
+        Unless its KV waits in host memory, leading blocks are shared with whoever computed them
+        before; at least one token is left to compute, for there is nothing to sample from else.
+
+        Args:
+            sequence: holds no block.
+            num_slots: tokens that must find room.
+            is_alone: no other sequence holds a block, so none needs room to grow.
+        """
+        assert not sequence.blocks, "a sequence's blocks are allocated once"
+        pool = self._pool
+        cached = [] if sequence.num_swapped_blocks else pool.match(self._reusable(sequence))
+        num_new = self.num_blocks_for(num_slots) - len(cached)
+        pool.share(cached)  # first: what is shared can no longer be evicted for the rest
+        if not pool.can_allocate(num_new + (0 if is_alone else self._watermark_blocks)):
+            pool.release(cached)
+            return False
+        sequence.blocks = cached + pool.allocate(num_new, cached[-1] if cached else None)
+        sequence.num_hashed_blocks = len(cached)
+        if not sequence.num_swapped_blocks:
+            sequence.num_computed_tokens = len(cached) * self.block_size
+        return True
+
+    def grow(self, sequence: Sequence) -> bool:
+        """Make sure that the next token to compute has a slot; False when there is no block."""
+        if sequence.num_tokens <= len(sequence.blocks) * self.block_size:
+            return True
+        if not self._pool.can_allocate(1):
+            return False
+        sequence.blocks += self._pool.allocate(1, sequence.blocks[-1])
+        sequence.num_new_blocks += 1
+        return True
+
+    def begin_transfer(self, sequence: Sequence) -> int:
+        """Mark the prompt's blocks that are not cached as written by a peer; the first's index."""
+        first = sequence.num_cached_tokens // self.block_size
+        end = self.num_blocks_for(sequence.num_prompt_tokens)
+        sequence.in_transfer = sequence.blocks[first:end]
+        self._pool.begin_transfer(sequence.in_transfer)
+        return first
+
+    def end_transfer(self, sequence: Sequence) -> None:
+        """No byte lands in the sequence's blocks any more."""
+        self._pool.end_transfer(sequence.in_transfer)
+        sequence.in_transfer = []
+        self.has_new_room = True
+
+    def offer_prompt(self, sequence: Sequence) -> None:
+        """Let others find the full blocks of the prompt whose KV is computed."""
+        self._offer(sequence, min(sequence.num_computed_tokens, sequence.num_prompt_tokens))
+
+    def release(self, sequence: Sequence) -> None:
+        """Give up every block; the full ones, of prompt and output, stay to be found."""
+        if sequence.num_computed_tokens // self.block_size > len(sequence.block_hashes):
+            tokens = sequence.tokens(0, sequence.num_computed_tokens)
+            sequence.block_hashes = hash_blocks(tokens, self.block_size, sequence.salt)
+        self._offer(sequence, sequence.num_computed_tokens)
+        self._pool.release(sequence.blocks)
+        sequence.blocks = []
+        sequence.num_new_blocks = 0
+        self.has_new_room = True
+
+    def take_cache_update(self) -> CacheUpdate | None:
+        """What a prompt can newly, or no longer, hit."""
+        stored, evicted = self._pool.take_cache_events()
+        return CacheUpdate(stored=stored, evicted=evicted) if stored or evicted else None
+
+    def counts(self) -> BlockCounts:
+        return self._pool.counts()
+
+    def _reusable(self, sequence: Sequence) -> list[bytes]:
+        if not sequence.block_hashes:
+            tokens = sequence.tokens(0, sequence.num_tokens)
+            sequence.block_hashes = hash_blocks(tokens, self.block_size, sequence.salt)
+        return sequence.block_hashes[: (sequence.num_tokens - 1) // self.block_size]
+
+    def _offer(self, sequence: Sequence, num_tokens: int) -> None:
+        """Of equal blocks the pool keeps the first that it was told of."""
+        end = num_tokens // self.block_size
+        for index in range(sequence.num_hashed_blocks, end):
+            self._pool.set_hash(sequence.blocks[index], sequence.block_hashes[index])
+        sequence.num_hashed_blocks = max(end, sequence.num_hashed_blocks)

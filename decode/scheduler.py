@@ -1,0 +1,391 @@
+"""What a decode pool does next. Pure: messages and events in, plans and commands out.
+
+The life of a request
+1. ``Reserve`` queues it. When there is room it shares its cached prefix and gets blocks for the
+   rest of its prompt and one token more: credits are given out before any prefill starts, so a
+   prefill pool never holds blocks for which there is no room here.
+2. The ranks are told to expect a hand-off into those blocks; once they do, ``Ticket``.
+3. Either ``TargetCommitted``: it joins the batch with the token that the prefill pool sampled.
+   Or ``ComputeHere``: the unused hand-off is closed, and the prompt is computed here in chunks.
+4. A step computes the next token of every decoding sequence, and with what is left of the token
+   budget the next chunks of prompts. Out of blocks, the newest sequence goes to host memory; the
+   oldest comes back first, before anybody new is admitted.
+5. The end, an abort, a broken hand-off: its blocks are given up and ``Released`` is said, after the
+   last byte that could land in them has.
+
+Events are handled between ``update`` and the next ``schedule``, never while a plan is under way.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from decode.batch import Batch, SchedulerLimits
+from decode.memory import SequenceMemory
+from decode.sequence import Key, Sequence
+from decode.states import Change, State
+from kvcache.blocks import BlockPool
+from kvtransfer.events import (
+    CloseTarget,
+    Command,
+    ControlReceived,
+    Event,
+    HandoffBroken,
+    OpenTargetBlocks,
+    SendControl,
+    TargetClosed,
+    TargetCommitted,
+    TargetIsOpen,
+)
+from protocol.messages import (
+    Abort,
+    BlockCounts,
+    Committed,
+    ComputeHere,
+    NewToken,
+    Released,
+    RequestFailed,
+    Reserve,
+    Ticket,
+    ToCoordinator,
+    Tokens,
+)
+from protocol.plans import DecodePlan, SampledToken
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What the heartbeat says of a pool."""
+
+    num_waiting: int
+    num_running: int
+    pending_tokens: int
+    blocks: BlockCounts
+    counters: dict[str, float]
+
+
+@dataclass(slots=True)
+class Totals:
+    """Counted since the start."""
+
+    num_granted: int = 0
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_output_tokens: int = 0  # sampled here
+    queue_s: float = 0.0
+    busy_s: float = 0.0
+
+    def grant(self, sequence: Sequence, now: float) -> None:
+        self.num_granted += 1
+        self.num_prompt_tokens += sequence.num_prompt_tokens
+        self.num_cached_tokens += sequence.num_cached_tokens
+        self.queue_s += now - sequence.arrived_s
+
+    def counters(self) -> dict[str, float]:
+        return {
+            "requests_total": self.num_granted,
+            "prompt_tokens_total": self.num_prompt_tokens,
+            "cached_tokens_total": self.num_cached_tokens,
+            "output_tokens_total": self.num_output_tokens,
+            "queue_s_total": self.queue_s,
+            "busy_s_total": self.busy_s,
+        }
+
+
+class DecodeScheduler:
+    """The leader's decisions over one block space.
+
+    Args:
+        pool: the pool's block space, for the scheduler alone.
+        limits: how much to take on.
+        model_fingerprint: part of every block hash.
+    """
+
+    def __init__(self, pool: BlockPool, limits: SchedulerLimits, model_fingerprint: str) -> None:
+        self._limits = limits
+        self._memory = SequenceMemory(pool, limits.watermark_blocks)
+        self._batch = Batch(self._memory, limits)
+        self._model_fingerprint = model_fingerprint
+        # The last token generated needs no slot: nothing follows it.
+        self._max_len = min(limits.max_model_len, self._memory.num_slots + 1)
+        self._sequences: dict[Key, Sequence] = {}  # all that are not RELEASED
+        self._queue: deque[Sequence] = deque()  # QUEUED
+        self._num_closing = 0
+        self._commands: list[Command] = []
+        self._plan: DecodePlan | None = None  # under way
+        self._step_started_s = 0.0
+        self._num_arrivals = 0
+        self._totals = Totals()
+
+    # -- in: events --------------------------------------------------------------------------------
+
+    def on_event(self, event: Event, now: float) -> None:
+        """Take note of a message or of what became of a hand-off; others' events are ignored."""
+        assert self._plan is None, "events are handled between steps"
+        match event:
+            case ControlReceived(Reserve() as message):
+                self._on_reserve(message, now)
+            case ControlReceived(ComputeHere() as message):
+                self._on_compute_here(message)
+            case ControlReceived(Abort() as message):
+                self._on_abort(message)
+            case TargetIsOpen():
+                self._on_open(event)
+            case TargetCommitted():
+                self._on_committed(event)
+            case TargetClosed():
+                self._on_closed(event)
+            case HandoffBroken(side="target"):
+                self._on_broken(event)
+
+    def _on_reserve(self, message: Reserve, now: float) -> None:
+        key = (message.request_id, message.attempt)
+        if key in self._sequences:
+            return
+        sequence = Sequence.of(message, self._num_arrivals, now, self._model_fingerprint)
+        self._num_arrivals += 1
+        self._sequences[key] = sequence
+        self._queue.append(sequence)
+        if sequence.num_prompt_tokens + 1 > self._memory.num_slots:
+            self._fail(
+                sequence,
+                "kv_capacity_exceeded",
+                f"the prompt's {sequence.num_prompt_tokens} tokens and one more do not fit into "
+                f"the {self._memory.num_slots} that this decode pool can hold",
+            )
+            self._give_up(sequence)
+
+    def _on_compute_here(self, message: ComputeHere) -> None:
+        sequence = self._sequences.get((message.request_id, message.attempt))
+        if sequence is None:
+            return
+        if sequence.state is State.QUEUED:
+            sequence.is_local = True  # no hand-off need ever be opened
+        elif sequence.state in (State.OPENING, State.RESERVED):
+            if sequence.state is State.OPENING:
+                self._give_ticket(sequence)
+            sequence.is_local = True
+            sequence.advance(Change.COMPUTE_HERE)
+            self._commands.append(CloseTarget(*sequence.key))
+
+    def _on_abort(self, message: Abort) -> None:
+        sequence = self._sequences.get((message.request_id, message.attempt))
+        if sequence is not None:
+            self._give_up(sequence)
+        else:
+            self._send(Released(message.request_id, message.attempt))
+
+    def _on_open(self, event: TargetIsOpen) -> None:
+        sequence = self._sequences.get((event.request_id, event.attempt))
+        if sequence is not None and sequence.state is State.OPENING:
+            sequence.advance(Change.OPENED)
+            self._give_ticket(sequence)
+
+    def _on_committed(self, event: TargetCommitted) -> None:
+        sequence = self._sequences.get((event.request_id, event.attempt))
+        if sequence is None or not sequence.holds_handoff:
+            return
+        if sequence.state is not State.RESERVED:
+            self._end_handoff(sequence, Change.COMMITTED)  # closing already: as good as closed
+        elif event.num_tokens != sequence.num_prompt_tokens:
+            self._fail(
+                sequence,
+                "handoff_failed",
+                f"{event.num_tokens} tokens were committed for a prompt of "
+                f"{sequence.num_prompt_tokens}",
+            )
+            self._close_handoff(sequence)
+            self._end_handoff(sequence, Change.COMMITTED)
+        else:
+            sequence.num_computed_tokens = event.num_tokens
+            sequence.output_token_ids.append(event.first_token_id)
+            self._send(Committed(*sequence.key, event.stats))
+            self._end_handoff(sequence, Change.COMMITTED)
+            if sequence.finish_reason(self._max_len) is not None:
+                self._end(sequence)  # the coordinator knows from the prefill pool
+
+    def _on_closed(self, event: TargetClosed) -> None:
+        sequence = self._sequences.get((event.request_id, event.attempt))
+        if sequence is not None and sequence.state in (State.SWITCHING, State.CLOSING):
+            self._end_handoff(sequence, Change.CLOSED)
+
+    def _on_broken(self, event: HandoffBroken) -> None:
+        sequence = self._sequences.get((event.request_id, event.attempt))
+        if sequence is not None and sequence.state in (State.OPENING, State.RESERVED):
+            self._fail(sequence, "handoff_failed", event.reason)
+            self._close_handoff(sequence)
+
+    # -- the ways out of a state -------------------------------------------------------------------
+
+    def _give_ticket(self, sequence: Sequence) -> None:
+        self._send(Ticket(*sequence.key, sequence.num_cached_tokens))
+
+    def _end_handoff(self, sequence: Sequence, change: Change) -> None:
+        """Nothing can land any more: run with what is here, or be gone."""
+        sequence.advance(change)
+        self._memory.end_transfer(sequence)
+        if sequence.state is State.RUNNING:
+            self._memory.offer_prompt(sequence)
+            self._batch.join(sequence)
+        else:
+            self._num_closing -= 1
+            self._forget(sequence)
+
+    def _close_handoff(self, sequence: Sequence) -> None:
+        """Give up the blocks; they are nobody's until no byte can land in them any more."""
+        if sequence.state is not State.SWITCHING:  # then it is being closed already
+            self._commands.append(CloseTarget(*sequence.key))
+        sequence.advance(Change.CLOSE)
+        self._memory.release(sequence)
+        self._num_closing += 1
+
+    def _give_up(self, sequence: Sequence) -> None:
+        """End a sequence wherever it stands."""
+        if sequence.state is State.CLOSING:
+            return
+        if sequence.holds_handoff:
+            self._close_handoff(sequence)
+        else:
+            self._end(sequence)
+
+    def _end(self, sequence: Sequence) -> None:
+        """A sequence without hand-off is over: finished or given up."""
+        if sequence.state is State.QUEUED:
+            self._queue.remove(sequence)
+            self._memory.has_new_room = True  # another may be first in the queue
+        else:
+            self._batch.leave(sequence)
+        sequence.advance(Change.END)
+        if sequence.blocks:
+            self._memory.release(sequence)
+        self._forget(sequence)
+
+    def _forget(self, sequence: Sequence) -> None:
+        del self._sequences[sequence.key]
+        self._send(Released(*sequence.key))
+
+    def _fail(self, sequence: Sequence, code: str, message: str) -> None:
+        self._send(RequestFailed(*sequence.key, code, message))
+
+    def _send(self, message: ToCoordinator) -> None:
+        self._commands.append(SendControl(message))
+
+    # -- out: plans --------------------------------------------------------------------------------
+
+    def schedule(self, now: float) -> DecodePlan | None:
+        """The next step's plan, or None when there is nothing to do. ``update`` must follow."""
+        assert self._plan is None, "the last plan has not been updated"
+        batch = self._batch
+        batch.make_room(self._num_holders - len(batch.running))
+        if not batch.preempted:
+            self._admit(now)
+        self._plan = batch.plan()
+        self._step_started_s = now
+        return self._plan
+
+    @property
+    def _num_holders(self) -> int:
+        """Sequences that hold blocks of their own."""
+        num_without = len(self._queue) + len(self._batch.preempted) + self._num_closing
+        return len(self._sequences) - num_without
+
+    def _admit(self, now: float) -> None:
+        """Grant blocks in the order of arrival; nobody overtakes one that waits for room.
+
+        Never in a step that pre-empts: a peer could write into blocks that a slower rank of this
+        pool has yet to copy to host memory.
+        """
+        while self._queue and self._memory.has_new_room:
+            sequence = self._queue[0]
+            num_holders = self._num_holders
+            num_slots = sequence.num_prompt_tokens + 1
+            if num_holders >= self._limits.max_num_sequences or not self._memory.allocate(
+                sequence, num_slots, is_alone=num_holders == 0
+            ):
+                self._memory.has_new_room = False  # do not ask again before something changes
+                return
+            self._queue.popleft()
+            sequence.num_cached_tokens = sequence.num_computed_tokens
+            self._totals.grant(sequence, now)
+            if sequence.is_local:
+                sequence.advance(Change.GRANT_LOCAL)
+                self._give_ticket(sequence)
+                self._batch.join(sequence)
+            else:
+                sequence.advance(Change.GRANT)
+                first = self._memory.begin_transfer(sequence)
+                blocks = tuple(sequence.in_transfer)
+                self._commands.append(OpenTargetBlocks(*sequence.key, first, blocks))
+
+    def sampled(self, plan: DecodePlan) -> list[Sequence]:
+        """The sequences of which ``plan`` samples a token, in its order."""
+        steps = plan.sequences
+        return [self._sequences[step.request_id, step.attempt] for step in steps if step.sample]
+
+    def update(self, plan: DecodePlan, tokens: Iterable[SampledToken], now: float) -> None:
+        """Take note of what the step under way has brought.
+
+        Args:
+            plan: what ``schedule`` returned.
+            tokens: one for each sequence that was to be sampled, in the plan's order.
+            now: after the step, on the clock of ``schedule``.
+        """
+        assert plan is self._plan, "only the plan under way can be updated"
+        self._plan = None
+        self._totals.busy_s += now - self._step_started_s
+        sampled = iter(tokens)
+        new_tokens: list[NewToken] = []
+        finished: list[Sequence] = []
+        for step in plan.sequences:
+            sequence = self._sequences[step.request_id, step.attempt]
+            is_prompt = sequence.num_computed_tokens < sequence.num_prompt_tokens
+            sequence.num_computed_tokens += len(step.token_ids)
+            if is_prompt:
+                self._memory.offer_prompt(sequence)
+            if step.sample:
+                new_tokens.append(self._append(sequence, next(sampled)))
+                if new_tokens[-1].finish_reason is not None:
+                    finished.append(sequence)
+        if new_tokens:
+            self._totals.num_output_tokens += len(new_tokens)
+            self._send(Tokens(plan.step, tuple(new_tokens)))
+        for sequence in finished:  # its last token goes first
+            self._end(sequence)
+
+    def _append(self, sequence: Sequence, token: SampledToken) -> NewToken:
+        assert (token.request_id, token.attempt) == sequence.key, "tokens out of order"
+        sequence.output_token_ids.append(token.token_id)
+        index = len(sequence.output_token_ids) - 1
+        finish_reason = sequence.finish_reason(self._max_len)
+        return NewToken(*sequence.key, index, token.token_id, finish_reason, token.logprobs)
+
+    # -- out: commands and figures -----------------------------------------------------------------
+
+    def take_commands(self) -> list[Command]:
+        """What the transfer thread is to do, since the last call, in order."""
+        update = self._memory.take_cache_update()
+        if update is not None:
+            self._send(update)
+        commands, self._commands = self._commands, []
+        return commands
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is here at all."""
+        return not self._sequences
+
+    def load(self) -> Load:
+        """What the heartbeat says."""
+        batch = self._batch
+        return Load(
+            num_waiting=len(self._queue) + len(batch.preempted),
+            num_running=len(batch.running),
+            pending_tokens=sum(sequence.num_pending_tokens for sequence in batch.running),
+            blocks=self._memory.counts(),
+            counters={
+                **self._totals.counters(),
+                "preemptions_total": batch.num_preemptions,
+                "recomputed_tokens_total": batch.num_recomputed_tokens,
+                "swapped_blocks": batch.num_swapped_blocks,
+            },
+        )

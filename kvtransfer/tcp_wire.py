@@ -1,0 +1,66 @@
+"""What the two ends of a TCP read say to each other.
+
+1. source -> reader: ``NONCE_BYTES`` of randomness;
+2. reader -> source: ``prove(token, incarnation of the source, nonce)``; the token itself never
+   travels, and a proof is of no use to whoever listens at a dead rank's port;
+3. reader -> source, any number of times: a uint32 count, then (uint64 offset, uint64 bytes) each;
+4. source -> reader: those bytes of its pool, in that order, without any framing.
+
+Whoever breaks this is disconnected; there are no error messages. Integers are little-endian.
+"""
+
+import hashlib
+import hmac
+import struct
+from collections.abc import Sequence
+
+NONCE_BYTES = 16
+PROOF_BYTES = hashlib.sha256().digest_size
+HANDSHAKE_TIMEOUT_S = 5.0
+MAX_RUNS = 1 << 18
+COUNT = struct.Struct("<I")
+RUN = struct.Struct("<QQ")
+
+_MAX_VIEWS = 512  # per system call; Linux allows 1024
+_MAX_VIEW_BYTES = 4 << 20
+
+
+def prove(token: str, incarnation: str, nonce: bytes) -> bytes:
+    """That we know the token: HMAC-SHA256, over the nonce and who it is shown to."""
+    message = b"baton kv read\0" + nonce + incarnation.encode()
+    return hmac.digest(token.encode(), message, hashlib.sha256)
+
+
+class Cursor:
+    """How far a list of pieces of one memory has been sent or received."""
+
+    def __init__(self, memory: memoryview, spans: Sequence[tuple[int, int]]) -> None:
+        self._memory = memory
+        self._spans = spans  # (offset, bytes), none empty
+        self._index = 0
+        self._done = 0  # bytes of the present span
+
+    @property
+    def is_done(self) -> bool:
+        return self._index == len(self._spans)
+
+    def views(self) -> list[memoryview]:
+        """The next pieces, as many as one system call should take."""
+        views = []
+        room = _MAX_VIEW_BYTES
+        skip = self._done
+        for offset, num_bytes in self._spans[self._index : self._index + _MAX_VIEWS]:
+            size = min(num_bytes - skip, room)
+            views.append(self._memory[offset + skip : offset + skip + size])
+            room -= size
+            skip = 0
+            if not room:
+                break
+        return views
+
+    def advance(self, num_bytes: int) -> None:
+        """Count bytes that a call has moved."""
+        self._done += num_bytes
+        while self._index < len(self._spans) and self._done >= self._spans[self._index][1]:
+            self._done -= self._spans[self._index][1]
+            self._index += 1

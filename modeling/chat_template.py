@@ -1,0 +1,289 @@
+"""Chat messages to the text, and the token ids, that a model was trained to see.
+
+The template is code of the checkpoint: it runs in jinja2's immutable sandbox with a bound on its
+output and its time, and what it raises is the request's failure, never ours. A caller's message is
+data: it is never rendered as a template, and text in it that spells a control token
+(``<|im_end|>``) is encoded as text. Without a template in the checkpoint, each message becomes a
+line ``role: content`` and the answer is asked for with ``assistant:``.
+"""
+
+import json
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, LoopControlExtension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
+
+from modeling.config import is_arithmetic
+from modeling.json_fields import read_json
+from modeling.tokenizer import Tokenizer
+from protocol.errors import ConfigError, RequestError
+
+DEFAULT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+MAX_SOURCE_CHARS = 1 << 20
+MAX_OUTPUT_CHARS = 32 << 20
+MAX_RENDER_S = 2.0
+MAX_PRODUCT = 1 << 20
+WIDE_FORMAT = re.compile(r"%[^a-zA-Z%]*(\d{5}|\*)")
+GUARDS = range(0x10FF00, 0x10FFFE)  # private use: no tokenizer has merges for them
+RENDER_ERRORS = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    RuntimeError,
+)
+
+
+class _GenerationTag(Extension):
+    """``{% generation %}``, by which training code finds the assistant's turns: no effect here."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """``namespace(...)`` without underscored names, which could pass for Python's own."""
+
+    def __init__(*args: Any, **attributes: Any) -> None:  # noqa: ANN401 - a template stores anything
+        own, *rest = args
+        checked = dict(*rest, **attributes)
+        if any(str(name).startswith("_") for name in checked):
+            raise jinja2.exceptions.SecurityError("a namespace takes no underscored names")
+        jinja2.utils.Namespace.__init__(own, checked)
+
+    def __setitem__(self, name: str, value: Any) -> None:  # noqa: ANN401
+        if name.startswith("_"):
+            raise jinja2.exceptions.SecurityError("a namespace takes no underscored names")
+        super().__setitem__(name, value)
+
+
+class _TickingRange(Sequence[int]):
+    """A range that ends a render which takes too long: loops need not write anything."""
+
+    def __init__(self, steps: range, deadline: float) -> None:
+        self._steps = steps
+        self._deadline = deadline
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __getitem__(self, index: Any) -> Any:  # noqa: ANN401 - an index or a slice
+        return self._steps[index]
+
+    def __iter__(self) -> Iterator[int]:
+        for step in self._steps:
+            _check_time(self._deadline)
+            yield step
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """The sandbox, with products bounded: ``'a' * 10**10`` would be one step."""
+
+    intercepted_binops = frozenset({"*", "**", "%"})
+
+    def call_binop(  # a template computes with anything
+        self,
+        context: jinja2.runtime.Context,
+        operator: str,
+        left: Any,  # noqa: ANN401
+        right: Any,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        numbers = isinstance(left, int | float) and isinstance(right, int | float)
+        if operator == "**" and not (numbers and abs(left) < 2**32 and abs(right) < 64):
+            raise jinja2.exceptions.SecurityError("power out of bounds")
+        if operator == "*" and not numbers:
+            count = next((side for side in (left, right) if isinstance(side, int)), 0)
+            size = max(len(side) for side in (left, right) if hasattr(side, "__len__"))
+            if count * size > MAX_PRODUCT:
+                raise jinja2.exceptions.SecurityError("product out of bounds")
+        if operator == "%" and isinstance(left, str) and WIDE_FORMAT.search(left):
+            raise jinja2.exceptions.SecurityError("format width out of bounds")
+        return super().call_binop(context, operator, left, right)
+
+
+class ChatTemplate:
+    """A compiled chat template; may be shared by threads.
+
+    Args:
+        source: jinja2 text.
+        where: what to name in an error.
+        special_tokens: ``bos_token`` and so on, which templates refer to.
+
+    Raises:
+        ConfigError: it does not compile.
+    """
+
+    def __init__(self, source: str, where: str, special_tokens: Mapping[str, str]) -> None:
+        if len(source) > MAX_SOURCE_CHARS:
+            raise ConfigError(
+                f"{where}: chat template is longer than {MAX_SOURCE_CHARS} characters"
+            )
+        environment = _Environment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, LoopControlExtension]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["namespace"] = _Namespace
+        environment.globals["dict"] = lambda *args, **items: dict(*args, **items)  # no attributes
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        try:
+            self._template = environment.from_string(source)
+        except (jinja2.TemplateError, RecursionError) as error:
+            raise ConfigError(f"{where}: chat template does not compile ({error})") from error
+        self._special_tokens = dict(special_tokens)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt's text.
+
+        Args:
+            messages: ``{"role": ..., "content": ...}`` and what else a template may look at.
+            add_generation_prompt: end where the assistant's answer begins.
+            tools: function descriptions, for templates that take them.
+            variables: further names that the server allows, such as ``enable_thinking``.
+
+        Raises:
+            RequestError: ``template_error``: the template refused the messages or overran a bound.
+        """
+        deadline = time.monotonic() + MAX_RENDER_S
+        names = {
+            **(variables or {}),
+            **self._special_tokens,
+            "messages": messages,
+            "tools": tools,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            "range": lambda *bounds: _TickingRange(safe_range(*bounds), deadline),
+        }
+        pieces, size = [], 0
+        try:
+            for piece in self._template.generate(names):
+                pieces.append(piece)
+                size += len(piece)
+                _check_time(deadline)
+                if size > MAX_OUTPUT_CHARS:
+                    raise jinja2.TemplateError(f"output exceeds {MAX_OUTPUT_CHARS} characters")
+        except RENDER_ERRORS as error:
+            raise RequestError(
+                f"the model's chat template cannot render these messages: {error}",
+                code="template_error",
+                param="messages",
+            ) from error
+        return "".join(pieces)
+
+
+def load_chat_template(path_or_name: str, special_tokens: Mapping[str, str]) -> ChatTemplate:
+    """The template of a checkpoint folder, or the plain default when it has none.
+
+    ``chat_template.jinja`` wins over ``tokenizer_config.json``, as in transformers; of several
+    named templates ``default`` is taken.
+
+    Raises:
+        ConfigError: a template that cannot be read or does not compile.
+    """
+    if is_arithmetic(path_or_name):
+        return ChatTemplate(DEFAULT_TEMPLATE, "default chat template", special_tokens)
+    path = Path(path_or_name) / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return ChatTemplate(path.read_text(encoding="utf-8"), str(path), special_tokens)
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: cannot be read ({error})") from error
+    path = Path(path_or_name) / "tokenizer_config.json"
+    found = read_json(path).get("chat_template") if path.is_file() else None
+    if isinstance(found, list):
+        named = {entry.get("name"): entry.get("template") for entry in found if _is_object(entry)}
+        found = named.get("default")
+        if found is None:
+            raise ConfigError(f"{path}: chat_template has no template named default: name one so")
+    if found is None:
+        return ChatTemplate(DEFAULT_TEMPLATE, "default chat template", special_tokens)
+    if not isinstance(found, str):
+        raise ConfigError(f"{path}: chat_template must be text")
+    return ChatTemplate(found, str(path), special_tokens)
+
+
+def encode_chat(
+    template: ChatTemplate,
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool = True,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    variables: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """The prompt's token ids; control tokens come from the template only, never from a message.
+
+    Where a message spells a control token, a guard character is put inside before rendering, and
+    its tokens are dropped afterwards. Messages that spell none are encoded as transformers would.
+
+    Raises:
+        RequestError: as :meth:`ChatTemplate.render`, and ``invalid_unicode``.
+    """
+    everything = json.dumps([messages, tools], ensure_ascii=False, default=str)
+    guard = next(chr(point) for point in GUARDS if chr(point) not in everything)
+    specials = [text for text in tokenizer.special_texts() if text]
+    guarded = _guard(messages, specials, guard)
+    text = template.render(
+        guarded,
+        add_generation_prompt=add_generation_prompt,
+        tools=_guard(tools, specials, guard),
+        variables=variables,
+    )
+    if guard in text:
+        return tokenizer.encode_guarded(text, guard)
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def _guard(value: Any, specials: Sequence[str], guard: str) -> Any:  # noqa: ANN401 - any JSON
+    """``value`` with the guard after the first character of each special text in its strings."""
+    if isinstance(value, str):
+        for text in specials:
+            if text in value:
+                value = value.replace(text, f"{text[0]}{guard}{text[1:]}")
+        return value
+    if isinstance(value, Mapping):
+        return {key: _guard(item, specials, guard) for key, item in value.items()}
+    if isinstance(value, Sequence):
+        return [_guard(item, specials, guard) for item in value]
+    return value
+
+
+def _is_object(value: object) -> bool:
+    return isinstance(value, dict)
+
+
+def _check_time(deadline: float) -> None:
+    if time.monotonic() > deadline:
+        raise jinja2.TemplateError(f"rendering took longer than {MAX_RENDER_S} s")
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(value: Any, **options: Any) -> str:  # noqa: ANN401 - any JSON
+    """As transformers has it: no HTML escapes, and not only ASCII."""
+    return json.dumps(value, **{"ensure_ascii": False, **options})

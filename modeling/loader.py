@@ -1,0 +1,201 @@
+"""From a checkpoint folder to a model, or one rank's shard of it.
+
+Layer by layer: read this rank's slices, pack them, unmap the files. Nothing of the checkpoint is
+executed, and only tensors that the architecture names are read; others (such as
+``rotary_emb.inv_freq`` of old checkpoints) are ignored.
+"""
+
+from pathlib import Path
+
+import torch
+
+from modeling.attention import AttentionKernel
+from modeling.config import ModelConfig, is_arithmetic, load_config
+from modeling.linear import Linear, make_linear
+from modeling.model import Model
+from modeling.parallel import TensorParallel
+from modeling.rope import channel_order
+from modeling.transformer import Layer, Transformer, TransformerWeights
+from modeling.weights import Part, WeightReader
+from protocol.errors import ConfigError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def load_model(
+    path_or_name: str,
+    *,
+    tp: TensorParallel,
+    dtype: str,
+    device: str,
+    max_model_len: int | None = None,
+) -> Model:
+    """Load this rank's shard of a model.
+
+    Args:
+        path_or_name: a checkpoint folder, or ``arithmetic[:key=value,...]``.
+        tp: the rank's tensor-parallel group; its size must divide the model's heads.
+        dtype: "float32" or "bfloat16", or "auto" for the checkpoint's own.
+        device: "cpu" or "cuda[:index]".
+        max_model_len: as in :func:`modeling.config.load_config`.
+
+    Raises:
+        ConfigError: a checkpoint that is unsupported, incomplete or damaged, or a degree that does
+            not divide it.
+    """
+    config = load_config(path_or_name, max_model_len=max_model_len)
+    check_divides(config, tp.size)
+    if is_arithmetic(path_or_name):
+        from modeling.arithmetic import ArithmeticModel  # the only model that is no transformer
+
+        return ArithmeticModel(config, tp)
+    name = config.dtype if dtype == "auto" else dtype
+    if name not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
+    reader = WeightReader(Path(path_or_name), DTYPES[name])
+    weights = ShardLoader(config, reader, tp, torch.device(device)).load()
+    return Transformer(config, weights, tp, make_kernel(device))
+
+
+def make_kernel(device: str) -> AttentionKernel:
+    """The attention of a device; imported here, so that a CPU needs nothing of CUDA's."""
+    if torch.device(device).type == "cuda":
+        from modeling.cuda_attention import CudaKernel
+
+        return CudaKernel()
+    from modeling.cpu_attention import CpuKernel
+
+    return CpuKernel()
+
+
+def check_divides(config: ModelConfig, tp_size: int) -> None:
+    """Raise ConfigError unless a tensor-parallel degree divides everything that is sharded."""
+    sharded = {
+        "attention heads": config.num_heads,
+        "KV heads": config.num_kv_heads,
+        "FFN columns": tp_size if config.architecture == "arithmetic" else config.intermediate_size,
+    }
+    for what, count in sharded.items():
+        if count % tp_size:
+            raise ConfigError(
+                f"tp{tp_size} does not divide the model's {count} {what}: choose a degree that does"
+            )
+
+
+class ShardLoader:
+    """Reads and packs the shard of one rank."""
+
+    def __init__(
+        self, config: ModelConfig, reader: WeightReader, tp: TensorParallel, device: torch.device
+    ) -> None:
+        self._config = config
+        self._reader = reader
+        self._tp = tp
+        self._device = device
+
+    def load(self) -> TransformerWeights:
+        """Everything that the rank holds."""
+        config = self._config
+        embedding = self._vocab_rows(EMBEDDING)
+        head_name = EMBEDDING if config.tie_word_embeddings else "lm_head.weight"
+        # A tied head has a second, packed copy: reading it costs less than half in decode.
+        source = embedding if config.tie_word_embeddings else self._vocab_rows(head_name)
+        head = make_linear(source, None, self._device)
+        del source
+        self._reader.release()
+        layers = []
+        for index in range(config.num_layers):
+            layers.append(self._layer(f"model.layers.{index}"))
+            self._reader.release()
+        final_norm_D = self._whole("model.norm.weight", config.hidden_size)
+        self._reader.release()
+        return TransformerWeights(embedding.to(self._device), tuple(layers), final_norm_D, head)
+
+    def _layer(self, prefix: str) -> Layer:
+        config = self._config
+        attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+        query_size = config.num_heads * config.head_dim
+        return Layer(
+            input_norm_D=self._whole(f"{prefix}.input_layernorm.weight", config.hidden_size),
+            qkv=self._qkv(attention),
+            qk_norm=self._qk_norm(attention) if config.qk_norm else None,
+            output=self._row_parallel(
+                f"{attention}.o_proj", query_size, config.attention_output_bias
+            ),
+            mlp_norm_D=self._whole(f"{prefix}.post_attention_layernorm.weight", config.hidden_size),
+            gate_up=self._gate_up(mlp),
+            down=self._row_parallel(f"{mlp}.down_proj", config.intermediate_size, config.mlp_bias),
+        )
+
+    def _qkv(self, prefix: str) -> Linear:
+        config = self._config
+        order = channel_order(config.head_dim)
+        weights, biases = [], []
+        for name, num_heads in (
+            ("q_proj", config.num_heads),
+            ("k_proj", config.num_kv_heads),
+            ("v_proj", config.num_kv_heads),
+        ):
+            size = num_heads * config.head_dim
+            rows = self._share(size)
+            # only what RoPE turns is reordered
+            rows_order = None if name == "v_proj" else order
+            full = f"{prefix}.{name}"
+            weights.append(
+                Part(f"{full}.weight", (size, config.hidden_size), rows, order=rows_order)
+            )
+            biases.append(Part(f"{full}.bias", (size,), rows, order=rows_order))
+        return self._linear(weights, biases if config.attention_bias else [])
+
+    def _qk_norm(self, prefix: str) -> torch.Tensor:
+        config = self._config
+        order = channel_order(config.head_dim)
+        rows = []
+        for name, num_heads in (("q_norm", config.num_heads), ("k_norm", config.num_kv_heads)):
+            part = Part(f"{prefix}.{name}.weight", (config.head_dim,), order=order)
+            rows.append(self._reader.read([part]).expand(num_heads // self._tp.size, -1))
+        return torch.cat(rows).to(self._device)
+
+    def _gate_up(self, prefix: str) -> Linear:
+        config = self._config
+        size = config.intermediate_size
+        rows = self._share(size)
+        names = [f"{prefix}.gate_proj", f"{prefix}.up_proj"]
+        weights = [Part(f"{name}.weight", (size, config.hidden_size), rows) for name in names]
+        biases = [Part(f"{name}.bias", (size,), rows) for name in names]
+        return self._linear(weights, biases if config.mlp_bias else [])
+
+    def _row_parallel(self, name: str, in_size: int, has_bias: bool) -> Linear:
+        hidden_size = self._config.hidden_size
+        columns = self._share(in_size)
+        weights = [Part(f"{name}.weight", (hidden_size, in_size), columns=columns)]
+        # the all-reduce sums over the ranks: only one may add the bias
+        biases = [Part(f"{name}.bias", (hidden_size,))] if has_bias and self._tp.rank == 0 else []
+        return self._linear(weights, biases)
+
+    def _linear(self, weights: list[Part], biases: list[Part]) -> Linear:
+        bias = self._reader.read(biases) if biases else None
+        return make_linear(self._reader.read(weights), bias, self._device)
+
+    def _whole(self, name: str, size: int) -> torch.Tensor:
+        return self._reader.read([Part(name, (size,))]).to(self._device)
+
+    def _share(self, size: int) -> slice:
+        """This rank's part of a dimension that the degree divides."""
+        share = size // self._tp.size
+        return slice(self._tp.rank * share, (self._tp.rank + 1) * share)
+
+    def _vocab_rows(self, name: str) -> torch.Tensor:
+        """This rank's rows of a vocabulary table; the last ranks may be padded with zeros."""
+        config = self._config
+        share = -(-config.vocab_size // self._tp.size)
+        start = min(self._tp.rank * share, config.vocab_size)
+        end = min(start + share, config.vocab_size)
+        shape = (config.vocab_size, config.hidden_size)
+        if end - start == share:
+            return self._reader.read([Part(name, shape, slice(start, end))])
+        padded = torch.zeros((share, config.hidden_size), dtype=self._reader.dtype)
+        if start < end:
+            padded[: end - start] = self._reader.read([Part(name, shape, slice(start, end))])
+        return padded

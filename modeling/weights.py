@@ -1,0 +1,114 @@
+"""Reading one rank's share of a checkpoint, tensor by tensor.
+
+Files are memory-mapped and only the wanted rows and columns are copied out, so a rank never holds
+more than its own weights and one layer's transient. Mapped pages count as resident until unmapped:
+the loader calls :meth:`WeightReader.release` after each layer.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from modeling.checkpoint import ITEM_BYTES, TensorEntry, read_checkpoint
+from protocol.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some rows and columns of one tensor; ``shape`` is what the whole tensor must have."""
+
+    name: str
+    shape: tuple[int, ...]
+    rows: slice | None = None
+    columns: slice | None = None
+    order: torch.Tensor | None = None  # of the chosen rows, applied to every run of its length
+
+    def extent(self) -> tuple[int, ...]:
+        """The shape of what is read."""
+        chosen = (self.rows, self.columns)[: len(self.shape)]
+        return tuple(
+            size if cut is None else len(range(*cut.indices(size)))
+            for size, cut in zip(self.shape, chosen, strict=True)
+        )
+
+
+class WeightReader:
+    """The tensors of one checkpoint folder, read in ``dtype``.
+
+    Raises:
+        ConfigError: from every method: a tensor is missing, has another shape or an unusable
+            dtype, or its file is damaged. The message names it.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
+        self._folder = folder
+        self._entries = read_checkpoint(folder)
+        self.dtype = dtype
+        self._open: dict[Path, Any] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def read(self, parts: Sequence[Part]) -> torch.Tensor:
+        """The parts, one below the other, as one new tensor on the CPU."""
+        extents = [part.extent() for part in parts]
+        rows = sum(extent[0] for extent in extents)
+        out = torch.empty((rows, *extents[0][1:]), dtype=self.dtype)
+        start = 0
+        for part, extent in zip(parts, extents, strict=True):
+            self._copy(part, out[start : start + extent[0]])
+            start += extent[0]
+        return out
+
+    def release(self) -> None:
+        """Unmap the files; the next read maps them again."""
+        self._open.clear()
+
+    def _copy(self, part: Part, out: torch.Tensor) -> None:
+        entry = self._checked(part)
+        try:
+            stored = self._file(entry).get_slice(part.name)
+            rows = part.rows or slice(None)
+            if len(part.shape) == 1:
+                source = stored[rows]
+            else:
+                source = stored[rows, part.columns or slice(None)]
+        except SafetensorError as error:
+            raise ConfigError(f"{entry.file}: {part.name} cannot be read ({error})") from error
+        if part.order is not None:
+            run = len(part.order)
+            source = source.unflatten(0, (-1, run))[:, part.order].flatten(0, 1)
+        out.copy_(source)
+
+    def _checked(self, part: Part) -> TensorEntry:
+        entry = self._entries.get(part.name)
+        if entry is None:
+            raise ConfigError(
+                f"{self._folder}: tensor {part.name} is missing: the checkpoint is incomplete or "
+                f"config.json describes another model"
+            )
+        if entry.shape != part.shape:
+            raise ConfigError(
+                f"{entry.file}: {part.name} has shape {list(entry.shape)}, config.json asks for "
+                f"{list(part.shape)}"
+            )
+        if entry.dtype not in ITEM_BYTES:
+            raise ConfigError(
+                f"{entry.file}: {part.name} is stored as {entry.dtype}: only unquantised floating "
+                f"point weights load"
+            )
+        return entry
+
+    def _file(self, entry: TensorEntry) -> Any:  # noqa: ANN401 - the library has no types
+        if entry.file not in self._open:
+            try:
+                self._open[entry.file] = safe_open(str(entry.file), framework="pt", device="cpu")
+            except (SafetensorError, OSError) as error:
+                raise ConfigError(
+                    f"{entry.file}: truncated or not safetensors ({error}): download it again"
+                ) from error
+        return self._open[entry.file]

@@ -1,0 +1,109 @@
+"""Tells a rank's transfer thread which blocks are final, as the layers of a chunk go by.
+
+On a GPU the host runs ahead: a group of layers is final when the device has got there, so each
+announcement waits for an event in its stream, and is looked at again with every further layer.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import torch
+
+from kvtransfer.events import AnnounceBlocks, AnnouncedAll, Command
+from prefill.blocks import ref_of
+from prefill.manifest import CACHED_CHUNK, cached_blocks, moving_blocks
+from protocol.plans import ChunkWork, HandoffRoute, PlacedBlock
+
+
+class Announcer:
+    """One rank's announcements, of any chunks.
+
+    Args:
+        submit: takes a command to the transfer thread; does not block.
+        groups: of layers, announced together.
+    """
+
+    def __init__(
+        self,
+        submit: Callable[[Command], None],
+        *,
+        cp_rank: int,
+        block_size: int,
+        groups: Sequence[range],
+        device: torch.device,
+    ) -> None:
+        self._submit = submit
+        self._cp_rank = cp_rank
+        self._block_size = block_size
+        self._groups = groups
+        self._group_ending_at = {group.stop - 1: group for group in groups}
+        self._device = device
+        self._pending: deque[tuple[torch.cuda.Event, AnnounceBlocks]] = deque()
+
+    def cached(self, work: ChunkWork) -> None:
+        """Before the first chunk: what was found in the cache, all layers at once."""
+        blocks = cached_blocks(work, self._cp_rank)
+        if work.route is not None and blocks:
+            layers = range(self._groups[0].start, self._groups[-1].stop)
+            self._submit(_announcement(work, work.route, CACHED_CHUNK, layers, blocks))
+
+    def layer_callback(self, work: ChunkWork) -> Callable[[int], None] | None:
+        """What is to be called after each layer of the chunk; None if none of it moves."""
+        route = work.route
+        blocks = moving_blocks(work, self._cp_rank, self._block_size)
+        if route is None or not blocks:
+            return None
+
+        def on_layer_done(layer: int) -> None:
+            self._flush(wait=False)
+            group = self._group_ending_at.get(layer)
+            if group is not None:
+                self._announce(_announcement(work, route, work.chunk, group, blocks))
+
+        return on_layer_done
+
+    def chunk_done(self, work: ChunkWork) -> None:
+        """After a chunk, also on ranks that had no part in it: the last one ends the hand-off."""
+        self._flush(wait=True)
+        if work.is_last and work.route is not None:
+            self._submit(
+                AnnouncedAll(work.request_id, work.attempt, work.route.pool_id, work.route.epoch)
+            )
+
+    def _announce(self, announcement: AnnounceBlocks) -> None:
+        if self._device.type != "cuda":
+            self._submit(announcement)
+            return
+        computed = torch.cuda.Event()
+        computed.record()
+        self._pending.append((computed, announcement))
+
+    def _flush(self, *, wait: bool) -> None:
+        while self._pending:
+            computed, announcement = self._pending[0]
+            if wait:
+                computed.synchronize()
+            elif not computed.query():
+                return
+            self._pending.popleft()
+            self._submit(announcement)
+
+
+def _announcement(
+    work: ChunkWork,
+    route: HandoffRoute,
+    chunk: int,
+    layers: range,
+    blocks: Sequence[PlacedBlock],
+) -> AnnounceBlocks:
+    return AnnounceBlocks(
+        request_id=work.request_id,
+        attempt=work.attempt,
+        target_pool_id=route.pool_id,
+        target_epoch=route.epoch,
+        chunk=chunk,
+        layer_start=layers.start,
+        layer_end=layers.stop,
+        logical_blocks=tuple(block.logical for block in blocks),
+        blocks=tuple(ref_of(block) for block in blocks),
+    )

@@ -1,0 +1,34 @@
+"""What a rank of a prefill pool is told; see :class:`kvtransfer.rank_config.RankConfig`."""
+
+from kvtransfer.rank_config import RankConfig
+from protocol.errors import ConfigError
+
+
+class PrefillConfig(RankConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A rank of a prefill pool.
+
+    Args:
+        chunk_tokens: tokens of a chunk for each rank of its ring. A chunk passes the whole prefix
+            round the ring once, so longer chunks cost less and hold the ranks for longer.
+        step_target_s: a step takes in more work as long as its predicted time stays below this, or
+            below that of its longest item.
+        max_num_sequences: requests that hold blocks at the same time.
+        layers_per_group: layers that are announced together; 0 chooses about eight groups.
+        ring_threshold_tokens: fewer tokens to compute never ring; None leaves it to the cost model.
+
+    Raises:
+        ConfigError: a value that no rank can run with.
+    """
+
+    chunk_tokens: int = 2048
+    step_target_s: float = 0.25
+    max_num_sequences: int = 64
+    layers_per_group: int = 0
+    ring_threshold_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.chunk_tokens, self.max_num_sequences) < 1:
+            raise ConfigError("chunk_tokens and max_num_sequences must be at least 1")
+        if self.layers_per_group < 0 or self.step_target_s <= 0:
+            raise ConfigError("layers_per_group must be at least 0 and step_target_s above 0")

@@ -1,0 +1,44 @@
+"""What never changes while a prefill pool lives, and what it can therefore never serve. Pure."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from prefill.placement import Geometry, fits_ever
+from protocol.messages import Prefill
+
+
+@dataclass(frozen=True, slots=True)
+class PoolFacts:
+    """A prefill pool, as its scheduler needs to know it."""
+
+    pool_id: str
+    geometry: Geometry
+    tp_size: int
+    num_blocks: int  # of each cp rank
+    layer_groups: tuple[range, ...]
+    model_fingerprint: str
+    vocab_size: int
+    max_model_len: int
+    max_num_sequences: int
+    step_target_s: float
+
+    def refusal(self, message: Prefill, epochs: Mapping[str, int]) -> tuple[str, str] | None:
+        """Why a prompt can never be served here, as (code, message).
+
+        Args:
+            epochs: of the decode pools that can be reached.
+        """
+        tokens = message.prompt_token_ids
+        if not tokens or not 0 <= min(tokens) <= max(tokens) < self.vocab_size:
+            return "invalid_prompt", f"token ids must be in [0, {self.vocab_size}), at least one"
+        if epochs.get(message.target_pool_id) != message.target_epoch:
+            target = f"{message.target_pool_id} at epoch {message.target_epoch}"
+            return "stale_target", f"{target} is not a pool that {self.pool_id} can reach"
+        if not fits_ever(self.geometry, len(tokens), self.num_blocks):
+            capacity = self.num_blocks * self.geometry.cp_size * self.geometry.block_size
+            return (
+                "kv_capacity_exceeded",
+                f"the prompt's {len(tokens)} tokens do not fit into the {capacity} tokens of KV "
+                f"memory of {self.pool_id}",
+            )
+        return None

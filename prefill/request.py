@@ -1,0 +1,83 @@
+"""What the scheduler keeps of one request, in the order of its life. Pure."""
+
+from dataclasses import dataclass, field
+
+from prefill.blocks import Owned
+from prefill.manifest import CACHED_CHUNK
+from prefill.placement import Placement
+from prefill.states import Change, State, advance
+from protocol.handoff import SegmentKey
+from protocol.messages import Prefill
+from protocol.plans import HandoffRoute, PlacedBlock
+from protocol.request import FinishReason
+
+Key = tuple[str, int]  # (request_id, attempt)
+
+
+@dataclass(eq=False)
+class Request:
+    """One attempt at one prompt. Only the scheduler changes it."""
+
+    message: Prefill
+    arrived: float
+    state: State = State.WAITING
+    block_hashes: list[bytes] = field(default_factory=list)  # of its full blocks
+
+    # from its admission on
+    admitted: float = 0.0
+    placement: Placement | None = None
+    blocks: tuple[PlacedBlock, ...] = ()  # of the whole prompt, in logical order
+    num_chunks_done: int = 0
+    in_transfer: list[Owned] = field(default_factory=list)
+    manifest: list[SegmentKey] = field(default_factory=list)
+
+    @property
+    def key(self) -> Key:
+        return (self.message.request_id, self.message.attempt)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.message.prompt_token_ids)
+
+    @property
+    def placed(self) -> Placement:
+        """Its placement, once it is admitted."""
+        assert self.placement is not None, f"{self.key} is not admitted"
+        return self.placement
+
+    @property
+    def num_computed_tokens(self) -> int:
+        if self.placement is None:
+            return 0
+        if self.num_chunks_done == 0:
+            return self.placement.chunks[0].start
+        return self.placement.chunks[self.num_chunks_done - 1].stop
+
+    @property
+    def num_left_tokens(self) -> int:
+        return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def next_chunk(self) -> int:
+        """The number of the chunk to compute next; what was cached counts as a chunk of its own."""
+        return CACHED_CHUNK + 1 + self.num_chunks_done
+
+    def route(self, block_size: int) -> HandoffRoute:
+        """Where its KV goes."""
+        return HandoffRoute(
+            pool_id=self.message.target_pool_id,
+            epoch=self.message.target_epoch,
+            first_logical=self.message.num_target_tokens // block_size,
+        )
+
+    def change(self, change: Change) -> None:
+        self.state = advance(self.state, change)
+
+    def finish_reason(self, token_id: int, max_model_len: int) -> FinishReason | None:
+        """Why the sequence ends with its first token, if it does."""
+        sampling = self.message.sampling
+        if token_id in sampling.stop_token_ids and sampling.min_tokens == 0:
+            return FinishReason.STOP
+        if sampling.max_tokens <= 1 or self.num_tokens + 1 >= max_model_len:
+            return FinishReason.LENGTH
+        return None

@@ -1,0 +1,91 @@
+"""Executes a prefill plan on one rank.
+
+1. Items are taken in the plan's order; a rank skips those whose ring it is not in.
+2. Before the first chunk of a request its cached blocks are announced, then the chunk runs round
+   its ring, and each group of layers is announced as soon as it is final.
+3. The rank that computed the prompt's last token takes the logits, all its tensor-parallel shards
+   together; shard 0 samples the first token.
+4. After the last chunk every rank of the pool, in the ring or not, says that it announced all.
+"""
+
+import time
+
+import torch
+
+from kvcache.pool import KVPool
+from modeling.model import Model
+from modeling.sampling import SamplingRow, sample
+from prefill.announcer import Announcer
+from protocol.plans import ChunkWork, Plan, PrefillPlan, SampledToken, StepResult
+from ring_attention.comm import RingComm
+from ring_attention.context import RingAttention, forward_chunk
+from ring_attention.ring import RingBuffers
+
+
+class PrefillRunner:
+    """One rank's part of every plan.
+
+    Args:
+        rank: in the pool's (cp, tp) mesh, ``cp_rank * tp_size + tp_rank``.
+        model: this rank's shard.
+        pool: this rank's KV.
+        comm: to the other cp ranks; None in a pool without any.
+        announcer: of this rank.
+    """
+
+    def __init__(
+        self, rank: int, model: Model, pool: KVPool, comm: RingComm | None, announcer: Announcer
+    ) -> None:
+        self._rank = rank
+        self._cp_rank, self._tp_rank = divmod(rank, pool.layout.tp_size)
+        self._model = model
+        self._pool = pool
+        self._comm = comm
+        self._announcer = announcer
+        self._buffers = RingBuffers(pool.device)
+
+    def execute(self, plan: Plan) -> StepResult:
+        """Execute this rank's items; blocks until they are computed.
+
+        Raises:
+            PeerError: a rank of a ring did not do its part in time.
+        """
+        assert isinstance(plan, PrefillPlan), plan
+        started = time.perf_counter()
+        tokens: list[SampledToken] = []
+        for work in plan.work:
+            if self._cp_rank in work.ring:
+                tokens += self._compute(work)
+            self._announcer.chunk_done(work)
+        seconds = time.perf_counter() - started
+        return StepResult(plan.step, self._rank, tuple(tokens), seconds)
+
+    @torch.inference_mode()
+    def _compute(self, work: ChunkWork) -> list[SampledToken]:
+        self._announcer.cached(work)
+        context = RingAttention(
+            work,
+            self._cp_rank,
+            self._pool,
+            self._comm if len(work.ring) > 1 else None,
+            self._model.kernel,
+            self._model.config,
+            self._announcer.layer_callback(work),
+            buffers=self._buffers,
+        )
+        hidden_TD = forward_chunk(self._model, context)
+        last = context.last_token_index
+        if work.sampling is None or last is None:
+            return []
+        assert hidden_TD is not None, "a rank with the last token has tokens"
+        logits_1V = self._model.logits(hidden_TD[last : last + 1])
+        if self._tp_rank != 0:
+            return []
+        row = SamplingRow(
+            params=work.sampling,
+            index=0,
+            prompt_token_ids=work.prompt_token_ids,
+            output_token_ids=(),
+        )
+        [(token_id, logprobs)] = sample(logits_1V, [row])
+        return [SampledToken(work.request_id, work.attempt, token_id, logprobs)]

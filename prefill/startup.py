@@ -1,0 +1,99 @@
+"""From a gang that has formed to one that serves: its ring, a warm model, and how fast it is."""
+
+import time
+
+import torch
+import torch.distributed as dist
+
+from kvcache.pool import KVPool
+from modeling.config import is_arithmetic
+from modeling.model import Model
+from prefill.config import PrefillConfig
+from prefill.costs import PoolCosts
+from protocol.errors import ConfigError
+from protocol.plans import ChunkWork, PlacedBlock
+from ring_attention.comm import GlooRing, NcclRing, RingComm
+from ring_attention.context import RingAttention, forward_chunk
+from ring_attention.cost import ChunkShape, CostModel
+from ring_attention.measure import measure_cost_model
+
+WARM_UP_TOKENS = 32
+MEASURED_TOKENS = 128
+
+# The arithmetic model's attention is no matrix product: what a small CPU rank would measure.
+ARITHMETIC_COSTS = CostModel(
+    attention_flops_per_s=1e10,
+    linear_flops_per_s=1e10,
+    bandwidth_bytes_per_s=1e9,
+    latency_s=3e-4,
+)
+
+
+def open_ring(config: PrefillConfig, device: torch.device) -> RingComm | None:
+    """The way to the pool's other cp ranks, or None if there are none. Collective over the gang.
+
+    Raises:
+        ConfigError: several ranks to one GPU; neither NCCL nor gloo carries rings then.
+    """
+    if config.cp_size == 1:
+        return None
+    if device.type != "cuda":
+        return GlooRing(
+            tp_size=config.tp_size, tp_rank=config.tp_rank, timeout_s=config.step_timeout_s
+        )
+    if torch.cuda.device_count() < config.world_size:
+        raise ConfigError(
+            f"{config.pool_id}: a ring of {config.world_size} ranks needs as many GPUs, "
+            f"{torch.cuda.device_count()} are here: choose a smaller degree or --device cpu"
+        )
+    group = dist.new_group(list(range(config.world_size)), backend="nccl")
+    return NcclRing(group, tp_size=config.tp_size, tp_rank=config.tp_rank)
+
+
+def warm_up(config: PrefillConfig, model: Model, pool: KVPool) -> float:
+    """Run the model on this cp rank alone, twice; the tokens per second of the whole pool."""
+    _forward(config, model, pool, WARM_UP_TOKENS)
+    started = time.perf_counter()
+    num_tokens = _forward(config, model, pool, MEASURED_TOKENS)
+    return config.cp_size * num_tokens / (time.perf_counter() - started)
+
+
+@torch.inference_mode()
+def _forward(config: PrefillConfig, model: Model, pool: KVPool, num_tokens: int) -> int:
+    layout = pool.layout
+    limit = min(layout.num_blocks * layout.block_size, model.config.max_model_len)
+    num_tokens = min(num_tokens, limit)
+    num_blocks = -(-num_tokens // layout.block_size)
+    work = ChunkWork(
+        request_id="warm-up",
+        attempt=0,
+        chunk=1,
+        start=0,
+        token_ids=(0,) * num_tokens,
+        ring=(config.cp_rank,),
+        pass_q=False,
+        blocks=tuple(PlacedBlock(i, config.cp_rank, i, 0) for i in range(num_blocks)),
+        is_last=False,
+    )
+    context = RingAttention(work, config.cp_rank, pool, None, model.kernel, model.config)
+    hidden_TD = forward_chunk(model, context)
+    assert hidden_TD is not None, "a ring of one computes all tokens"
+    model.logits(hidden_TD[-1:]).sum().item()  # waits for the device
+    return num_tokens
+
+
+def measure(config: PrefillConfig, model: Model, pool: KVPool, comm: RingComm | None) -> PoolCosts:
+    """What chunks cost here; every rank of the gang calls it, the leader's answer counts."""
+    shape = ChunkShape.of(
+        model.config,
+        tp_size=config.tp_size,
+        dtype=pool.layout.dtype,
+        block_size=config.block_size,
+    )
+    if is_arithmetic(config.model):
+        costs = ARITHMETIC_COSTS
+    else:
+        ring = tuple(range(config.cp_size))
+        link = None if comm is None else (comm, ring, config.cp_rank)
+        costs = measure_cost_model(model.kernel, shape, model.dtype, model.device, link)
+    return PoolCosts(costs, shape, config.ring_threshold_tokens)

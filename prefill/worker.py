@@ -1,0 +1,128 @@
+"""The loop of a prefill rank.
+
+1. Size the KV pool, say HELLO, form the gang, load the shard, warm up, measure: GangReady.
+2. The leader: take in events, schedule, have every rank execute the plan, update, pass on what
+   follows from it. With nothing to do it blocks until an event comes.
+3. A follower executes the leader's plans.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+
+from kvcache.pool import KVPool
+from kvtransfer.boot import plan_layout, resolve_device, resolve_dtype, start_rank
+from kvtransfer.process import RankProcess
+from modeling.config import ModelConfig, load_config
+from modeling.loader import load_model
+from modeling.parallel import make_tensor_parallel
+from prefill.announcer import Announcer
+from prefill.config import PrefillConfig
+from prefill.facts import PoolFacts
+from prefill.manifest import layer_groups
+from prefill.placement import Geometry
+from prefill.runner import PrefillRunner
+from prefill.scheduler import PrefillScheduler
+from prefill.startup import measure, open_ring, warm_up
+from protocol.kv import KVLayout
+from protocol.messages import GangReady
+
+IDLE_WAIT_S = 5.0
+
+_log = logging.getLogger(__name__)
+
+
+def serve(config: PrefillConfig) -> None:
+    """Run a rank until it is stopped.
+
+    Raises:
+        ConfigError: it cannot run as configured.
+        PeerError: the gang has broken.
+        SystemExit: it was asked to stop.
+    """
+    model_config = load_config(config.model, max_model_len=config.max_model_len)
+    dtype, device = resolve_dtype(config, model_config), resolve_device(config)
+    layout = plan_layout(config, model_config, dtype)
+    pool = KVPool(layout, device)
+    with start_rank("prefill", config, model_config, pool) as process:
+        process.form_gang(device)
+        tp = make_tensor_parallel(
+            config.rank, config.cp_size, config.tp_size, device, same_host=config.same_host
+        )
+        model = load_model(
+            config.model,
+            tp=tp,
+            dtype=dtype,
+            device=str(device),
+            max_model_len=config.max_model_len,
+        )
+        comm = open_ring(config, device)
+        tokens_per_s = warm_up(config, model, pool)
+        costs = measure(config, model, pool, comm)
+        groups = layer_groups(model_config.num_layers, config.layers_per_group)
+        announcer = Announcer(
+            process.submit,
+            cp_rank=config.cp_rank,
+            block_size=config.block_size,
+            groups=groups,
+            device=device,
+        )
+        runner = PrefillRunner(config.rank, model, pool, comm, announcer)
+        _log.info("%d blocks of KV, %.0f tokens/s, %s", layout.num_blocks, tokens_per_s, costs)
+        process.tell(GangReady(tokens_per_s=tokens_per_s))
+        if config.is_leader:
+            facts = pool_facts(config, model_config, layout)
+            lead(process, PrefillScheduler(facts, costs), runner)
+        else:
+            process.follow(runner.execute)
+
+
+def pool_facts(config: PrefillConfig, model: ModelConfig, layout: KVLayout) -> PoolFacts:
+    """What the scheduler goes by."""
+    return PoolFacts(
+        pool_id=config.pool_id,
+        geometry=Geometry(config.cp_size, config.block_size, config.chunk_tokens),
+        tp_size=config.tp_size,
+        num_blocks=layout.num_blocks,
+        layer_groups=layer_groups(model.num_layers, config.layers_per_group),
+        model_fingerprint=model.fingerprint,
+        vocab_size=model.vocab_size,
+        max_model_len=model.max_model_len,
+        max_num_sequences=config.max_num_sequences,
+        step_target_s=config.step_target_s,
+    )
+
+
+def lead(process: RankProcess, scheduler: PrefillScheduler, runner: PrefillRunner) -> None:
+    """The leader's loop; never returns but by an exception."""
+    wait_s = 0.0
+    while True:
+        for event in process.drain(wait_s):
+            for command in scheduler.on_event(event, time.monotonic()):
+                process.submit(command)
+        plan = scheduler.schedule(time.monotonic())
+        if plan is None:
+            wait_s = IDLE_WAIT_S
+            _report(process.report, scheduler)
+            continue
+        wait_s = 0.0
+        process.begin_step()
+        results = process.step(plan.step, plan, partial(runner.execute, plan))
+        for command in scheduler.update(plan, results, time.monotonic()):
+            process.submit(command)
+        _report(process.end_step, scheduler)
+
+
+def _report(report: Callable[..., None], scheduler: PrefillScheduler) -> None:
+    load = scheduler.load()
+    report(
+        num_waiting=load.num_waiting,
+        num_running=load.num_running,
+        pending_tokens=load.pending_tokens,
+        blocks=load.blocks,
+        counters=(
+            ("prefill_computed_tokens", float(scheduler.num_computed_tokens)),
+            ("prefill_cached_tokens", float(scheduler.num_cached_tokens)),
+        ),
+    )

@@ -1,0 +1,495 @@
+"""One contract for every transport, with real bytes, in one process and between two."""
+
+import itertools
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import hypothesis.strategies as st
+import msgspec
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+
+from kvcache.pool import KVPool
+from kvtransfer.checksum import source_checksum, target_checksum
+from kvtransfer.choose import open_transport
+from kvtransfer.local_transport import LocalFabric
+from kvtransfer.plan import Run, plan, source_runs
+from kvtransfer.tcp_wire import COUNT, NONCE_BYTES, RUN, prove
+from kvtransfer.transport import KVTransport, ReadHandle, ReadState
+from protocol.errors import ConfigError, TransferError
+from protocol.kv import KVLayout, RankEndpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+TOKEN = "secret"
+DEADLINE_S = 20.0
+
+
+class Rank:
+    """A pool with a transport on it."""
+
+    def __init__(self, transport: KVTransport, incarnation: str, layout: KVLayout) -> None:
+        self.incarnation = incarnation
+        self.transport = transport
+        self.pool = KVPool(layout)
+        seed = torch.Generator().manual_seed(int(incarnation[:8], 16))
+        self.pool.bytes.random_(0, 256, generator=seed)
+        transport.start(self.pool)
+
+    @property
+    def endpoint(self) -> RankEndpoint:
+        return RankEndpoint(
+            rank=0,
+            cp_rank=0,
+            tp_rank=self.pool.layout.tp_rank,
+            incarnation=self.incarnation,
+            address="",
+            layout=self.pool.layout,
+            transport=self.transport.name,
+            agent_metadata=self.transport.metadata(),
+            base_address=self.pool.base_address,
+        )
+
+
+class Cluster:
+    """Ranks of one process, driven in turn by the test's thread."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.fabric = LocalFabric()
+        self.ranks: list[Rank] = []
+
+    def rank(self, layout: KVLayout, token: str = TOKEN) -> Rank:
+        incarnation = uuid.uuid4().hex
+        transport = open_transport(self.name, incarnation, token=token, fabric=self.fabric)
+        self.ranks.append(Rank(transport, incarnation, layout))
+        return self.ranks[-1]
+
+    def pair(self, layout: KVLayout | None = None) -> tuple[Rank, Rank]:
+        """A source and a target that is connected to it."""
+        source, target = self.rank(layout or _layout()), self.rank(layout or _layout())
+        target.transport.connect(source.endpoint)
+        return source, target
+
+    def finish(self, reader: Rank, *handles: ReadHandle) -> list[ReadState]:
+        """Drive all ranks until the reads have ended."""
+        deadline = time.monotonic() + DEADLINE_S
+        while time.monotonic() < deadline:
+            for rank in self.ranks:
+                rank.transport.progress()
+            states = [reader.transport.poll(handle) for handle in handles]
+            if ReadState.IN_FLIGHT not in states:
+                return states
+        raise AssertionError("a read did not end")
+
+
+def _layout(tp_rank: int = 0, tp_size: int = 1, num_blocks: int = 6) -> KVLayout:
+    return KVLayout(3, num_blocks, 4, tp_rank, tp_size, 8, 16, "bfloat16")
+
+
+@pytest.fixture(params=["local", "tcp", "nixl"])
+def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    cluster = Cluster(request.param)
+    yield cluster
+    for rank in cluster.ranks:
+        rank.transport.close()
+
+
+@pytest.fixture
+def tcp() -> Iterator[Cluster]:
+    cluster = Cluster("tcp")
+    yield cluster
+    for rank in cluster.ranks:
+        rank.transport.close()
+
+
+# -- bytes -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("source_tp", "target_tp"), [(1, 1), (1, 2), (2, 1), (4, 2), (1, 4)])
+def test_any_degree_to_any_degree(cluster: Cluster, source_tp: int, target_tp: int) -> None:
+    sources = [cluster.rank(_layout(r, source_tp, num_blocks=7)) for r in range(source_tp)]
+    targets = [cluster.rank(_layout(r, target_tp)) for r in range(target_tp)]
+    pairs = [(4, 0), (6, 5), (0, 3), (1, 4)]
+    expected = [target.pool.tensor.clone() for target in targets]
+    # [L, blocks, all heads, 2, block_size, H]
+    whole = torch.cat([source.pool.tensor for source in sources], dim=2)
+    heads = 4 // target_tp
+    for rank, (block, to_block) in itertools.product(range(target_tp), pairs):
+        of_rank = whole[1:3, block, rank * heads : (rank + 1) * heads]
+        expected[rank][1:3, to_block] = of_rank
+    for target, after in zip(targets, expected, strict=True):
+        handles = []
+        for source in sources:
+            target.transport.connect(source.endpoint)
+            runs = plan(source.pool.layout, target.pool.layout, range(1, 3), pairs)
+            handles.append(target.transport.read(source.incarnation, runs))
+            assert handles[-1].num_descriptors == len(runs)
+            assert handles[-1].num_bytes == sum(run.num_bytes for run in runs)
+            blind = source_runs(
+                source.pool.layout, target.pool.layout, range(1, 3), [b for b, _ in pairs]
+            )
+            landed = cluster.finish(target, handles[-1])
+            assert landed == [ReadState.DONE]
+            assert source_checksum(source.pool, blind) == target_checksum(target.pool, runs)
+        assert torch.equal(target.pool.bytes, after.view(-1).view(torch.uint8))
+
+
+@settings(
+    deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_any_runs(cluster: Cluster, data: st.DataObject) -> None:
+    if not cluster.ranks:
+        cluster.pair()
+    source, target = cluster.ranks
+    size = source.pool.layout.num_bytes
+    cuts = sorted(data.draw(st.lists(st.integers(0, size), unique=True, max_size=40)))
+    pieces = [(one, other - one) for one, other in itertools.pairwise(cuts)]
+    runs = [
+        Run(data.draw(st.integers(0, size - num_bytes)), start, num_bytes)
+        for start, num_bytes in data.draw(st.permutations(pieces))
+    ]
+    expected = target.pool.bytes.clone()
+    for run in runs:
+        piece = source.pool.bytes[run.source_offset : run.source_offset + run.num_bytes]
+        expected[run.target_offset : run.target_offset + run.num_bytes] = piece
+    handle = target.transport.read(source.incarnation, runs)
+    assert cluster.finish(target, handle) == [ReadState.DONE]
+    assert torch.equal(target.pool.bytes, expected)
+    target.pool.bytes.random_(0, 256)
+
+
+def test_many_runs_and_a_read_longer_than_a_post(cluster: Cluster) -> None:
+    source, target = cluster.pair(KVLayout(1, 5000, 2, 0, 1, 16, 64, "bfloat16"))  # 40 MB
+    head_bytes = source.pool.layout.head_bytes
+    every_other = [Run(i * head_bytes, i * head_bytes, head_bytes) for i in range(1, 10000, 2)]
+    handle = target.transport.read(source.incarnation, every_other)
+    assert cluster.finish(target, handle) == [ReadState.DONE]
+    mine, theirs = target.pool.bytes.view(-1, head_bytes), source.pool.bytes.view(-1, head_bytes)
+    assert torch.equal(mine[1::2], theirs[1::2])
+    assert not torch.equal(mine[0], theirs[0])
+    handle = target.transport.read(source.incarnation, [Run(0, 0, source.pool.layout.num_bytes)])
+    assert cluster.finish(target, handle) == [ReadState.DONE]
+    assert torch.equal(mine, theirs)
+
+
+def test_several_reads_at_once_and_none_at_all(cluster: Cluster) -> None:
+    source, target = cluster.pair()
+    runs = [[Run(i * 64, i * 64, 64)] for i in range(50)]
+    handles = [target.transport.read(source.incarnation, run) for run in runs]
+    nothing = target.transport.read(source.incarnation, [])
+    assert target.transport.poll(nothing) is ReadState.DONE
+    assert set(cluster.finish(target, *handles)) == {ReadState.DONE}
+    assert torch.equal(target.pool.bytes[: 50 * 64], source.pool.bytes[: 50 * 64])
+
+
+# -- peers -----------------------------------------------------------------------------------------
+
+
+def test_a_final_state_is_final(cluster: Cluster) -> None:
+    source, target = cluster.pair()
+    handle = target.transport.read(source.incarnation, [Run(0, 0, 1024)])
+    assert cluster.finish(target, handle) == [ReadState.DONE]
+    landed = target.pool.bytes.clone()
+    source.pool.bytes.zero_()
+    target.transport.disconnect(source.incarnation)
+    assert cluster.finish(target, handle) == [ReadState.DONE]
+    assert torch.equal(target.pool.bytes, landed)
+
+
+def test_unknown_and_disconnected_peers_are_refused(cluster: Cluster) -> None:
+    source, target = cluster.pair()
+    with pytest.raises(TransferError):
+        source.transport.read(target.incarnation, [Run(0, 0, 64)])  # the other way is not open
+    target.transport.connect(source.endpoint)
+    target.transport.disconnect(source.incarnation)
+    target.transport.disconnect(source.incarnation)
+    with pytest.raises(TransferError):
+        target.transport.read(source.incarnation, [Run(0, 0, 64)])
+    target.transport.connect(source.endpoint)
+    handle = target.transport.read(source.incarnation, [Run(0, 0, 64)])
+    assert cluster.finish(target, handle) == [ReadState.DONE]
+
+
+@pytest.mark.parametrize(
+    "run",
+    [(0, -64, 64), (-64, 0, 64), (0, 0, 0), (0, 0, -1), (0, 1, "all"), (1, 0, "all")],
+)
+def test_runs_outside_the_pools_are_refused(cluster: Cluster, run: tuple[int, int, object]) -> None:
+    source, target = cluster.pair()
+    before = target.pool.bytes.clone()
+    size = target.pool.layout.num_bytes
+    bad = Run(run[0], run[1], size if run[2] == "all" else run[2])  # type: ignore[arg-type]
+    with pytest.raises(TransferError):
+        target.transport.read(source.incarnation, [Run(0, 0, 64), bad])
+    assert torch.equal(target.pool.bytes, before)
+
+
+def test_unacceptable_endpoints_are_refused(cluster: Cluster) -> None:
+    source, target = cluster.rank(_layout()), cluster.rank(_layout())
+    other = "tcp" if cluster.name != "tcp" else "nixl"
+    changes: list[dict[str, object]] = [{"transport": other}]
+    if cluster.name != "local":
+        changes += [{"agent_metadata": b""}, {"agent_metadata": b"\x92" + b"x" * (1 << 20)}]
+    if cluster.name == "nixl":
+        changes += [{"incarnation": "somebody else"}]
+    for change in changes:
+        with pytest.raises(TransferError):
+            target.transport.connect(msgspec.structs.replace(source.endpoint, **change))
+    target.transport.connect(source.endpoint)
+    handle = target.transport.read(source.incarnation, [Run(0, 0, 64)])
+    assert cluster.finish(target, handle) == [ReadState.DONE]
+
+
+def test_a_source_that_closes_fails_its_reads(cluster: Cluster) -> None:
+    if cluster.name == "nixl":
+        pytest.skip("an agent that was closed in this very process still maps its memory")
+    source, target = cluster.pair()
+    source.transport.close()
+    handle = target.transport.read(source.incarnation, [Run(0, 0, 64)]) if _is_tcp(target) else None
+    if handle is not None:
+        assert cluster.finish(target, handle) == [ReadState.FAILED]
+    with pytest.raises(TransferError):
+        target.transport.read(source.incarnation, [Run(0, 0, 64)])
+
+
+def _is_tcp(rank: Rank) -> bool:
+    return rank.transport.name == "tcp"  # which learns of it only by asking
+
+
+def test_held_bytes_land_after_a_disconnect() -> None:
+    cluster = Cluster("local")
+    source, target = cluster.pair()
+    before = target.pool.bytes.clone()
+    cluster.fabric.hold()
+    handle = target.transport.read(source.incarnation, [Run(0, 0, 64)])
+    target.transport.disconnect(source.incarnation)
+    target.transport.progress()
+    assert target.transport.poll(handle) is ReadState.IN_FLIGHT
+    assert torch.equal(target.pool.bytes, before)
+    cluster.fabric.release()
+    assert target.transport.poll(handle) is ReadState.DONE
+    assert torch.equal(target.pool.bytes[:64], source.pool.bytes[:64])
+
+
+def test_choosing_a_transport() -> None:
+    for name in ("udp", "local"):
+        with pytest.raises(ConfigError):
+            open_transport(name, "a")
+    transport = open_transport("auto", uuid.uuid4().hex)
+    assert transport.name == "nixl"
+    transport.close()
+
+
+# -- TCP serves nobody else ------------------------------------------------------------------------
+
+
+def test_a_source_does_not_trust_its_readers(tcp: Cluster) -> None:
+    source = tcp.rank(_layout())
+    size = source.pool.layout.num_bytes
+    good = COUNT.pack(1) + RUN.pack(0, 64)
+    prove_it: Callable[[bytes], bytes] = lambda nonce: prove(TOKEN, source.incarnation, nonce)  # noqa: E731
+    requests: list[tuple[Callable[[bytes], bytes], bytes]] = [
+        (lambda _: b"", b"GET / HTTP/1.1\r\n\r\n" * 4),
+        (lambda _: bytes(32), good),
+        (lambda nonce: prove("another", source.incarnation, nonce), good),
+        (lambda nonce: prove(TOKEN, "another", nonce), good),
+        (prove_it, COUNT.pack(0)),
+        (prove_it, COUNT.pack(2**32 - 1)),
+        (prove_it, COUNT.pack(1) + RUN.pack(0, 0)),
+        (prove_it, COUNT.pack(1) + RUN.pack(size - 63, 64)),
+        (prove_it, COUNT.pack(1) + RUN.pack(size + 1, 1)),
+        (prove_it, COUNT.pack(1) + RUN.pack(2**64 - 64, 64)),
+        (prove_it, COUNT.pack(2) + RUN.pack(0, 64) + RUN.pack(64, 2**64 - 64)),
+    ]
+    for proof, request in requests:
+        nonce, answer = _ask(source, proof, request)
+        assert len(nonce) == NONCE_BYTES
+        assert answer == b"", request
+    _, answer = _ask(source, prove_it, good + COUNT.pack(0))
+    assert answer == bytes(source.pool.bytes[:64].tolist())
+
+
+def _ask(source: Rank, proof: Callable[[bytes], bytes], request: bytes) -> tuple[bytes, bytes]:
+    """What a source sends before and after a request, until it closes the connection."""
+    address = msgspec.msgpack.decode(source.transport.metadata())
+    received = b""
+    deadline = time.monotonic() + DEADLINE_S
+    with socket.create_connection(address) as channel:
+        channel.setblocking(False)
+        is_asked = False
+        while time.monotonic() < deadline:
+            source.transport.progress()
+            try:
+                piece = channel.recv(1 << 16)
+            except BlockingIOError:
+                continue
+            except ConnectionResetError:
+                break
+            if not piece:
+                break
+            received += piece
+            if len(received) >= NONCE_BYTES and not is_asked:
+                is_asked = True
+                channel.send(proof(received[:NONCE_BYTES]) + request)
+        else:
+            raise AssertionError("the source did not close")
+    return received[:NONCE_BYTES], received[NONCE_BYTES:]
+
+
+def test_a_wrong_token_reads_nothing(tcp: Cluster) -> None:
+    source, target = tcp.rank(_layout(), token="another"), tcp.rank(_layout())
+    before = target.pool.bytes.clone()
+    target.transport.connect(source.endpoint)
+    handle = target.transport.read(source.incarnation, [Run(0, 0, 64)])
+    assert tcp.finish(target, handle) == [ReadState.FAILED]
+    assert torch.equal(target.pool.bytes, before)
+
+
+def test_a_source_smaller_than_it_says(tcp: Cluster) -> None:
+    source, target = tcp.rank(_layout(num_blocks=2)), tcp.rank(_layout())
+    before = target.pool.bytes.clone()
+    target.transport.connect(msgspec.structs.replace(source.endpoint, layout=target.pool.layout))
+    size = source.pool.layout.num_bytes
+    handle = target.transport.read(source.incarnation, [Run(0, 0, 64), Run(size - 1, 64, 64)])
+    assert tcp.finish(target, handle) == [ReadState.FAILED]
+    assert torch.equal(target.pool.bytes, before)
+
+
+# -- between processes -----------------------------------------------------------------------------
+
+
+class Process:
+    """``transport_rank.py`` in a process of its own."""
+
+    def __init__(self, name: str, variables: dict[str, str], fill: int, num_blocks: int) -> None:
+        self.incarnation = uuid.uuid4().hex
+        script = str(Path(__file__).with_name("transport_rank.py"))
+        arguments = [name, self.incarnation, TOKEN, str(fill), str(num_blocks)]
+        self.process = subprocess.Popen(
+            [sys.executable, script, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "NIXL_LOG_LEVEL": "ERROR", **variables},
+            bufsize=0,
+        )
+        self.endpoint = self.line().removeprefix("endpoint ")
+
+    def line(self) -> str:
+        """The next line that it says."""
+        assert self.process.stdout is not None
+        ready, _, _ = select.select([self.process.stdout], [], [], DEADLINE_S)
+        assert ready, "the rank says nothing"
+        return self.process.stdout.readline().decode().strip()
+
+    def send(self, *words: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(" ".join(words).encode() + b"\n")
+
+    def ask(self, *words: str) -> str:
+        self.send(*words)
+        return self.line()
+
+    def read(self, source: "Process", runs: list[Run]) -> str:
+        return self.ask("read", source.incarnation, msgspec.msgpack.encode(runs).hex())
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe is not None
+            pipe.close()
+
+
+Start = Callable[..., Process]
+BLOCK_BYTES = 2 * 32 * 64 * 2 * 4
+NUM_BLOCKS = 512  # 32 MiB each of the two layers
+ALL = [Run(0, 0, 2 * NUM_BLOCKS * BLOCK_BYTES)]
+SPLIT = [Run(i * 2 * BLOCK_BYTES, i * 2 * BLOCK_BYTES, BLOCK_BYTES) for i in range(NUM_BLOCKS)]
+
+
+@pytest.fixture(
+    params=[("tcp", {}), ("nixl", {}), ("nixl", {"UCX_TLS": "tcp"})],
+    ids=["tcp", "nixl", "nixl-over-tcp"],
+)
+def start(request: pytest.FixtureRequest) -> Iterator[Start]:
+    name, variables = request.param
+    started: list[Process] = []
+
+    def run(fill: int) -> Process:
+        started.append(Process(name, variables, fill, NUM_BLOCKS))
+        return started[-1]
+
+    yield run
+    for process in started:
+        process.stop()
+
+
+def test_between_processes(start: Start) -> None:
+    source, target = start(7), start(9)
+    assert target.ask("connect", source.endpoint) == "ok"
+    assert source.ask("connect", target.endpoint) == "ok"
+    assert target.read(source, SPLIT) == "reading 0"
+    assert target.line() == "0 done"
+    assert target.ask("count", "7") == str(NUM_BLOCKS * BLOCK_BYTES)
+    assert target.read(source, ALL) == "reading 1"
+    assert target.line() == "1 done"
+    assert target.ask("sum") == source.ask("sum")
+    assert source.read(target, SPLIT) == "reading 0"
+    assert source.line() == "0 done"
+
+
+def test_a_stopped_source_is_waited_for_and_a_dead_one_fails(start: Start) -> None:
+    source, target = start(7), start(9)
+    assert target.ask("connect", source.endpoint) == "ok"
+    assert target.read(source, [Run(0, 0, 64)]) == "reading 0"
+    assert target.line() == "0 done"
+
+    source.process.send_signal(signal.SIGSTOP)
+    # Either what was asked for is read from its memory all the same, or it waits.
+    assert target.read(source, ALL) == "reading 1"
+    landed = int(target.ask("count", "7"))
+    source.process.send_signal(signal.SIGCONT)
+    answers = [target.line()]
+    assert answers == ["1 done"], landed
+    assert target.ask("count", "7") == str(ALL[0].num_bytes)
+
+    source.process.kill()
+    source.process.wait()
+    assert _fails_or_is_refused(target, source)
+    assert target.read(source, SPLIT).startswith("error")
+    assert target.ask("disconnect", source.incarnation) == "ok"
+    replacement = start(5)
+    assert target.ask("connect", replacement.endpoint) == "ok"
+    target.send("read", replacement.incarnation, msgspec.msgpack.encode(ALL).hex())
+    assert target.line().startswith("reading")
+    assert target.line().endswith("done")
+    assert target.ask("count", "5") == str(ALL[0].num_bytes)
+
+
+def _fails_or_is_refused(target: Process, source: Process) -> bool:
+    answer = target.read(source, SPLIT)
+    return answer.startswith("error") or target.line().endswith("failed")
+
+
+def test_a_source_that_dies_during_a_read_fails_it(start: Start) -> None:
+    source, target = start(7), start(9)
+    assert target.ask("connect", source.endpoint) == "ok"
+    assert target.read(source, [Run(0, 0, 64)]) == "reading 0"
+    assert target.line() == "0 done"
+    source.process.send_signal(signal.SIGSTOP)
+    assert target.read(source, ALL) == "reading 1"
+    source.process.kill()
+    # Over shared memory the bytes may all have been copied before it died.
+    assert target.line() in ("1 failed", "1 done")
+    assert target.ask("count", "3") == "0"  # and the reader lives

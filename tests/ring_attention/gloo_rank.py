@@ -1,0 +1,54 @@
+"""One rank of test_gloo_ring: runs every case and prints its share's digest, one line for each."""
+
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from protocol.errors import PeerError
+from ring_attention.comm import GlooRing
+from tests.ring_attention.ring_cases import (
+    BUDGET_S,
+    DenseKernel,
+    PositionKernel,
+    Setup,
+    digest,
+    process_cases,
+)
+
+
+def main(rank: int, size: int, store_path: str, peer_is_lost: bool) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(store_path, size)
+    budget = timedelta(seconds=BUDGET_S)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=budget)
+    if peer_is_lost:
+        lose_a_peer(rank, store)
+        return
+    comm = GlooRing(timeout_s=BUDGET_S)
+    for setup in process_cases(size):
+        if rank in setup.ring:
+            kernel = PositionKernel() if setup.integers else DenseKernel()
+            _, out_TNH = setup.build().attend(rank, comm, kernel)
+            print(digest(out_TNH))
+        else:
+            print()
+    dist.destroy_process_group()
+
+
+def lose_a_peer(rank: int, store: dist.Store) -> None:
+    """The last rank connects and then says nothing until rank 0 has given up."""
+    if rank == 0:
+        case = Setup(num_tokens=64).build()
+        try:
+            case.attend(0, GlooRing(timeout_s=0.3), DenseKernel())
+        except PeerError:
+            print("PeerError")
+        store.set("gave up", "yes")
+    else:
+        store.wait(["gave up"], timedelta(seconds=BUDGET_S))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4] == "lost")
