@@ -30,9 +30,10 @@ import torch
 import zmq
 
 from kvcache.pool import KVPool
+from kvtransfer.identity import RankIdentity, TransferConfig
 from kvtransfer.process import RankProcess
 from kvtransfer.rank_config import RankConfig
-from kvtransfer.thread import RankIdentity, TransferConfig, TransferThread
+from kvtransfer.thread import TransferThread
 from modeling.config import ModelConfig
 from modeling.parallel import open_gang_store
 from protocol.errors import BatonError, ConfigError, PeerError

@@ -24,8 +24,9 @@ from kvtransfer.events import (
     ThreadDied,
     Welcomed,
 )
+from kvtransfer.identity import RankIdentity
 from kvtransfer.rank_config import RankConfig
-from kvtransfer.thread import RankIdentity, TransferThread
+from kvtransfer.thread import TransferThread
 from modeling.parallel import init_gang
 from protocol.errors import PeerError
 from protocol.gang import CHECK_INTERVAL_S, FollowerChannel, LeaderChannel

@@ -175,7 +175,7 @@ class TcpTransport(KVTransport):
         if self._source is not None:
             self._source.close()
             self._source = None
-            self._selector.close()
+        self._selector.close()
 
     def _turn(self, peer: _Peer) -> None:
         """Send and receive what goes without waiting, within bounds."""

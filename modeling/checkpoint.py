@@ -52,8 +52,9 @@ def read_checkpoint(folder: Path) -> dict[str, TensorEntry]:
     headers: dict[str, dict[str, TensorEntry]] = {}
     entries: dict[str, TensorEntry] = {}
     for name, file_name in weight_map.items():
+        path = _shard_path(folder, index, file_name)
         if file_name not in headers:
-            headers[file_name] = read_header(_shard_path(folder, index, file_name))
+            headers[file_name] = read_header(path)
         if name not in headers[file_name]:
             raise ConfigError(f"{index}: says that {file_name} holds {name}, but it does not")
         entries[name] = headers[file_name][name]

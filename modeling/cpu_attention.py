@@ -1,9 +1,8 @@
 """Attention on CPU: torch's flash op for pieces, our own C++ kernel for paged decode.
 
-``attend``: a sliding window that really cuts is worked off in tiles of queries, each over the keys
-that it can see; a tile never has a row that sees nothing. The flash op has traps that decide how it
-is called: an empty input kills the process, a last stride other than 1 gives wrong numbers, and a
-row that is masked out altogether comes back with lse 0 instead of -inf.
+``attend``: the flash op has traps that decide how it is called. An empty input kills the process, a
+last stride other than 1 gives wrong numbers, and a row that is masked out altogether comes back
+with lse 0 instead of -inf: whoever masks leaves such rows out.
 
 ``paged_decode``: each sequence alone, its keys in order of position, so what it computes does not
 depend on the rest of the batch.
@@ -16,8 +15,8 @@ import torch
 
 from modeling.attention import AttentionKernel, Piece
 from modeling.native import load_native
+from modeling.partials import attend_windowed, merge_, window_cuts
 
-WINDOW_TILE = 256  # queries of one call when a window cuts
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
@@ -39,14 +38,18 @@ class CpuKernel(AttentionKernel):
         """Whether ``paged_decode`` runs in C++."""
         return self._library is not None
 
+    @property
+    def has_fast_bfloat16(self) -> bool:
+        """Whether it does so with the CPU's bf16 instructions."""
+        return self._library is not None and bool(self._library.has_fast_bfloat16())
+
     def attend(
         self, q_TNH: torch.Tensor, k_SKH: torch.Tensor, v_SKH: torch.Tensor, piece: Piece
     ) -> tuple[torch.Tensor, torch.Tensor]:
         assert q_TNH.stride(2) == k_SKH.stride(2) == v_SKH.stride(2) == 1
-        if piece.window is not None:
-            last_query = piece.q_start + q_TNH.shape[0] - 1
-            if last_query - int(piece.k_positions[0]) >= piece.window:
-                return _attend_windowed(q_TNH, k_SKH, v_SKH, piece, piece.window)
+        assert len(q_TNH) and len(k_SKH), "the op dies of an empty piece"
+        if window_cuts(piece, len(q_TNH)):
+            return attend_windowed(q_TNH, k_SKH, v_SKH, piece, _attend)
         return _attend(q_TNH, k_SKH, v_SKH, is_causal=piece.causal)
 
     def merge_(
@@ -123,33 +126,15 @@ class _PagedDecodeArgs(ctypes.Structure):
     )
 
 
-def merge_(
-    out_TNH: torch.Tensor,
-    lse_TN: torch.Tensor,
-    other_out_TNH: torch.Tensor,
-    other_lse_TN: torch.Tensor,
-) -> None:
-    """Merge a partial into ``(out, lse)`` in place; both fp32, on any device.
-
-    Rows of either side may have seen nothing (lse -inf, any finite out).
-    """
-    assert out_TNH.dtype == lse_TN.dtype == torch.float32
-    weight_TN = torch.sigmoid(other_lse_TN - lse_TN)
-    # -inf on both sides makes a NaN here; the other side's -inf alone makes the 0 that it is.
-    weight_TN.masked_fill_(torch.isneginf(other_lse_TN), 0.0)
-    out_TNH.lerp_(other_out_TNH.float(), weight_TN.unsqueeze(-1))
-    torch.logaddexp(lse_TN, other_lse_TN, out=lse_TN)
-
-
 def _attend(
     q_TNH: torch.Tensor,
     k_SKH: torch.Tensor,
     v_SKH: torch.Tensor,
+    mask_TS: torch.Tensor | None = None,
     *,
     is_causal: bool = False,
-    mask_TS: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    # [T, N, H] seen as (1, N, T, H): the op gives its output the same strides, and lse as [1, T, N].
+    # [T, N, H] seen as (1, N, T, H): the op's output has the same strides, its lse is [1, T, N].
     out_1NTH, lse_1NT = _flash(
         q_TNH.transpose(0, 1).unsqueeze(0),
         k_SKH.transpose(0, 1).unsqueeze(0),
@@ -159,30 +144,6 @@ def _attend(
         attn_mask=mask_TS,
     )
     return out_1NTH.squeeze(0).transpose(0, 1), lse_1NT.squeeze(0).transpose(0, 1)
-
-
-def _attend_windowed(
-    q_TNH: torch.Tensor, k_SKH: torch.Tensor, v_SKH: torch.Tensor, piece: Piece, window: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    num_queries, k_positions = q_TNH.shape[0], piece.k_positions
-    out_TNH = torch.zeros(q_TNH.shape, dtype=q_TNH.dtype)
-    lse_TN = torch.full(q_TNH.shape[:2], -torch.inf)
-    # Queries from this one on see none of the keys.
-    blind = int(k_positions[-1]) + window - piece.q_start
-    for start in range(0, min(num_queries, blind), WINDOW_TILE):
-        end = min(start + WINDOW_TILE, num_queries, blind)
-        q_positions = torch.arange(piece.q_start + start, piece.q_start + end)
-        # Keys that the first query sees at the earliest, and the last query at the latest.
-        first = int(torch.searchsorted(k_positions, q_positions[0] - window, right=True))
-        last = int(torch.searchsorted(k_positions, q_positions[-1], right=True))
-        distance_TS = q_positions.unsqueeze(1) - k_positions[first:last]
-        hidden_TS = (distance_TS < 0) | (distance_TS >= window)
-        mask_TS = torch.zeros(hidden_TS.shape, dtype=q_TNH.dtype)
-        mask_TS.masked_fill_(hidden_TS, -torch.inf)
-        out_TNH[start:end], lse_TN[start:end] = _attend(
-            q_TNH[start:end], k_SKH[first:last], v_SKH[first:last], mask_TS=mask_TS
-        )
-    return out_TNH, lse_TN
 
 
 def _paged_decode_torch(

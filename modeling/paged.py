@@ -92,9 +92,7 @@ class PagedAttention(AttentionContext):
             out_TNH[self._single_rows] = self._decode(layer, q_TNH[self._single_rows], window)
         for chunk in self._chunks:
             rows = slice(chunk.first, chunk.last)
-            out_TNH[rows] = self._attend_chunk(
-                layer, chunk, q_TNH[rows], k_TKH[rows], v_TKH[rows]
-            )
+            out_TNH[rows] = self._attend_chunk(layer, chunk, q_TNH[rows], k_TKH[rows], v_TKH[rows])
         return out_TNH
 
     def _decode(self, layer: int, q_BNH: torch.Tensor, window: int | None) -> torch.Tensor:
@@ -121,9 +119,7 @@ class PagedAttention(AttentionContext):
         first = first_block * self._block_size
         if first >= chunk.start or seen >= chunk.start:
             return out_TNH
-        k_SKH, v_SKH = self._pool.gather(
-            layer, chunk.block_ids[first_block:], chunk.start - first
-        )
+        k_SKH, v_SKH = self._pool.gather(layer, chunk.block_ids[first_block:], chunk.start - first)
         prefix = Piece(False, chunk.start, torch.arange(first, chunk.start), window)
         other_out_TNH, other_lse_TN = self._kernel.attend(q_TNH, k_SKH, v_SKH, prefix)
         total_TNH = out_TNH.float()

@@ -74,7 +74,7 @@ class Announcer:
         if self._device.type != "cuda":
             self._submit(announcement)
             return
-        computed = torch.cuda.Event()
+        computed = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch leaves it out
         computed.record()
         self._pending.append((computed, announcement))
 
@@ -83,7 +83,7 @@ class Announcer:
             computed, announcement = self._pending[0]
             if wait:
                 computed.synchronize()
-            elif not computed.query():
+            elif not computed.query():  # type: ignore[no-untyped-call]  # torch leaves it out
                 return
             self._pending.popleft()
             self._submit(announcement)

@@ -119,6 +119,7 @@ class HandoffFailed(_Message, frozen=True):
 
     rank: int
     reason: str
+    side: str = "target"  # or "source"
 
 
 class Close(_Message, frozen=True):

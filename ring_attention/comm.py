@@ -106,7 +106,7 @@ class _GlooPending(Pending):
     def wait(self) -> None:
         deadline = time.monotonic() + self.timeout_s
         for work in self.works:
-            # gloo takes no timeout below a millisecond for one: zero would mean its default.
+            # In milliseconds inside, and 0 would mean the group's own timeout.
             left_s = max(deadline - time.monotonic(), 0.001)
             try:
                 work.wait(timedelta(seconds=left_s))

@@ -1,8 +1,4 @@
-"""A decode pool's surroundings in memory: ranks that check every KV slot, a coordinator, a peer.
-
-The fake KV of a token is ``(position, token_id)`` and the next token is a function of *all* KV that
-a sequence sees, so a swapped, missing or stale block gives a wrong token.
-"""
+"""A scheduler in surroundings that live in memory, see fake_cluster.py and real_ranks.py."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,263 +6,9 @@ from typing import Any
 import pytest
 
 from decode.batch import SchedulerLimits
-from decode.scheduler import DecodeScheduler
 from kvcache.blocks import BlockPool
-from kvtransfer.events import (
-    CloseTarget,
-    ControlReceived,
-    Event,
-    HandoffBroken,
-    OpenTargetBlocks,
-    SendControl,
-    TargetClosed,
-    TargetCommitted,
-    TargetIsOpen,
-)
-from protocol.messages import (
-    Abort,
-    CacheUpdate,
-    Committed,
-    ComputeHere,
-    NewToken,
-    Released,
-    RequestFailed,
-    Reserve,
-    Ticket,
-    ToCoordinator,
-    Tokens,
-)
-from protocol.plans import DecodePlan, SampledToken, SequenceStep
-from protocol.request import FinishReason, SamplingParams, TransferStats
-
-Key = tuple[str, int]
-VOCAB_SIZE = 50
-
-
-def next_token(kv: list[tuple[int, int]]) -> int:
-    return hash(tuple(kv)) % VOCAB_SIZE
-
-
-def reference(prompt: tuple[int, ...], num_tokens: int) -> list[int]:
-    """What a sequence generates when nothing goes wrong."""
-    tokens = list(prompt)
-    for _ in range(num_tokens):
-        tokens.append(next_token(list(enumerate(tokens))))
-    return tokens[len(prompt) :]
-
-
-class FakeRank:
-    """Executes plans over a memory in which every slot says what was written there."""
-
-    def __init__(self, block_size: int) -> None:
-        self.block_size = block_size
-        self.slots: dict[tuple[int, int], tuple[int, int]] = {}
-        self.tables: dict[Key, list[int]] = {}
-        self.host: dict[Key, list[dict[int, tuple[int, int]]]] = {}
-
-    def write(self, block_id: int, offset: int, value: tuple[int, int]) -> None:
-        self.slots[block_id, offset] = value
-
-    def _block(self, block_id: int) -> dict[int, tuple[int, int]]:
-        offsets = range(self.block_size)
-        return {o: self.slots[block_id, o] for o in offsets if (block_id, o) in self.slots}
-
-    def execute(self, plan: DecodePlan) -> list[SampledToken]:
-        for swap in plan.swaps:
-            key = (swap.request_id, swap.attempt)
-            if swap.out:
-                self.tables.pop(key, None)
-                self.host[key] = [self._block(block_id) for block_id in swap.block_ids]
-            else:
-                for block_id, saved in zip(swap.block_ids, self.host.pop(key), strict=True):
-                    for offset, value in saved.items():
-                        self.write(block_id, offset, value)
-        for key in plan.dropped:
-            held = [self.tables.pop(key, None), self.host.pop(key, None)]
-            assert held != [None, None], "dropped and not known"
-        for new in plan.new:
-            key = (new.request_id, new.attempt)
-            assert key not in self.tables
-            self.tables[key] = list(new.block_ids)
-        return [token for step in plan.sequences if (token := self._step(step)) is not None]
-
-    def _step(self, step: SequenceStep) -> SampledToken | None:
-        table = self.tables[step.request_id, step.attempt]
-        table += step.new_block_ids
-        end = step.start + len(step.token_ids)
-        assert step.token_ids
-        for position, token_id in enumerate(step.token_ids, step.start):
-            block_id, offset = table[position // self.block_size], position % self.block_size
-            self.write(block_id, offset, (position, token_id))
-        kv = [self.slots[table[p // self.block_size], p % self.block_size] for p in range(end)]
-        assert [position for position, _ in kv] == list(range(end)), "a stale or foreign slot"
-        if not step.sample:
-            return None
-        return SampledToken(step.request_id, step.attempt, next_token(kv))
-
-
-class Cluster:
-    """Plays the coordinator, the transfer thread and the source of every hand-off."""
-
-    def __init__(self, num_blocks: int, block_size: int, limits: SchedulerLimits) -> None:
-        self.pool = BlockPool(num_blocks, block_size)
-        self.scheduler = DecodeScheduler(self.pool, limits, "fingerprint")
-        self.rank = FakeRank(block_size)
-        self.limits = limits
-        self.now = 0.0
-        self.requests: dict[Key, Reserve] = {}
-        self.opened: dict[Key, OpenTargetBlocks] = {}  # hand-offs that can receive bytes
-        self.is_open: set[Key] = set()
-        self.closing: set[Key] = set()
-        self.tickets: dict[Key, int] = {}
-        self.committed: set[Key] = set()
-        self.outputs: dict[Key, list[int]] = {}
-        self.finished: dict[Key, FinishReason | None] = {}
-        self.failed: dict[Key, str] = {}
-        self.num_released: dict[Key, int] = {}
-        self.cached_hashes: set[bytes] = set()
-        self.log: list[str] = []
-
-    # -- what the coordinator says
-
-    def reserve(
-        self, request_id: str, prompt: tuple[int, ...], max_tokens: int, **sampling: Any
-    ) -> Key:
-        params = SamplingParams(max_tokens=max_tokens, **sampling)
-        message = Reserve(request_id, 0, prompt, params)
-        self.requests[request_id, 0] = message
-        self._tell(ControlReceived(message))
-        return request_id, 0
-
-    def compute_here(self, key: Key) -> None:
-        self._tell(ControlReceived(ComputeHere(*key)))
-
-    def abort(self, key: Key) -> None:
-        self._tell(ControlReceived(Abort(*key)))
-
-    # -- what the transfer thread says
-
-    def open(self, key: Key) -> None:
-        self.is_open.add(key)
-        self._tell(TargetIsOpen(*key))
-
-    def commit(self, key: Key) -> None:
-        """Every byte lands, the hand-off commits and is closed by that."""
-        command, prompt = self.opened.pop(key), self.requests[key].prompt_token_ids
-        size = self.rank.block_size
-        for logical, block in enumerate(command.blocks, command.first_logical):
-            for position in range(logical * size, min((logical + 1) * size, len(prompt))):
-                self.rank.write(block.block_id, position % size, (position, prompt[position]))
-        first = reference(prompt, 1)[0]
-        self.committed.add(key)
-        self.outputs[key] = [first]
-        self._tell(TargetCommitted(*key, len(prompt), first, TransferStats(num_bytes=1)))
-
-    def land_garbage(self, key: Key) -> None:
-        for block in self.opened[key].blocks:
-            for offset in range(self.rank.block_size):
-                self.rank.write(block.block_id, offset, (-1, -1))
-
-    def close(self, key: Key) -> None:
-        self.closing.discard(key)
-        self.opened.pop(key, None)
-        self._tell(TargetClosed(*key))
-
-    def break_handoff(self, key: Key) -> None:
-        self._tell(HandoffBroken(*key, "target", "the source died"))
-
-    # -- the loop
-
-    def _tell(self, event: Event) -> None:
-        self.scheduler.on_event(event, self.now)
-        self.pool.check()
-        self._obey()
-
-    def step(self) -> DecodePlan | None:
-        self.now += 1.0
-        plan = self.scheduler.schedule(self.now)
-        self._obey()
-        self.pool.check()
-        if plan is not None:
-            self._check(plan)
-            self.scheduler.update(plan, self.rank.execute(plan), self.now)
-            self.pool.check()
-            self._obey()
-        return plan
-
-    def _check(self, plan: DecodePlan) -> None:
-        assert sum(len(s.token_ids) for s in plan.sequences) <= self.limits.token_budget
-        assert len(plan.sequences) <= self.limits.max_num_sequences
-        keys = [(step.request_id, step.attempt) for step in plan.sequences]
-        assert len(keys) == len(set(keys))
-
-    def _obey(self) -> None:
-        for command in self.scheduler.take_commands():
-            match command:
-                case OpenTargetBlocks():
-                    self.opened[command.request_id, command.attempt] = command
-                    self.log.append(f"open {command.request_id}")
-                case CloseTarget():
-                    self.closing.add((command.request_id, command.attempt))
-                    self.log.append(f"close {command.request_id}")
-                case SendControl(message):
-                    self._receive(message)
-
-    def _receive(self, message: ToCoordinator) -> None:
-        self.log.append(f"{type(message).__name__} {getattr(message, 'request_id', '')}".strip())
-        match message:
-            case Ticket():
-                key = (message.request_id, message.attempt)
-                assert key not in self.tickets
-                self.tickets[key] = message.num_cached_tokens
-            case Tokens():
-                for token in message.tokens:
-                    self._receive_token(token)
-            case RequestFailed():
-                self.failed[message.request_id, message.attempt] = message.code
-            case Released():
-                key = (message.request_id, message.attempt)
-                assert key not in self.opened or key in self.closing, "bytes can still land"
-                self.num_released[key] = self.num_released.get(key, 0) + 1
-            case CacheUpdate():
-                self.cached_hashes.difference_update(message.evicted)
-                assert not self.cached_hashes.intersection(message.stored)
-                self.cached_hashes.update(message.stored)
-            case Committed():
-                assert (message.request_id, message.attempt) in self.committed
-
-    def _receive_token(self, token: NewToken) -> None:
-        key = (token.request_id, token.attempt)
-        assert key not in self.finished and key not in self.num_released
-        output = self.outputs.setdefault(key, [])
-        assert token.index == len(output), "a token twice, or one missing"
-        output.append(token.token_id)
-        assert output == reference(self.requests[key].prompt_token_ids, len(output))
-        if token.finish_reason is not None:
-            self.finished[key] = token.finish_reason
-
-    # -- the end
-
-    def run(self, max_steps: int = 1000) -> None:
-        """Step until there is nothing to do."""
-        for _ in range(max_steps):
-            if self.step() is None:
-                return
-        raise AssertionError("the scheduler does not come to rest")
-
-    def assert_empty(self) -> None:
-        """Nothing is held or remembered of any request."""
-        assert self.scheduler.is_idle
-        assert self.step() is None
-        counts = self.pool.counts()
-        assert counts.free + counts.cached == counts.total, counts
-        assert not self.rank.tables and not self.rank.host
-        assert counts.cached == len(self.cached_hashes)
-        load = self.scheduler.load()
-        assert (load.num_waiting, load.num_running, load.pending_tokens) == (0, 0, 0)
-        assert load.counters["swapped_blocks"] == 0
-        assert all(count >= 1 for count in self.num_released.values())
-        assert set(self.num_released) == set(self.requests)
+from tests.decode.fake_cluster import Cluster, FakeRank, reference
+from tests.decode.real_ranks import Ranks
 
 
 @pytest.fixture(scope="session")
@@ -277,12 +19,20 @@ def make_cluster() -> Callable[..., Cluster]:
         max_model_len: int = 1000,
         token_budget: int = 16,
         max_num_sequences: int = 8,
+        rank: Any = None,
+        expected: Any = reference,
         **limits: int,
     ) -> Cluster:
         return Cluster(
-            num_blocks,
-            block_size,
+            BlockPool(num_blocks, block_size),
             SchedulerLimits(max_model_len, token_budget, max_num_sequences, **limits),
+            rank or FakeRank(block_size),
+            expected,
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def make_ranks() -> type[Ranks]:
+    return Ranks

@@ -179,13 +179,14 @@ def test_an_index_that_promises_too_much(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "file_name", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", 7, "a\\b"]
+    "file_name",
+    ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", 7, [], "a\\b"],
 )
 def test_an_index_cannot_leave_its_folder(folder: Path, file_name: object) -> None:
     weight_map = _shard(folder)
     (folder.parent / "secret.safetensors").write_bytes(b"")
     _write_index(folder, weight_map | {"model.norm.weight": file_name})
-    with pytest.raises(ConfigError, match="is no plain file name"):
+    with pytest.raises(ConfigError, match=r"is no plain file name|not a \.safetensors file"):
         _load(folder)
 
 
@@ -239,7 +240,8 @@ def status(field):
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith(field)) >> 10
 
-model = load_model(sys.argv[1], tp=SingleRank(), dtype="auto", device="cpu") if len(sys.argv) > 2 else None
+if len(sys.argv) > 2:
+    model = load_model(sys.argv[1], tp=SingleRank(), dtype="auto", device="cpu")
 print(status("VmHWM"), status("VmRSS"))
 """
 
@@ -259,4 +261,4 @@ def test_loading_takes_little_more_memory_than_the_weights(tmp_path: Path) -> No
     peak, resident = measure("load")
     assert weights_mb > 60
     assert peak - empty_peak < weights_mb + 60, "the checkpoint was in memory twice"
-    assert resident - empty_peak < weights_mb + 40
+    assert resident - empty_peak < weights_mb + 60

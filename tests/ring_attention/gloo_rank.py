@@ -18,22 +18,28 @@ from tests.ring_attention.ring_cases import (
 )
 
 
-def main(rank: int, size: int, store_path: str, peer_is_lost: bool) -> None:
+def say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+
+
+def main(rank: int, cp_size: int, tp_size: int, store_path: str, peer_is_lost: bool) -> None:
     torch.set_num_threads(1)
+    size = cp_size * tp_size
     store = dist.FileStore(store_path, size)
     budget = timedelta(seconds=BUDGET_S)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=budget)
     if peer_is_lost:
         lose_a_peer(rank, store)
         return
-    comm = GlooRing(timeout_s=BUDGET_S)
-    for setup in process_cases(size):
-        if rank in setup.ring:
+    cp_rank, tp_rank = divmod(rank, tp_size)
+    comm = GlooRing(tp_size=tp_size, tp_rank=tp_rank, timeout_s=BUDGET_S)
+    for setup in process_cases(cp_size, seed=tp_rank):
+        if cp_rank in setup.ring:
             kernel = PositionKernel() if setup.integers else DenseKernel()
-            _, out_TNH = setup.build().attend(rank, comm, kernel)
-            print(digest(out_TNH))
+            _, out_TNH = setup.build().attend(cp_rank, comm, kernel)
+            say(digest(out_TNH))
         else:
-            print()
+            say("")
     dist.destroy_process_group()
 
 
@@ -44,11 +50,12 @@ def lose_a_peer(rank: int, store: dist.Store) -> None:
         try:
             case.attend(0, GlooRing(timeout_s=0.3), DenseKernel())
         except PeerError:
-            print("PeerError")
+            say("PeerError")
         store.set("gave up", "yes")
     else:
         store.wait(["gave up"], timedelta(seconds=BUDGET_S))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4] == "lost")
+    rank, cp_size, tp_size = (int(argument) for argument in sys.argv[1:4])
+    main(rank, cp_size, tp_size, sys.argv[4], peer_is_lost=sys.argv[5] == "lost")

@@ -7,7 +7,7 @@ import hashlib
 import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import msgspec
@@ -110,6 +110,7 @@ class PositionKernel(_CheckingKernel):
         other_lse_TN: torch.Tensor,
     ) -> None:
         out_TNH.add_(other_out_TNH).remainder_(MODULUS)
+        lse_TN.add_(other_lse_TN)
 
 
 def position_sum(
@@ -275,16 +276,16 @@ def attend_on_threads(case: RingCase, kernel: AttentionKernel) -> torch.Tensor:
 def assemble(case: RingCase, parts: Sequence[Share]) -> torch.Tensor:
     order = torch.cat([positions for positions, _ in parts])
     assert sorted(order.tolist()) == list(range(case.start, case.end))
-    out_TNH = torch.empty_like(case.q_SNH[case.start :])
+    out_TNH = torch.empty_like(case.q_SNH[case.start : case.end])
     out_TNH[order - case.start] = torch.cat([out for _, out in parts])
     return out_TNH
 
 
-def process_cases(size: int) -> list[Setup]:
+def process_cases(size: int, seed: int) -> list[Setup]:
     """What is run between processes and between threads, to the same bits."""
     ring = tuple(range(size))
     part = ring[1:] if size > 2 else ring
-    return [
+    setups = [
         Setup(ring=ring, num_tokens=203, num_prefix_blocks=9, pass_q=pass_q, **more)
         for pass_q in (False, True)
         for more in ({}, {"dtype": "bfloat16"}, {"integers": True}, {"window": 30})
@@ -293,6 +294,7 @@ def process_cases(size: int) -> list[Setup]:
         Setup(ring=ring, num_tokens=1, num_prefix_blocks=5, pass_q=True),
         Setup(ring=ring, num_tokens=3),
     ]
+    return [replace(setup, seed=seed) for setup in setups]
 
 
 def digest(out_TNH: torch.Tensor) -> str:

@@ -67,7 +67,7 @@ def positions(shard: Shard) -> list[int]:
 def test_every_visible_pair_is_seen_once(
     work_and_block_size: tuple[ChunkWork, int], window: int | None
 ) -> None:
-    """Any deal, not only zigzag: sights cover just what a causal mask with a window lets through."""
+    """Any deal, not only zigzag: sights cover just what a causal window lets through."""
     work, block_size = work_and_block_size
     partition = Partition(work, block_size, window)
     seen = set()

@@ -1,0 +1,8 @@
+"""One rank of a decode pool: ``python -P -m decode --config FILE``."""
+
+from decode.config import DecodeConfig
+from decode.worker import serve
+from kvtransfer.boot import main
+
+if __name__ == "__main__":
+    main("decode", DecodeConfig, serve)

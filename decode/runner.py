@@ -1,0 +1,120 @@
+"""Executes a decode plan on one rank.
+
+1. Swap: blocks go to host memory or come back, in the plan's order, before anything is computed, so
+   that a block freed by one sequence may serve another in the same step.
+2. Drop and add sequences, append the blocks by which others have grown.
+3. One forward pass over every sequence's tokens, the single ones in front.
+4. Logits of the last tokens that are to be sampled, all tensor-parallel shards together; rank 0
+   samples, for it alone is given what the sampling needs.
+
+Shape suffixes: T tokens of the batch, B sampled rows, D hidden size, V vocabulary.
+"""
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from decode.sequence import Key
+from kvcache.pool import KVPool
+from modeling.model import Model
+from modeling.paged import PagedAttention, PagedSequence
+from modeling.sampling import SamplingRow, sample
+from protocol.plans import DecodePlan, Plan, SampledToken, StepResult, SwapBlocks
+
+
+class DecodeRunner:
+    """One rank's part of every plan.
+
+    Args:
+        rank: in the pool.
+        model: this rank's shard.
+        pool: this rank's KV.
+    """
+
+    def __init__(self, rank: int, model: Model, pool: KVPool) -> None:
+        self._rank = rank
+        self._model = model
+        self._pool = pool
+        self._tables: dict[Key, torch.Tensor] = {}  # int32 block ids on CPU, in logical order
+        self._host: dict[Key, torch.Tensor] = {}  # KV of pre-empted sequences
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that this rank knows of."""
+        return len(self._tables) + len(self._host)
+
+    @torch.inference_mode()
+    def execute(self, plan: Plan, rows: Sequence[SamplingRow] = ()) -> StepResult:
+        """Execute this rank's part; blocks until it is computed.
+
+        Args:
+            plan: the leader's.
+            rows: how to sample, on rank 0 only: one for each step that samples, in their order.
+
+        Raises:
+            PeerError: another rank did not do its part in time.
+        """
+        assert isinstance(plan, DecodePlan), plan
+        started = time.perf_counter()
+        for swap in plan.swaps:
+            self._swap(swap)
+        for key in plan.dropped:
+            self._tables.pop(key, None)
+            self._host.pop(key, None)
+        for new in plan.new:
+            table = torch.tensor(new.block_ids, dtype=torch.int32)
+            self._tables[new.request_id, new.attempt] = table
+        tokens = self._compute(plan, rows) if plan.sequences else ()
+        return StepResult(plan.step, self._rank, tokens, time.perf_counter() - started)
+
+    def _swap(self, swap: SwapBlocks) -> None:
+        key = (swap.request_id, swap.attempt)
+        if swap.out:
+            self._tables.pop(key, None)
+            self._host[key] = self._pool.save(swap.block_ids)
+        else:
+            self._pool.restore(swap.block_ids, self._host.pop(key))
+
+    def _compute(self, plan: DecodePlan, rows: Sequence[SamplingRow]) -> tuple[SampledToken, ...]:
+        device = self._pool.device
+        sequences: list[PagedSequence] = []
+        token_ids: list[int] = []
+        positions: list[int] = []
+        sampled: list[int] = []  # rows of the batch
+        for step in plan.sequences:
+            key = (step.request_id, step.attempt)
+            table = self._tables[key]
+            if step.new_block_ids:
+                added = torch.tensor(step.new_block_ids, dtype=torch.int32)
+                table = self._tables[key] = torch.cat((table, added))
+            num_tokens = len(step.token_ids)
+            sequences.append(PagedSequence(step.start, num_tokens, table))
+            token_ids += step.token_ids
+            positions += range(step.start, step.start + num_tokens)
+            if step.sample:
+                sampled.append(len(token_ids) - 1)
+        context = PagedAttention(self._pool, self._model.kernel, self._model.config, sequences)
+        hidden_TD = self._model.forward(
+            torch.tensor(token_ids, dtype=torch.int64, device=device),
+            torch.tensor(positions, dtype=torch.int64, device=device),
+            context,
+        )
+        if not sampled:
+            self._finish_on_device()
+            return ()
+        if len(sampled) < len(token_ids):
+            hidden_TD = hidden_TD[torch.tensor(sampled, device=device)]
+        logits_BV = self._model.logits(hidden_TD)
+        if self._rank != 0:
+            return ()
+        steps = (step for step in plan.sequences if step.sample)
+        return tuple(
+            SampledToken(step.request_id, step.attempt, token_id, logprobs)
+            for step, (token_id, logprobs) in zip(steps, sample(logits_BV, rows), strict=True)
+        )
+
+    def _finish_on_device(self) -> None:
+        """When the leader's step ends, its blocks may be given to others: nothing may be queued."""
+        if self._pool.device.type == "cuda":
+            torch.cuda.synchronize(self._pool.device)

@@ -1,0 +1,159 @@
+"""The loop of a decode rank.
+
+1. Size the KV pool, say HELLO, form the gang, load the shard, warm up, measure: GangReady.
+2. The leader: take in events, schedule, pass on what follows, have every rank execute the plan,
+   update. With nothing to do it blocks until an event comes.
+3. A follower executes the leader's plans.
+
+The leader does not wait for its followers at a step's end: the step's last collective has shown
+that they are past every use of KV. It waits for their results one step later, which bounds how far
+they may lag and finds the one that hangs.
+"""
+
+import gc
+import logging
+import math
+import time
+
+from decode.batch import SchedulerLimits
+from decode.config import DecodeConfig
+from decode.runner import DecodeRunner
+from decode.scheduler import DecodeScheduler
+from decode.startup import Speed, warm_up
+from kvcache.blocks import BlockPool
+from kvcache.pool import KVPool
+from kvtransfer.boot import plan_layout, resolve_device, resolve_dtype, start_rank
+from kvtransfer.process import RankProcess
+from modeling.config import ModelConfig, load_config
+from modeling.loader import load_model
+from modeling.parallel import make_tensor_parallel
+from modeling.sampling import SamplingRow
+from protocol.kv import KVLayout
+from protocol.messages import GangReady
+from protocol.plans import DecodePlan
+
+IDLE_WAIT_S = 5.0
+
+_log = logging.getLogger(__name__)
+
+
+def serve(config: DecodeConfig) -> None:
+    """Run a rank until it is stopped.
+
+    Raises:
+        ConfigError: it cannot run as configured.
+        PeerError: the gang has broken.
+        SystemExit: it was asked to stop.
+    """
+    model_config = load_config(config.model, max_model_len=config.max_model_len)
+    dtype, device = resolve_dtype(config, model_config), resolve_device(config)
+    layout = plan_layout(config, model_config, dtype)
+    pool = KVPool(layout, device)
+    with start_rank("decode", config, model_config, pool) as process:
+        process.form_gang(device)
+        tp = make_tensor_parallel(
+            config.rank, config.cp_size, config.tp_size, device, same_host=config.same_host
+        )
+        model = load_model(
+            config.model,
+            tp=tp,
+            dtype=dtype,
+            device=str(device),
+            max_model_len=config.max_model_len,
+        )
+        runner = DecodeRunner(config.rank, model, pool)
+        speed = warm_up(runner, layout, model_config)
+        _log.info("%d blocks of KV, %s", layout.num_blocks, speed)
+        process.tell(GangReady(tokens_per_s=speed.prefill_tokens_per_s))
+        gc.collect()
+        gc.freeze()  # a model's many small objects need not be walked in the middle of a step
+        if config.is_leader:
+            scheduler = make_scheduler(config, model_config, layout)
+            Leader(process, scheduler, runner, speed, config.step_timeout_s).run()
+        else:
+            process.follow(runner.execute)
+
+
+def make_scheduler(config: DecodeConfig, model: ModelConfig, layout: KVLayout) -> DecodeScheduler:
+    """The scheduler of a pool whose ranks all have ``layout``'s number of blocks."""
+    bytes_per_block = layout.num_bytes // layout.num_blocks
+    limits = SchedulerLimits(
+        max_model_len=model.max_model_len,
+        token_budget=config.token_budget,
+        max_num_sequences=config.max_num_sequences,
+        watermark_blocks=math.ceil(config.watermark * layout.num_blocks),
+        max_swapped_blocks=config.swap_memory_bytes // bytes_per_block,
+    )
+    pool = BlockPool(layout.num_blocks, layout.block_size)
+    return DecodeScheduler(pool, limits, model.fingerprint)
+
+
+class Leader:
+    """Rank 0's loop."""
+
+    def __init__(
+        self,
+        process: RankProcess,
+        scheduler: DecodeScheduler,
+        runner: DecodeRunner,
+        speed: Speed,
+        step_timeout_s: float,
+    ) -> None:
+        self._process = process
+        self._scheduler = scheduler
+        self._runner = runner
+        self._step_timeout_s = step_timeout_s
+        self._uncollected: int | None = None  # the step whose results are still to come
+        self._fixed_counters = (("decode_tokens_per_s_at_start", speed.decode_tokens_per_s),)
+
+    def run(self) -> None:
+        """Serve; never returns but by an exception."""
+        wait_s = 0.0
+        while True:
+            for event in self._process.drain(wait_s):
+                self._scheduler.on_event(event, time.monotonic())
+            plan = self._scheduler.schedule(time.monotonic())
+            self._pass_on()
+            if plan is None:
+                wait_s = IDLE_WAIT_S
+                self._report(is_step=False)
+            else:
+                wait_s = 0.0
+                self._step(plan)
+
+    def _step(self, plan: DecodePlan) -> None:
+        process, scheduler = self._process, self._scheduler
+        assert process.leader is not None, "only the leader leads"
+        process.begin_step()
+        if self._uncollected is not None:
+            process.leader.collect(self._uncollected, self._step_timeout_s, process.check)
+        process.leader.broadcast(plan)
+        self._uncollected = plan.step
+        rows = [
+            SamplingRow(
+                params=sequence.sampling,
+                index=len(sequence.output_token_ids),
+                prompt_token_ids=sequence.prompt_token_ids,
+                output_token_ids=sequence.output_token_ids,
+            )
+            for sequence in scheduler.sampled(plan)
+        ]
+        result = self._runner.execute(plan, rows)
+        scheduler.update(plan, result.tokens, time.monotonic())
+        self._pass_on()
+        self._report(is_step=True)
+
+    def _pass_on(self) -> None:
+        for command in self._scheduler.take_commands():
+            self._process.submit(command)
+
+    def _report(self, *, is_step: bool) -> None:
+        load = self._scheduler.load()
+        report = self._process.end_step if is_step else self._process.report
+        report(
+            num_waiting=load.num_waiting,
+            num_running=load.num_running,
+            pending_tokens=load.pending_tokens,
+            blocks=(load.blocks,),
+            counters=(*load.counters.items(), *self._fixed_counters),
+        )

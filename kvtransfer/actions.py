@@ -1,0 +1,82 @@
+"""What the hand-off's logic asks its thread to do, and what it may ask of its surroundings.
+
+The logic (source.py, target.py, leader.py) has no sockets, threads or clock: commands, messages and
+read results go in with a time, actions come out. The thread carries them out in order.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from kvtransfer.events import Event
+from kvtransfer.identity import PeerName, RankIdentity
+from kvtransfer.plan import Run
+from protocol.handoff import HandoffMessage
+from protocol.kv import KVLayout, PoolEndpoint, RankEndpoint
+
+Key = tuple[str, int]  # (request_id, attempt)
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send a message to a rank, which may be this one."""
+
+    peer: PeerName
+    message: HandoffMessage
+
+
+@dataclass(frozen=True, slots=True)
+class Emit:
+    """Tell the main thread."""
+
+    event: Event
+
+
+@dataclass(frozen=True, slots=True)
+class StartRead:
+    """Post a read; its end is told to the target side under ``read_id``."""
+
+    read_id: int
+    incarnation: str
+    runs: tuple[Run, ...]
+
+
+Action = Send | Emit | StartRead
+
+
+@dataclass(slots=True)
+class Surroundings:
+    """What the sides of one rank know in common. Only the thread changes it.
+
+    ``counters`` counts what was dropped, for the heartbeat.
+    """
+
+    identity: RankIdentity
+    layout: KVLayout
+    epoch: int = 0
+    pools: dict[str, PoolEndpoint] = field(default_factory=dict)
+    counters: Counter[str] = field(default_factory=Counter)
+
+    def epoch_of(self, pool_id: str) -> int | None:
+        """The present epoch of a pool that can be reached, None of any other."""
+        if pool_id == self.identity.pool_id:
+            return self.epoch
+        pool = self.pools.get(pool_id)
+        return None if pool is None else pool.epoch
+
+    def endpoint(self, peer: PeerName) -> RankEndpoint | None:
+        pool = self.pools.get(peer.pool_id)
+        if pool is None or not 0 <= peer.rank < len(pool.ranks):
+            return None
+        return pool.ranks[peer.rank]
+
+    def own_ranks(self) -> list[PeerName]:
+        return [PeerName(self.identity.pool_id, r) for r in range(self.identity.world_size)]
+
+    @property
+    def leader(self) -> PeerName:
+        return PeerName(self.identity.pool_id, 0)
+
+    def drop(self, reason: str) -> list[Action]:
+        """Count a message that is not acted upon."""
+        self.counters[f"dropped_{reason}"] += 1
+        return []

@@ -1,0 +1,140 @@
+"""All hand-offs of one rank: which side deals with which command and which message. Pure."""
+
+from collections.abc import Callable, Sequence
+
+from kvtransfer.actions import Action, Surroundings
+from kvtransfer.events import (
+    AnnounceBlocks,
+    AnnouncedAll,
+    CloseSource,
+    CloseTarget,
+    Command,
+    CommitWhenRead,
+    OpenTargetBlocks,
+)
+from kvtransfer.identity import PeerName
+from kvtransfer.leader import LeaderSide
+from kvtransfer.plan import Run
+from kvtransfer.source import SourceSide
+from kvtransfer.target import TargetSide
+from protocol.handoff import (
+    Announce,
+    Close,
+    Closed,
+    Commit,
+    Confirm,
+    HandoffFailed,
+    HandoffMessage,
+    OpenTarget,
+    ReadDone,
+    ReadsEnded,
+    SourceDone,
+    TargetOpened,
+    TargetReady,
+)
+from protocol.kv import PoolEndpoint
+
+Checksum = Callable[[Sequence[Run]], int]
+FromRank = TargetOpened | SourceDone | TargetReady | HandoffFailed | Closed
+
+
+class Handoffs:
+    """One rank's hand-offs, as source, as target and as leader.
+
+    Args:
+        around: who and where this rank is.
+        sums: the checksums of runs in the own pool, as their source and as their target.
+        transport_name: for the statistics.
+        checksum: "off", "sampled" or "always".
+        lease_s: how long a closing source waits for a silent reader.
+        max_reads: in flight at one time.
+    """
+
+    def __init__(
+        self,
+        around: Surroundings,
+        sums: tuple[Checksum, Checksum],
+        *,
+        transport_name: str,
+        checksum: str,
+        lease_s: float,
+        max_reads: int,
+    ) -> None:
+        self.around = around
+        self.source = SourceSide(around, sums[0], checksum, lease_s)
+        self.target = TargetSide(around, sums[1], transport_name, max_reads)
+        self.leader = LeaderSide(around)
+
+    @property
+    def num_open(self) -> int:
+        """Hand-offs that are not over, on any side."""
+        return self.source.num_open + self.target.num_open + self.leader.num_open
+
+    def command(self, command: Command, now: float) -> list[Action]:
+        """What the own main thread asks for."""
+        match command:
+            case AnnounceBlocks():
+                return self.source.announce(command)
+            case AnnouncedAll():
+                return self.source.announced_all(command)
+            case CommitWhenRead():
+                return self.leader.commit_when_read(command, now)
+            case CloseSource():
+                return self.leader.close_source(command)
+            case OpenTargetBlocks():
+                return self.leader.open_target(command)
+            case CloseTarget():
+                return self.leader.close_target(command)
+            case _:
+                raise AssertionError(f"not a hand-off's command: {command}")
+
+    def message(self, sender: PeerName, message: HandoffMessage, now: float) -> list[Action]:
+        """What another rank, or this one, says. What it has no right to say is dropped."""
+        match message:
+            case Announce():
+                return self.target.on_announce(sender, message, now)
+            case Confirm():
+                return self.target.on_confirm(sender, message, now)
+            case Commit():
+                return self.target.on_commit(sender, message, now)
+            case ReadDone():
+                return self.source.on_read_done(sender, message)
+            case ReadsEnded():
+                return self.source.on_reads_ended(sender, message)
+            case OpenTarget() | Close():
+                if sender != self.around.leader:
+                    return self.around.drop("not_our_leader")
+                if isinstance(message, OpenTarget):
+                    return self.target.on_open(message)
+                side = self.source if message.side == "source" else self.target
+                return side.on_close(message)
+            case _:
+                return self._from_rank(sender, message, now)
+
+    def _from_rank(self, sender: PeerName, message: FromRank, now: float) -> list[Action]:
+        if sender != PeerName(self.around.identity.pool_id, message.rank):
+            return self.around.drop("not_our_rank")
+        match message:
+            case TargetOpened():
+                return self.leader.on_target_opened(message)
+            case TargetReady():
+                return self.leader.on_target_ready(message)
+            case SourceDone():
+                return self.leader.on_source_done(message, now)
+            case HandoffFailed():
+                return self.leader.on_failed(message)
+            case Closed():
+                return self.leader.on_closed(message)
+
+    def read_ended(self, read_id: int, now: float, *, is_done: bool) -> list[Action]:
+        """The transport has seen a read of this rank to its end."""
+        return self.target.on_read_ended(read_id, now, is_done=is_done)
+
+    def pools_changed(self, pools: Sequence[PoolEndpoint]) -> list[Action]:
+        """These pools, and no others, can be reached from now on."""
+        self.around.pools = {pool.pool_id: pool for pool in pools}
+        return self.source.on_pools_changed()
+
+    def tick(self, now: float) -> list[Action]:
+        """Once in a while, for what ends by time alone."""
+        return self.source.tick(now)

@@ -1,0 +1,80 @@
+"""The states of a hand-off, on a source rank and on a target rank. Pure.
+
+    source  ANNOUNCING --all announced--> DRAINING --all read--> CLOSED
+                 '----------- close --------> CLOSING --reads ended--> CLOSED
+    target  OPEN --manifest--> MANIFESTED --complete--> CLOSED
+              '------ break ---> BROKEN        (nothing more is read)
+              '------ close ---> CLOSING --quiet--> CLOSED
+
+A closed hand-off is remembered by its key alone, so that late messages of it are known as late.
+"""
+
+import enum
+from typing import TypeVar
+
+from protocol.errors import IllegalTransition
+
+
+class SourceState(enum.Enum):
+    ANNOUNCING = "announcing"
+    DRAINING = "draining"  # everything is announced, not everything is read
+    CLOSING = "closing"  # nothing more is announced or confirmed; readers are waited for
+    CLOSED = "closed"
+
+
+class SourceEvent(enum.Enum):
+    ALL_ANNOUNCED = "all_announced"
+    ALL_READ = "all_read"
+    CLOSE = "close"
+    READS_ENDED = "reads_ended"
+
+
+class TargetState(enum.Enum):
+    OPEN = "open"
+    MANIFESTED = "manifested"  # what has to be here is known
+    BROKEN = "broken"  # it can never be whole; reads in flight go on
+    CLOSING = "closing"  # reads in flight are waited for
+    CLOSED = "closed"
+
+
+class TargetEvent(enum.Enum):
+    MANIFEST = "manifest"
+    COMPLETE = "complete"
+    BREAK = "break"
+    CLOSE = "close"
+    QUIET = "quiet"
+
+
+SOURCE_TABLE: dict[tuple[SourceState, SourceEvent], SourceState] = {
+    (SourceState.ANNOUNCING, SourceEvent.ALL_ANNOUNCED): SourceState.DRAINING,
+    (SourceState.ANNOUNCING, SourceEvent.CLOSE): SourceState.CLOSING,
+    (SourceState.DRAINING, SourceEvent.ALL_READ): SourceState.CLOSED,
+    (SourceState.DRAINING, SourceEvent.CLOSE): SourceState.CLOSING,
+    (SourceState.CLOSING, SourceEvent.READS_ENDED): SourceState.CLOSED,
+}
+
+TARGET_TABLE: dict[tuple[TargetState, TargetEvent], TargetState] = {
+    (TargetState.OPEN, TargetEvent.MANIFEST): TargetState.MANIFESTED,
+    (TargetState.OPEN, TargetEvent.BREAK): TargetState.BROKEN,
+    (TargetState.OPEN, TargetEvent.CLOSE): TargetState.CLOSING,
+    (TargetState.MANIFESTED, TargetEvent.COMPLETE): TargetState.CLOSED,
+    (TargetState.MANIFESTED, TargetEvent.BREAK): TargetState.BROKEN,
+    (TargetState.MANIFESTED, TargetEvent.CLOSE): TargetState.CLOSING,
+    (TargetState.BROKEN, TargetEvent.CLOSE): TargetState.CLOSING,
+    (TargetState.CLOSING, TargetEvent.QUIET): TargetState.CLOSED,
+}
+
+S = TypeVar("S", SourceState, TargetState)
+E = TypeVar("E", SourceEvent, TargetEvent)
+
+
+def advance(table: dict[tuple[S, E], S], state: S, event: E) -> S:
+    """The state after ``event``.
+
+    Raises:
+        IllegalTransition: the table does not have it.
+    """
+    following = table.get((state, event))
+    if following is None:
+        raise IllegalTransition(f"{event.value} of a hand-off that is {state.value}")
+    return following

@@ -1,0 +1,336 @@
+"""The target side of hand-offs on one rank. Pure.
+
+1. ``OpenTarget`` from our leader names the blocks; ``TargetOpened`` says that we expect them.
+2. ``Announce`` from a source rank names logical blocks; they are read into *our leader's* blocks,
+   a few reads at one time, the rest in the order of arrival.
+3. A read that has ended is summed, and its source asked whether the blocks were still its own.
+4. Confirmed segments are held. When they are exactly the manifest of ``Commit``: ``TargetReady``.
+5. A failed read, a wrong sum, a refusal or a surplus segment: ``HandoffFailed``, nothing more is
+   read. ``Close`` waits for the reads in flight, tells every source that announced: ``Closed``.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from kvtransfer.actions import Action, Key, Send, StartRead, Surroundings
+from kvtransfer.identity import PeerName
+from kvtransfer.plan import Run, plan, shared_heads
+from kvtransfer.states import TARGET_TABLE, TargetEvent, TargetState, advance
+from kvtransfer.tombs import Tombs
+from protocol.errors import PeerError
+from protocol.handoff import (
+    Announce,
+    Close,
+    Closed,
+    Commit,
+    Confirm,
+    HandoffFailed,
+    OpenTarget,
+    ReadDone,
+    ReadsEnded,
+    SegmentKey,
+    TargetOpened,
+    TargetReady,
+)
+from protocol.kv import BlockRef
+from protocol.request import TransferStats
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """A segment on its way."""
+
+    key: Key
+    source: PeerName
+    announce: Announce
+    runs: tuple[Run, ...]
+
+
+@dataclass(slots=True)
+class TargetHandoff:
+    """One hand-off that this rank is a target of."""
+
+    key: Key
+    blocks: dict[int, BlockRef]  # by logical block
+    state: TargetState = TargetState.OPEN
+    sources: set[PeerName] = field(default_factory=set)  # that have announced something
+    announced: set[SegmentKey] = field(default_factory=set)
+    held: set[SegmentKey] = field(default_factory=set)  # read and confirmed
+    commit: Commit | None = None
+    prefill_ended: float = 0.0
+    num_in_flight: int = 0
+    num_bytes: int = 0
+    num_descriptors: int = 0
+    reading_since: float = 0.0
+    read_s: float = 0.0
+    layer_landed: dict[int, float] = field(default_factory=dict)
+
+
+class TargetSide:
+    """All hand-offs that this rank is a target of.
+
+    Args:
+        around: who and where this rank is.
+        checksum: the sum of runs in the own pool.
+        transport_name: for the statistics.
+        max_reads: in flight at one time.
+    """
+
+    def __init__(
+        self,
+        around: Surroundings,
+        checksum: Callable[[Sequence[Run]], int],
+        transport_name: str,
+        max_reads: int,
+    ) -> None:
+        self._around = around
+        self._checksum = checksum
+        self._transport_name = transport_name
+        self._max_reads = max_reads
+        self._handoffs: dict[Key, TargetHandoff] = {}
+        self._tombs = Tombs()
+        self._waiting: deque[_Read] = deque()
+        self._reads: dict[int, _Read] = {}  # in flight
+        self._num_reads = 0
+
+    @property
+    def num_open(self) -> int:
+        return len(self._handoffs)
+
+    # -- messages ----------------------------------------------------------------------------------
+
+    def on_open(self, message: OpenTarget) -> list[Action]:
+        """Our leader expects a hand-off into these blocks."""
+        key = (message.request_id, message.attempt)
+        if key in self._tombs or message.target_epoch != self._around.epoch:
+            return self._around.drop("stale_open")
+        first = message.first_logical
+        blocks = {first + index: ref for index, ref in enumerate(message.blocks)}
+        self._handoffs.setdefault(key, TargetHandoff(key, blocks))
+        return [Send(self._around.leader, TargetOpened(*key, self._around.identity.rank))]
+
+    def on_announce(self, sender: PeerName, message: Announce, now: float) -> list[Action]:
+        """Read it, now or as soon as others have ended."""
+        if not self._is_current(sender, message.source_pool_id, message.source_epoch, message):
+            return self._around.drop("stale_epoch")
+        key = (message.request_id, message.attempt)
+        handoff = self._handoffs.get(key)
+        if handoff is None:
+            if key not in self._tombs:
+                return self._around.drop("unknown_handoff")
+            # It was closed while this was on its way: the source must not wait for a read.
+            return [self._reads_ended(key, sender)]
+        handoff.sources.add(sender)
+        if handoff.state not in (TargetState.OPEN, TargetState.MANIFESTED):
+            return []
+        if message.key in handoff.announced:
+            return self._around.drop("duplicate")
+        read = self._plan(handoff, sender, message)
+        if isinstance(read, str):
+            return self._break(handoff, read)
+        handoff.announced.add(message.key)
+        self._waiting.append(read)
+        return self._start_reads(now)
+
+    def on_read_ended(self, read_id: int, now: float, *, is_done: bool) -> list[Action]:
+        """The transport has seen a read to its end."""
+        read = self._reads.pop(read_id)
+        handoff = self._handoffs[read.key]
+        handoff.num_in_flight -= 1
+        if handoff.num_in_flight == 0:
+            handoff.read_s += now - handoff.reading_since
+        actions = self._start_reads(now)
+        if handoff.state is TargetState.CLOSING:
+            return actions + self._finish_if_quiet(handoff)
+        if handoff.state is TargetState.BROKEN:
+            return actions
+        announce = read.announce
+        if not is_done:
+            return actions + self._break(handoff, f"the read of {announce.key} failed")
+        if announce.checksum is not None and self._checksum(read.runs) != announce.checksum:
+            self._around.counters["checksum_mismatches"] += 1
+            return actions + self._break(handoff, f"the bytes of {announce.key} do not add up")
+        for layer in range(announce.key.layer_start, announce.key.layer_end):
+            handoff.layer_landed[layer] = now
+        identity = self._around.identity
+        done = ReadDone(
+            *read.key,
+            target_pool_id=identity.pool_id,
+            target_rank=identity.rank,
+            target_epoch=self._around.epoch,
+            source_epoch=announce.source_epoch,
+            key=announce.key,
+        )
+        return [*actions, Send(read.source, done)]
+
+    def on_confirm(self, sender: PeerName, message: Confirm, now: float) -> list[Action]:
+        """The blocks were still the source's when we had read them, or they were not."""
+        if not self._is_current(sender, sender.pool_id, message.source_epoch, message):
+            return self._around.drop("stale_epoch")
+        handoff = self._handoffs.get((message.request_id, message.attempt))
+        if handoff is None or message.key not in handoff.announced:
+            return self._around.drop("late_confirm")
+        if not message.valid:
+            return self._break(handoff, f"{message.key} was given up by its source")
+        handoff.held.add(message.key)
+        return self._finish_if_complete(handoff, now)
+
+    def on_commit(self, sender: PeerName, message: Commit, now: float) -> list[Action]:
+        """The source's leader says what exactly has to be here."""
+        if not self._is_current(sender, message.source_pool_id, message.source_epoch, message):
+            return self._around.drop("stale_epoch")
+        handoff = self._handoffs.get((message.request_id, message.attempt))
+        if handoff is None or handoff.state is not TargetState.OPEN:
+            return self._around.drop("late_commit")
+        self._advance(handoff, TargetEvent.MANIFEST)
+        handoff.commit = message
+        handoff.prefill_ended = now - message.prefill_age_s
+        return self._finish_if_complete(handoff, now)
+
+    def on_close(self, message: Close) -> list[Action]:
+        """Our leader ends it; answered by Closed, at once or when the reads have ended."""
+        key = (message.request_id, message.attempt)
+        handoff = self._handoffs.get(key)
+        if handoff is None:
+            self._tombs.add(key)
+            return [self._closed(key)]
+        if handoff.state is TargetState.CLOSING:
+            return []
+        self._advance(handoff, TargetEvent.CLOSE)
+        self._waiting = deque(read for read in self._waiting if read.key != key)
+        return self._finish_if_quiet(handoff)
+
+    # -- reads -------------------------------------------------------------------------------------
+
+    def _plan(self, handoff: TargetHandoff, sender: PeerName, message: Announce) -> _Read | str:
+        """The read of a segment, or why it cannot be read."""
+        endpoint = self._around.endpoint(sender)
+        assert endpoint is not None, "the sender's epoch is known"
+        if len(message.logical_blocks) != len(message.blocks) or message.key.source_rank != (
+            sender.rank
+        ):
+            return f"{message.key} is not what {sender} can announce"
+        missing = [n for n in message.logical_blocks if n not in handoff.blocks]
+        if missing:
+            return f"{message.key} is of logical blocks {missing} that nobody asked for"
+        pairs = [
+            (ref.block_id, handoff.blocks[logical].block_id)
+            for logical, ref in zip(message.logical_blocks, message.blocks, strict=True)
+        ]
+        layers = range(message.key.layer_start, message.key.layer_end)
+        try:
+            runs = plan(endpoint.layout, self._around.layout, layers, pairs)
+        except PeerError as error:
+            return str(error)
+        return _Read(handoff.key, sender, message, tuple(runs))
+
+    def _start_reads(self, now: float) -> list[Action]:
+        actions: list[Action] = []
+        while self._waiting and len(self._reads) < self._max_reads:
+            read = self._waiting.popleft()
+            handoff = self._handoffs[read.key]
+            endpoint = self._around.endpoint(read.source)
+            if endpoint is None:
+                actions += self._break(handoff, f"{read.source} is gone")
+                continue
+            if handoff.num_in_flight == 0:
+                handoff.reading_since = now
+            handoff.num_in_flight += 1
+            handoff.num_descriptors += len(read.runs)
+            handoff.num_bytes += sum(run.num_bytes for run in read.runs)
+            self._num_reads += 1
+            self._reads[self._num_reads] = read
+            actions.append(StartRead(self._num_reads, endpoint.incarnation, read.runs))
+        return actions
+
+    # -- the end -----------------------------------------------------------------------------------
+
+    def _finish_if_complete(self, handoff: TargetHandoff, now: float) -> list[Action]:
+        commit = handoff.commit
+        if commit is None or handoff.state is not TargetState.MANIFESTED:
+            return []
+        pool = self._around.pools[commit.source_pool_id]
+        mine = {
+            key
+            for key in commit.manifest
+            if 0 <= key.source_rank < len(pool.ranks)
+            and shared_heads(pool.ranks[key.source_rank].layout, self._around.layout)
+        }
+        surplus = handoff.announced - mine
+        if surplus:
+            return self._break(handoff, f"{next(iter(surplus))} is not in the manifest")
+        if handoff.held != mine:
+            return []
+        self._advance(handoff, TargetEvent.COMPLETE)
+        self._forget(handoff)
+        ready = TargetReady(
+            *handoff.key,
+            rank=self._around.identity.rank,
+            num_tokens=commit.num_tokens,
+            first_token_id=commit.first_token_id,
+            stats=self._stats(handoff, now),
+        )
+        return [Send(self._around.leader, ready)]
+
+    def _stats(self, handoff: TargetHandoff, now: float) -> TransferStats:
+        landed = handoff.layer_landed.values()
+        return TransferStats(
+            transport=self._transport_name,
+            num_bytes=handoff.num_bytes,
+            num_segments=len(handoff.held),
+            num_descriptors=handoff.num_descriptors,
+            num_layers_overlapped=sum(when <= handoff.prefill_ended for when in landed),
+            num_layers=self._around.layout.num_layers,
+            read_s=handoff.read_s,
+            exposed_s=max(0.0, now - handoff.prefill_ended),
+        )
+
+    def _finish_if_quiet(self, handoff: TargetHandoff) -> list[Action]:
+        if handoff.num_in_flight:
+            return []
+        self._advance(handoff, TargetEvent.QUIET)
+        self._forget(handoff)
+        ended: list[Action] = [self._reads_ended(handoff.key, source) for source in handoff.sources]
+        return [*ended, self._closed(handoff.key)]
+
+    def _break(self, handoff: TargetHandoff, reason: str) -> list[Action]:
+        """It can never be whole; our leader will close it. Reads in flight go on until then."""
+        if handoff.state not in (TargetState.OPEN, TargetState.MANIFESTED):
+            return []
+        self._advance(handoff, TargetEvent.BREAK)
+        self._waiting = deque(read for read in self._waiting if read.key != handoff.key)
+        failed = HandoffFailed(*handoff.key, self._around.identity.rank, reason, "target")
+        return [Send(self._around.leader, failed)]
+
+    # -- small things ------------------------------------------------------------------------------
+
+    def _is_current(
+        self, sender: PeerName, pool_id: str, epoch: int, message: Announce | Confirm | Commit
+    ) -> bool:
+        return (
+            sender.pool_id == pool_id
+            and self._around.epoch_of(pool_id) == epoch
+            and message.target_epoch == self._around.epoch
+        )
+
+    def _forget(self, handoff: TargetHandoff) -> None:
+        del self._handoffs[handoff.key]
+        self._tombs.add(handoff.key)
+
+    def _reads_ended(self, key: Key, source: PeerName) -> Send:
+        identity = self._around.identity
+        ended = ReadsEnded(
+            *key,
+            target_pool_id=identity.pool_id,
+            target_rank=identity.rank,
+            target_epoch=self._around.epoch,
+        )
+        return Send(source, ended)
+
+    def _closed(self, key: Key) -> Send:
+        return Send(self._around.leader, Closed(*key, self._around.identity.rank, "target"))
+
+    @staticmethod
+    def _advance(handoff: TargetHandoff, event: TargetEvent) -> None:
+        handoff.state = advance(TARGET_TABLE, handoff.state, event)

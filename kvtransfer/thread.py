@@ -1,0 +1,313 @@
+"""A rank's transfer thread: it owns every socket to the coordinator and to other ranks, the
+transport and its reads, the heartbeat and the state of the hand-offs.
+
+1. It opens the transport on the KV pool, binds its socket and says ``Hello``.
+2. ``Welcome`` goes to the main thread, which forms the gang.
+3. Each ``Topology`` is connected to, and answered by ``Connected``.
+4. From then on: commands of the main thread, messages of other ranks and ends of reads go into the
+   hand-offs' logic (handoffs.py, pure), and what comes out is done here, in order.
+5. Requests of the coordinator are passed up. Shutdown, a refusal or an error end the thread, and
+   with it the process: its last event is ``ThreadDied``.
+
+The loop waits in one poll for all sockets and for the main thread's commands; while anything is
+being handed over it looks at the transport each millisecond, because UCX needs to be looked at.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable
+
+import zmq
+
+from kvcache.pool import KVPool
+from kvtransfer.actions import Action, Emit, Send, StartRead, Surroundings
+from kvtransfer.checksum import source_checksum, target_checksum
+from kvtransfer.choose import open_transport
+from kvtransfer.control import ControlLine
+from kvtransfer.events import (
+    Command,
+    ControlReceived,
+    Event,
+    PoolsChanged,
+    ReportStatus,
+    SendControl,
+    StopThread,
+    ThreadDied,
+    Welcomed,
+)
+from kvtransfer.handoffs import Handoffs
+from kvtransfer.identity import RankIdentity, TransferConfig
+from kvtransfer.peers import Peers
+from kvtransfer.transport import KVTransport, ReadHandle, ReadState
+from protocol.errors import PeerError, TransferError
+from protocol.handoff import HandoffMessage
+from protocol.kv import RankEndpoint
+from protocol.messages import (
+    Connected,
+    GangAddress,
+    Refused,
+    Shutdown,
+    Topology,
+    ToRank,
+    Welcome,
+)
+from protocol.sockets import Poller, Waker, open_context
+
+_log = logging.getLogger(__name__)
+
+
+class _Stopped(Exception):
+    """The thread is to end; ``clean`` when it was asked to."""
+
+    def __init__(self, reason: str, *, clean: bool) -> None:
+        super().__init__(reason)
+        self.clean = clean
+
+
+class TransferThread(threading.Thread):
+    """One rank's transfer thread.
+
+    Args:
+        identity: who this rank is.
+        config: addresses, budgets, policies.
+        pool: the rank's KV.
+        gang: where the gang meets; from the leader only.
+    """
+
+    def __init__(
+        self,
+        identity: RankIdentity,
+        config: TransferConfig,
+        pool: KVPool,
+        gang: GangAddress | None,
+    ) -> None:
+        super().__init__(name=f"transfer {identity.routing_id}", daemon=True)
+        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._identity = identity
+        self._config = config
+        self._pool = pool
+        self._gang = gang
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._contexts = open_context()
+        self._context = self._contexts.__enter__()
+        self._waker = Waker(self._context, identity.incarnation)
+        self._wake = self._waker.handle()
+
+    def submit(self, command: Command) -> None:
+        """Hand a command over; does not block. For the main thread."""
+        self._commands.put(command)
+        self._wake.wake()
+
+    def stop(self, timeout_s: float) -> None:
+        """End the thread: what was submitted before is still sent. Waits up to ``timeout_s``."""
+        if self.is_alive():
+            self.submit(StopThread())
+            self.join(timeout_s)
+
+    def run(self) -> None:
+        try:
+            loop = _Loop(
+                self._identity, self._config, self._pool, self._gang, self.events, self._commands
+            )
+            loop.run(self._context, self._waker)
+        except _Stopped as stop:
+            died = ThreadDied(str(stop), stop.clean)
+        except PeerError as error:
+            died = ThreadDied(str(error), clean=False)
+        except Exception:  # noqa: BLE001 - the thread's outermost frame: a bug ends the process
+            _log.exception("the transfer thread has ended by a bug")
+            died = ThreadDied("a bug, see the log", clean=False)
+        self._wake.close()
+        self._contexts.__exit__(None, None, None)
+        self.events.put(died)
+
+
+class _Loop:
+    """What lives as long as the thread runs."""
+
+    def __init__(
+        self,
+        identity: RankIdentity,
+        config: TransferConfig,
+        pool: KVPool,
+        gang: GangAddress | None,
+        events: "queue.SimpleQueue[Event]",
+        commands: "queue.SimpleQueue[Command]",
+    ) -> None:
+        self._identity = identity
+        self._config = config
+        self._pool = pool
+        self._gang = gang
+        self._events = events
+        self._commands = commands
+        self._around = Surroundings(identity, pool.layout)
+        self._reads: dict[int, ReadHandle] = {}
+        self._to_self: deque[HandoffMessage] = deque()
+        self._is_welcome = False
+        self._transport: KVTransport = config.transport_object or open_transport(
+            config.transport,
+            identity.incarnation,
+            token=config.token,
+            host=_host(config.listen),
+        )
+        self._handoffs = Handoffs(
+            self._around,
+            (lambda runs: source_checksum(pool, runs), lambda runs: target_checksum(pool, runs)),
+            transport_name=self._transport.name,
+            checksum=config.checksum,
+            lease_s=config.lease_s,
+            max_reads=config.max_reads,
+        )
+
+    def run(self, context: zmq.Context[zmq.Socket[bytes]], waker: Waker) -> None:
+        """Until something ends it, which is raised."""
+        config, counters = self._config, self._around.counters
+        self._peers = Peers(context, self._identity, config.listen, counters)
+        self._control = ControlLine(context, self._identity, config, counters)
+        poller = Poller(self._peers.router, self._control.dealer, waker)
+        self._transport.start(self._pool)
+        self._control.say_hello(self._endpoint(), self._gang)
+        deadline = time.monotonic() + config.hello_timeout_s
+        try:
+            while True:
+                is_busy = bool(self._reads) or self._handoffs.num_open > 0
+                poller.wait(config.busy_poll_s if is_busy else config.idle_poll_s)
+                waker.drain()
+                self._turn()
+                if not self._is_welcome and time.monotonic() > deadline:
+                    raise _Stopped(f"no WELCOME within {config.hello_timeout_s:.0f} s", clean=False)
+        finally:
+            self._peers.close()
+            self._control.close()
+            self._transport.close()
+
+    def _turn(self) -> None:
+        self._transport.progress()
+        for told in self._control.receive():
+            self._on_control(told)
+        self._take_commands()
+        for sender, message in self._peers.receive():
+            self._do(self._handoffs.message(sender, message, time.monotonic()))
+        self._poll_reads()
+        now = time.monotonic()
+        self._do(self._handoffs.tick(now))
+        self._control.beat(now)
+
+    # -- the coordinator ---------------------------------------------------------------------------
+
+    def _on_control(self, message: ToRank) -> None:
+        match message:
+            case Welcome():
+                self._is_welcome = True
+                self._around.epoch = message.pool_epoch
+                self._events.put(Welcomed(message))
+            case Topology():
+                self._on_topology(message)
+            case Refused():
+                raise _Stopped(f"the coordinator refused this rank: {message.reason}", clean=False)
+            case Shutdown():
+                raise _Stopped(message.reason or "shutdown", clean=True)
+            case _:
+                self._events.put(ControlReceived(message))
+
+    def _on_topology(self, topology: Topology) -> None:
+        before = self._around.pools
+        self._peers.set_pools(topology.pools)
+        known = {rank.incarnation for pool in before.values() for rank in pool.ranks}
+        kept = {rank.incarnation for pool in topology.pools for rank in pool.ranks}
+        for incarnation in known - kept:
+            self._transport.disconnect(incarnation)
+        for pool in topology.pools:
+            if pool.role != self._identity.role:
+                self._connect(rank for rank in pool.ranks if rank.incarnation not in known)
+        self._do(self._handoffs.pools_changed(topology.pools))
+        self._control.send(Connected(topology.version))
+        self._events.put(PoolsChanged(topology.pools))
+
+    def _connect(self, endpoints: Iterable[RankEndpoint]) -> None:
+        """A pull needs its reader to connect. Prefill ranks read nothing yet: decode ranks do."""
+        if self._identity.role != "decode":
+            return
+        for endpoint in endpoints:
+            self._transport.connect(endpoint)
+
+    def _endpoint(self) -> RankEndpoint:
+        return RankEndpoint(
+            rank=self._identity.rank,
+            cp_rank=self._identity.cp_rank,
+            tp_rank=self._identity.tp_rank,
+            incarnation=self._identity.incarnation,
+            address=self._peers.address,
+            layout=self._pool.layout,
+            transport=self._transport.name,
+            agent_metadata=self._transport.metadata(),
+            base_address=self._pool.base_address,
+        )
+
+    # -- the main thread ---------------------------------------------------------------------------
+
+    def _take_commands(self) -> None:
+        while True:
+            try:
+                command = self._commands.get_nowait()
+            except queue.Empty:
+                return
+            match command:
+                case SendControl():
+                    self._control.send(command.message)
+                case ReportStatus():
+                    self._control.report(command)
+                case StopThread():
+                    raise _Stopped("stopped", clean=True)
+                case _:
+                    self._do(self._handoffs.command(command, time.monotonic()))
+
+    # -- what the logic asks for -------------------------------------------------------------------
+
+    def _do(self, actions: list[Action]) -> None:
+        """Carry actions out in order, and what this rank says to itself after them."""
+        pending = deque(actions)
+        while pending or self._to_self:
+            if not pending:
+                message = self._to_self.popleft()
+                name = self._identity.name
+                pending.extend(self._handoffs.message(name, message, time.monotonic()))
+                continue
+            action = pending.popleft()
+            match action:
+                case Emit():
+                    self._events.put(action.event)
+                case Send() if action.peer == self._identity.name:
+                    self._to_self.append(action.message)
+                case Send():
+                    self._peers.send(action.peer, action.message)
+                case StartRead():
+                    pending.extend(self._start_read(action))
+
+    def _start_read(self, action: StartRead) -> list[Action]:
+        try:
+            self._reads[action.read_id] = self._transport.read(action.incarnation, action.runs)
+        except TransferError as error:
+            _log.warning("read not posted: %s", error)
+            return self._handoffs.read_ended(action.read_id, time.monotonic(), is_done=False)
+        return self._poll_read(action.read_id)  # in shared memory it has ended already
+
+    def _poll_reads(self) -> None:
+        for read_id in list(self._reads):
+            if read_id in self._reads:
+                self._do(self._poll_read(read_id))
+
+    def _poll_read(self, read_id: int) -> list[Action]:
+        state = self._transport.poll(self._reads[read_id])
+        if state is ReadState.IN_FLIGHT:
+            return []
+        del self._reads[read_id]
+        is_done = state is ReadState.DONE
+        return self._handoffs.read_ended(read_id, time.monotonic(), is_done=is_done)
+
+
+def _host(listen: str) -> str:
+    return listen.removeprefix("tcp://") if listen.startswith("tcp://") else "127.0.0.1"

@@ -1,0 +1,177 @@
+"""The coordinator's own life: coming up, being refused, losing a pool, going down."""
+
+import contextlib
+import json
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from coordinator.config import CoordinatorConfig, ExpectedPool, is_loopback
+from protocol.errors import ConfigError
+from protocol.messages import Abort, Refused, Shutdown
+
+ONE_POOL = (("decode0", "decode", 1, 1),)
+ONE_POOL_FIELD = [{"pool_id": "decode0", "role": "decode", "cp_size": 1, "tp_size": 1}]
+
+
+def test_before_ready_it_lives_and_refuses_politely(helpers: Any, tmp_path: Path) -> None:
+    coordinator = helpers.CoordinatorProcess(tmp_path)
+    url = coordinator.line()["http"]
+    assert httpx.get(f"{url}/health").status_code == 200
+    reply = httpx.get(f"{url}/ready")
+    assert reply.status_code == 503
+    assert "prefill0 lacks 2 of 2 ranks" in reply.json()["reason"]
+    reply = httpx.post(f"{url}/v1/completions", json={"prompt": "x"})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (503, "starting")
+    assert reply.headers["retry-after"]
+    assert coordinator.end() == 0
+
+
+def test_a_start_that_takes_too_long_fails(helpers: Any, tmp_path: Path) -> None:
+    coordinator = helpers.CoordinatorProcess(tmp_path, ready_timeout_s=0.3)
+    coordinator.line()
+    assert "decode0 lacks 2 of 2 ranks" in coordinator.line()["failed"]
+    assert coordinator.process.wait(10) == 1
+    coordinator.end()
+
+
+def test_a_refused_worker_fails_the_start(helpers: Any, tmp_path: Path) -> None:
+    coordinator = helpers.CoordinatorProcess(tmp_path, block_size=99)
+    fake = helpers.FakeCluster(coordinator.line()["control"])
+    fake.start()
+    assert "block size" in coordinator.line()["failed"]
+    assert coordinator.process.wait(10) == 1
+    fake.wait_for(lambda: fake.got(Refused))
+    fake.stop()
+    coordinator.end()
+
+
+def test_a_taken_port_is_one_line(helpers: Any, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        coordinator = helpers.CoordinatorProcess(tmp_path, port=taken.getsockname()[1])
+        errors = coordinator.errors()
+    assert coordinator.end() == 2
+    assert errors.startswith("error: --port")
+    assert errors.count("\n") == 1
+
+
+def test_a_lost_prefill_pool(start_coordinator: Any, helpers: Any, tmp_path: Path) -> None:
+    """Requests in prefill end with worker_lost; those that are past it, and new ones, go on."""
+    with start_coordinator(tmp_path, heartbeat_timeout_s=1.5) as running:
+        fake, client = running.fake, running.client
+        decoding, prefilling = [1] * 300, [2] * 300
+        fake.scripts[tuple(decoding)] = helpers.Script(hold_after=2)
+        fake.scripts[tuple(prefilling)] = helpers.Script(hold_after=0)
+        with contextlib.ExitStack() as stack:
+            replies = [
+                stack.enter_context(
+                    client.stream(
+                        "POST",
+                        "/v1/completions",
+                        json={"prompt": prompt, "stream": True, "max_tokens": 4},
+                    )
+                )
+                for prompt in (decoding, prefilling)
+            ]
+            fake.silent.add("prefill0")
+            failed = b"".join(replies[1].iter_bytes())
+            fake.release(decoding)
+            went_on = b"".join(replies[0].iter_bytes())
+        assert b'"code":"worker_lost"' in failed
+        assert b"[DONE]" not in failed
+        assert went_on.endswith(b"data: [DONE]\n\n")
+        fake.wait_for(lambda: [m for m in fake.received if isinstance(m[2], Abort)])
+        reply = running.complete([3] * 300, max_tokens=2)
+        assert "local" in reply.headers["x-baton-path"]
+        pools = {pool["pool_id"]: pool for pool in running.state()["pools"]}
+        assert pools["prefill0"]["state"] == "lost"
+        assert running.state()["num_active_requests"] == 0
+
+
+def test_a_lost_decode_pool(start_coordinator: Any, helpers: Any, tmp_path: Path) -> None:
+    with start_coordinator(tmp_path, ONE_POOL, heartbeat_timeout_s=1.5) as running:
+        running.fake.scripts[(1, 2)] = helpers.Script(hold_after=0)
+        running.fake.silent.add("decode0")
+        reply = running.complete([1, 2])
+        assert (reply.status_code, reply.json()["error"]["code"]) == (503, "worker_lost")
+        reply = running.complete([1, 2])
+        assert (reply.status_code, reply.json()["error"]["code"]) == (503, "no_workers")
+        assert running.client.get("/ready").status_code == 503
+        assert running.client.get("/health").status_code == 200
+
+
+def test_sigterm_ends_streams_with_an_error_and_tells_every_rank(
+    start_coordinator: Any, helpers: Any, tmp_path: Path
+) -> None:
+    with start_coordinator(tmp_path) as running:
+        running.fake.scripts[(1, 2)] = helpers.Script(hold_after=1)
+        with running.client.stream(
+            "POST", "/v1/completions", json={"prompt": [1, 2], "stream": True}
+        ) as reply:
+            pieces = reply.iter_bytes()
+            received = next(pieces)
+            started = time.monotonic()
+            running.coordinator.process.terminate()
+            received += b"".join(pieces)
+        assert b'"code":"shutting_down"' in received
+        assert b"[DONE]" not in received
+        assert running.coordinator.process.wait(10) == 0
+        assert time.monotonic() - started < 5
+        running.fake.wait_for(lambda: len(running.fake.got(Shutdown)) == 5)
+
+
+def test_strangers_on_the_control_socket_change_nothing(
+    start_coordinator: Any, helpers: Any, tmp_path: Path
+) -> None:
+    with start_coordinator(tmp_path, ONE_POOL) as running:
+        fake = running.fake
+        for message in (
+            helpers.hello(ONE_POOL[0], 0, fake.config, token="wrong"),
+            helpers.hello(ONE_POOL[0], 0, fake.config, incarnation="other"),
+        ):
+            fake.do(lambda message=message: fake.say("decode0", message))
+        fake.wait_for(lambda: len(fake.got(Refused)) == 2)
+        fake.do(lambda: fake._ranks["decode0", 0].send(b"\x01\xc1"))
+        fake.do(lambda: fake._ranks["decode0", 0].send(b""))
+        fake.do(lambda: fake._ranks["decode0", 0].send(b"\x09\x80"))
+        assert running.complete("x", max_tokens=1).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"host": "10.0.0.1"},
+        {"host": "example.org"},
+        {"host": "::"},
+        {"port": 70_000},
+        {"pools": ()},
+        {"pools": (ExpectedPool("a", "decode", 1, 1),) * 2},
+        {"max_model_len": 1},
+        {"log_level": "LOUD"},
+        {"api_keys": ("a b",)},
+        {"api_keys": ("",)},
+        {"num_tokenizer_threads": 0},
+    ],
+)
+def test_configurations_that_cannot_be_served_with(changes: dict[str, Any]) -> None:
+    fields = {"token": "t", "model": "arithmetic", "pools": (ExpectedPool("d", "decode", 1, 1),)}
+    CoordinatorConfig(**fields)  # type: ignore[arg-type]  # a dict of fields
+    with pytest.raises(ConfigError):
+        CoordinatorConfig(**{**fields, **changes})  # type: ignore[arg-type]  # as above
+
+
+def test_which_hosts_are_loopback() -> None:
+    assert all(is_loopback(host) for host in ("127.0.0.1", "127.8.8.8", "localhost", "::1"))
+    assert not any(is_loopback(host) for host in ("0.0.0.0", "::", "8.8.8.8", "localhost.evil.org"))
+
+
+def test_a_configuration_file_that_is_none(helpers: Any, tmp_path: Path) -> None:
+    coordinator = helpers.CoordinatorProcess(tmp_path, surprise=1, pools=ONE_POOL_FIELD)
+    errors = coordinator.errors()
+    assert coordinator.end() == 2
+    assert "surprise" in errors
+    assert json.dumps(errors)

@@ -1,0 +1,170 @@
+"""Pools come and go: every order of hellos forms the gang, every wrong hello is refused."""
+
+import random
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coordinator.config import ExpectedPool
+from coordinator.registry import HelloRefused, PoolState, Registry
+from modeling.config import load_config
+from protocol.errors import PeerError
+from protocol.messages import Connected, GangReady, Heartbeat, Shutdown, Topology, Welcome
+
+POOLS = (("prefill0", "prefill", 2, 2), ("decode0", "decode", 1, 2))
+CONFIG = load_config("arithmetic")
+PEERS = [(pool, rank) for pool in POOLS for rank in range(pool[2] * pool[3])]
+
+
+def registry() -> Registry:
+    return Registry(
+        [ExpectedPool(*pool) for pool in POOLS],
+        token="secret-token",
+        model_fingerprint=CONFIG.fingerprint,
+        block_size=16,
+        coordinator_epoch=7,
+        heartbeat_timeout_s=5.0,
+    )
+
+
+def name(pool: tuple[str, str, int, int], rank: int) -> str:
+    return f"{pool[0]}/{rank}"
+
+
+def bring_up(helpers: Any, mine: Registry, now: float = 0.0) -> None:
+    for pool, rank in PEERS:
+        mine.on_hello(name(pool, rank), helpers.hello(pool, rank, CONFIG), now)
+    for pool, rank in PEERS:
+        mine.on_gang_ready(name(pool, rank), GangReady(10.0), now)
+    for pool, rank in PEERS:
+        mine.on_connected(name(pool, rank), Connected(mine.version), now)
+
+
+@given(seed=st.integers(0, 1000))
+def test_any_order_forms_the_gangs(helpers: Any, seed: int) -> None:
+    mine, order = registry(), PEERS[:]
+    random.Random(seed).shuffle(order)
+    welcomed: list[str] = []
+    for pool, rank in order:
+        out = mine.on_hello(name(pool, rank), helpers.hello(pool, rank, CONFIG), 0.0)
+        assert len(out) in (0, pool[2] * pool[3])
+        assert all(isinstance(m, Welcome) and m.pool_epoch == 1 for _, m in out)
+        welcomed += [peer for peer, _ in out]
+    assert sorted(welcomed) == sorted(name(*peer) for peer in PEERS)
+    versions: dict[str, int] = {}
+    for pool, rank in order:
+        for peer, message in mine.on_gang_ready(name(pool, rank), GangReady(), 0.0):
+            assert isinstance(message, Topology)
+            versions[peer] = message.version
+    assert not mine.is_complete
+    for peer, version in versions.items():
+        mine.on_connected(peer, Connected(version), 0.0)
+    assert mine.is_complete
+    assert mine.missing() == ""
+    prefill, decode = mine.serving("prefill")[0], mine.serving("decode")[0]
+    assert mine.can_hand_over(prefill, decode)
+
+
+def spoil_layout(hello: Any, **changes: Any) -> Any:
+    layout = msgspec.structs.replace(hello.endpoint.layout, **changes)
+    endpoint = msgspec.structs.replace(hello.endpoint, layout=layout)
+    return msgspec.structs.replace(hello, endpoint=endpoint)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"token": "wrong"},
+        {"token": "f\u00e4lsch"},
+        {"version": 2},
+        {"pool_id": "nobody"},
+        {"role": "prefill"},
+        {"tp_size": 4},
+        {"cp_size": 2},
+        {"model_fingerprint": "other"},
+        {"gang": None},
+    ],
+)
+def test_wrong_hellos(helpers: Any, changes: dict[str, Any]) -> None:
+    mine = registry()
+    with pytest.raises(HelloRefused) as refused:
+        mine.on_hello("x", helpers.hello(POOLS[1], 0, CONFIG, **changes), 0.0)
+    assert refused.value.is_ours is ("token" not in changes)
+    assert not mine.pools["decode0"].ranks
+
+
+def test_wrong_layouts_and_duplicates(helpers: Any) -> None:
+    mine = registry()
+    good = helpers.hello(POOLS[1], 0, CONFIG)
+    for changes in ({"block_size": 32}, {"tp_rank": 1}):
+        with pytest.raises(HelloRefused):
+            mine.on_hello("x", spoil_layout(good, **changes), 0.0)
+    mine.on_hello("x", good, 0.0)
+    assert mine.on_hello("x", good, 0.0) == []
+    with pytest.raises(HelloRefused):
+        mine.on_hello("y", helpers.hello(POOLS[1], 0, CONFIG, incarnation="other"), 0.0)
+    second = helpers.hello(POOLS[1], 1, CONFIG)
+    with pytest.raises(HelloRefused):
+        mine.on_hello("y", spoil_layout(second, dtype="bfloat16"), 0.0)
+    moved = msgspec.structs.replace(second.endpoint, rank=2)
+    with pytest.raises(HelloRefused):
+        mine.on_hello("y", msgspec.structs.replace(second, endpoint=moved), 0.0)
+
+
+def test_a_silent_rank_loses_its_pool_and_no_other(helpers: Any) -> None:
+    mine = registry()
+    bring_up(helpers, mine)
+    beats = [peer for peer in PEERS if peer != (POOLS[0], 3)]
+    for now in range(1, 6):
+        for pool, rank in beats:
+            mine.on_heartbeat(name(pool, rank), Heartbeat(1, 0.0), float(now))
+        assert mine.expire(float(now)) == []
+    mine.on_heartbeat("decode0/0", Heartbeat(1, 0.0), 5.5)
+    ((pool_id, reason),) = mine.expire(5.5)
+    assert pool_id == "prefill0"
+    assert "rank 3" in reason
+    out = mine.lose(pool_id, reason)
+    assert sorted(p for p, m in out if isinstance(m, Shutdown)) == [
+        name(POOLS[0], rank) for rank in range(4)
+    ]
+    topologies = [m for _, m in out if isinstance(m, Topology)]
+    assert len(topologies) == 2
+    assert [pool.pool_id for pool in topologies[0].pools] == ["decode0"]
+    assert mine.lose(pool_id, reason) == []
+    assert mine.pools["prefill0"].state is PoolState.LOST
+    assert not mine.is_complete
+    assert mine.serving("prefill") == []
+    with pytest.raises(PeerError):
+        mine.on_heartbeat("prefill0/0", Heartbeat(1, 0.0), 6.0)
+
+
+def test_a_lost_pool_may_come_back_at_a_higher_epoch(helpers: Any) -> None:
+    mine = registry()
+    bring_up(helpers, mine)
+    mine.lose("decode0", "test")
+    out: list[Any] = []
+    for rank in range(2):
+        again = helpers.hello(POOLS[1], rank, CONFIG, incarnation=f"new{rank}")
+        out += mine.on_hello(f"new/{rank}", again, 9.0)
+    assert [message.pool_epoch for _, message in out] == [2, 2]
+
+
+def test_our_own_pause_is_nobodys_death(helpers: Any) -> None:
+    mine = registry()
+    bring_up(helpers, mine)
+    assert mine.expire(1.0) == []
+    assert mine.expire(60.0) == []
+    assert [pool_id for pool_id, _ in mine.expire(62.0)] == []
+    assert {pool_id for pool_id, _ in mine.expire(64.4)} | {
+        pool_id for pool_id, _ in mine.expire(66.5)
+    } == {"prefill0", "decode0"}
+
+
+def test_the_shortest_context_counts(helpers: Any) -> None:
+    mine = registry()
+    mine.on_hello("x", helpers.hello(POOLS[1], 0, CONFIG, max_model_len=100), 0.0)
+    assert mine.max_model_len(4096) == 100
+    assert mine.max_model_len(64) == 64
