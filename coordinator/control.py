@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable
 from typing import Protocol
 
-from coordinator.registry import HelloRefused, Outgoing, Registry
+from coordinator.registry import CHECK_INTERVAL_S, HelloRefused, Outgoing, Registry
 from protocol.codec import Codec
 from protocol.errors import IllegalTransition, PeerError, VersionError
 from protocol.messages import (
@@ -24,7 +24,6 @@ from protocol.messages import (
 )
 from protocol.sockets import AsyncRouter
 
-TICK_S = 1.0
 _INCOMING: Codec[ToCoordinator] = Codec(ToCoordinator)
 _OUTGOING: Codec[ToRank] = Codec(ToRank)
 
@@ -143,7 +142,7 @@ class ControlPlane:
 
     async def _tick(self) -> None:
         while True:
-            await asyncio.sleep(TICK_S)
+            await asyncio.sleep(CHECK_INTERVAL_S)
             now = time.monotonic()
             for pool_id, reason in self._registry.expire(now):
                 self._lose(pool_id, reason)

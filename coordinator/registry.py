@@ -30,6 +30,7 @@ from protocol.messages import (
     Welcome,
 )
 
+CHECK_INTERVAL_S = 1.0
 Outgoing = tuple[str, ToRank]  # (routing id, message)
 
 
@@ -228,10 +229,11 @@ class Registry:
     def expire(self, now: float) -> list[tuple[str, str]]:
         """(pool_id, reason) of each ready pool with a rank silent for too long.
 
-        Call it about once a second. A pause of our own must not look like the death of everybody
+        Call it every ``CHECK_INTERVAL_S``. A pause of our own must not look like the death of everybody
         else, so time in which nobody asked does not count.
         """
-        pause_s = 0.0 if self._last_check is None else now - self._last_check
+        last = now if self._last_check is None else self._last_check
+        pause_s = now - last - CHECK_INTERVAL_S
         self._last_check = now
         if pause_s > self._timeout_s / 2:
             for _, rank in self._peers.values():

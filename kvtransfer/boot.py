@@ -241,6 +241,7 @@ def _transfer_config(config: RankConfig, model: ModelConfig) -> TransferConfig:
         checksum=config.checksum,
         model_fingerprint=model.fingerprint,
         max_model_len=config.max_model_len or model.max_model_len,
+        hello_timeout_s=config.start_timeout_s,
     )
 
 

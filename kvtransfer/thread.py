@@ -95,6 +95,7 @@ class TransferThread(threading.Thread):
         self._context = self._contexts.__enter__()
         self._waker = Waker(self._context, identity.incarnation)
         self._wake = self._waker.handle()
+        self._stop_asked = False
 
     def submit(self, command: Command) -> None:
         """Hand a command over; does not block. For the main thread."""
@@ -102,10 +103,15 @@ class TransferThread(threading.Thread):
         self._wake.wake()
 
     def stop(self, timeout_s: float) -> None:
-        """End the thread: what was submitted before is still sent. Waits up to ``timeout_s``."""
+        """End the thread, waiting up to ``timeout_s``. Idempotent; for the main thread."""
+        if self._stop_asked:
+            return
+        self._stop_asked = True
         if self.is_alive():
             self.submit(StopThread())
             self.join(timeout_s)
+        self._wake.close()
+        self._contexts.__exit__(None, None, None)
 
     def run(self) -> None:
         try:
@@ -120,8 +126,8 @@ class TransferThread(threading.Thread):
         except Exception:  # noqa: BLE001 - the thread's outermost frame: a bug ends the process
             _log.exception("the transfer thread has ended by a bug")
             died = ThreadDied("a bug, see the log", clean=False)
-        self._wake.close()
-        self._contexts.__exit__(None, None, None)
+        finally:
+            self._waker.close()
         self.events.put(died)
 
 

@@ -110,6 +110,7 @@ def coordinator_config(cluster: Cluster, control_listen: str) -> bytes:
         "api_keys": list(serve.api_key),
         "ready_timeout_s": serve.ready_timeout_s,
         "log_level": serve.log_level,
+        "parent_pid": os.getpid(),
     }
     return _encode("coordinator", CoordinatorConfig, fields | serve.coordinator)
 

@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 # ruff: noqa: ANN001, ANN202, PLR0913, PLR0915 - Triton gives annotations and arguments a meaning of its own
 """Paged decode on GPUs: split-KV attention in Triton (Dao et al., Flash-Decoding, 2023).
 

@@ -80,6 +80,7 @@ class PrefillScheduler:
         self._epochs: dict[str, int] = {}  # of the decode pools that can be reached
         self._requests: dict[Key, Request] = {}  # in order of arrival
         self._ended: OrderedDict[str, int] = OrderedDict()  # request_id -> latest attempt
+        self._coming: set[bytes] = set()  # hashes of blocks that running requests will compute
         self._commands: list[Command] = []
         self._step = 0
         self._plan: PrefillPlan | None = None  # between schedule and update
@@ -153,6 +154,8 @@ class PrefillScheduler:
             if request.state is State.RUNNING:
                 if not time.take(request.placed, request.num_chunks_done):
                     continue
+            elif self._is_prefix_coming(request):
+                continue  # somebody computes for it already
             else:
                 may_admit = may_admit and self._num_holding() < self.facts.max_num_sequences
                 placement = self._place(request) if may_admit else None
@@ -205,15 +208,14 @@ class PrefillScheduler:
         self._blocks.check()
         counts = self._blocks.counts()
         if held == 0:
+            assert not self._coming
             assert all(c.owned == c.in_flight == c.quarantined == 0 for c in counts), counts
 
     # -- a request's way ---------------------------------------------------------------------------
 
     def _place(self, request: Request) -> Placement | None:
         """The best placement that there are blocks for; its cached prefix is shared from now on."""
-        block_size = self.facts.geometry.block_size
-        num_full = (request.num_tokens - 1) // block_size  # the last token is always computed
-        cached = self._blocks.match(request.block_hashes[:num_full])
+        cached = self._blocks.match(self._hashes_to_hit(request))
         options = placements(
             self.facts.geometry,
             self._costs,
@@ -228,6 +230,16 @@ class PrefillScheduler:
                 return option
         return None
 
+    def _hashes_to_hit(self, request: Request) -> list[bytes]:
+        """Of the blocks that it may find in the cache: its last token is always computed."""
+        return request.block_hashes[: (request.num_tokens - 1) // self.facts.geometry.block_size]
+
+    def _is_prefix_coming(self, request: Request) -> bool:
+        """Whether a running request will soon have computed more of the same prefix."""
+        hashes = self._hashes_to_hit(request)
+        num_cached = len(self._blocks.match(hashes))
+        return num_cached < len(hashes) and hashes[num_cached] in self._coming
+
     def _num_holding(self) -> int:
         return sum(bool(request.blocks) for request in self._requests.values())
 
@@ -237,6 +249,7 @@ class PrefillScheduler:
         request.placement = placement
         request.admitted = now
         request.change(Change.ADMIT)
+        self._coming.update(request.block_hashes[placement.num_cached_blocks :])
         self.num_cached_tokens += placement.chunks[0].start
 
     def _chunk_work(self, request: Request) -> ChunkWork:
@@ -278,6 +291,7 @@ class PrefillScheduler:
         first, end = work.start // block_size, request.num_computed_tokens // block_size
         for block in request.blocks[first:end]:
             self._blocks.set_hash(block, request.block_hashes[block.logical])
+        self._coming.difference_update(request.block_hashes[first:end])
         self._tell(Progress(*request.key, request.num_computed_tokens, request.num_tokens))
 
     def _prompt_done(self, request: Request, sampled: SampledToken, now: float) -> None:
@@ -314,8 +328,12 @@ class PrefillScheduler:
             request.change(Change.DROP)
             self._release(request)
         elif request.state is not State.CLOSING:
-            request.change(Change.CLOSE)
+            self._stop(request)
             self._commands.append(CloseSource(*request.key))
+
+    def _stop(self, request: Request) -> None:
+        request.change(Change.CLOSE)
+        self._coming.difference_update(request.block_hashes)
 
     def _fail(self, request: Request, code: str, message: str) -> None:
         if request.state is not State.CLOSING:
@@ -330,7 +348,7 @@ class PrefillScheduler:
             message = "the hand-off was closed before it was complete"
             self._tell(RequestFailed(*request.key, "handoff_failed", message))
         if request.state is State.RUNNING:
-            request.change(Change.CLOSE)
+            self._stop(request)
         request.change(Change.CLOSED)
         self._release(request)
 

@@ -1,7 +1,7 @@
-"""A coordinator as its own process, and a small exact cluster of fake ranks that speak the protocol.
+"""A coordinator as its own process, and a small exact cluster of fake ranks for it.
 
-A fake pool computes nothing: token ``i`` of the answer to a prompt is ``reply_token(prompt, i)``, or
-what a test has scripted for that prompt. It keeps the hashes of the prompts that it has finished, so
+A fake pool computes nothing: token ``i`` of the answer to a prompt is ``reply_token(prompt, i)``,
+or what a test has scripted for that prompt. It keeps the hashes of the prompts that it finished, so
 prefix hits are real, and every message that it got, so a test can wait for one.
 """
 
@@ -253,7 +253,7 @@ class FakeCluster(threading.Thread):
         job.holders.add(pool_id)
         total = len(message.prompt_token_ids)
         self.say(pool_id, Progress(message.request_id, message.attempt, total // 2, total))
-        self._generate(job, message)
+        self._generate(job)
 
     def _token(self, job: Job, index: int) -> NewToken:
         sampling, prompt = job.reserve.sampling, job.reserve.prompt_token_ids
@@ -271,7 +271,7 @@ class FakeCluster(threading.Thread):
         reserve = job.reserve
         return NewToken(reserve.request_id, reserve.attempt, index, token_id, finish, logprobs)
 
-    def _generate(self, job: Job, prefill: Prefill | None = None) -> None:
+    def _generate(self, job: Job) -> None:
         script, tokens = job.script, []
         while job.holders:
             if script.fail_after == job.num_sent:

@@ -1,4 +1,4 @@
-"""The catalogue of bad input: each row is refused as it should be, and the next request is served."""
+"""The catalogue of bad input: each row is refused in its way, and the next request is served."""
 
 import json
 from typing import Any

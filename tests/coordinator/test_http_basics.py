@@ -143,7 +143,7 @@ def test_metrics_and_timeline(cluster: Any) -> None:
     for name in ("my-request", reply.json()["id"], reply.json()["id"] + "-0"):
         timeline = cluster.client.get(f"/v1/requests/{name}/timeline").json()
         (request,) = timeline["requests"]
-        assert list(request["events"])[0] == "arrived"
+        assert next(iter(request["events"])) == "arrived"
         assert request["events"]["finished"] >= request["events"]["first_token"] > 0
         assert request["prefill"]["num_computed_tokens"] == 300
         assert request["transfer"]["transport"] == "fake"

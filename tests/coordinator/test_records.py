@@ -36,7 +36,7 @@ def test_nothing_is_accepted_after_the_end() -> None:
     assert not mine.accept(NewToken("r", 1, 0, 5))
 
 
-@pytest.mark.parametrize(("state", "step"), itertools.product(State, Step))
+@pytest.mark.parametrize(("state", "step"), list(itertools.product(State, Step)))
 def test_the_table_is_closed(state: State, step: Step) -> None:
     mine = record()
     mine.state = state

@@ -1,4 +1,4 @@
-"""Placement, as properties: the home first, then the prefix, then the wait; and the remainder rule."""
+"""Placement, as properties: the home first, then the prefix, then the wait; the remainder rule."""
 
 from hypothesis import given
 from hypothesis import strategies as st

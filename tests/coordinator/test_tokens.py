@@ -1,5 +1,7 @@
 """Text from tokens: however it is cut into pieces, the caller sees the same."""
 
+import itertools
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -27,7 +29,7 @@ def first_complete(text: str, stops: list[str]) -> tuple[str, str | None]:
 
 def cut(text: str, cuts: list[int]) -> list[str]:
     edges = sorted({0, len(text), *(c % (len(text) + 1) for c in cuts)})
-    return [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [text[a:b] for a, b in itertools.pairwise(edges)]
 
 
 @given(texts, stop_lists, st.lists(st.integers(0, 99)))

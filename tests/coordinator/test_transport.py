@@ -99,7 +99,7 @@ def test_keep_alive_and_pipelining(connect: Callable[[], socket.socket]) -> None
     assert answer(connection).count(b"HTTP/1.1 200") == 3
 
 
-def test_half_a_body_and_away(connect: Callable[[], socket.socket], cluster: Any) -> None:
+def test_half_a_body_and_away(connect: Callable[[], socket.socket]) -> None:
     connection = connect()
     connection.sendall(HEAD + b"Content-Length: 50\r\n\r\n{}")
     connection.shutdown(socket.SHUT_WR)

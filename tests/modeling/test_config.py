@@ -1,6 +1,8 @@
 """config.json of every family and spelling; what is not understood is refused in one line."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -222,3 +224,11 @@ def test_arithmetic() -> None:
         load_config("arithmetic:vocab=10")
     with pytest.raises(ConfigError, match="cannot share 3 KV heads"):
         load_config("arithmetic:heads=4,kv_heads=3")
+
+
+def test_what_the_coordinator_imports_is_free_of_torch() -> None:
+    code = (
+        "import sys, modeling.config, modeling.tokenizer, modeling.chat_template\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

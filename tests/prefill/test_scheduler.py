@@ -185,6 +185,36 @@ def test_a_cached_prefix_never_keeps_a_prompt_waiting(
     assert_empty(pool)
 
 
+def test_a_prefix_that_is_being_computed_is_waited_for(
+    make_pool: Callable, prompt: Callable
+) -> None:
+    """Two questions about one document, asked at once: it is computed once."""
+    pool = make_pool(1, step_target_s=10.0)
+    pool.add(prompt("a", 80))
+    pool.add(prompt("b", 82))
+    pool.add(prompt("c", 82, salt="another tenant's"))
+    plans = []
+    while plan := pool.step():
+        plans.append([(work.request_id, work.start) for work in plan.work])
+    assert plans[-1] == [("b", 80)] and len(plans) == 4
+    assert all([work[0] for work in plan] == ["a", "c"] for plan in plans[:-1])
+    for request_id in "abc":
+        pool.close(request_id)
+    assert_empty(pool)
+
+
+def test_who_waits_for_a_prefix_goes_on_alone_after_an_abort(
+    make_pool: Callable, prompt: Callable
+) -> None:
+    pool = make_pool(1)
+    pool.add(prompt("a", 80))
+    pool.add(prompt("b", 82))
+    pool.step()
+    pool.abort("a")
+    [work] = pool.step().work
+    assert (work.request_id, work.start) == ("b", 32)  # what a had computed is there
+
+
 def test_what_never_fits_fails(make_pool: Callable, prompt: Callable) -> None:
     pool = make_pool(2, num_blocks=8)
     pool.add(prompt("a", 65))

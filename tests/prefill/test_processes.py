@@ -1,0 +1,184 @@
+"""A real pool: processes, sockets, gloo. The test is the coordinator; the decode pool has no ranks.
+
+So hand-offs have nobody to read them and commit at once; all else is as in a cluster.
+"""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modeling.arithmetic import expected_tokens
+from modeling.config import load_config
+from protocol.codec import Codec
+from protocol.kv import PoolEndpoint
+from protocol.messages import (
+    Abort,
+    Connected,
+    FirstToken,
+    GangReady,
+    Hello,
+    Prefill,
+    Progress,
+    Released,
+    RequestFailed,
+    Shutdown,
+    ToCoordinator,
+    Topology,
+    ToRank,
+    Welcome,
+)
+from protocol.request import SamplingParams
+from protocol.sockets import Poller, Router, open_context
+
+pytestmark = pytest.mark.cluster
+
+MODEL = "arithmetic:layers=4,heads=4,kv_heads=2,vocab=512,max_len=4096"
+BUDGET_S = 90.0
+
+
+class Coordinator:
+    """As little of a coordinator as a prefill pool needs."""
+
+    def __init__(self, router: Router) -> None:
+        self._router = router
+        self._poller = Poller(router)
+        self._incoming: Codec[ToCoordinator] = Codec(ToCoordinator)
+        self._outgoing: Codec[ToRank] = Codec(ToRank)
+        self.peers: dict[int, str] = {}
+        self.hellos: dict[int, Hello] = {}
+
+    def send(self, rank: int, message: ToRank) -> None:
+        self._router.send(self.peers[rank], self._outgoing.encode(message))
+
+    def send_all(self, message: ToRank) -> None:
+        for rank in self.peers:
+            self.send(rank, message)
+
+    def wait(self, kind: type, count: int = 1) -> list[Any]:
+        """The next ``count`` messages of a kind; all others are passed over."""
+        found: list[Any] = []
+        deadline = time.monotonic() + BUDGET_S
+        while len(found) < count:
+            assert time.monotonic() < deadline, f"{len(found)} of {count} {kind.__name__}"
+            self._poller.wait(0.5)
+            while (received := self._router.receive()) is not None:
+                message = self._incoming.decode(received[1])
+                assert not isinstance(message, RequestFailed) or kind is RequestFailed, message
+                if isinstance(message, Hello):
+                    self.peers[message.endpoint.rank] = received[0]
+                    self.hellos[message.endpoint.rank] = message
+                if isinstance(message, kind):
+                    found.append(message)
+        return found
+
+    def boot(self, world_size: int) -> None:
+        self.wait(Hello, world_size)
+        gang = self.hellos[0].gang
+        assert gang is not None
+        assert all(self.hellos[rank].gang is None for rank in range(1, world_size))
+        self.send_all(Welcome(coordinator_epoch=1, pool_epoch=3, gang=gang))
+        assert all(ready.tokens_per_s > 0 for ready in self.wait(GangReady, world_size))
+        first = self.hellos[0]
+        ranks = tuple(self.hellos[rank].endpoint for rank in range(world_size))
+        own = PoolEndpoint("prefill0", "prefill", 3, first.cp_size, first.tp_size, ranks)
+        decode = PoolEndpoint("decode0", "decode", 5, 1, 1, ())
+        self.send_all(Topology(version=1, pools=(own, decode)))
+        self.wait(Connected, world_size)
+
+    def prefill(self, request_id: str, token_ids: tuple[int, ...], **fields: Any) -> None:
+        message = Prefill(
+            request_id=request_id,
+            attempt=1,
+            prompt_token_ids=token_ids,
+            sampling=SamplingParams(max_tokens=4, temperature=0.0),
+            target_pool_id="decode0",
+            target_epoch=5,
+            num_target_tokens=0,
+        )
+        self.send(0, message)
+
+
+Start = Callable[..., tuple[Coordinator, list[subprocess.Popen[bytes]]]]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    processes: list[subprocess.Popen[bytes]] = []
+    with open_context() as context:
+        router = Router(context, f"ipc://{tmp_path}/control")
+
+        def start_pool(
+            cp_size: int, tp_size: int
+        ) -> tuple[Coordinator, list[subprocess.Popen[bytes]]]:
+            for rank in range(cp_size * tp_size):
+                config = {
+                    "model": MODEL,
+                    "pool_id": "prefill0",
+                    "control_address": router.address,
+                    "token": "secret",
+                    "listen": f"ipc://{tmp_path}",
+                    "rank": rank,
+                    "cp_size": cp_size,
+                    "tp_size": tp_size,
+                    "device": "cpu",
+                    "block_size": 8,
+                    "kv_memory_bytes": 1 << 22,
+                    "transport": "tcp",
+                    "chunk_tokens": 64,
+                    "ring_threshold_tokens": 100,
+                }
+                file = tmp_path / f"{rank}.json"
+                file.write_text(json.dumps(config))
+                command = [sys.executable, "-P", "-m", "prefill", "--config", str(file)]
+                processes.append(subprocess.Popen(command))
+            return Coordinator(router), processes
+
+        yield start_pool
+        for process in processes:
+            process.kill()
+            process.wait(BUDGET_S)
+        router.close()
+
+
+def test_a_pool_of_processes_computes_exactly(start: Start) -> None:
+    coordinator, processes = start(2, 2)
+    coordinator.boot(4)
+    config = load_config(MODEL)
+    long = tuple(7 * i % 512 for i in range(300))
+    for request_id, prompt in (("long", long), ("short", (1, 2, 3)), ("again", (*long, 5))):
+        coordinator.prefill(request_id, prompt)
+        [first] = coordinator.wait(FirstToken)
+        assert first.request_id == request_id
+        assert first.token_id == expected_tokens(config, prompt, 1)[0]
+        assert first.path.ring_size == (1 if request_id == "short" else 2)
+        assert first.path.num_cached_tokens == (296 if request_id == "again" else 0)
+        assert [released.request_id for released in coordinator.wait(Released)] == [request_id]
+
+    coordinator.prefill("gone", tuple(range(500)))
+    coordinator.wait(Progress)
+    coordinator.send(0, Abort("gone", 1))
+    assert [released.request_id for released in coordinator.wait(Released)] == ["gone"]
+
+    coordinator.send_all(Shutdown("the test is over"))
+    assert [process.wait(BUDGET_S) for process in processes] == [0] * 4
+
+
+def test_a_pool_of_one_ends_on_sigterm_even_before_it_is_welcome(start: Start) -> None:
+    coordinator, [process] = start(1, 1)
+    coordinator.wait(Hello)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(BUDGET_S) == 0
+
+
+def test_followers_end_with_their_leader(start: Start) -> None:
+    coordinator, processes = start(2, 1)
+    coordinator.boot(2)
+    processes[0].send_signal(signal.SIGTERM)
+    assert [process.wait(BUDGET_S) for process in processes] == [0, 0]
