@@ -61,37 +61,16 @@ def read_options(
     if max_tokens is not None and min_tokens > max_tokens:
         raise _invalid("min_tokens", f"min_tokens {min_tokens} exceeds max_tokens {max_tokens}")
     _check_labels(body, limits)
-    caller_stops = _token_ids("stop_token_ids", body.stop_token_ids or [], model.vocab_size)
-    ignore_eos = bool(body.ignore_eos)
-    seed = secrets.randbits(63) if body.seed is None else body.seed & _SEED_MASK
-    sampling = SamplingParams(
-        max_tokens=max_tokens or 1,
-        seed=seed,
-        temperature=_or(body.temperature, 1.0),
-        top_k=max(0, body.top_k or 0),
-        top_p=_or(body.top_p, 1.0),
-        min_p=_or(body.min_p, 0.0),
-        presence_penalty=_or(body.presence_penalty, 0.0),
-        frequency_penalty=_or(body.frequency_penalty, 0.0),
-        repetition_penalty=_or(body.repetition_penalty, 1.0),
-        logit_bias=_logit_bias(body.logit_bias or {}, model.vocab_size, limits),
-        min_tokens=min_tokens,
-        stop_token_ids=tuple(
-            dict.fromkeys((*(() if ignore_eos else model.eos_token_ids), *caller_stops))
-        ),
-        ignore_eos=ignore_eos,
-        num_logprobs=num_logprobs,
-    )
     stream_options = body.stream_options
     return Options(
-        sampling=sampling,
+        sampling=_sampling(body, num_logprobs, model, limits),
         max_tokens=max_tokens,
         default_max_tokens=default_max_tokens,
         text=TextOptions(
             stops=_stops(body.stop, limits),
             include_stop=bool(body.include_stop_str_in_output),
             min_tokens=min_tokens,
-            caller_stop_token_ids=frozenset(caller_stops),
+            caller_stop_token_ids=frozenset(body.stop_token_ids or ()),
         ),
         num_choices=num_choices,
         stream=bool(body.stream),
@@ -101,6 +80,30 @@ def read_options(
         return_token_ids=bool(body.return_token_ids),
         session_id=body.session_id,
         cache_salt=body.cache_salt,
+    )
+
+
+def _sampling(
+    body: GenerationBody, num_logprobs: int | None, model: ModelConfig, limits: Limits
+) -> SamplingParams:
+    caller_stops = _token_ids("stop_token_ids", body.stop_token_ids or [], model.vocab_size)
+    ignore_eos = bool(body.ignore_eos)
+    eos_token_ids = () if ignore_eos else model.eos_token_ids
+    return SamplingParams(
+        max_tokens=1,  # until the prompt's length is known
+        seed=secrets.randbits(63) if body.seed is None else body.seed & _SEED_MASK,
+        temperature=_or(body.temperature, 1.0),
+        top_k=max(0, body.top_k or 0),
+        top_p=_or(body.top_p, 1.0),
+        min_p=_or(body.min_p, 0.0),
+        presence_penalty=_or(body.presence_penalty, 0.0),
+        frequency_penalty=_or(body.frequency_penalty, 0.0),
+        repetition_penalty=_or(body.repetition_penalty, 1.0),
+        logit_bias=_logit_bias(body.logit_bias or {}, model.vocab_size, limits),
+        min_tokens=body.min_tokens or 0,
+        stop_token_ids=tuple(dict.fromkeys((*eos_token_ids, *caller_stops))),
+        ignore_eos=ignore_eos,
+        num_logprobs=num_logprobs,
     )
 
 

@@ -229,8 +229,8 @@ class Registry:
     def expire(self, now: float) -> list[tuple[str, str]]:
         """(pool_id, reason) of each ready pool with a rank silent for too long.
 
-        Call it every ``CHECK_INTERVAL_S``. A pause of our own must not look like the death of everybody
-        else, so time in which nobody asked does not count.
+        Call it every ``CHECK_INTERVAL_S``. A pause of our own must not look like the death of
+        everybody else, so time in which nobody asked does not count.
         """
         last = now if self._last_check is None else self._last_check
         pause_s = now - last - CHECK_INTERVAL_S

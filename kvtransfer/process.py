@@ -7,6 +7,7 @@
    eye on the transfer thread.
 """
 
+import dataclasses
 import logging
 import queue
 import time
@@ -55,6 +56,7 @@ class RankProcess:
         self._config = config
         self._context = context
         self._num_steps = 0
+        self._status = ReportStatus(num_steps=0, step_started=None)
         self._events: list[Event] = []  # seen by check, not yet drained
 
     # -- boot --------------------------------------------------------------------------------------
@@ -169,7 +171,7 @@ class RankProcess:
 
     def begin_step(self) -> None:
         """Heartbeats say from now on how long this step has been running."""
-        self.submit(ReportStatus(num_steps=self._num_steps, step_started=time.monotonic()))
+        self.submit(dataclasses.replace(self._status, step_started=time.monotonic()))
 
     def end_step(
         self,
@@ -200,17 +202,16 @@ class RankProcess:
         counters: tuple[tuple[str, float], ...] = (),
     ) -> None:
         """What the next heartbeats say, between steps."""
-        self.submit(
-            ReportStatus(
-                num_steps=self._num_steps,
-                step_started=None,
-                num_waiting=num_waiting,
-                num_running=num_running,
-                pending_tokens=pending_tokens,
-                blocks=tuple(msgspec.structs.astuple(counts) for counts in blocks),
-                counters=counters,
-            )
+        self._status = ReportStatus(
+            num_steps=self._num_steps,
+            step_started=None,
+            num_waiting=num_waiting,
+            num_running=num_running,
+            pending_tokens=pending_tokens,
+            blocks=tuple(msgspec.structs.astuple(counts) for counts in blocks),
+            counters=counters,
         )
+        self.submit(self._status)
 
 
 def _backend(device: torch.device, world_size: int) -> str:

@@ -231,6 +231,8 @@ class _Loop:
                 self._connect(rank for rank in pool.ranks if rank.incarnation not in known)
         self._do(self._handoffs.pools_changed(topology.pools))
         self._control.send(Connected(topology.version))
+        names = ", ".join(pool.pool_id for pool in topology.pools)
+        _log.info("topology %d: %s can be reached", topology.version, names)
         self._events.put(PoolsChanged(topology.pools))
 
     def _connect(self, endpoints: Iterable[RankEndpoint]) -> None:

@@ -148,6 +148,15 @@ class ProcessGroup:
         if child is not None and child.process.poll() is None:
             child.process.terminate()
 
+    def wait_ended(self, budget_s: float) -> None:
+        """Give every child that long to end by itself."""
+        deadline = time.monotonic() + budget_s
+        for child in self._children.values():
+            try:
+                child.process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                return
+
     def stop(self, budget_s: float = STOP_BUDGET_S) -> None:
         """Ask every child to end, and kill those that have not after ``budget_s``."""
         running = [child for child in self._children.values() if child.process.poll() is None]

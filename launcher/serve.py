@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 COORDINATOR = "coordinator"
 COORDINATOR_START_S = 60.0
+FAREWELL_S = 3.0  # for the ranks to end because the coordinator says so
 
 
 class ClusterFailed(Exception):
@@ -115,6 +116,7 @@ class Supervisor:
     def stop(self) -> None:
         """End every process: the coordinator first, it tells the ranks; then whoever is left."""
         self._group.terminate(COORDINATOR)
+        self._group.wait_ended(FAREWELL_S)
         if self._ranks is not None:
             self._ranks.stop()
         self._group.stop()

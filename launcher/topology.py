@@ -54,13 +54,13 @@ def parse_pools(prefill: Sequence[str], decode: Sequence[str]) -> tuple[PoolSpec
     Raises:
         ConfigError: see :func:`parse_pool`; no decode pool, or absurdly many ranks.
     """
-    if not decode:
-        raise ConfigError("no decode pool: add --decode tp1")
     pools = tuple(
         parse_pool(role, number, spelling)
         for role, spellings in (("prefill", prefill), ("decode", decode))
         for number, spelling in enumerate(spellings)
     )
+    if not decode:
+        raise ConfigError("no decode pool: add --decode tp1")
     total = sum(pool.num_ranks for pool in pools)
     if total > MAX_RANKS:
         raise ConfigError(f"{total} ranks asked for, at most {MAX_RANKS} are supported")

@@ -22,6 +22,7 @@ import torch
 from protocol.request import SamplingParams, TokenLogprobs
 
 _TOP_P_CANDIDATES = (1024, 16384)  # the nucleus nearly always is among them: saves a sort
+_LEAST_LOGPROB = -9999.0  # instead of -inf and NaN, which JSON does not have
 _WORD = 2**32 - 1
 
 
@@ -121,7 +122,7 @@ def _adjust(logits_V: torch.Tensor, row: SamplingRow) -> torch.Tensor:
 
 def _logprobs(logits_V: torch.Tensor, token_id: int, num_top: int) -> TokenLogprobs:
     logprobs_V = logits_V.log_softmax(-1)
-    chosen = float(logprobs_V[token_id])
+    chosen = max(_LEAST_LOGPROB, float(logprobs_V[token_id]))  # of NaN too, in this order
     if num_top == 0:
         return TokenLogprobs(chosen)
     values, ids = logprobs_V.topk(min(num_top, len(logprobs_V)))
@@ -136,7 +137,7 @@ def _draw(logits_V: torch.Tensor, params: SamplingParams, u: float) -> int:
     kept_V = scaled_V >= _threshold(scaled_V, params)
     cumulative_V = scaled_V.exp().masked_fill_(~kept_V, 0.0).double().cumsum(-1)
     total = float(cumulative_V[-1])
-    if not math.isfinite(total):  # the logits hold NaN or inf: there is no distribution
+    if not 0.0 < total < math.inf:  # the logits hold NaN or inf: there is no distribution
         return int(logits_V.argmax())
     # u has 52 bits: u * total rounds to less than total, so the token found has a probability.
     return int(torch.searchsorted(cumulative_V, u * total, right=True))

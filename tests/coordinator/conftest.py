@@ -291,7 +291,7 @@ class FakeCluster(threading.Thread):
         decode = list(tokens)
         if job.prefill and tokens and tokens[0].index == 0:
             self._tell_first(job, decode.pop(0))
-        steps = [(token,) for token in decode]
+        steps: list[tuple[NewToken, ...]] = [(token,) for token in decode]
         if job.script.scramble:
             steps = [(t, t) for t in reversed(decode)]
         for number, step in enumerate(steps):

@@ -158,10 +158,11 @@ def test_strangers_on_the_control_socket_change_nothing(
     ],
 )
 def test_configurations_that_cannot_be_served_with(changes: dict[str, Any]) -> None:
-    fields = {"token": "t", "model": "arithmetic", "pools": (ExpectedPool("d", "decode", 1, 1),)}
-    CoordinatorConfig(**fields)  # type: ignore[arg-type]  # a dict of fields
+    pools = (ExpectedPool("d", "decode", 1, 1),)
+    fields: dict[str, Any] = {"token": "t", "model": "arithmetic", "pools": pools}
+    CoordinatorConfig(**fields)
     with pytest.raises(ConfigError):
-        CoordinatorConfig(**{**fields, **changes})  # type: ignore[arg-type]  # as above
+        CoordinatorConfig(**{**fields, **changes})
 
 
 def test_which_hosts_are_loopback() -> None:

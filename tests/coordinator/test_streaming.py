@@ -28,7 +28,8 @@ def stream(cluster: Any, path: str = "/v1/completions", **fields: Any) -> bytes:
     assert reply.headers["cache-control"] == "no-cache"
     assert reply.headers["x-accel-buffering"] == "no"
     assert reply.headers["x-baton-path"].startswith("decode=")
-    return reply.content
+    content: bytes = reply.content
+    return content
 
 
 def scrub(raw: bytes) -> str:
@@ -95,7 +96,13 @@ def test_no_output_at_all_still_has_a_role(cluster: Any, helpers: Any) -> None:
 
 @pytest.mark.parametrize("prompt", [[1, 2, 3], [4] * 300])
 def test_streamed_equals_whole(cluster: Any, prompt: list[int]) -> None:
-    fields = {"prompt": prompt, "max_tokens": 40, "return_token_ids": True, "n": 2, "logprobs": 2}
+    fields: dict[str, Any] = {
+        "prompt": prompt,
+        "max_tokens": 40,
+        "return_token_ids": True,
+        "n": 2,
+        "logprobs": 2,
+    }
     whole = cluster.client.post("/v1/completions", json=fields).json()
     options = {"include_usage": True, "continuous_usage_stats": True}
     *chunks, usage, done = events(stream(cluster, **fields, stream_options=options))

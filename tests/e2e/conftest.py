@@ -126,9 +126,10 @@ def assert_no_leaks(cluster: RunningCluster) -> None:
 
     def is_clean() -> bool:
         pools = cluster.cluster()["pools"]
-        counts = [space for pool in pools for space in pool["blocks"]]
-        return bool(counts) and all(
-            space["free"] + space["cached"] == space["total"] for space in counts
+        return all(pool["blocks"] for pool in pools) and all(
+            space["free"] + space["cached"] == space["total"]
+            for pool in pools
+            for space in pool["blocks"]
         )
 
     wait_until(is_clean, f"blocks are still held: {json.dumps(cluster.cluster())}")

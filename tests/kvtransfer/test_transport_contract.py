@@ -32,6 +32,7 @@ from protocol.kv import KVLayout, RankEndpoint
 ROOT = Path(__file__).resolve().parents[2]
 TOKEN = "secret"
 DEADLINE_S = 20.0
+QUIET = {"NIXL_LOG_LEVEL": "FATAL", "UCX_LOG_FILE": "stderr"}  # UCX would log to standard output
 
 
 class Rank:
@@ -378,7 +379,7 @@ class Process:
             [sys.executable, script, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "NIXL_LOG_LEVEL": "FATAL", **variables},
+            env={**os.environ, "PYTHONPATH": str(ROOT), **QUIET, **variables},
             bufsize=0,
         )
 

@@ -29,8 +29,8 @@ from protocol.kv import KVLayout, RankEndpoint
 class Rank:
     """The pool, the transport and the reads in flight."""
 
-    def __init__(self, transport: KVTransport, incarnation: str, layout: KVLayout) -> None:
-        self.pool = KVPool(layout)
+    def __init__(self, transport: KVTransport, incarnation: str, pool: KVPool) -> None:
+        self.pool = pool
         self.transport = transport
         self.transport.start(self.pool)
         self.reads: dict[int, ReadHandle] = {}
@@ -41,7 +41,7 @@ class Rank:
             tp_rank=0,
             incarnation=incarnation,
             address="",
-            layout=layout,
+            layout=pool.layout,
             transport=transport.name,
             agent_metadata=transport.metadata(),
             base_address=self.pool.base_address,
@@ -90,8 +90,9 @@ def say(line: str) -> None:
 def main() -> None:
     name, incarnation, token, fill, num_blocks = sys.argv[1:]
     layout = KVLayout(2, int(num_blocks), 4, 0, 1, 32, 64, "bfloat16")
-    rank = Rank(open_transport(name, incarnation, token=token), incarnation, layout)
-    rank.pool.bytes.fill_(int(fill))
+    pool = KVPool(layout)
+    pool.bytes.fill_(int(fill))
+    rank = Rank(open_transport(name, incarnation, token=token), incarnation, pool)
     buffered = b""
     while True:
         if select.select([0], [], [], 0.001)[0]:

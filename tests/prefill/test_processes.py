@@ -92,7 +92,7 @@ class Coordinator:
         self.send_all(Topology(version=1, pools=(own, decode)))
         self.wait(Connected, world_size)
 
-    def prefill(self, request_id: str, token_ids: tuple[int, ...], **fields: Any) -> None:
+    def prefill(self, request_id: str, token_ids: tuple[int, ...]) -> None:
         message = Prefill(
             request_id=request_id,
             attempt=1,
@@ -182,3 +182,44 @@ def test_followers_end_with_their_leader(start: Start) -> None:
     coordinator.boot(2)
     processes[0].send_signal(signal.SIGTERM)
     assert [process.wait(BUDGET_S) for process in processes] == [0, 0]
+
+
+def test_a_leader_ends_when_a_rank_of_its_ring_dies(start: Start) -> None:
+    coordinator, processes = start(2, 1)
+    coordinator.boot(2)
+    processes[1].kill()
+    processes[1].wait(BUDGET_S)
+    coordinator.prefill("a", tuple(range(500)))
+    assert processes[0].wait(BUDGET_S) == 1
+
+
+def test_a_rank_dies_with_its_parent(tmp_path: Path) -> None:
+    config = {
+        "model": MODEL,
+        "pool_id": "prefill0",
+        "control_address": f"ipc://{tmp_path}/control",
+        "token": "secret",
+        "listen": f"ipc://{tmp_path}",
+        "device": "cpu",
+        "kv_memory_bytes": 1 << 22,
+        "transport": "tcp",
+    }
+    file = tmp_path / "rank.json"
+    parent_code = (
+        "import json, os, subprocess, sys\n"
+        f"config = {config!r} | {{'parent_pid': os.getpid()}}\n"
+        f"open({str(file)!r}, 'w').write(json.dumps(config))\n"
+        f"command = [sys.executable, '-P', '-m', 'prefill', '--config', {str(file)!r}]\n"
+        "subprocess.Popen(command).wait()\n"
+    )
+    with open_context() as context:
+        router = Router(context, config["control_address"])
+        parent = subprocess.Popen(
+            [sys.executable, "-c", parent_code], stderr=subprocess.PIPE, text=True
+        )
+        coordinator = Coordinator(router)
+        coordinator.wait(Hello)
+        parent.kill()
+        # The child holds the other end of this pipe: it is closed when both have ended.
+        parent.communicate(timeout=BUDGET_S)
+        router.close()

@@ -1,0 +1,100 @@
+"""Tensor-parallel groups of real processes."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from modeling.native import COMPILERS
+from modeling.parallel import SingleRank, init_gang, make_tensor_parallel, open_gang_store
+from protocol.errors import PeerError
+
+ROOT = Path(__file__).resolve().parents[2]
+DEADLINE_S = 90.0
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, COMPILERS)), reason="no C++ compiler for the shared-memory library"
+)
+kinds = pytest.mark.parametrize("kind", [pytest.param("shm", marks=needs_compiler), "gloo"])
+
+
+def run_gang(scenario: str, size: int, kind: str) -> list[tuple[int, str]]:
+    """(exit code, output) of every rank."""
+    address, listen_fd = open_gang_store("127.0.0.1")
+    ranks = []
+    try:
+        for rank in range(size):
+            fd = listen_fd if rank == 0 else -1
+            arguments = [scenario, str(rank), str(size), address, kind, str(fd)]
+            ranks.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "tests.modeling.parallel_rank", *arguments],
+                    cwd=ROOT,
+                    env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"},
+                    pass_fds=[fd] if fd >= 0 else [],
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )
+            )
+        outputs = [rank.communicate(timeout=DEADLINE_S)[0] for rank in ranks]
+        return [(rank.returncode, text) for rank, text in zip(ranks, outputs, strict=True)]
+    finally:
+        os.close(listen_fd)
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+
+
+def said(result: tuple[int, str]) -> str:
+    code, output = result
+    lines = [line.split()[1] for line in output.splitlines() if line.startswith("OK")]
+    assert code == 0 and lines, output
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [pytest.param("shm", 2, marks=needs_compiler), pytest.param("shm", 3, marks=needs_compiler),
+     ("gloo", 2)],
+)  # fmt: skip
+def test_every_rank_has_the_same_bits_and_nothing_is_left_open(kind: str, size: int) -> None:
+    assert len({said(result) for result in run_gang("agree", size, kind)}) == 1
+
+
+@kinds
+def test_a_dead_rank_is_noticed(kind: str) -> None:
+    *others, dead = run_gang("die", 3, kind)
+    assert dead[0] == -9
+    assert {said(result) for result in others} == {"noticed"}
+
+
+@needs_compiler
+def test_a_rank_that_leaves_is_noticed_at_once() -> None:
+    stays, leaves = run_gang("leave", 2, "shm")
+    assert (said(stays), said(leaves)) == ("noticed", "left")
+
+
+@needs_compiler
+def test_ranks_that_disagree_on_the_size_are_told() -> None:
+    assert {said(result) for result in run_gang("disagree", 2, "shm")} == {"noticed"}
+
+
+def test_a_gang_that_nobody_leads_is_given_up() -> None:
+    address, listen_fd = open_gang_store("127.0.0.1")
+    os.close(listen_fd)
+    with pytest.raises(PeerError, match="forming the gang"):
+        init_gang(address, 1, 2, "gloo", 1.0)
+
+
+def test_one_rank_needs_no_group() -> None:
+    tp = make_tensor_parallel(3, 4, 1, torch.device("cpu"), same_host=True)
+    assert isinstance(tp, SingleRank)
+    x = torch.randn(4)
+    before = x.clone()
+    tp.all_reduce_(x)
+    assert torch.equal(x, before) and tp.all_gather(x, 0) is x
