@@ -33,6 +33,17 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 65536,
         "dtype": "bfloat16",
     },
+    "demo": {
+        "hidden_size": 512,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "intermediate_size": 1408,
+        "vocab_size": 8192,
+        "max_position_embeddings": 65536,
+        "dtype": "bfloat16",
+    },
     "small": {
         "hidden_size": 256,
         "num_hidden_layers": 4,

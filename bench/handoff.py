@@ -22,7 +22,7 @@ from typing import Any
 
 import httpx
 
-from bench.checkpoint import write_shape
+from bench.checkpoint import SHAPES, write_llama
 from bench.environment import describe, headline
 
 KV_MEMORY_BYTES = 256 << 20
@@ -53,7 +53,7 @@ def measure_request(client: httpx.Client, prompt: list[int]) -> dict[str, float]
     reply = client.post("/v1/completions", json=body)
     reply.raise_for_status()
     path = f"/v1/requests/{reply.headers['x-request-id']}/timeline"
-    timeline: dict[str, Any] = client.get(path).json()
+    timeline: dict[str, Any] = client.get(path).json()["requests"][0]
     events, transfer = timeline["events"], timeline["transfer"]
     return {
         "first_token_s": events["first_token"],
@@ -82,7 +82,7 @@ def run(prefill: str, decode: str, num_tokens: int, num_runs: int) -> dict[str, 
     rng = random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "bench-model"
-        write_shape(model, "bench")
+        write_llama(model, SHAPES["bench"])
         weight_bytes = sum(file.stat().st_size for file in model.glob("*.safetensors"))
         flags = ("--prefill", prefill, "--decode", decode, "--kv-memory", str(KV_MEMORY_BYTES))
         flags += ("--threads-per-rank", "1", "--checksum", "off")

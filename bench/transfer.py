@@ -10,9 +10,7 @@ same run. Set UCX_TLS=tcp to see NIXL without shared memory.
 """
 
 import argparse
-import importlib.metadata
 import multiprocessing
-import platform
 import random
 import statistics
 import time
@@ -20,11 +18,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 import msgspec
 import torch
 
+from bench.environment import headline
 from kvcache.pool import KVPool
 from kvtransfer.choose import open_transport
 from kvtransfer.plan import Run, plan, shared_heads
@@ -186,14 +184,6 @@ def copy_once(source: torch.Tensor, target: torch.Tensor) -> float:
 # -- the report ------------------------------------------------------------------------------------
 
 
-def cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), "?")
-
-
 def measure(
     name: str, endpoint: RankEndpoint, target_tp: int, arguments: argparse.Namespace
 ) -> None:
@@ -202,7 +192,8 @@ def measure(
     transport, pool = open_rank(name, f"target{target_tp}", target)
     transport.connect(endpoint)
     copied = torch.ones(cases[0].num_bytes, dtype=torch.uint8)
-    copy_s, read_s = [], [[] for _ in cases]  # type: ignore[var-annotated]
+    copy_s: list[float] = []
+    read_s: list[list[float]] = [[] for _ in cases]
     for _ in range(arguments.repeats):  # interleaved, so that noise meets every case alike
         copy_s.append(copy_once(copied, pool.bytes[: len(copied)]))
         for case, seconds in zip(cases, read_s, strict=True):
@@ -227,10 +218,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    print(
-        f"{arguments.transport}, {cpu_model()}, torch {torch.__version__}, "
-        f"nixl {importlib.metadata.version('nixl')}"
-    )
+    print(f"{arguments.transport}; {headline()}")
     with source_process(arguments.transport, make_layout(2 * arguments.blocks, 1)) as endpoint:
         for target_tp in (1, 2):
             measure(arguments.transport, endpoint, target_tp, arguments)

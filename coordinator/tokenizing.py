@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
-from kvcache.prefix import hash_blocks
+from kvcache.prefix import block_salt, hash_blocks
 from modeling.chat_template import ChatTemplate, load_chat_template
 from modeling.tokenizer import Tokenizer, load_tokenizer
 
@@ -60,5 +60,5 @@ class Tokenization:
 
 def as_prompt(token_ids: tuple[int, ...], block_size: int, fingerprint: str, salt: str) -> Prompt:
     """``token_ids`` with their hashes. Every process salts in this way: model, colon, tenant."""
-    hashes = hash_blocks(token_ids, block_size, f"{fingerprint}:{salt}")
+    hashes = hash_blocks(token_ids, block_size, block_salt(fingerprint, salt))
     return Prompt(token_ids, tuple(hashes))

@@ -7,6 +7,7 @@
 from dataclasses import dataclass, field
 
 from decode.states import Change, State, advance
+from kvcache.prefix import block_salt
 from protocol.kv import BlockRef
 from protocol.messages import Reserve
 from protocol.request import FinishReason, SamplingParams
@@ -46,7 +47,7 @@ class Sequence:
             arrived_s=now,
             prompt_token_ids=reserve.prompt_token_ids,
             sampling=reserve.sampling,
-            salt=model_fingerprint + reserve.cache_salt,
+            salt=block_salt(model_fingerprint, reserve.cache_salt),
         )
 
     @property

@@ -16,13 +16,18 @@ _HASH_BYTES = 16
 _TOKEN_BYTES = 4
 
 
+def block_salt(model_fingerprint: str, cache_salt: str) -> str:
+    """What every hash of a prompt's blocks covers: the model, and the tenant's salt."""
+    return f"{model_fingerprint}:{cache_salt}"
+
+
 def hash_blocks(token_ids: Sequence[int], block_size: int, salt: str) -> list[bytes]:
     """The chained hash of each full block of a token sequence; a partial last block has none.
 
     Args:
         token_ids: each in [0, 2**32).
         block_size: tokens per block.
-        salt: the model's fingerprint and the tenant's salt.
+        salt: see :func:`block_salt`.
 
     Returns:
         BLAKE2b of 16 bytes for each block.

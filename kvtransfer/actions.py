@@ -40,7 +40,14 @@ class StartRead:
     runs: tuple[Run, ...]
 
 
-Action = Send | Emit | StartRead
+@dataclass(frozen=True, slots=True)
+class Warn:
+    """Tell the operator."""
+
+    text: str
+
+
+Action = Send | Emit | StartRead | Warn
 
 
 @dataclass(slots=True)

@@ -87,6 +87,7 @@ class NixlTransport(KVTransport):
     name = "nixl"
 
     def __init__(self, incarnation: str, post_bytes: int | None = None) -> None:
+        _route_library_log()
         config = nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
         try:
             self._agent = nixl_agent(incarnation, config)
@@ -268,6 +269,14 @@ class NixlTransport(KVTransport):
             self._agent.deregister_memory(registered)
         except _ERRORS as error:
             _log.debug("deregistering: %s", error)
+
+
+def _route_library_log() -> None:
+    """Put NIXL's Python log under ours; it would print to standard output, from INFO on."""
+    library = logging.getLogger("nixl")
+    library.handlers.clear()
+    library.propagate = True
+    library.setLevel(logging.WARNING)
 
 
 def _cut(runs: Sequence[Run], post_bytes: int) -> Iterator[_Pieces]:

@@ -7,12 +7,13 @@
 4. ``Close`` ends it early: no further announcement goes out, nothing is confirmed any more, and
    ``Closed`` is said when no target rank can still be reading: it has read, or it says ReadsEnded,
    or it is gone, or the lease is over (what it reads after that is never confirmed).
+5. A target that is gone, or has closed its side with something unread, breaks it: ``HandoffFailed``.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from kvtransfer.actions import Action, Key, Send, Surroundings
+from kvtransfer.actions import Action, Key, Send, Surroundings, Warn
 from kvtransfer.events import AnnounceBlocks, AnnouncedAll
 from kvtransfer.identity import PeerName
 from kvtransfer.plan import Run, shared_heads, source_runs
@@ -42,13 +43,17 @@ class SourceHandoff:
     target_pool_id: str
     target_epoch: int
     state: SourceState = SourceState.ANNOUNCING
-    keys: set[SegmentKey] = field(default_factory=set)
+    keys: set[SegmentKey] = field(default_factory=set)  # announced
     unread: dict[int, set[SegmentKey]] = field(default_factory=dict)  # by target rank
-    closing_since: float = 0.0
+    closing_since: float | None = None
 
     @property
     def is_read(self) -> bool:
         return not any(self.unread.values())
+
+    @property
+    def is_going_on(self) -> bool:
+        return self.state in (SourceState.ANNOUNCING, SourceState.DRAINING)
 
 
 class SourceSide:
@@ -80,6 +85,11 @@ class SourceSide:
     def num_open(self) -> int:
         return len(self._handoffs)
 
+    @property
+    def is_being_read(self) -> bool:
+        """Whether a target rank may be reading from here now."""
+        return any(not handoff.is_read for handoff in self._handoffs.values())
+
     # -- commands of the own main thread -----------------------------------------------------------
 
     def announce(self, command: AnnounceBlocks) -> list[Action]:
@@ -87,10 +97,13 @@ class SourceSide:
         handoff = self._open(command)
         if handoff is None:
             return self._around.drop("announcement")
-        target = self._around.pools[command.target_pool_id]
+        if self._is_lost(handoff):
+            return self._break(handoff, f"{handoff.target_pool_id} is gone")
+        target = self._around.pools[handoff.target_pool_id]
         key = SegmentKey(
             self._around.identity.rank, command.chunk, command.layer_start, command.layer_end
         )
+        assert key not in handoff.keys, f"{key} of {handoff.key} is announced twice"
         handoff.keys.add(key)
         actions: list[Action] = []
         for endpoint in target.ranks:
@@ -115,6 +128,8 @@ class SourceSide:
         handoff = self._open(command)
         if handoff is None:
             return self._around.drop("announcement")
+        if self._is_lost(handoff):
+            return self._break(handoff, f"{handoff.target_pool_id} is gone")
         self._advance(handoff, SourceEvent.ALL_ANNOUNCED)
         return self._finish_if_read(handoff)
 
@@ -127,11 +142,6 @@ class SourceSide:
             return None
         handoff = SourceHandoff(key, command.target_pool_id, command.target_epoch)
         self._handoffs[key] = handoff
-        if self._around.epoch_of(command.target_pool_id) != command.target_epoch:
-            # Its leader fails it; until it is closed nobody reads.
-            self._advance(handoff, SourceEvent.CLOSE)
-            self._around.counters["handoffs_to_a_lost_pool"] += 1
-            return None
         return handoff
 
     def _sum(self, command: AnnounceBlocks, target: KVLayout) -> int | None:
@@ -155,14 +165,14 @@ class SourceSide:
         )
         if not is_current:
             return around.drop("stale_epoch")
-        unread = handoff.unread.get(sender.rank, set()) if handoff is not None else set()
-        is_ours = (
-            handoff is not None
-            and handoff.state is not SourceState.CLOSING
-            and handoff.target_pool_id == sender.pool_id
-            and message.key in unread
-        )
-        unread.discard(message.key)
+        is_ours, was_unread = False, False
+        if handoff is not None and handoff.target_pool_id == sender.pool_id:
+            unread = handoff.unread.get(sender.rank)
+            was_unread = unread is not None and message.key in unread
+            # A second ReadDone of the same segment gets the same answer.
+            is_ours = handoff.is_going_on and unread is not None and message.key in handoff.keys
+            if unread is not None:
+                unread.discard(message.key)
         confirm = Confirm(
             message.request_id,
             message.attempt,
@@ -172,7 +182,7 @@ class SourceSide:
             valid=is_ours,
         )
         actions: list[Action] = [Send(sender, confirm)]
-        if handoff is not None:
+        if handoff is not None and was_unread:
             actions += self._finish_if_read(handoff)
         return actions
 
@@ -190,7 +200,7 @@ class SourceSide:
         if handoff.state is SourceState.CLOSING:
             return self._finish_if_read(handoff)
         # The target gave up first. What was announced to it will never be read.
-        return self._fail(handoff, "the target has closed it") if was_unread else []
+        return self._break(handoff, "the target has closed it") if was_unread else []
 
     def on_close(self, message: Close) -> list[Action]:
         """Our leader ends it; answered by Closed, at once or when the readers have ended."""
@@ -209,13 +219,13 @@ class SourceSide:
         """Who is gone reads nothing any more, and nobody can commit to it."""
         actions: list[Action] = []
         for handoff in list(self._handoffs.values()):
-            if self._around.epoch_of(handoff.target_pool_id) == handoff.target_epoch:
+            if not self._is_lost(handoff):
                 continue
             handoff.unread.clear()
             if handoff.state is SourceState.CLOSING:
                 actions += self._finish_if_read(handoff)
             else:
-                actions += self._fail(handoff, f"{handoff.target_pool_id} is gone")
+                actions += self._break(handoff, f"{handoff.target_pool_id} is gone")
         return actions
 
     def tick(self, now: float) -> list[Action]:
@@ -224,17 +234,20 @@ class SourceSide:
         for handoff in list(self._handoffs.values()):
             if handoff.state is not SourceState.CLOSING:
                 continue
-            handoff.closing_since = handoff.closing_since or now
+            if handoff.closing_since is None:
+                handoff.closing_since = now
             if now - handoff.closing_since > self._lease_s:
                 self._around.counters["leases_expired"] += 1
+                silent = sorted(rank for rank, unread in handoff.unread.items() if unread)
                 handoff.unread.clear()
-                actions += self._finish_if_read(handoff)
+                text = f"{handoff.target_pool_id} ranks {silent} may still be reading {handoff.key}"
+                actions += [Warn(f"lease expired: {text}"), *self._finish_if_read(handoff)]
         return actions
 
     # -- small things ------------------------------------------------------------------------------
 
     def _finish_if_read(self, handoff: SourceHandoff) -> list[Action]:
-        if not handoff.is_read or handoff.state is SourceState.ANNOUNCING:
+        if not handoff.is_read or handoff.state in (SourceState.ANNOUNCING, SourceState.BROKEN):
             return []
         if handoff.state is SourceState.DRAINING:
             self._advance(handoff, SourceEvent.ALL_READ)
@@ -248,7 +261,13 @@ class SourceSide:
         self._tombs.add(handoff.key)
         return actions
 
-    def _fail(self, handoff: SourceHandoff, reason: str) -> list[Action]:
+    def _is_lost(self, handoff: SourceHandoff) -> bool:
+        return self._around.epoch_of(handoff.target_pool_id) != handoff.target_epoch
+
+    def _break(self, handoff: SourceHandoff, reason: str) -> list[Action]:
+        if not handoff.is_going_on:
+            return []
+        self._advance(handoff, SourceEvent.BREAK)
         failed = HandoffFailed(*handoff.key, self._around.identity.rank, reason, "source")
         return [Send(self._around.leader, failed)]
 

@@ -1,11 +1,13 @@
 """The states of a hand-off, on a source rank and on a target rank. Pure.
 
     source  ANNOUNCING --all announced--> DRAINING --all read--> CLOSED
-                 '----------- close --------> CLOSING --reads ended--> CLOSED
+               '------ break ------> BROKEN    (nothing more is announced or confirmed)
+               '------ close ------> CLOSING --reads ended--> CLOSED
     target  OPEN --manifest--> MANIFESTED --complete--> CLOSED
               '------ break ---> BROKEN        (nothing more is read)
               '------ close ---> CLOSING --quiet--> CLOSED
 
+A break or a close is possible from every state to its left; what is broken still has to be closed.
 A closed hand-off is remembered by its key alone, so that late messages of it are known as late.
 """
 
@@ -18,6 +20,7 @@ from protocol.errors import IllegalTransition
 class SourceState(enum.Enum):
     ANNOUNCING = "announcing"
     DRAINING = "draining"  # everything is announced, not everything is read
+    BROKEN = "broken"  # it can never commit; our leader has been told and will close it
     CLOSING = "closing"  # nothing more is announced or confirmed; readers are waited for
     CLOSED = "closed"
 
@@ -25,6 +28,7 @@ class SourceState(enum.Enum):
 class SourceEvent(enum.Enum):
     ALL_ANNOUNCED = "all_announced"
     ALL_READ = "all_read"
+    BREAK = "break"
     CLOSE = "close"
     READS_ENDED = "reads_ended"
 
@@ -47,9 +51,12 @@ class TargetEvent(enum.Enum):
 
 SOURCE_TABLE: dict[tuple[SourceState, SourceEvent], SourceState] = {
     (SourceState.ANNOUNCING, SourceEvent.ALL_ANNOUNCED): SourceState.DRAINING,
+    (SourceState.ANNOUNCING, SourceEvent.BREAK): SourceState.BROKEN,
     (SourceState.ANNOUNCING, SourceEvent.CLOSE): SourceState.CLOSING,
     (SourceState.DRAINING, SourceEvent.ALL_READ): SourceState.CLOSED,
+    (SourceState.DRAINING, SourceEvent.BREAK): SourceState.BROKEN,
     (SourceState.DRAINING, SourceEvent.CLOSE): SourceState.CLOSING,
+    (SourceState.BROKEN, SourceEvent.CLOSE): SourceState.CLOSING,
     (SourceState.CLOSING, SourceEvent.READS_ENDED): SourceState.CLOSED,
 }
 

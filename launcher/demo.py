@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from bench.checkpoint import write_shape
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import kvtransfer
+from bench.checkpoint import SHAPES, write_llama
 from launcher.config import ServeConfig
 from launcher.processes import StopAsked
 from launcher.resolved import resolve_cluster
@@ -63,7 +63,7 @@ def _run(console: Console, run_dir: Path, *, keep: bool) -> int:
     console.rule("[bold]Baton[/]: one cluster, two legs")
     checkpoint = run_dir / "demo-model"
     with console.status("writing a checkpoint (random weights, Llama shape) ..."):
-        write_shape(checkpoint, "demo")
+        write_llama(checkpoint, SHAPES["demo"])
     config = ServeConfig(
         model=str(checkpoint),
         prefill=("cp2",),
@@ -168,12 +168,13 @@ def _events(reply: httpx.Response, bar: Progress, task: TaskID) -> Iterator[dict
 def _show(console: Console, client: httpx.Client, answer: Answer) -> None:
     shown = " ".join(answer.text.split())
     console.print(f"   streamed {len(answer.token_ids)} tokens: [dim]{shown[:70]!r} ...[/]")
-    timeline = client.get(f"/v1/requests/{answer.request_id}/timeline").json()
-    path, transfer = timeline.get("path"), timeline.get("transfer")
+    trace = client.get(f"/v1/requests/{answer.request_id}/timeline").json()
+    timeline = trace["requests"][0]
+    path, transfer = timeline["prefill"], timeline["transfer"]
     table = Table(show_header=False, box=None, padding=(0, 2))
     table.add_row("first token", f"{answer.first_token_s * 1000:.0f} ms")
     table.add_row("all tokens", f"{answer.total_s * 1000:.0f} ms")
-    table.add_row("x-baton-path", timeline["describe"])
+    table.add_row("x-baton-path", timeline["path"])
     if path is not None:
         table.add_row("ring size", str(path["ring_size"]))
         table.add_row("chunks", str(path["num_chunks"]))

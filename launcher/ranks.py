@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+
 from coordinator.config import CoordinatorConfig, ExpectedPool
 from decode.config import DecodeConfig
-from prefill.config import PrefillConfig
-
 from launcher.config import child_environment
 from launcher.processes import ProcessGroup
 from launcher.resolved import Cluster
 from launcher.topology import PoolSpec
+from prefill.config import PrefillConfig
 from protocol.errors import ConfigError
 
 

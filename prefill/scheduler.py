@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from kvcache.prefix import hash_blocks
+from kvcache.prefix import block_salt, hash_blocks
 from kvtransfer.events import (
     CloseSource,
     Command,
@@ -102,7 +102,7 @@ class PrefillScheduler:
         self._requests[key] = request
         refusal = self.facts.refusal(message, self._epochs)
         if refusal is None:
-            salt = self.facts.model_fingerprint + message.cache_salt
+            salt = block_salt(self.facts.model_fingerprint, message.cache_salt)
             block_size = self.facts.geometry.block_size
             request.block_hashes = hash_blocks(message.prompt_token_ids, block_size, salt)
         else:

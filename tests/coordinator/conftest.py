@@ -22,7 +22,7 @@ import httpx
 import pytest
 import zmq
 
-from kvcache.prefix import hash_blocks
+from kvcache.prefix import block_salt, hash_blocks
 from modeling.config import ModelConfig, load_config
 from protocol.codec import Codec
 from protocol.kv import KVLayout, RankEndpoint
@@ -226,7 +226,7 @@ class FakeCluster(threading.Thread):
             self._changed.notify_all()
 
     def _hashes(self, message: Reserve | Prefill) -> list[bytes]:
-        salt = f"{self.config.fingerprint}:{message.cache_salt}"
+        salt = block_salt(self.config.fingerprint, message.cache_salt)
         return hash_blocks(message.prompt_token_ids, BLOCK_SIZE, salt)
 
     def _num_cached(self, pool_id: str, message: Reserve | Prefill) -> int:

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 
 from kvcache.pool import KVPool
+from protocol.errors import ConfigError
 from protocol.kv import KVLayout
 
 LAYOUT = KVLayout(
@@ -76,3 +77,22 @@ def test_offsets_of_the_layout_are_addresses(dtype: str) -> None:
     assert address == layout.offset(1, 2, 1)
     pool.view()[address] = 255
     assert pool.tensor[1, 2, 1].any()
+
+
+@pytest.mark.gpu
+def test_the_same_on_a_gpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    pool, reference = KVPool(LAYOUT, "cuda"), KVPool(LAYOUT)
+    k_TKH, v_TKH = _random(11, 3, 8), _random(11, 3, 8) + 1
+    slots = torch.tensor([[7, 2, 3][t // 4] * 4 + t % 4 for t in range(11)])
+    reference.write(1, slots, k_TKH, v_TKH)
+    pool.write(1, slots.cuda(), k_TKH.cuda(), v_TKH.cuda())
+    assert torch.equal(pool.tensor.cpu(), reference.tensor)
+    k_SKH, v_SKH = pool.gather(1, [7, 2, 3], 11)
+    assert torch.equal(k_SKH.cpu(), k_TKH)
+    assert torch.equal(v_SKH.cpu(), v_TKH)
+    pool.restore([0, 1], pool.save([7, 2]))
+    assert torch.equal(pool.tensor[:, 0].cpu(), reference.tensor[:, 7])
+    with pytest.raises(ConfigError):
+        pool.view()

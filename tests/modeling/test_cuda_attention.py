@@ -33,9 +33,13 @@ PIECES = [
     Piece(False, 400, torch.arange(100, 400), 120),  # the later of 300 queries see nothing
     Piece(False, 400, torch.arange(0, 400, 7), 90),
 ]
+PIECE_NAMES = [
+    *("square", "square in a window", "prefix", "prefix in a wide window"),
+    *("prefix in a window", "scattered keys in a window"),
+]
 
 
-@pytest.mark.parametrize("piece", PIECES, ids=str)
+@pytest.mark.parametrize("piece", PIECES, ids=PIECE_NAMES)
 def test_float32_pieces_are_plain_products(piece: Piece) -> None:
     """On any device, so here too: flash attention has no float32."""
     num_keys = len(piece.k_positions)
@@ -54,7 +58,7 @@ def test_masked_attention_of_bfloat16() -> None:
 @gpu
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("piece", PIECES, ids=str)
+@pytest.mark.parametrize("piece", PIECES, ids=PIECE_NAMES)
 @pytest.mark.parametrize("shape", [(8, 2, 64), (16, 8, 128)])
 def test_attend_on_gpu(piece: Piece, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
     num_heads, num_kv_heads, head_dim = shape

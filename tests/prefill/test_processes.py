@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ class Coordinator:
         self._outgoing: Codec[ToRank] = Codec(ToRank)
         self.peers: dict[int, str] = {}
         self.hellos: dict[int, Hello] = {}
+        self._messages: deque[ToCoordinator] = deque()
 
     def send(self, rank: int, message: ToRank) -> None:
         self._router.send(self.peers[rank], self._outgoing.encode(message))
@@ -62,21 +64,28 @@ class Coordinator:
             self.send(rank, message)
 
     def wait(self, kind: type, count: int = 1) -> list[Any]:
-        """The next ``count`` messages of a kind; all others are passed over."""
+        """The next ``count`` messages of a kind; those before them are passed over."""
         found: list[Any] = []
         deadline = time.monotonic() + BUDGET_S
         while len(found) < count:
-            assert time.monotonic() < deadline, f"{len(found)} of {count} {kind.__name__}"
-            self._poller.wait(0.5)
-            while (received := self._router.receive()) is not None:
-                message = self._incoming.decode(received[1])
-                assert not isinstance(message, RequestFailed) or kind is RequestFailed, message
-                if isinstance(message, Hello):
-                    self.peers[message.endpoint.rank] = received[0]
-                    self.hellos[message.endpoint.rank] = message
+            while self._messages and len(found) < count:
+                message = self._messages.popleft()
+                assert not isinstance(message, RequestFailed), message
                 if isinstance(message, kind):
                     found.append(message)
+            assert time.monotonic() < deadline, f"{len(found)} of {count} {kind.__name__}"
+            if len(found) < count:
+                self._receive()
         return found
+
+    def _receive(self) -> None:
+        self._poller.wait(0.5)
+        while (received := self._router.receive()) is not None:
+            message = self._incoming.decode(received[1])
+            if isinstance(message, Hello):
+                self.peers[message.endpoint.rank] = received[0]
+                self.hellos[message.endpoint.rank] = message
+            self._messages.append(message)
 
     def boot(self, world_size: int) -> None:
         self.wait(Hello, world_size)
