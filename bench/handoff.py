@@ -84,9 +84,9 @@ def run(prefill: str, decode: str, num_tokens: int, num_runs: int) -> dict[str, 
         model = Path(folder) / "bench-model"
         write_llama(model, SHAPES["bench"])
         weight_bytes = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-        flags = ("--prefill", prefill, "--decode", decode, "--kv-memory", str(KV_MEMORY_BYTES))
-        flags += ("--threads-per-rank", "1", "--checksum", "off")
-        with cluster(str(model), *flags) as client:
+        pools = ("--prefill", prefill, "--decode", decode, "--kv-memory", str(KV_MEMORY_BYTES))
+        flags = ("--threads-per-rank", "1", "--checksum", "off")
+        with cluster(str(model), *pools, *flags) as client:
             results = [
                 measure_request(client, [rng.randrange(VOCABULARY) for _ in range(num_tokens)])
                 for _ in range(num_runs + 1)

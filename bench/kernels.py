@@ -103,16 +103,14 @@ def measure_all_reduce() -> None:
     """Start a gang of this module; its rank 0 prints."""
     print(f"\nall-reduce of {GANG_SIZE} processes, fp32, wall time", flush=True)
     address, listen_fd = open_gang_store("127.0.0.1")
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "bench.kernels", "--rank", str(rank), "--store", address]
-            + ["--listen-fd", str(listen_fd if rank == 0 else -1)],
-            pass_fds=[listen_fd] if rank == 0 else [],
-        )
-        for rank in range(GANG_SIZE)
-    ]
-    for rank in ranks:
-        rank.wait(timeout=300.0)
+    module = (sys.executable, "-m", "bench.kernels", "--store", address)
+    ranks = []
+    for rank in range(GANG_SIZE):
+        fd = listen_fd if rank == 0 else -1
+        arguments = (*module, "--rank", str(rank), "--listen-fd", str(fd))
+        ranks.append(subprocess.Popen(arguments, pass_fds=[fd] if fd >= 0 else []))
+    for process in ranks:
+        process.wait(timeout=300.0)
 
 
 def run_rank(rank: int, address: str, listen_fd: int) -> None:

@@ -67,6 +67,22 @@ def main(role: str, config_type: type[C], serve: Callable[[C], None]) -> NoRetur
     os._exit(code)
 
 
+def run_here(config: bytes, config_type: type[C], serve: Callable[[C], None]) -> int:
+    """Run a rank in a process that somebody else has started; the exit code that it earns.
+
+    Args:
+        config: the rank's configuration as JSON.
+    """
+
+    def body() -> None:
+        decoded = msgspec.json.decode(config, type=config_type)
+        configure_logging(f"{decoded.pool_id}/{decoded.rank}", decoded.log_level)
+        torch.set_num_threads(decoded.threads)
+        serve(decoded)
+
+    return _run(body)
+
+
 def _run(body: Callable[[], None]) -> int:
     try:
         body()

@@ -9,6 +9,7 @@ import zmq
 
 from kvtransfer.events import ReportStatus
 from kvtransfer.identity import RankIdentity, TransferConfig
+from kvtransfer.peers import is_milestone
 from protocol.codec import Codec
 from protocol.errors import VersionError
 from protocol.kv import RankEndpoint
@@ -78,7 +79,8 @@ class ControlLine:
                 yield _IN.decode(frame)
             except VersionError as error:
                 self._counters["dropped_undecodable"] += 1
-                _log.warning("from the coordinator: %s", error)
+                if is_milestone(self._counters["dropped_undecodable"]):
+                    _log.warning("from the coordinator: %s", error)
 
     def report(self, status: ReportStatus) -> None:
         """What the next heartbeats say."""

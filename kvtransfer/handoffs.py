@@ -70,6 +70,11 @@ class Handoffs:
         """Hand-offs that are not over, on any side."""
         return self.source.num_open + self.target.num_open + self.leader.num_open
 
+    @property
+    def is_being_read(self) -> bool:
+        """Whether another rank may be reading from here now, for which this one has to be awake."""
+        return self.source.is_being_read
+
     def command(self, command: Command, now: float) -> list[Action]:
         """What the own main thread asks for."""
         match command:
@@ -133,7 +138,7 @@ class Handoffs:
     def pools_changed(self, pools: Sequence[PoolEndpoint]) -> list[Action]:
         """These pools, and no others, can be reached from now on."""
         self.around.pools = {pool.pool_id: pool for pool in pools}
-        return self.source.on_pools_changed()
+        return [*self.source.on_pools_changed(), *self.target.on_pools_changed()]
 
     def tick(self, now: float) -> list[Action]:
         """Once in a while, for what ends by time alone."""

@@ -70,20 +70,28 @@ class LeaderSide:
     # -- source ------------------------------------------------------------------------------------
 
     def commit_when_read(self, command: CommitWhenRead, now: float) -> list[Action]:
-        gathering = self._gather(SOURCE, (command.request_id, command.attempt))
+        key = (command.request_id, command.attempt)
+        if key in self._over[SOURCE]:
+            return self._around.drop("late_commit")
+        gathering = self._gather(SOURCE, key)
         if gathering.is_closing or gathering.commit is not None:
             return []
         gathering.commit, gathering.commit_asked = command, now
         return self._commit_if_done(gathering, now)
 
     def on_source_done(self, message: SourceDone, now: float) -> list[Action]:
-        gathering = self._gather(SOURCE, (message.request_id, message.attempt))
+        key = (message.request_id, message.attempt)
+        if key in self._over[SOURCE]:
+            return self._around.drop("late_done")
+        gathering = self._gather(SOURCE, key)
         gathering.done[message.rank] = message
         return self._commit_if_done(gathering, now)
 
     def _commit_if_done(self, gathering: _Gathering, now: float) -> list[Action]:
         command = gathering.commit
-        if command is None or len(gathering.done) < self._world_size or gathering.is_closing:
+        if command is None or len(gathering.done) < self._world_size:
+            return []
+        if gathering.is_closing or gathering.is_broken:
             return []
         key = (command.request_id, command.attempt)
         announced = {segment for done in gathering.done.values() for segment in done.keys}
@@ -144,7 +152,9 @@ class LeaderSide:
         if gathering is None:
             return self._around.drop("late_ready")
         gathering.ready[message.rank] = message
-        if len(gathering.ready) < self._world_size or gathering.is_closing:
+        if len(gathering.ready) < self._world_size:
+            return []
+        if gathering.is_closing or gathering.is_broken:
             return []
         self._end(TARGET, key)
         stats = _sum(gathering.ready.values())

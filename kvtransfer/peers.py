@@ -23,6 +23,11 @@ _CODEC: Codec[HandoffMessage] = Codec(HandoffMessage)
 _log = logging.getLogger(__name__)
 
 
+def is_milestone(count: int) -> bool:
+    """Whether to log what has happened ``count`` times: 1, 2, 4, 8... so no peer fills the log."""
+    return count & (count - 1) == 0
+
+
 class Peers:
     """Messages to and from other ranks. For the transfer thread alone.
 
@@ -82,7 +87,8 @@ class Peers:
             dealer.send(_CODEC.encode(message))
         except PeerError as error:
             self._counters["dropped_unsendable"] += 1
-            _log.warning("%s not sent: %s", type(message).__name__, error)
+            if is_milestone(self._counters["dropped_unsendable"]):
+                _log.warning("%s not sent: %s", type(message).__name__, error)
 
     def receive(self) -> Iterator[tuple[PeerName, HandoffMessage]]:
         """Everything that has arrived."""
@@ -96,7 +102,8 @@ class Peers:
                 message = _CODEC.decode(frame)
             except VersionError as error:
                 self._counters["dropped_undecodable"] += 1
-                _log.warning("from %s: %s", routing_id, error)
+                if is_milestone(self._counters["dropped_undecodable"]):
+                    _log.warning("from %s: %s", routing_id, error)
                 continue
             yield sender, message
 

@@ -7,7 +7,7 @@
 4. ``Close`` ends it early: no further announcement goes out, nothing is confirmed any more, and
    ``Closed`` is said when no target rank can still be reading: it has read, or it says ReadsEnded,
    or it is gone, or the lease is over (what it reads after that is never confirmed).
-5. A target that is gone, or has closed its side with something unread, breaks it: ``HandoffFailed``.
+5. A target that is gone, or has closed its side, breaks it: ``HandoffFailed``.
 """
 
 from collections.abc import Callable, Sequence
@@ -196,11 +196,10 @@ class SourceSide:
         handoff = self._handoffs.get((message.request_id, message.attempt))
         if handoff is None or handoff.target_pool_id != sender.pool_id:
             return []
-        was_unread = bool(handoff.unread.pop(sender.rank, set()))
+        handoff.unread.pop(sender.rank, None)
         if handoff.state is SourceState.CLOSING:
             return self._finish_if_read(handoff)
-        # The target gave up first. What was announced to it will never be read.
-        return self._break(handoff, "the target has closed it") if was_unread else []
+        return self._break(handoff, "the target has closed it")  # it gave up first
 
     def on_close(self, message: Close) -> list[Action]:
         """Our leader ends it; answered by Closed, at once or when the readers have ended."""

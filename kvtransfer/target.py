@@ -4,12 +4,15 @@
 2. ``Announce`` from a source rank names logical blocks; they are read into *our leader's* blocks,
    a few reads at one time, the rest in the order of arrival.
 3. A read that has ended is summed, and its source asked whether the blocks were still its own.
-4. Confirmed segments are held. When they are exactly the manifest of ``Commit``: ``TargetReady``.
-5. A failed read, a wrong sum, a refusal or a surplus segment: ``HandoffFailed``, nothing more is
-   read. ``Close`` waits for the reads in flight, tells every source that announced: ``Closed``.
+4. Confirmed segments are held. When they are exactly the manifest of ``Commit``, and every layer
+   and head of every block of the prompt is among them: ``TargetReady``.
+5. A failed read, a wrong sum, a refusal, a surplus segment, a source that is gone: it breaks,
+   ``HandoffFailed``, and nothing more is read.
+6. ``Close`` waits for the reads in flight, then tells every source that announced: ``ReadsEnded``,
+   ``Closed``. What is announced after that is answered by ReadsEnded at once.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -43,8 +46,10 @@ class _Read:
 
     key: Key
     source: PeerName
+    incarnation: str  # the source's at the epoch that announced
     announce: Announce
     runs: tuple[Run, ...]
+    layer_heads: int  # of each of its blocks: layers times heads
 
 
 @dataclass(slots=True)
@@ -52,11 +57,15 @@ class TargetHandoff:
     """One hand-off that this rank is a target of."""
 
     key: Key
-    blocks: dict[int, BlockRef]  # by logical block
+    first_logical: int
+    blocks: tuple[BlockRef, ...]
     state: TargetState = TargetState.OPEN
+    source_pool: tuple[str, int] | None = None  # id and epoch, once it is known
     sources: set[PeerName] = field(default_factory=set)  # that have announced something
-    announced: set[SegmentKey] = field(default_factory=set)
+    announced: dict[SegmentKey, Announce] = field(default_factory=dict)
+    asked: set[SegmentKey] = field(default_factory=set)  # read, and the source asked
     held: set[SegmentKey] = field(default_factory=set)  # read and confirmed
+    layer_heads: Counter[int] = field(default_factory=Counter)  # announced, by logical block
     commit: Commit | None = None
     prefill_ended: float = 0.0
     num_in_flight: int = 0
@@ -65,6 +74,15 @@ class TargetHandoff:
     reading_since: float = 0.0
     read_s: float = 0.0
     layer_landed: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def is_going_on(self) -> bool:
+        return self.state in (TargetState.OPEN, TargetState.MANIFESTED)
+
+    def block_id(self, logical: int) -> int | None:
+        """Where a logical block is to lie; None if nobody asked for it."""
+        index = logical - self.first_logical
+        return self.blocks[index].block_id if 0 <= index < len(self.blocks) else None
 
 
 class TargetSide:
@@ -105,9 +123,8 @@ class TargetSide:
         key = (message.request_id, message.attempt)
         if key in self._tombs or message.target_epoch != self._around.epoch:
             return self._around.drop("stale_open")
-        first = message.first_logical
-        blocks = {first + index: ref for index, ref in enumerate(message.blocks)}
-        self._handoffs.setdefault(key, TargetHandoff(key, blocks))
+        handoff = TargetHandoff(key, message.first_logical, message.blocks)
+        self._handoffs.setdefault(key, handoff)
         return [Send(self._around.leader, TargetOpened(*key, self._around.identity.rank))]
 
     def on_announce(self, sender: PeerName, message: Announce, now: float) -> list[Action]:
@@ -121,15 +138,23 @@ class TargetSide:
                 return self._around.drop("unknown_handoff")
             # It was closed while this was on its way: the source must not wait for a read.
             return [self._reads_ended(key, sender)]
+        if not self._is_from_its_source(handoff, message):
+            self._around.drop("second_source")
+            return [self._reads_ended(key, sender)]
         handoff.sources.add(sender)
-        if handoff.state not in (TargetState.OPEN, TargetState.MANIFESTED):
+        if not handoff.is_going_on:
             return []
-        if message.key in handoff.announced:
+        known = handoff.announced.get(message.key)
+        if known == message:
             return self._around.drop("duplicate")
+        if known is not None:
+            return self._break(handoff, f"{message.key} was announced in two ways")
         read = self._plan(handoff, sender, message)
         if isinstance(read, str):
             return self._break(handoff, read)
-        handoff.announced.add(message.key)
+        handoff.announced[message.key] = message
+        for logical in message.logical_blocks:
+            handoff.layer_heads[logical] += read.layer_heads
         self._waiting.append(read)
         return self._start_reads(now)
 
@@ -153,6 +178,7 @@ class TargetSide:
             return actions + self._break(handoff, f"the bytes of {announce.key} do not add up")
         for layer in range(announce.key.layer_start, announce.key.layer_end):
             handoff.layer_landed[layer] = now
+        handoff.asked.add(announce.key)
         identity = self._around.identity
         done = ReadDone(
             *read.key,
@@ -169,8 +195,15 @@ class TargetSide:
         if not self._is_current(sender, sender.pool_id, message.source_epoch, message):
             return self._around.drop("stale_epoch")
         handoff = self._handoffs.get((message.request_id, message.attempt))
-        if handoff is None or message.key not in handoff.announced:
+        if handoff is None:
             return self._around.drop("late_confirm")
+        if (
+            handoff.source_pool != (sender.pool_id, message.source_epoch)
+            or message.key.source_rank != sender.rank
+            or message.key not in handoff.asked
+            or message.key in handoff.held
+        ):
+            return self._around.drop("unasked_confirm")
         if not message.valid:
             return self._break(handoff, f"{message.key} was given up by its source")
         handoff.held.add(message.key)
@@ -183,6 +216,8 @@ class TargetSide:
         handoff = self._handoffs.get((message.request_id, message.attempt))
         if handoff is None or handoff.state is not TargetState.OPEN:
             return self._around.drop("late_commit")
+        if sender.rank != 0 or not self._is_from_its_source(handoff, message):
+            return self._around.drop("second_source")
         self._advance(handoff, TargetEvent.MANIFEST)
         handoff.commit = message
         handoff.prefill_ended = now - message.prefill_age_s
@@ -211,29 +246,25 @@ class TargetSide:
             sender.rank
         ):
             return f"{message.key} is not what {sender} can announce"
-        missing = [n for n in message.logical_blocks if n not in handoff.blocks]
-        if missing:
-            return f"{message.key} is of logical blocks {missing} that nobody asked for"
-        pairs = [
-            (ref.block_id, handoff.blocks[logical].block_id)
-            for logical, ref in zip(message.logical_blocks, message.blocks, strict=True)
-        ]
+        pairs: list[tuple[int, int]] = []
+        for logical, ref in zip(message.logical_blocks, message.blocks, strict=True):
+            block_id = handoff.block_id(logical)
+            if block_id is None:
+                return f"{message.key} is of logical block {logical} that nobody asked for"
+            pairs.append((ref.block_id, block_id))
         layers = range(message.key.layer_start, message.key.layer_end)
         try:
             runs = plan(endpoint.layout, self._around.layout, layers, pairs)
         except PeerError as error:
             return str(error)
-        return _Read(handoff.key, sender, message, tuple(runs))
+        layer_heads = len(layers) * len(shared_heads(endpoint.layout, self._around.layout))
+        return _Read(handoff.key, sender, endpoint.incarnation, message, tuple(runs), layer_heads)
 
     def _start_reads(self, now: float) -> list[Action]:
         actions: list[Action] = []
         while self._waiting and len(self._reads) < self._max_reads:
             read = self._waiting.popleft()
             handoff = self._handoffs[read.key]
-            endpoint = self._around.endpoint(read.source)
-            if endpoint is None:
-                actions += self._break(handoff, f"{read.source} is gone")
-                continue
             if handoff.num_in_flight == 0:
                 handoff.reading_since = now
             handoff.num_in_flight += 1
@@ -241,7 +272,7 @@ class TargetSide:
             handoff.num_bytes += sum(run.num_bytes for run in read.runs)
             self._num_reads += 1
             self._reads[self._num_reads] = read
-            actions.append(StartRead(self._num_reads, endpoint.incarnation, read.runs))
+            actions.append(StartRead(self._num_reads, read.incarnation, read.runs))
         return actions
 
     # -- the end -----------------------------------------------------------------------------------
@@ -257,11 +288,17 @@ class TargetSide:
             if 0 <= key.source_rank < len(pool.ranks)
             and shared_heads(pool.ranks[key.source_rank].layout, self._around.layout)
         }
-        surplus = handoff.announced - mine
+        surplus = handoff.announced.keys() - mine
         if surplus:
             return self._break(handoff, f"{next(iter(surplus))} is not in the manifest")
         if handoff.held != mine:
             return []
+        # The manifest is the source's word. What this prompt needs is known here as well.
+        block_size, num_layers = self._around.layout.block_size, self._around.layout.num_layers
+        whole = num_layers * self._around.layout.num_kv_heads
+        for logical in range(handoff.first_logical, -(-commit.num_tokens // block_size)):
+            if handoff.layer_heads[logical] != whole:
+                return self._break(handoff, f"logical block {logical} is not whole")
         self._advance(handoff, TargetEvent.COMPLETE)
         self._forget(handoff)
         ready = TargetReady(
@@ -296,14 +333,31 @@ class TargetSide:
 
     def _break(self, handoff: TargetHandoff, reason: str) -> list[Action]:
         """It can never be whole; our leader will close it. Reads in flight go on until then."""
-        if handoff.state not in (TargetState.OPEN, TargetState.MANIFESTED):
+        if not handoff.is_going_on:
             return []
         self._advance(handoff, TargetEvent.BREAK)
         self._waiting = deque(read for read in self._waiting if read.key != handoff.key)
         failed = HandoffFailed(*handoff.key, self._around.identity.rank, reason, "target")
         return [Send(self._around.leader, failed)]
 
+    def on_pools_changed(self) -> list[Action]:
+        """What a pool that is gone had to give will never be confirmed."""
+        actions: list[Action] = []
+        for handoff in list(self._handoffs.values()):
+            if handoff.source_pool is not None:
+                pool_id, epoch = handoff.source_pool
+                if self._around.epoch_of(pool_id) != epoch:
+                    actions += self._break(handoff, f"{pool_id} is gone")
+        return actions
+
     # -- small things ------------------------------------------------------------------------------
+
+    @staticmethod
+    def _is_from_its_source(handoff: TargetHandoff, message: Announce | Commit) -> bool:
+        """Segment keys name ranks of one pool: who speaks first is the only source there is."""
+        source_pool = (message.source_pool_id, message.source_epoch)
+        handoff.source_pool = handoff.source_pool or source_pool
+        return handoff.source_pool == source_pool
 
     def _is_current(
         self, sender: PeerName, pool_id: str, epoch: int, message: Announce | Confirm | Commit

@@ -3,14 +3,14 @@ transport and its reads, the heartbeat and the state of the hand-offs.
 
 1. It opens the transport on the KV pool, binds its socket and says ``Hello``.
 2. ``Welcome`` goes to the main thread, which forms the gang.
-3. Each ``Topology`` is connected to, and answered by ``Connected``.
+3. Each ``Topology`` is connected to, and answered by ``Connected`` once all of it can be reached.
 4. From then on: commands of the main thread, messages of other ranks and ends of reads go into the
    hand-offs' logic (handoffs.py, pure), and what comes out is done here, in order.
 5. Requests of the coordinator are passed up. Shutdown, a refusal or an error end the thread, and
    with it the process: its last event is ``ThreadDied``.
 
-The loop waits in one poll for all sockets and for the main thread's commands; while anything is
-being handed over it looks at the transport each millisecond, because UCX needs to be looked at.
+The loop waits in one poll for all sockets and for the main thread's commands; while bytes may be
+moving it looks at the transport each millisecond, because UCX needs to be looked at on both sides.
 """
 
 import logging
@@ -18,12 +18,11 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
 
 import zmq
 
 from kvcache.pool import KVPool
-from kvtransfer.actions import Action, Emit, Send, StartRead, Surroundings
+from kvtransfer.actions import Action, Emit, Send, StartRead, Surroundings, Warn
 from kvtransfer.checksum import source_checksum, target_checksum
 from kvtransfer.choose import open_transport
 from kvtransfer.control import ControlLine
@@ -42,9 +41,9 @@ from kvtransfer.handoffs import Handoffs
 from kvtransfer.identity import RankIdentity, TransferConfig
 from kvtransfer.peers import Peers
 from kvtransfer.transport import KVTransport, ReadHandle, ReadState
-from protocol.errors import PeerError, TransferError
+from protocol.errors import BatonError, TransferError
 from protocol.handoff import HandoffMessage
-from protocol.kv import RankEndpoint
+from protocol.kv import PoolEndpoint, RankEndpoint
 from protocol.messages import (
     Connected,
     GangAddress,
@@ -55,6 +54,8 @@ from protocol.messages import (
     Welcome,
 )
 from protocol.sockets import Poller, Waker, open_context
+
+RECONNECT_INTERVAL_S = 2.0
 
 _log = logging.getLogger(__name__)
 
@@ -110,6 +111,8 @@ class TransferThread(threading.Thread):
         if self.is_alive():
             self.submit(StopThread())
             self.join(timeout_s)
+        if self.is_alive():
+            return  # it hangs in a library: its sockets cannot be closed under it
         self._wake.close()
         self._contexts.__exit__(None, None, None)
 
@@ -121,7 +124,7 @@ class TransferThread(threading.Thread):
             loop.run(self._context, self._waker)
         except _Stopped as stop:
             died = ThreadDied(str(stop), stop.clean)
-        except PeerError as error:
+        except BatonError as error:
             died = ThreadDied(str(error), clean=False)
         except Exception:  # noqa: BLE001 - the thread's outermost frame: a bug ends the process
             _log.exception("the transfer thread has ended by a bug")
@@ -153,6 +156,9 @@ class _Loop:
         self._reads: dict[int, ReadHandle] = {}
         self._to_self: deque[HandoffMessage] = deque()
         self._is_welcome = False
+        self._topology: Topology | None = None
+        self._endpoints: dict[str, RankEndpoint] = {}  # of the topology, by incarnation
+        self._reconnect_at: float | None = None
         self._transport: KVTransport = config.transport_object or open_transport(
             config.transport,
             identity.incarnation,
@@ -179,7 +185,7 @@ class _Loop:
         deadline = time.monotonic() + config.hello_timeout_s
         try:
             while True:
-                is_busy = bool(self._reads) or self._handoffs.num_open > 0
+                is_busy = bool(self._reads) or self._handoffs.is_being_read
                 poller.wait(config.busy_poll_s if is_busy else config.idle_poll_s)
                 waker.drain()
                 self._turn()
@@ -199,6 +205,8 @@ class _Loop:
             self._do(self._handoffs.message(sender, message, time.monotonic()))
         self._poll_reads()
         now = time.monotonic()
+        if self._reconnect_at is not None and now > self._reconnect_at:
+            self._connect()
         self._do(self._handoffs.tick(now))
         self._control.beat(now)
 
@@ -220,27 +228,41 @@ class _Loop:
                 self._events.put(ControlReceived(message))
 
     def _on_topology(self, topology: Topology) -> None:
-        before = self._around.pools
+        self._topology = topology
         self._peers.set_pools(topology.pools)
-        known = {rank.incarnation for pool in before.values() for rank in pool.ranks}
-        kept = {rank.incarnation for pool in topology.pools for rank in pool.ranks}
-        for incarnation in known - kept:
+        endpoints = {rank.incarnation: rank for pool in topology.pools for rank in pool.ranks}
+        for incarnation in self._endpoints.keys() - endpoints.keys():
             self._transport.disconnect(incarnation)
-        for pool in topology.pools:
-            if pool.role != self._identity.role:
-                self._connect(rank for rank in pool.ranks if rank.incarnation not in known)
+        self._endpoints = endpoints
         self._do(self._handoffs.pools_changed(topology.pools))
-        self._control.send(Connected(topology.version))
-        names = ", ".join(pool.pool_id for pool in topology.pools)
-        _log.info("topology %d: %s can be reached", topology.version, names)
-        self._events.put(PoolsChanged(topology.pools))
+        self._connect()
 
-    def _connect(self, endpoints: Iterable[RankEndpoint]) -> None:
-        """A pull needs its reader to connect. Prefill ranks read nothing yet: decode ranks do."""
-        if self._identity.role != "decode":
-            return
-        for endpoint in endpoints:
-            self._transport.connect(endpoint)
+    def _connect(self) -> None:
+        """Reach what the topology names; what cannot be reached is tried again in a while."""
+        topology = self._topology
+        assert topology is not None, "there is something to connect to"
+        pools = tuple(pool for pool in topology.pools if self._can_read(pool))
+        self._events.put(PoolsChanged(pools))
+        names = ", ".join(pool.pool_id for pool in pools)
+        _log.info("topology %d: %s can be reached", topology.version, names)
+        if len(pools) == len(topology.pools):
+            self._reconnect_at = None
+            self._control.send(Connected(topology.version))
+        else:
+            self._reconnect_at = time.monotonic() + RECONNECT_INTERVAL_S
+
+    def _can_read(self, pool: PoolEndpoint) -> bool:
+        """Decode ranks read from prefill ranks all the time; other pairs connect when they read."""
+        if (self._identity.role, pool.role) != ("decode", "prefill"):
+            return True
+        try:
+            for endpoint in pool.ranks:
+                self._transport.connect(endpoint)
+        except TransferError as error:
+            self._around.counters["connects_failed"] += 1
+            _log.warning("%s: %s", pool.pool_id, error)
+            return False
+        return True
 
     def _endpoint(self) -> RankEndpoint:
         return RankEndpoint(
@@ -294,9 +316,14 @@ class _Loop:
                     self._peers.send(action.peer, action.message)
                 case StartRead():
                     pending.extend(self._start_read(action))
+                case Warn():
+                    _log.warning("%s", action.text)
 
     def _start_read(self, action: StartRead) -> list[Action]:
+        endpoint = self._endpoints.get(action.incarnation)
         try:
+            if endpoint is not None:
+                self._transport.connect(endpoint)  # nothing to do but at the first read
             self._reads[action.read_id] = self._transport.read(action.incarnation, action.runs)
         except TransferError as error:
             _log.warning("read not posted: %s", error)

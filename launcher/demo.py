@@ -194,7 +194,7 @@ def _held_blocks(client: httpx.Client) -> int:
     while True:
         pools = client.get("/v1/cluster").json()["pools"]
         spaces = [space for pool in pools for space in pool["blocks"]]
-        held = sum(space["total"] - space["free"] - space["cached"] for space in spaces)
+        held: int = sum(space["total"] - space["free"] - space["cached"] for space in spaces)
         if (held == 0 and spaces) or time.monotonic() > deadline:
             return held
         time.sleep(0.2)  # heartbeats carry the counts, one each second

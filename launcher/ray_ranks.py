@@ -19,11 +19,13 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from decode.config import DecodeConfig
 from launcher.config import child_environment
 from launcher.processes import Exited, Report
 from launcher.ranks import RankStarter, rank_config
 from launcher.resolved import Cluster
 from launcher.topology import PoolSpec
+from prefill.config import PrefillConfig
 from protocol.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -52,11 +54,16 @@ class RankActor:
 
     def run(self, role: str, config: bytes) -> int:
         """Run the rank until it ends; returns its exit code."""
+        # Imported here: the actor's process has its environment now, the driver needs no torch.
+        from kvtransfer.boot import run_here
+
         if role == "prefill":
-            from prefill.__main__ import run_config as run_rank
-        else:
-            from decode.__main__ import run_config as run_rank
-        return run_rank(config)
+            from prefill.worker import serve as serve_prefill
+
+            return run_here(config, PrefillConfig, serve_prefill)
+        from decode.worker import serve as serve_decode
+
+        return run_here(config, DecodeConfig, serve_decode)
 
 
 def connect(address: str | None) -> None:
@@ -103,7 +110,7 @@ class RayRanks(RankStarter):
         bundle: dict[str, float] = {"CPU": self._num_cpus()}
         if self._cluster.device == "cuda":
             bundle["GPU"] = 1
-        group = placement_group([bundle] * pool.num_ranks, strategy=strategy)
+        group: PlacementGroup = placement_group([bundle] * pool.num_ranks, strategy=strategy)
         self._groups.append(group)
         if not group.wait(timeout_seconds=PLACEMENT_BUDGET_S):
             raise ConfigError(

@@ -180,7 +180,7 @@ def signals_to(reports: "queue.SimpleQueue[Report]") -> Iterator[None]:
         yield
     finally:
         for number, old in previous.items():
-            signal.signal(number, old)  # type: ignore[arg-type]  # typeshed's own return type
+            signal.signal(number, old)
 
 
 def serve(config: ServeConfig) -> int:

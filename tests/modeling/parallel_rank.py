@@ -93,8 +93,8 @@ def look_around(tp: TensorParallel) -> None:
 
 def agree(tp: TensorParallel, kind: str) -> str:
     """Whatever a group can do, and what it leaves behind."""
-    look_around(tp)
     gather(tp)
+    look_around(tp)  # by now rank 0 has removed the shared memory's name
     return reduce(tp, kind)
 
 
