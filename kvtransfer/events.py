@@ -36,6 +36,7 @@ class AnnounceBlocks:
     layer_end: int
     logical_blocks: tuple[int, ...]
     blocks: tuple[BlockRef, ...]
+    owners: tuple[int, ...] = ()  # the target's cp rank for each block; empty: every rank has all
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,7 @@ class OpenTargetBlocks:
     attempt: int
     first_logical: int
     blocks: tuple[BlockRef, ...]
+    owners: tuple[int, ...] = ()  # the cp rank on which each block lies; empty: on every rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,45 @@ class CloseTarget:
 
     request_id: str
     attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class AskFetch:
+    """Target leader: the target is open, have the source announce these logical blocks.
+
+    Answered as any hand-off is: TargetCommitted, or HandoffBroken(side="target").
+    """
+
+    request_id: str
+    attempt: int
+    source_pool_id: str
+    source_epoch: int
+    first_logical: int
+    owners: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ServeBlocks:
+    """Source leader: hand these blocks over, all layers at once; answered by SourceClosed."""
+
+    request_id: str
+    attempt: int
+    target_pool_id: str
+    target_epoch: int
+    first_logical: int
+    blocks: tuple[BlockRef, ...]
+    owners: tuple[int, ...]  # the target's cp rank for each block
+
+
+@dataclass(frozen=True, slots=True)
+class RefuseFetch:
+    """Source leader: there is nothing to serve."""
+
+    request_id: str
+    attempt: int
+    target_pool_id: str
+    target_epoch: int
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +157,9 @@ Command = (
     | CloseSource
     | OpenTargetBlocks
     | CloseTarget
+    | AskFetch
+    | ServeBlocks
+    | RefuseFetch
     | ReportStatus
     | StopThread
 )
@@ -181,6 +225,18 @@ class SourceClosed:
 
 
 @dataclass(frozen=True, slots=True)
+class FetchAsked:
+    """Source leader: another pool misses these blocks. Answer by ServeBlocks or RefuseFetch."""
+
+    request_id: str
+    attempt: int
+    target_pool_id: str
+    target_epoch: int
+    first_logical: int
+    owners: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class HandoffBroken:
     """Leader of either side: the hand-off cannot complete. Close it, fail the request."""
 
@@ -206,6 +262,7 @@ Event = (
     | TargetCommitted
     | TargetClosed
     | SourceClosed
+    | FetchAsked
     | HandoffBroken
     | ThreadDied
 )

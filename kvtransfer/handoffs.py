@@ -6,12 +6,16 @@ from kvtransfer.actions import Action, Surroundings
 from kvtransfer.events import (
     AnnounceBlocks,
     AnnouncedAll,
+    AskFetch,
     CloseSource,
     CloseTarget,
     Command,
     CommitWhenRead,
     OpenTargetBlocks,
+    RefuseFetch,
+    ServeBlocks,
 )
+from kvtransfer.fetch import Fetches
 from kvtransfer.identity import PeerName
 from kvtransfer.leader import LeaderSide
 from kvtransfer.plan import Run
@@ -23,11 +27,14 @@ from protocol.handoff import (
     Closed,
     Commit,
     Confirm,
+    Fetch,
+    FetchRefused,
     HandoffFailed,
     HandoffMessage,
     OpenTarget,
     ReadDone,
     ReadsEnded,
+    Serve,
     SourceDone,
     TargetOpened,
     TargetReady,
@@ -64,6 +71,7 @@ class Handoffs:
         self.source = SourceSide(around, sums[0], checksum, lease_s)
         self.target = TargetSide(around, sums[1], transport_name, max_reads)
         self.leader = LeaderSide(around)
+        self.fetches = Fetches(around, self.source, self.leader)
 
     @property
     def num_open(self) -> int:
@@ -90,6 +98,8 @@ class Handoffs:
                 return self.leader.open_target(command)
             case CloseTarget():
                 return self.leader.close_target(command)
+            case AskFetch() | ServeBlocks() | RefuseFetch():
+                return self.fetches.command(command, now)
             case _:
                 raise AssertionError(f"not a hand-off's command: {command}")
 
@@ -113,6 +123,8 @@ class Handoffs:
                     return self.target.on_open(message)
                 side = self.source if message.side == "source" else self.target
                 return side.on_close(message)
+            case Fetch() | FetchRefused() | Serve():
+                return self.fetches.message(sender, message)
             case _:
                 return self._from_rank(sender, message, now)
 

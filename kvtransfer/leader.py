@@ -133,6 +133,7 @@ class LeaderSide:
             target_epoch=self._around.epoch,
             first_logical=command.first_logical,
             blocks=command.blocks,
+            owners=command.owners,
         )
         return [Send(rank, message) for rank in self._around.own_ranks()]
 
@@ -160,6 +161,10 @@ class LeaderSide:
         stats = _sum(gathering.ready.values())
         committed = TargetCommitted(*key, message.num_tokens, message.first_token_id, stats)
         return [Emit(committed)]
+
+    def expects(self, key: Key) -> bool:
+        """Whether a hand-off into the own pool is open."""
+        return (TARGET, key) in self._gatherings
 
     def close_target(self, command: CloseTarget) -> list[Action]:
         return self._close(TARGET, (command.request_id, command.attempt))

@@ -11,7 +11,7 @@
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kvtransfer.actions import Action, Key, Send, Surroundings, Warn
 from kvtransfer.events import AnnounceBlocks, AnnouncedAll
@@ -110,15 +110,16 @@ class SourceSide:
             if not shared_heads(self._around.layout, endpoint.layout):
                 continue
             handoff.unread.setdefault(endpoint.rank, set()).add(key)
+            part = _part_of(command, endpoint.cp_rank)
             message = Announce(
                 *handoff.key,
                 source_pool_id=self._around.identity.pool_id,
                 source_epoch=self._around.epoch,
                 target_epoch=handoff.target_epoch,
                 key=key,
-                logical_blocks=command.logical_blocks,
-                blocks=command.blocks,
-                checksum=self._sum(command, endpoint.layout),
+                logical_blocks=part.logical_blocks,
+                blocks=part.blocks,
+                checksum=self._sum(part, endpoint.layout),
             )
             actions.append(Send(PeerName(target.pool_id, endpoint.rank), message))
         return actions
@@ -276,6 +277,21 @@ class SourceSide:
     @staticmethod
     def _advance(handoff: SourceHandoff, event: SourceEvent) -> None:
         handoff.state = advance(SOURCE_TABLE, handoff.state, event)
+
+
+def _part_of(command: AnnounceBlocks, cp_rank: int) -> AnnounceBlocks:
+    """What of it lies on that cp rank of the target; perhaps nothing, which is announced as well,
+    so that a manifest is the same for every target rank."""
+    if not command.owners:
+        return command
+    blocks = zip(command.logical_blocks, command.blocks, command.owners, strict=True)
+    mine = [(logical, ref) for logical, ref, owner in blocks if owner == cp_rank]
+    return replace(
+        command,
+        logical_blocks=tuple(logical for logical, _ in mine),
+        blocks=tuple(ref for _, ref in mine),
+        owners=(),
+    )
 
 
 def _order(key: SegmentKey) -> tuple[int, int, int]:

@@ -59,6 +59,7 @@ class TargetHandoff:
     key: Key
     first_logical: int
     blocks: tuple[BlockRef, ...]
+    elsewhere: frozenset[int] = frozenset()  # logical blocks that lie on other cp ranks
     state: TargetState = TargetState.OPEN
     source_pool: tuple[str, int] | None = None  # id and epoch, once it is known
     sources: set[PeerName] = field(default_factory=set)  # that have announced something
@@ -82,7 +83,8 @@ class TargetHandoff:
     def block_id(self, logical: int) -> int | None:
         """Where a logical block is to lie; None if nobody asked for it."""
         index = logical - self.first_logical
-        return self.blocks[index].block_id if 0 <= index < len(self.blocks) else None
+        is_here = 0 <= index < len(self.blocks) and logical not in self.elsewhere
+        return self.blocks[index].block_id if is_here else None
 
 
 class TargetSide:
@@ -123,7 +125,10 @@ class TargetSide:
         key = (message.request_id, message.attempt)
         if key in self._tombs or message.target_epoch != self._around.epoch:
             return self._around.drop("stale_open")
-        handoff = TargetHandoff(key, message.first_logical, message.blocks)
+        owners = enumerate(message.owners, message.first_logical)
+        cp_rank = self._around.identity.cp_rank
+        elsewhere = frozenset(logical for logical, owner in owners if owner != cp_rank)
+        handoff = TargetHandoff(key, message.first_logical, message.blocks, elsewhere)
         self._handoffs.setdefault(key, handoff)
         return [Send(self._around.leader, TargetOpened(*key, self._around.identity.rank))]
 
@@ -297,7 +302,7 @@ class TargetSide:
         block_size, num_layers = self._around.layout.block_size, self._around.layout.num_layers
         whole = num_layers * self._around.layout.num_kv_heads
         for logical in range(handoff.first_logical, -(-commit.num_tokens // block_size)):
-            if handoff.layer_heads[logical] != whole:
+            if logical not in handoff.elsewhere and handoff.layer_heads[logical] != whole:
                 return self._break(handoff, f"logical block {logical} is not whole")
         self._advance(handoff, TargetEvent.COMPLETE)
         self._forget(handoff)

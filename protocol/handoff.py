@@ -17,6 +17,12 @@ A *hand-off* moves the KV of one ``(request_id, attempt)`` from a source pool to
    handles in flight are waited for, then ``Closed``. A closing target rank tells its sources
    ``ReadsEnded``, and only after that are their blocks free of transfers.
 
+A *fetch* is a hand-off the other way, of a prefix that the decode pool holds and the prefill pool
+misses. 1. When its target is open, its leader asks the source's leader: ``Fetch``. 2. The answer is
+``FetchRefused``, or ``Serve`` from the source's leader to its own ranks: each announces its heads
+of those blocks as one segment. 3. From there on it is a hand-off like any other. A request's fetch
+and its hand-off have the same key: a pool is the source of one and the target of the other.
+
 Every message carries ``(request_id, attempt)`` and the epochs of the pools that it speaks of; one
 that does not match an open hand-off is dropped and counted.
 """
@@ -49,6 +55,7 @@ class OpenTarget(_Message, frozen=True):
     target_epoch: int
     first_logical: int
     blocks: tuple[BlockRef, ...]
+    owners: tuple[int, ...] = ()  # the cp rank on which each block lies; empty: on every rank
 
 
 class TargetOpened(_Message, frozen=True):
@@ -141,6 +148,35 @@ class ReadsEnded(_Message, frozen=True):
     target_epoch: int
 
 
+class Fetch(_Message, frozen=True):
+    """target leader -> source leader: I expect these logical blocks, of which you hold the KV."""
+
+    target_pool_id: str
+    target_epoch: int
+    source_epoch: int
+    first_logical: int
+    owners: tuple[int, ...]  # the target's cp rank for each block
+
+
+class FetchRefused(_Message, frozen=True):
+    """source leader -> target leader: I do not, or no longer."""
+
+    source_epoch: int
+    target_epoch: int
+    reason: str
+
+
+class Serve(_Message, frozen=True):
+    """source leader -> source rank: announce these blocks, all layers at once, and nothing more."""
+
+    target_pool_id: str
+    target_epoch: int
+    source_epoch: int
+    first_logical: int
+    blocks: tuple[BlockRef, ...]
+    owners: tuple[int, ...]  # the target's cp rank for each block
+
+
 HandoffMessage = (
     OpenTarget
     | TargetOpened
@@ -154,4 +190,7 @@ HandoffMessage = (
     | Close
     | Closed
     | ReadsEnded
+    | Fetch
+    | FetchRefused
+    | Serve
 )
