@@ -163,6 +163,8 @@ class Record:
             parts.append(f"cached={self.num_cached_tokens}")
             parts.append(f"computed={self.num_computed_tokens}")
         if self.path is not None:
+            if self.path.num_fetched_tokens:
+                parts.append(f"fetched={self.path.num_fetched_tokens}")
             parts.append(f"moved={self.path.num_moved_tokens}")
         return "; ".join(parts)
 

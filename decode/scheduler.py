@@ -10,7 +10,9 @@ The life of a request
 4. A step computes the next token of every decoding sequence, and with what is left of the token
    budget the next chunks of prompts. Out of blocks, the newest sequence goes to host memory; the
    oldest comes back first, before anybody new is admitted.
-5. The end, an abort, a broken hand-off: its blocks are given up and ``Released`` is said, after the
+5. While the ticket is out, the prefill pool may fetch what is cached here of the prompt
+   (serving.py); what it reads stays in place until it is seen to have read.
+6. The end, an abort, a broken hand-off: its blocks are given up and ``Released`` is said, after the
    last byte that could land in them has.
 
 Events are handled between ``update`` and the next ``schedule``, never while a plan is under way.
@@ -23,16 +25,20 @@ from dataclasses import dataclass
 from decode.batch import Batch, SchedulerLimits
 from decode.memory import SequenceMemory
 from decode.sequence import Key, Sequence
+from decode.serving import Serving
 from decode.states import Change, State
+from decode.totals import Totals
 from kvcache.blocks import BlockPool
 from kvtransfer.events import (
     CloseTarget,
     Command,
     ControlReceived,
     Event,
+    FetchAsked,
     HandoffBroken,
     OpenTargetBlocks,
     SendControl,
+    SourceClosed,
     TargetClosed,
     TargetCommitted,
     TargetIsOpen,
@@ -64,34 +70,6 @@ class Load:
     counters: dict[str, float]
 
 
-@dataclass(slots=True)
-class Totals:
-    """Counted since the start."""
-
-    num_granted: int = 0
-    num_prompt_tokens: int = 0
-    num_cached_tokens: int = 0
-    num_output_tokens: int = 0  # sampled here
-    queue_s: float = 0.0
-    busy_s: float = 0.0
-
-    def grant(self, sequence: Sequence, now: float) -> None:
-        self.num_granted += 1
-        self.num_prompt_tokens += sequence.num_prompt_tokens
-        self.num_cached_tokens += sequence.num_cached_tokens
-        self.queue_s += now - sequence.arrived_s
-
-    def counters(self) -> dict[str, float]:
-        return {
-            "requests_total": self.num_granted,
-            "prompt_tokens_total": self.num_prompt_tokens,
-            "cached_tokens_total": self.num_cached_tokens,
-            "output_tokens_total": self.num_output_tokens,
-            "queue_s_total": self.queue_s,
-            "busy_s_total": self.busy_s,
-        }
-
-
 class DecodeScheduler:
     """The leader's decisions over one block space.
 
@@ -105,6 +83,7 @@ class DecodeScheduler:
         self._limits = limits
         self._memory = SequenceMemory(pool, limits.watermark_blocks)
         self._batch = Batch(self._memory, limits)
+        self._serving = Serving(pool)
         self._model_fingerprint = model_fingerprint
         # The last token generated needs no slot: nothing follows it.
         self._max_len = min(limits.max_model_len, self._memory.num_slots + 1)
@@ -137,10 +116,12 @@ class DecodeScheduler:
                 self._on_closed(event)
             case HandoffBroken(side="target"):
                 self._on_broken(event)
+            case FetchAsked() | SourceClosed() | HandoffBroken(side="source"):
+                self._on_source(event)
 
     def _on_reserve(self, message: Reserve, now: float) -> None:
         key = (message.request_id, message.attempt)
-        if key in self._sequences:
+        if key in self._sequences or key in self._serving:
             return
         sequence = Sequence.of(message, self._num_arrivals, now, self._model_fingerprint)
         self._num_arrivals += 1
@@ -169,10 +150,11 @@ class DecodeScheduler:
             self._commands.append(CloseTarget(*sequence.key))
 
     def _on_abort(self, message: Abort) -> None:
-        sequence = self._sequences.get((message.request_id, message.attempt))
+        key = (message.request_id, message.attempt)
+        sequence = self._sequences.get(key)
         if sequence is not None:
             self._give_up(sequence)
-        else:
+        elif key not in self._serving:  # else it is said when the last read has ended
             self._send(Released(message.request_id, message.attempt))
 
     def _on_open(self, event: TargetIsOpen) -> None:
@@ -215,6 +197,20 @@ class DecodeScheduler:
             self._fail(sequence, "handoff_failed", event.reason)
             self._close_handoff(sequence)
 
+    def _on_source(self, event: FetchAsked | SourceClosed | HandoffBroken) -> None:
+        """What concerns this pool as the source of a fetch."""
+        key = (event.request_id, event.attempt)
+        match event:
+            case FetchAsked():
+                self._commands += self._serving.ask(event, self._sequences.get(key))
+            case HandoffBroken():
+                self._commands += self._serving.close(key)
+            case SourceClosed() if key in self._serving:
+                self._serving.end(key)
+                self._memory.has_new_room = True
+                if key not in self._sequences:
+                    self._send(Released(*key))
+
     # -- the ways out of a state -------------------------------------------------------------------
 
     def _give_ticket(self, sequence: Sequence) -> None:
@@ -235,6 +231,7 @@ class DecodeScheduler:
         """Give up the blocks; they are nobody's until no byte can land in them any more."""
         if sequence.state is not State.SWITCHING:  # then it is being closed already
             self._commands.append(CloseTarget(*sequence.key))
+        self._commands += self._serving.close(sequence.key)
         sequence.advance(Change.CLOSE)
         self._memory.release(sequence)
         self._num_closing += 1
@@ -262,7 +259,9 @@ class DecodeScheduler:
 
     def _forget(self, sequence: Sequence) -> None:
         del self._sequences[sequence.key]
-        self._send(Released(*sequence.key))
+        self._commands += self._serving.close(sequence.key)
+        if sequence.key not in self._serving:  # else it is said when the last read has ended
+            self._send(Released(*sequence.key))
 
     def _fail(self, sequence: Sequence, code: str, message: str) -> None:
         self._send(RequestFailed(*sequence.key, code, message))
@@ -372,7 +371,7 @@ class DecodeScheduler:
     @property
     def is_idle(self) -> bool:
         """Whether no request is here at all."""
-        return not self._sequences
+        return not self._sequences and not len(self._serving)
 
     def load(self) -> Load:
         """What the heartbeat says."""
@@ -387,5 +386,6 @@ class DecodeScheduler:
                 "preemptions_total": batch.num_preemptions,
                 "recomputed_tokens_total": batch.num_recomputed_tokens,
                 "swapped_blocks": batch.num_swapped_blocks,
+                "served_blocks_total": self._serving.num_blocks_total,
             },
         )

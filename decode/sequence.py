@@ -32,6 +32,7 @@ class Sequence:
     in_transfer: list[BlockRef] = field(default_factory=list)  # a peer may write into these
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache when blocks were granted
     num_computed_tokens: int = 0
+    is_served: bool = False  # its cached prefix was fetched by its prefill pool, or is being
     num_hashed_blocks: int = 0  # leading blocks that are offered to the prefix cache
     output_token_ids: list[int] = field(default_factory=list)
     is_known: bool = False  # the runners have its block table

@@ -14,6 +14,8 @@ class PrefillConfig(RankConfig, frozen=True, kw_only=True, forbid_unknown_fields
             below that of its longest item.
         max_num_sequences: requests that hold blocks at the same time.
         layers_per_group: layers that are announced together; 0 chooses about eight groups.
+        fetch_threshold_tokens: of a prefix that the decode pool holds and this one does not, fewer
+            are computed again rather than fetched; 1 fetches whatever there is.
         ring_threshold_tokens: fewer tokens to compute never ring; None leaves it to the cost model.
 
     Raises:
@@ -24,11 +26,14 @@ class PrefillConfig(RankConfig, frozen=True, kw_only=True, forbid_unknown_fields
     step_target_s: float = 0.25
     max_num_sequences: int = 64
     layers_per_group: int = 0
+    fetch_threshold_tokens: int = 1
     ring_threshold_tokens: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if min(self.chunk_tokens, self.max_num_sequences) < 1:
             raise ConfigError("chunk_tokens and max_num_sequences must be at least 1")
+        if self.fetch_threshold_tokens < 1:
+            raise ConfigError("fetch_threshold_tokens must be at least 1")
         if self.layers_per_group < 0 or self.step_target_s <= 0:
             raise ConfigError("layers_per_group must be at least 0 and step_target_s above 0")

@@ -21,6 +21,14 @@ class PoolFacts:
     max_model_len: int
     max_num_sequences: int
     step_target_s: float
+    fetch_threshold_tokens: int = 1  # fewer are computed again rather than fetched
+
+    def num_blocks_to_fetch(self, message: Prefill, num_cached_blocks: int) -> int:
+        """Blocks that its decode pool has, beyond those cached here; its last token is computed."""
+        block_size = self.geometry.block_size
+        num_tokens = min(message.num_target_tokens, len(message.prompt_token_ids) - 1)
+        num_missed = max(0, num_tokens // block_size - num_cached_blocks)
+        return num_missed if num_missed * block_size >= self.fetch_threshold_tokens else 0
 
     def refusal(self, message: Prefill, epochs: Mapping[str, int]) -> tuple[str, str] | None:
         """Why a prompt can never be served here, as (code, message).

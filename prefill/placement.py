@@ -73,11 +73,17 @@ class Placement:
     ring: tuple[int, ...]
     finish_s: float  # from now on
     total_s: float
+    num_fetched_blocks: int = 0  # after the cached ones, from the decode pool
+
+    @property
+    def num_prefix_blocks(self) -> int:
+        """Blocks that need not be computed."""
+        return self.num_cached_blocks + self.num_fetched_blocks
 
     @cached_property
     def chunks(self) -> tuple[range, ...]:
         """The tokens of each chunk."""
-        start = self.num_cached_blocks * self.geometry.block_size
+        start = self.num_prefix_blocks * self.geometry.block_size
         chunks = []
         for end in self.geometry.chunk_ends(start, self.num_tokens, len(self.ring)):
             chunks.append(range(start, end))
@@ -86,10 +92,13 @@ class Placement:
 
     @cached_property
     def owners(self) -> tuple[int, ...]:
-        """The cp rank of each block that is to be computed, in logical order."""
+        """The cp rank of each block that is not cached, in logical order."""
+        block_size = self.geometry.block_size
         owners: list[int] = []
-        for chunk in self.chunks:
-            num_blocks = -(-len(chunk) // self.geometry.block_size)
+        for num_blocks in (
+            self.num_fetched_blocks,
+            *(-(-len(chunk) // block_size) for chunk in self.chunks),
+        ):
             dealt = [0] * num_blocks
             for cp_rank, blocks in zip(
                 self.ring, deal_zigzag(num_blocks, len(self.ring)), strict=True
@@ -112,6 +121,7 @@ def placements(
     num_tokens: int,
     cached_owners: Sequence[int],
     load_s: Sequence[float],
+    num_fetched_blocks: int = 0,
 ) -> list[Placement]:
     """Every way worth considering, the best first.
 
@@ -122,11 +132,13 @@ def placements(
         num_tokens: of the prompt; at least one of them is not cached.
         cached_owners: the cp rank of each cached block, in logical order.
         load_s: what each cp rank has to do before it gets to this prompt.
+        num_fetched_blocks: that come from elsewhere after all that is cached, to any ranks.
     """
+    cuts = iter((len(cached_owners),)) if num_fetched_blocks else _cuts(cached_owners)
     ranked: list[tuple[bool, float, int, Placement]] = []
-    for cut in _cuts(cached_owners):
+    for cut in cuts:
         owners = frozenset(cached_owners[:cut])
-        cached = cut * geometry.block_size
+        cached = (cut + num_fetched_blocks) * geometry.block_size
         sizes = [size for size in geometry.ring_sizes if size >= len(owners)]
         worth_taking = costs.worth_taking(num_tokens - cached, cached, geometry.ring_sizes)
         wanted = [size for size in worth_taking if size >= len(owners)] or sizes[:1]
@@ -135,7 +147,9 @@ def placements(
             ring = tuple(sorted((*owners, *others[: size - len(owners)])))
             total_s = _total_s(geometry, costs, cached, num_tokens, size)
             finish_s = max(load_s[rank] for rank in ring) + total_s
-            placement = Placement(geometry, num_tokens, cut, ring, finish_s, total_s)
+            placement = Placement(
+                geometry, num_tokens, cut, ring, finish_s, total_s, num_fetched_blocks
+            )
             ranked.append((size not in wanted, finish_s, size, placement))
     ranked.sort(key=lambda item: item[:3])
     return [placement for *_, placement in ranked]

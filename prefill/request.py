@@ -2,14 +2,15 @@
 
 from dataclasses import dataclass, field
 
-from prefill.blocks import Owned
+from kvtransfer.events import AskFetch, CommitWhenRead, OpenTargetBlocks
+from prefill.blocks import Owned, ref_of
 from prefill.manifest import CACHED_CHUNK
 from prefill.placement import Placement
 from prefill.states import Change, State, advance
 from protocol.handoff import SegmentKey
 from protocol.messages import Prefill
 from protocol.plans import HandoffRoute, PlacedBlock
-from protocol.request import FinishReason
+from protocol.request import FinishReason, PrefillPath
 
 Key = tuple[str, int]  # (request_id, attempt)
 
@@ -27,6 +28,7 @@ class Request:
     admitted: float = 0.0
     placement: Placement | None = None
     blocks: tuple[PlacedBlock, ...] = ()  # of the whole prompt, in logical order
+    may_fetch: bool = True  # it has not failed before
     num_chunks_done: int = 0
     in_transfer: list[Owned] = field(default_factory=list)
     manifest: list[SegmentKey] = field(default_factory=list)
@@ -68,6 +70,57 @@ class Request:
             pool_id=self.message.target_pool_id,
             epoch=self.message.target_epoch,
             first_logical=self.message.num_target_tokens // block_size,
+        )
+
+    def path(self, pool_id: str, now: float) -> PrefillPath:
+        """What was done for it, once its prompt is computed."""
+        placement = self.placed
+        start, block_size = placement.chunks[0].start, placement.geometry.block_size
+        return PrefillPath(
+            pool_id=pool_id,
+            ring_size=len(placement.ring),
+            num_chunks=len(placement.chunks),
+            num_cached_tokens=placement.num_cached_blocks * block_size,
+            num_computed_tokens=self.num_tokens - start,
+            num_moved_tokens=max(0, self.num_tokens - self.message.num_target_tokens),
+            num_fetched_tokens=placement.num_fetched_blocks * block_size,
+            queue_s=self.admitted - self.arrived,
+            compute_s=now - self.admitted,
+        )
+
+    @property
+    def fetched_blocks(self) -> tuple[PlacedBlock, ...]:
+        """Of its blocks, those whose KV comes from the decode pool."""
+        placement = self.placed
+        return self.blocks[placement.num_cached_blocks : placement.num_prefix_blocks]
+
+    def open_fetch(self) -> OpenTargetBlocks:
+        """Every rank is to expect its fetch."""
+        blocks = self.fetched_blocks
+        refs = tuple(ref_of(block) for block in blocks)
+        owners = tuple(block.cp_rank for block in blocks)
+        return OpenTargetBlocks(*self.key, blocks[0].logical, refs, owners)
+
+    def ask_fetch(self) -> AskFetch:
+        """Its fetch, once every rank expects it."""
+        blocks = self.fetched_blocks
+        return AskFetch(
+            *self.key,
+            source_pool_id=self.message.target_pool_id,
+            source_epoch=self.message.target_epoch,
+            first_logical=blocks[0].logical,
+            owners=tuple(block.cp_rank for block in blocks),
+        )
+
+    def commit(self, first_token_id: int) -> CommitWhenRead:
+        """Its hand-off is complete when the decode pool has read this."""
+        return CommitWhenRead(
+            *self.key,
+            target_pool_id=self.message.target_pool_id,
+            target_epoch=self.message.target_epoch,
+            manifest=tuple(self.manifest),
+            num_tokens=self.num_tokens,
+            first_token_id=first_token_id,
         )
 
     def change(self, change: Change) -> None:

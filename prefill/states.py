@@ -3,14 +3,16 @@
 ::
 
     WAITING --admit--> RUNNING --computed--> HANDING_OVER --closed--> RELEASED
-       |                  |                       |                      ^
-       |                  +--close--> CLOSING <---+--close               |
-       |                                 +------------closed-------------+
-       +--drop-----------------------------------------------------------+
+    WAITING --fetch--> FETCHING --fetched--> RUNNING
+    FETCHING --give_up--> RETURNING --closed--> WAITING
+    FETCHING, RETURNING, RUNNING, HANDING_OVER --close--> CLOSING --closed--> RELEASED
+    WAITING --drop--> RELEASED
 
 WAITING holds nothing. A request is admitted together with its first chunk and with all blocks of
 its prompt, so from RUNNING on a decode pool may read from them; they are given back on ``closed``
-alone, when no read is or will be in flight.
+alone, when no read is or will be in flight. FETCHING has all its blocks as well, and waits for the
+KV of some to come from the decode pool. If that fails it is RETURNING until nothing can land in
+them any more, gives them back and is WAITING once again.
 """
 
 import enum
@@ -22,6 +24,8 @@ class State(enum.Enum):
     """Where a request stands."""
 
     WAITING = "waiting"
+    FETCHING = "fetching"  # a prefix of it is being read from its decode pool
+    RETURNING = "returning"  # the fetch has failed, but a read may still be in flight
     RUNNING = "running"
     HANDING_OVER = "handing_over"  # computed, its blocks are still being read
     CLOSING = "closing"  # given up, but a read may still be in flight
@@ -32,6 +36,9 @@ class Change(enum.Enum):
     """What can happen to a request."""
 
     ADMIT = "admit"
+    FETCH = "fetch"
+    FETCHED = "fetched"
+    GIVE_UP = "give_up"
     COMPUTED = "computed"
     CLOSE = "close"
     CLOSED = "closed"
@@ -39,7 +46,17 @@ class Change(enum.Enum):
 
 
 TABLE: dict[State, dict[Change, State]] = {
-    State.WAITING: {Change.ADMIT: State.RUNNING, Change.DROP: State.RELEASED},
+    State.WAITING: {
+        Change.ADMIT: State.RUNNING,
+        Change.FETCH: State.FETCHING,
+        Change.DROP: State.RELEASED,
+    },
+    State.FETCHING: {
+        Change.FETCHED: State.RUNNING,
+        Change.GIVE_UP: State.RETURNING,
+        Change.CLOSE: State.CLOSING,
+    },
+    State.RETURNING: {Change.CLOSED: State.WAITING, Change.CLOSE: State.CLOSING},
     State.RUNNING: {Change.COMPUTED: State.HANDING_OVER, Change.CLOSE: State.CLOSING},
     State.HANDING_OVER: {Change.CLOSED: State.RELEASED, Change.CLOSE: State.CLOSING},
     State.CLOSING: {Change.CLOSED: State.RELEASED},

@@ -91,6 +91,7 @@ def pool_facts(config: PrefillConfig, model: ModelConfig, layout: KVLayout) -> P
         max_model_len=model.max_model_len,
         max_num_sequences=config.max_num_sequences,
         step_target_s=config.step_target_s,
+        fetch_threshold_tokens=config.fetch_threshold_tokens,
     )
 
 
@@ -102,6 +103,8 @@ def lead(process: RankProcess, scheduler: PrefillScheduler, runner: PrefillRunne
             for command in scheduler.on_event(event, time.monotonic()):
                 process.submit(command)
         plan = scheduler.schedule(time.monotonic())
+        for command in scheduler.take_commands():
+            process.submit(command)
         if plan is None:
             wait_s = IDLE_WAIT_S
             _report(process.report, scheduler)
@@ -124,5 +127,6 @@ def _report(report: Callable[..., None], scheduler: PrefillScheduler) -> None:
         counters=(
             ("prefill_computed_tokens", float(scheduler.num_computed_tokens)),
             ("prefill_cached_tokens", float(scheduler.num_cached_tokens)),
+            ("prefill_fetched_tokens", float(scheduler.num_fetched_tokens)),
         ),
     )

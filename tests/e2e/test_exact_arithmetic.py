@@ -8,8 +8,8 @@ import random
 from typing import Any
 
 import pytest
-from modeling.arithmetic import expected_tokens
 
+from modeling.arithmetic import expected_tokens
 from modeling.config import load_config
 
 MODEL = "arithmetic:layers=3,heads=8,kv_heads=4,vocab=512,max_len=8192"
@@ -55,10 +55,13 @@ def test_tokens_are_exact(shape: str, start_cluster: Any, no_leaks: Any) -> None
 
 
 @pytest.mark.cluster
-def test_a_session_computes_and_moves_only_what_is_new(start_cluster: Any, no_leaks: Any) -> None:
+@pytest.mark.parametrize("shape", ["cp1-tp1", "cp2-tp2", "cp2tp2-tp2"])
+def test_a_session_computes_and_moves_only_what_is_new(
+    shape: str, start_cluster: Any, no_leaks: Any
+) -> None:
     rng = random.Random(7)
     config = load_config(MODEL)
-    flags = ("--prefill", "cp2", "--decode", "tp2", "--block-size", "16", "--kv-memory", "48MiB")
+    flags = (*SHAPES[shape], "--block-size", "16", "--kv-memory", "48MiB", "--checksum", "always")
     with start_cluster(MODEL, *flags, "--set", "coordinator.local_prefill_threshold=64") as cluster:
         history = _prompt(rng, 900)
         for turn, num_new in enumerate((300, 20, 300)):
@@ -75,6 +78,8 @@ def test_a_session_computes_and_moves_only_what_is_new(start_cluster: Any, no_le
                 assert cached >= len(history) - num_new - 2 * 16
             if turn == 2:
                 assert int(path["moved"]) <= num_new + NUM_TOKENS + 2 * 16
+                # What the decode pool computed itself and generated, in whole blocks.
+                assert int(path["fetched"]) >= 20 + NUM_TOKENS - 16
             history += tokens
         no_leaks(cluster)
 

@@ -14,12 +14,20 @@ import torch
 from kvtransfer.events import (
     AnnounceBlocks,
     AnnouncedAll,
+    AskFetch,
     CloseSource,
+    CloseTarget,
     Command,
     CommitWhenRead,
+    Event,
+    HandoffBroken,
+    OpenTargetBlocks,
     PoolsChanged,
     SendControl,
     SourceClosed,
+    TargetClosed,
+    TargetCommitted,
+    TargetIsOpen,
 )
 from prefill.announcer import Announcer
 from prefill.facts import PoolFacts
@@ -30,7 +38,7 @@ from protocol.handoff import SegmentKey
 from protocol.kv import PoolEndpoint
 from protocol.messages import Prefill, ToCoordinator
 from protocol.plans import ChunkWork, PrefillPlan, SampledToken, StepResult
-from protocol.request import SamplingParams
+from protocol.request import SamplingParams, TransferStats
 
 BLOCK_SIZE = 4
 NUM_LAYERS = 6
@@ -67,6 +75,9 @@ class Pool:
     messages: list[ToCoordinator] = field(default_factory=list)
     commits: dict[tuple[str, int], CommitWhenRead] = field(default_factory=dict)
     closing: list[tuple[str, int]] = field(default_factory=list)
+    fetches: dict[tuple[str, int], OpenTargetBlocks] = field(default_factory=dict)  # not ended
+    asked: dict[tuple[str, int], AskFetch] = field(default_factory=dict)
+    closing_fetch: list[tuple[str, int]] = field(default_factory=list)
     announced: dict[tuple[str, int], set[SegmentKey]] = field(default_factory=dict)
     # of each request: how often (tensor-parallel rank, layer, logical block) was announced
     sent: dict[tuple[str, int], Counter[tuple[int, int, int]]] = field(default_factory=dict)
@@ -81,6 +92,14 @@ class Pool:
                     self.commits[command.request_id, command.attempt] = command
                 case CloseSource():
                     self.closing.append((command.request_id, command.attempt))
+                case OpenTargetBlocks():
+                    assert (command.request_id, command.attempt) not in self.fetches
+                    self.fetches[command.request_id, command.attempt] = command
+                case AskFetch():
+                    self.asked[command.request_id, command.attempt] = command
+                case CloseTarget():
+                    assert (command.request_id, command.attempt) in self.fetches
+                    self.closing_fetch.append((command.request_id, command.attempt))
                 case _:
                     raise AssertionError(command)
 
@@ -92,9 +111,14 @@ class Pool:
 
     def step(self) -> PrefillPlan | None:
         """Schedule, have imaginary ranks execute the plan, update."""
-        plan = self.scheduler.schedule(self.now)
+        plan = self.schedule()
         if plan is not None:
             self.finish(plan)
+        return plan
+
+    def schedule(self) -> PrefillPlan | None:
+        plan = self.scheduler.schedule(self.now)
+        self.take(self.scheduler.take_commands())
         return plan
 
     def finish(self, plan: PrefillPlan) -> None:
@@ -147,6 +171,26 @@ class Pool:
                 for logical in command.logical_blocks
             )
 
+    def on_event(self, event: Event) -> None:
+        self.take(self.scheduler.on_event(event, self.now))
+
+    def open_fetch(self, request_id: str, attempt: int = 1) -> None:
+        self.on_event(TargetIsOpen(request_id, attempt))
+
+    def fetched(self, request_id: str, attempt: int = 1) -> None:
+        command = self.fetches.pop((request_id, attempt))
+        num_tokens = (command.first_logical + len(command.blocks)) * BLOCK_SIZE
+        self.on_event(TargetCommitted(request_id, attempt, num_tokens, 0, TransferStats()))
+
+    def break_fetch(self, request_id: str, attempt: int = 1) -> None:
+        self.on_event(HandoffBroken(request_id, attempt, "target", "refused"))
+
+    def close_fetch(self, request_id: str, attempt: int = 1) -> None:
+        """Nothing lands in its blocks any more."""
+        self.closing_fetch.remove((request_id, attempt))
+        self.fetches.pop((request_id, attempt), None)
+        self.on_event(TargetClosed(request_id, attempt))
+
     def close(self, request_id: str, attempt: int = 1, *, committed: bool = True) -> None:
         """What the transfer thread says when a hand-off has ended."""
         event = SourceClosed(request_id, attempt, committed)
@@ -173,6 +217,7 @@ def make_pool() -> Callable[..., Pool]:
         max_num_sequences: int = 64,
         ring_from: int = 64,
         step_target_s: float = 0.01,
+        fetch_from: int = 1 << 30,
     ) -> Pool:
         facts = PoolFacts(
             pool_id="prefill0",
@@ -185,6 +230,7 @@ def make_pool() -> Callable[..., Pool]:
             max_model_len=4096,
             max_num_sequences=max_num_sequences,
             step_target_s=step_target_s,
+            fetch_threshold_tokens=fetch_from,
         )
         pool = Pool(PrefillScheduler(facts, FlatCosts(ring_from)))
         pool.set_pools(decode0=EPOCH)
