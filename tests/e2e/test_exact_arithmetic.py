@@ -62,25 +62,29 @@ def test_a_session_computes_and_moves_only_what_is_new(
     rng = random.Random(7)
     config = load_config(MODEL)
     flags = (*SHAPES[shape], "--block-size", "16", "--kv-memory", "48MiB", "--checksum", "always")
-    with start_cluster(MODEL, *flags, "--set", "coordinator.local_prefill_threshold=64") as cluster:
-        history = _prompt(rng, 900)
-        for turn, num_new in enumerate((300, 20, 300)):
-            history += _prompt(rng, num_new)
-            answer = cluster.complete(history, NUM_TOKENS, session_id="s1")
-            tokens = answer["choices"][0]["token_ids"]
-            assert tokens == expected_tokens(config, history, NUM_TOKENS)
-            path = answer["path"]
-            if turn == 1:
-                assert "local" in path, "20 new tokens are not worth moving"
-            if turn > 0:
-                assert int(path["computed"]) < num_new + NUM_TOKENS + 2 * 16
-                cached = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
-                assert cached >= len(history) - num_new - 2 * 16
-            if turn == 2:
-                assert int(path["moved"]) <= num_new + NUM_TOKENS + 2 * 16
-                # What the decode pool computed itself and generated, in whole blocks.
-                assert int(path["fetched"]) >= 20 + NUM_TOKENS - 16
-            history += tokens
+    flags += ("--transport", "nixl", "--set", "coordinator.local_prefill_threshold=64")
+    with start_cluster(MODEL, *flags) as cluster:
+        # A long text and a question; then a history of short turns that only its home has seen.
+        for session, turns in (("s1", (1200, 20, 300)), ("s2", (40, 40, 40, 40, 40, 300, 40, 300))):
+            history: list[int] = []
+            num_prefilled = 0  # that the prefill pool has computed or fetched, in whole blocks
+            for num_new in turns:
+                # KV of the last generated token was never computed, and a block has to be full.
+                held = max(0, len(history) - 1) // 16 * 16
+                history += _prompt(rng, num_new)
+                answer = cluster.complete(history, NUM_TOKENS, session_id=session)
+                tokens = answer["choices"][0]["token_ids"]
+                assert tokens == expected_tokens(config, history, NUM_TOKENS)
+                path = answer["path"]
+                assert ("local" in path) == (num_new <= 40), "few new tokens are not worth moving"
+                assert int(path["cached"]) == held
+                assert int(path["computed"]) == len(history) - held
+                assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == held
+                if "local" not in path:
+                    assert int(path.get("fetched", 0)) == held - num_prefilled
+                    assert int(path["moved"]) == len(history) - held
+                    num_prefilled = len(history) // 16 * 16
+                history += tokens
         no_leaks(cluster)
 
 
