@@ -11,12 +11,17 @@ from decode.scheduler import DecodeScheduler
 from decode.sequence import Sequence
 from kvcache.blocks import BlockPool
 from kvtransfer.events import (
+    CloseSource,
     CloseTarget,
     ControlReceived,
     Event,
+    FetchAsked,
     HandoffBroken,
     OpenTargetBlocks,
+    RefuseFetch,
     SendControl,
+    ServeBlocks,
+    SourceClosed,
     TargetClosed,
     TargetCommitted,
     TargetIsOpen,
@@ -72,6 +77,16 @@ class FakeRank:
         for logical, block in enumerate(blocks, first_logical):
             for position in range(logical * size, min((logical + 1) * size, len(prompt))):
                 self.write(block.block_id, position % size, (position, prompt[position]))
+
+    def assert_holds(
+        self, prompt: tuple[int, ...], first_logical: int, blocks: list[BlockRef]
+    ) -> None:
+        """These blocks still hold the prompt's KV."""
+        size = self.block_size
+        for logical, block in enumerate(blocks, first_logical):
+            for position in range(logical * size, (logical + 1) * size):
+                held = self.slots[block.block_id, position % size]
+                assert held == (position, prompt[position]), "a block was reused while it was read"
 
     def spoil(self, block: BlockRef) -> None:
         for offset in range(self.block_size):
@@ -133,6 +148,9 @@ class Cluster:
         self.opened: dict[Key, OpenTargetBlocks] = {}  # hand-offs that can receive bytes
         self.is_open: set[Key] = set()
         self.closing: set[Key] = set()
+        self.served: dict[Key, ServeBlocks] = {}  # fetches whose blocks may be read from
+        self.closing_served: set[Key] = set()
+        self.refused: dict[Key, str] = {}
         self.tickets: dict[Key, int] = {}
         self.committed: set[Key] = set()
         self.outputs: dict[Key, list[int]] = {}
@@ -186,6 +204,22 @@ class Cluster:
     def break_handoff(self, key: Key) -> None:
         self._tell(HandoffBroken(*key, "target", "the source died"))
 
+    def fetch(self, key: Key, first_logical: int, end_logical: int) -> None:
+        """The prefill pool misses these blocks."""
+        owners = tuple(logical % 2 for logical in range(first_logical, end_logical))
+        self._tell(FetchAsked(*key, "prefill0", 3, first_logical, owners))
+
+    def end_serving(self, key: Key, *, committed: bool) -> None:
+        """It has read what it was served, or will not; what it can have read was right."""
+        command = self.served.pop(key)
+        self.closing_served.discard(key)
+        prompt = self.requests[key].prompt_token_ids
+        self.rank.assert_holds(prompt, command.first_logical, list(command.blocks))
+        self._tell(SourceClosed(*key, committed))
+
+    def break_serving(self, key: Key) -> None:
+        self._tell(HandoffBroken(*key, "source", "the target has closed it"))
+
     # -- the loop
 
     def _tell(self, event: Event) -> None:
@@ -221,6 +255,16 @@ class Cluster:
                 case CloseTarget():
                     self.closing.add((command.request_id, command.attempt))
                     self.log.append(f"close {command.request_id}")
+                case ServeBlocks():
+                    key = (command.request_id, command.attempt)
+                    assert key not in self.served
+                    self.served[key] = command
+                case RefuseFetch():
+                    self.refused[command.request_id, command.attempt] = command.reason
+                case CloseSource():
+                    key = (command.request_id, command.attempt)
+                    assert key in self.served and key not in self.closing_served
+                    self.closing_served.add(key)
                 case SendControl(message):
                     self._receive(message)
 
@@ -239,6 +283,7 @@ class Cluster:
             case Released():
                 key = (message.request_id, message.attempt)
                 assert key not in self.opened or key in self.closing, "bytes can still land"
+                assert key not in self.served, "its blocks can still be read"
                 self.num_released[key] = self.num_released.get(key, 0) + 1
             case CacheUpdate():
                 self.cached_hashes.difference_update(message.evicted)

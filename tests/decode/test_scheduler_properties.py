@@ -12,6 +12,7 @@ from protocol.request import FinishReason
 ACTIONS = [
     *["arrive"] * 3, *["open"] * 2, *["commit"] * 2, *["compute_here"] * 2, "garbage",
     *["close"] * 2, "abort", "break", *["step"] * 5,
+    *["fetch"] * 2, "end_serving", "break_serving",
 ]  # fmt: skip
 
 arrivals = st.tuples(
@@ -36,6 +37,16 @@ pools = st.fixed_dictionaries(
         "max_swapped_blocks": st.sampled_from([0, 3, 1000]),
     }
 )
+
+
+SIMPLE: dict[str, Callable[[Any, tuple[str, int]], None]] = {
+    "open": lambda cluster, key: cluster.open(key),
+    "garbage": lambda cluster, key: cluster.land_garbage(key),
+    "close": lambda cluster, key: cluster.close(key),
+    "break": lambda cluster, key: cluster.break_handoff(key),
+    "abort": lambda cluster, key: cluster.abort(key),
+    "break_serving": lambda cluster, key: cluster.break_serving(key),
+}
 
 
 class World:
@@ -77,14 +88,14 @@ class World:
                 return opened
             case "close":
                 return set(cluster.closing)
+            case "end_serving" | "break_serving":
+                return set(cluster.served)
             case _:
                 return set(cluster.requests)
 
     def apply(self, action: str, key: tuple[str, int]) -> None:
         cluster = self.cluster
         match action:
-            case "open":
-                cluster.open(key)
             case "commit":
                 is_closing = key in cluster.closing
                 output = cluster.outputs.get(key)
@@ -94,20 +105,20 @@ class World:
             case "compute_here":
                 self.computes_here.add(key)
                 cluster.compute_here(key)
-            case "garbage":
-                cluster.land_garbage(key)
-            case "close":
-                cluster.close(key)
-            case "break":
-                cluster.break_handoff(key)
-            case "abort":
-                cluster.abort(key)
+            case "fetch":
+                num_blocks = cluster.tickets.get(key, 0) // cluster.pool.block_size
+                is_held = 0 < num_blocks and key in cluster.opened
+                cluster.fetch(key, num_blocks // 2, max(1, num_blocks) if is_held else 1)
+            case "end_serving":
+                cluster.end_serving(key, committed=key not in cluster.closing_served)
+            case _:
+                SIMPLE[action](cluster, key)
 
     def settle(self) -> None:
         """Let everything that can end, end."""
         for _ in range(2000):
             plan = self.cluster.step()
-            for action in ("close", "open", "commit"):
+            for action in ("end_serving", "close", "open", "commit"):
                 for key in sorted(self.candidates(action)):
                     if action != "commit" or key not in self.cluster.closing:
                         self.apply(action, key)

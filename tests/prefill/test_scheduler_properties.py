@@ -25,6 +25,9 @@ arrival = st.tuples(
 ended = st.tuples(
     st.sampled_from(["abort", "close", "break", "restart"]), st.integers(0, 9), st.booleans()
 )
+fetches = st.tuples(
+    st.sampled_from(["open_fetch", "fetched", "break_fetch", "close_fetch"]), st.integers(0, 9)
+)
 steps = st.tuples(st.sampled_from(["step", "step", "step_and_abort"]), st.integers(0, 9))
 
 
@@ -71,13 +74,22 @@ class Run:
                 key = self.open[name % len(self.open)]
                 self.close(key, committed and key in self.pool.commits)
 
+    def fetch(self, what: str, pick: int) -> None:
+        """Something becomes of a fetch, or of one that is being closed."""
+        pool = self.pool
+        keys = sorted(pool.closing_fetch if what == "close_fetch" else pool.fetches)
+        if what == "fetched":  # also one that is closing: the two may cross
+            keys = [key for key in keys if key in pool.asked]
+        if keys:
+            getattr(pool, what)(*keys[pick % len(keys)])
+
     def close(self, key: tuple[str, int], committed: bool) -> None:
         if key in self.open:
             self.open.remove(key)
             self.pool.close(*key, committed=committed)
 
     def step(self, abort: int | None = None) -> PrefillPlan | None:
-        plan = self.pool.scheduler.schedule(self.pool.now)
+        plan = self.pool.schedule()
         if plan is None:
             return None
         self.check_plan(plan)
@@ -96,6 +108,7 @@ class Run:
             tokens = self.added[key].prompt_token_ids
             end = work.start + len(work.token_ids)
             assert work.token_ids == tokens[work.start : end]
+            assert key not in self.pool.fetches, "its prefix is not there yet"
             assert work.start == self.done.get(key, work.start) and work.start % BLOCK_SIZE == 0
             assert work.is_last == (end == len(tokens))
             assert [block.logical for block in work.blocks] == list(range(-(-end // BLOCK_SIZE)))
@@ -111,8 +124,12 @@ class Run:
     def finish(self) -> None:
         """From here on every hand-off completes: everything must come to its end."""
         for _ in range(400):
-            if self.step() is None and not self.open:
+            if self.step() is None and not (
+                self.open or self.pool.fetches or self.pool.closing_fetch
+            ):
                 break
+            for what in ("close_fetch", "open_fetch", "fetched"):
+                self.fetch(what, 0)
             for key in list(self.open):
                 if key in self.pool.commits or key in self.pool.closing:
                     self.close(key, key in self.pool.commits)
@@ -153,7 +170,8 @@ class Run:
     tp_size=st.integers(1, 2),
     num_blocks=st.integers(6, 40),
     max_num_sequences=st.sampled_from([1, 3, 64]),
-    history=st.lists(st.one_of(arrival, ended, steps), max_size=40),
+    fetch_from=st.sampled_from([1, 12, 1 << 30]),
+    history=st.lists(st.one_of(arrival, ended, fetches, steps), max_size=40),
 )
 def test_any_history_ends_clean(
     make_pool: Callable,
@@ -162,6 +180,7 @@ def test_any_history_ends_clean(
     tp_size: int,
     num_blocks: int,
     max_num_sequences: int,
+    fetch_from: int,
     history: list[tuple],
 ) -> None:
     pool = make_pool(
@@ -171,6 +190,7 @@ def test_any_history_ends_clean(
         chunk_tokens=16,
         max_num_sequences=max_num_sequences,
         ring_from=40,
+        fetch_from=fetch_from,
     )
     run = Run(pool, prompt)
     for event, *values in history:
@@ -181,6 +201,8 @@ def test_any_history_ends_clean(
                 run.step()
             case "step_and_abort":
                 run.step(abort=values[0])
+            case "open_fetch" | "fetched" | "break_fetch" | "close_fetch":
+                run.fetch(event, *values)
             case _:
                 run.end(event, *values)
         pool.scheduler.check()
