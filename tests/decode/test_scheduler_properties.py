@@ -107,7 +107,7 @@ class World:
                 cluster.compute_here(key)
             case "fetch":
                 num_blocks = cluster.tickets.get(key, 0) // cluster.pool.block_size
-                is_held = 0 < num_blocks and key in cluster.opened
+                is_held = num_blocks > 0 and key in cluster.opened
                 cluster.fetch(key, num_blocks // 2, max(1, num_blocks) if is_held else 1)
             case "end_serving":
                 cluster.end_serving(key, committed=key not in cluster.closing_served)
