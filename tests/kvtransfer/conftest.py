@@ -57,7 +57,9 @@ class Rank:
 class World:
     """All ranks of all pools, and everything between them."""
 
-    def __init__(self, *, checksum: str = "always", max_reads: int = 4, num_blocks: int = 12):
+    def __init__(
+        self, *, checksum: str = "always", max_reads: int = 4, num_blocks: int = 12
+    ) -> None:
         self.ranks: dict[PeerName, Rank] = {}
         self.pools: dict[str, PoolEndpoint] = {}
         self.queues: dict[tuple[PeerName, PeerName], deque[HandoffMessage]] = {}

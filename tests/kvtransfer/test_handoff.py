@@ -452,9 +452,13 @@ def test_a_closing_source_waits_for_its_readers(build: Any) -> None:
     world.settle(lands=False)
     assert not transfer.source[0].told(SourceClosed)
     world.settle()  # the readers read to the end, and are told no
-    assert not transfer.committed
+    assert _sent(world, Confirm)
     assert all(not message.valid for message in _sent(world, Confirm))
     assert "given up" in _broken(transfer.target[0])
+    world.command(transfer.target[0], CloseTarget("r", 1))  # as a leader does with what is broken
+    world.settle()
+    assert not transfer.committed
+    assert transfer.target[0].told(TargetClosed)
 
 
 def test_the_lease_ends_waiting_for_a_silent_reader(build: Any) -> None:
