@@ -117,11 +117,12 @@ def main() -> None:
         return
     print(headline())
     shares = [r["exposed_share"] for r in result["runs"]]
+    exposed_ms = 1000 * statistics.median(r["exposed_s"] for r in result["runs"])
     first = statistics.median(r["first_decode_s"] for r in result["runs"])
     print(
         f"{result['prefill']} -> {result['decode']}, {result['tokens']} tokens: first decode step "
-        f"after {first:.2f} s; transfer not hidden {statistics.median(shares):.2%} of it "
-        f"({min(shares):.2%} to {max(shares):.2%}), target 5%"
+        f"after {first:.2f} s; transfer not hidden {exposed_ms:.1f} ms, "
+        f"{statistics.median(shares):.3%} of it ({min(shares):.3%} to {max(shares):.3%}), target 5%"
     )
     for name, mib in result["memory_beyond_mib"].items():
         print(f"{name}: {mib:.0f} MiB beyond weights and KV, target 600")
