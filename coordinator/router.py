@@ -56,9 +56,21 @@ def choose_prefill(candidates: Sequence[Candidate]) -> Candidate | None:
     return _best(candidates) if candidates else None
 
 
-def computes_here(num_prompt_tokens: int, num_cached_tokens: int, threshold: int) -> bool:
-    """Whether the decode pool computes the rest of the prompt itself."""
-    return num_prompt_tokens - num_cached_tokens <= threshold
+def computes_here(
+    num_prompt_tokens: int, num_cached_tokens: int, num_cached_elsewhere: int, threshold: int
+) -> bool:
+    """Whether the decode pool computes the rest of the prompt itself.
+
+    It does when the rest is short, and when the prefill pool would have to compute more again, of
+    what the decode pool holds, than there is new: then a journey gains nothing.
+
+    Args:
+        num_cached_tokens: of the prompt, on the decode pool.
+        num_cached_elsewhere: on the prefill pool that would compute it.
+        threshold: new tokens that are not worth a journey.
+    """
+    num_new = num_prompt_tokens - num_cached_tokens
+    return num_new <= threshold or num_cached_tokens - num_cached_elsewhere > num_new
 
 
 class SessionTable:

@@ -248,12 +248,14 @@ class Service:
         ]
 
     def _place_prefill(self, record: Record, num_cached_tokens: int) -> None:
-        threshold = self._config.local_prefill_threshold
-        chosen = None
-        if not computes_here(record.num_prompt_tokens, num_cached_tokens, threshold):
-            chosen = choose_prefill(self._prefill_candidates(record))
+        chosen = choose_prefill(self._prefill_candidates(record))
         now = self._clock()
-        if chosen is None:
+        if chosen is None or computes_here(
+            record.num_prompt_tokens,
+            num_cached_tokens,
+            chosen.num_cached_tokens,
+            self._config.local_prefill_threshold,
+        ):
             record.step(Step.COMPUTE_HERE)
             record.timeline.mark(Event.PREFILL_SENT, now)
             self._send(record.decode_pool, ComputeHere(record.request_id, record.attempt))

@@ -4,7 +4,6 @@ Everything that can be known before a process starts is checked before one start
 is one line and not the same line from every rank.
 """
 
-import logging
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,6 @@ from launcher.topology import PoolSpec, parse_pools, threads_per_rank
 from modeling.config import ModelConfig, load_config
 from protocol.errors import ConfigError
 from protocol.kv import KVLayout
-
-log = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "arithmetic"
 
@@ -47,8 +44,6 @@ def resolve_cluster(serve: ServeConfig) -> Cluster:
     else:
         pools = parse_pools(serve.prefill, serve.decode)
     model = serve.model if serve.model is not None else DEFAULT_MODEL
-    if serve.model is None:
-        log.warning("no MODEL given: serving the arithmetic model, exact and without meaning")
     if not model.startswith("arithmetic"):
         model = str(Path(model).expanduser().resolve())
     model_config = load_config(model)

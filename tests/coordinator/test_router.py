@@ -60,11 +60,16 @@ def test_load_is_weighted_by_speed() -> None:
     assert chosen is fast
 
 
-@given(st.integers(1, 10_000), st.integers(0, 10_000), st.integers(0, 1000))
-def test_remainder(num_prompt: int, num_cached: int, threshold: int) -> None:
+sizes = st.integers(0, 10_000)
+
+
+@given(st.integers(1, 10_000), sizes, sizes, st.integers(0, 1000))
+def test_remainder(num_prompt: int, num_cached: int, elsewhere: int, threshold: int) -> None:
     num_cached = min(num_cached, num_prompt)
-    assert computes_here(num_prompt, num_cached, threshold) is (
-        num_prompt - num_cached <= threshold
+    num_new = num_prompt - num_cached
+    num_again = num_cached - elsewhere  # what a prefill pool would compute a second time
+    assert computes_here(num_prompt, num_cached, elsewhere, threshold) is (
+        num_new <= threshold or num_again > num_new
     )
 
 
