@@ -67,6 +67,7 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     api_keys: tuple[str, ...] = ()
     secret: str = ""  # salts every tenant's cache; "" takes the token
     local_prefill_threshold: int = 128  # new tokens, up to which the decode pool computes them
+    home_prefill_threshold: int = 2048  # the same for a session of which prefill has not seen all
     session_ttl_s: float = 3600.0
     ready_timeout_s: float = 600.0
     heartbeat_timeout_s: float = 5.0

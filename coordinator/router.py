@@ -56,21 +56,32 @@ def choose_prefill(candidates: Sequence[Candidate]) -> Candidate | None:
     return _best(candidates) if candidates else None
 
 
+@dataclass(frozen=True, slots=True)
+class HomeRule:
+    """When the decode pool computes the rest of a prompt itself; sizes in tokens."""
+
+    short: int  # a rest up to this is not worth a journey
+    returning: int  # nor one up to this, if the prefill pool has not seen all that is cached here
+
+
 def computes_here(
-    num_prompt_tokens: int, num_cached_tokens: int, num_cached_elsewhere: int, threshold: int
+    num_prompt_tokens: int, num_cached_tokens: int, num_cached_elsewhere: int, rule: HomeRule
 ) -> bool:
     """Whether the decode pool computes the rest of the prompt itself.
 
-    It does when the rest is short, and when the prefill pool would have to compute more again, of
-    what the decode pool holds, than there is new: then a journey gains nothing.
+    A session's home holds answers and short turns that no prefill pool has seen. Sent there, the
+    rest would have them computed a second time: that is paid only for a rest that is long, and
+    longer than what would be computed again.
 
     Args:
         num_cached_tokens: of the prompt, on the decode pool.
         num_cached_elsewhere: on the prefill pool that would compute it.
-        threshold: new tokens that are not worth a journey.
     """
     num_new = num_prompt_tokens - num_cached_tokens
-    return num_new <= threshold or num_cached_tokens - num_cached_elsewhere > num_new
+    num_again = num_cached_tokens - num_cached_elsewhere
+    if num_new <= rule.short:
+        return True
+    return num_again > 0 and num_new <= max(rule.returning, num_again)
 
 
 class SessionTable:

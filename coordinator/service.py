@@ -20,6 +20,7 @@ from coordinator.records import Record, State, Step, as_new_token
 from coordinator.registry import Pool, Registry
 from coordinator.router import (
     Candidate,
+    HomeRule,
     PrefixMap,
     SessionTable,
     choose_decode,
@@ -78,6 +79,7 @@ class Service:
         self._clock = clock
         self._records: dict[str, Record] = {}
         self._deliveries: dict[str, tuple[Delivery, int]] = {}
+        self._home_rule = HomeRule(config.local_prefill_threshold, config.home_prefill_threshold)
         self._sessions = SessionTable(config.session_ttl_s)
         self._prefixes = PrefixMap()
         self._refusal: RequestError | None = None
@@ -254,7 +256,7 @@ class Service:
             record.num_prompt_tokens,
             num_cached_tokens,
             chosen.num_cached_tokens,
-            self._config.local_prefill_threshold,
+            self._home_rule,
         ):
             record.step(Step.COMPUTE_HERE)
             record.timeline.mark(Event.PREFILL_SENT, now)

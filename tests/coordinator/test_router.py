@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from coordinator.router import (
     Candidate,
+    HomeRule,
     PrefixMap,
     SessionTable,
     choose_decode,
@@ -63,14 +64,18 @@ def test_load_is_weighted_by_speed() -> None:
 sizes = st.integers(0, 10_000)
 
 
-@given(st.integers(1, 10_000), sizes, sizes, st.integers(0, 1000))
-def test_remainder(num_prompt: int, num_cached: int, elsewhere: int, threshold: int) -> None:
+@given(st.integers(1, 10_000), sizes, sizes, st.integers(0, 1000), st.integers(0, 3000))
+def test_remainder(num_prompt: int, num_cached: int, elsewhere: int, short: int, long: int) -> None:
     num_cached = min(num_cached, num_prompt)
     num_new = num_prompt - num_cached
     num_again = num_cached - elsewhere  # what a prefill pool would compute a second time
-    assert computes_here(num_prompt, num_cached, elsewhere, threshold) is (
-        num_new <= threshold or num_again > num_new
-    )
+    here = computes_here(num_prompt, num_cached, elsewhere, HomeRule(short, long))
+    if num_new <= short:
+        assert here
+    elif num_again <= 0:
+        assert not here, "the prefill pool has seen it all: nothing is computed twice"
+    else:
+        assert here is (num_new <= long or num_new <= num_again)
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2), st.integers(0, 5))))

@@ -59,35 +59,37 @@ SESSION_BLOCK = 16
 
 @pytest.mark.cluster
 def test_a_session_computes_and_moves_only_what_is_new(start_cluster: Any, no_leaks: Any) -> None:
-    """Turn by turn: what the decode home holds is never moved again, and hardly computed again.
+    """What the session's home holds is never moved again, nor computed again there.
 
-    A long new part goes to the prefill pool, which computes again what it has not seen itself: the
-    turns that the home computed, and the answers. When that is more than there is new, the home
-    computes the new part.
+    Only a new part that is long is sent to the prefill pool all the same, which computes again what
+    it has not seen: answers, and the turns that the home computed.
     """
     rng = random.Random(7)
     config = load_config(MODEL)
     slack = 2 * SESSION_BLOCK  # partial blocks are not shared
     flags = ("--prefill", "cp2", "--decode", "tp2", "--block-size", str(SESSION_BLOCK))
     flags += ("--kv-memory", "48MiB", "--set", "coordinator.local_prefill_threshold=64")
+    flags += ("--set", "coordinator.home_prefill_threshold=400")
     with start_cluster(MODEL, *flags) as cluster:
         history = _prompt(rng, 900)
         unseen = 0  # tokens that only the home has computed
-        for num_new, num_answer, is_local in (
-            (300, 12, False),
-            (20, 200, True),  # too short to be worth a journey
-            (300, 12, False),
-            (20, 200, True),
-            (100, 12, True),  # the prefill pool would compute more again than there is new
+        for turn, (num_new, num_answer, is_local) in enumerate(
+            (
+                (300, 4, False),
+                (300, 40, False),  # the prefill pool has seen every full block before
+                (20, 200, True),  # too short to be worth a journey
+                (300, 12, True),  # the prefill pool would compute the last turns again
+                (900, 12, False),  # long enough to be worth that
+            )
         ):
             history += _prompt(rng, num_new)
             answer = cluster.complete(history, num_answer, session_id="s1")
             tokens = answer["choices"][0]["token_ids"]
             assert tokens == expected_tokens(config, history, num_answer)
             path = answer["path"]
-            assert ("local" in path) is is_local
-            if len(history) > 1200:  # not the first turn
-                again = 0 if is_local else unseen
+            assert ("local" in path) is is_local, path
+            if turn > 0:
+                again = unseen if turn == 4 else 0
                 assert int(path["computed"]) <= num_new + again + slack
                 assert is_local or int(path["moved"]) <= num_new + slack
             unseen = unseen + num_new + num_answer if is_local else num_answer
