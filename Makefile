@@ -35,7 +35,7 @@ check: $(READY) ## ruff, mypy --strict, import layers
 	$(BIN)/lint-imports --no-logo
 
 bench: $(READY) ## the figures of docs/measurements, with machine and versions
-	$(BIN)/python -P -m bench
+	$(BIN)/python -P -m bench --save docs/measurements
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

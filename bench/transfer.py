@@ -211,6 +211,22 @@ def measure(
         )
 
 
+def measure_transport(name: str, num_blocks: int = 128) -> float:
+    """Bytes per second of one rank reading scattered blocks of another, for ``baton doctor``.
+
+    Raises:
+        ConfigError: the transport does not run here.
+        TransferError: it runs but does not connect or read.
+    """
+    with source_process(name, make_layout(2 * num_blocks, 1)) as endpoint:
+        transport, _ = open_rank(name, "target", make_layout(2 * num_blocks, 1))
+        transport.connect(endpoint)
+        scattered = make_cases(endpoint.layout, endpoint.layout, num_blocks)[2]
+        read_s = [read_once(transport, scattered.runs) for _ in range(4)][1:]
+        transport.close()
+    return scattered.num_bytes / statistics.median(read_s)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--transport", default="nixl", choices=["nixl", "tcp"])

@@ -5,6 +5,7 @@ Sends are queued and done by one task, so that whoever decides never waits, and 
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Iterable
@@ -75,7 +76,9 @@ class ControlPlane:
     async def shut_down(self, reason: str) -> None:
         """Tell every rank to end; returns when it has been handed to the network."""
         for peer, message in self._registry.shut_down(reason):
-            await self._send_one(peer, message)
+            # Who cannot be told has ended already.
+            with contextlib.suppress(PeerError):
+                await self._router.send(peer, _OUTGOING.encode(message))
 
     async def _receive_all(self) -> None:
         while True:

@@ -170,17 +170,22 @@ class TargetSide:
         handoff.num_in_flight -= 1
         if handoff.num_in_flight == 0:
             handoff.read_s += now - handoff.reading_since
-        actions = self._start_reads(now)
+        return [*self._take_in(handoff, read, now, is_done=is_done), *self._start_reads(now)]
+
+    def _take_in(
+        self, handoff: TargetHandoff, read: _Read, now: float, *, is_done: bool
+    ) -> list[Action]:
+        """Ask the source of a segment that is here; what is closing or broken needs it no more."""
         if handoff.state is TargetState.CLOSING:
-            return actions + self._finish_if_quiet(handoff)
+            return self._finish_if_quiet(handoff)
         if handoff.state is TargetState.BROKEN:
-            return actions
+            return []
         announce = read.announce
         if not is_done:
-            return actions + self._break(handoff, f"the read of {announce.key} failed")
+            return self._break(handoff, f"the read of {announce.key} failed")
         if announce.checksum is not None and self._checksum(read.runs) != announce.checksum:
             self._around.counters["checksum_mismatches"] += 1
-            return actions + self._break(handoff, f"the bytes of {announce.key} do not add up")
+            return self._break(handoff, f"the bytes of {announce.key} do not add up")
         for layer in range(announce.key.layer_start, announce.key.layer_end):
             handoff.layer_landed[layer] = now
         handoff.asked.add(announce.key)
@@ -193,7 +198,7 @@ class TargetSide:
             source_epoch=announce.source_epoch,
             key=announce.key,
         )
-        return [*actions, Send(read.source, done)]
+        return [Send(read.source, done)]
 
     def on_confirm(self, sender: PeerName, message: Confirm, now: float) -> list[Action]:
         """The blocks were still the source's when we had read them, or they were not."""

@@ -159,6 +159,7 @@ def child_environment(num_threads: int, *, is_local: bool) -> dict[str, str]:
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
     environment.setdefault("NIXL_LOG_LEVEL", "ERROR")
     environment.setdefault("UCX_LOG_LEVEL", "error")
+    environment.setdefault("UCX_LOG_FILE", "stderr")  # its default is standard output
     environment["PYTHONUNBUFFERED"] = "1"
     if is_local:
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")

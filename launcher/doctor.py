@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import msgspec
 
 from bench.environment import describe
+from protocol.errors import BatonError
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,7 @@ def _check_transports() -> list[Finding]:
     for name in ("nixl", "tcp"):
         try:
             speed = measure_transport(name)
-        except (OSError, ImportError, RuntimeError, ValueError) as error:
+        except (BatonError, OSError, EOFError) as error:
             advice = "install nixl, or serve with --transport tcp" if name == "nixl" else ""
             findings.append(Finding(f"transport {name}", False, str(error), advice))
         else:

@@ -197,6 +197,8 @@ def serve(config: ServeConfig) -> int:
     ):
         try:
             supervisor.start()
+            if config.model is None:
+                log.warning("no MODEL given: this is the arithmetic model, exact and meaningless")
             sys.stdout.write(f"ready {supervisor.url}\n")
             sys.stdout.flush()
             supervisor.supervise()

@@ -49,7 +49,7 @@ def load_model(
     if is_arithmetic(path_or_name):
         from modeling.arithmetic import ArithmeticModel  # the only model that is no transformer
 
-        return ArithmeticModel(config, tp)
+        return ArithmeticModel(config, tp, device)
     name = config.dtype if dtype == "auto" else dtype
     if name not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")

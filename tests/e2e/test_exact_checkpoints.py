@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from bench.checkpoint import write_checkpoint
 
 SHAPES = {

@@ -4,8 +4,8 @@ import random
 from typing import Any
 
 import pytest
-from modeling.arithmetic import expected_tokens
 
+from modeling.arithmetic import expected_tokens
 from modeling.config import load_config
 
 MODEL = "arithmetic:layers=3,heads=4,kv_heads=2,vocab=512,max_len=4096"

@@ -1,0 +1,526 @@
+"""The hand-off's logic, case by case: what commits, what is dropped, what breaks, what closes."""
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from kvtransfer.events import (
+    AnnounceBlocks,
+    CloseSource,
+    CloseTarget,
+    CommitWhenRead,
+    HandoffBroken,
+    OpenTargetBlocks,
+    SourceClosed,
+    TargetClosed,
+    TargetCommitted,
+    TargetIsOpen,
+)
+from kvtransfer.identity import PeerName
+from kvtransfer.tombs import MAX_TOMBS, Tombs
+from protocol.handoff import Announce, Commit, Confirm, ReadDone, ReadsEnded, SegmentKey
+from protocol.kv import BlockRef
+
+SHAPES = [(1, 1, 1), (2, 1, 1), (1, 1, 2), (1, 2, 1), (2, 2, 2), (4, 1, 2), (2, 1, 4), (3, 4, 2)]
+
+
+def _broken(rank: Any) -> str:
+    (event,) = rank.told(HandoffBroken)
+    return event.reason
+
+
+def _sent(world: Any, kind: type) -> list[Any]:
+    return [message for _, _, message in world.sent if isinstance(message, kind)]
+
+
+def _opened(build: Any, *shape: int, **settings: Any) -> tuple[Any, Any]:
+    """A world in which a hand-off is expected."""
+    world = build.pair(*shape, **settings)
+    transfer = build.Transfer(world)
+    transfer.open()
+    world.settle()
+    return world, transfer
+
+
+# -- the good end ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"cp{s[0]}tp{s[1]}-to-tp{s[2]}")
+def test_every_byte_arrives_and_commits_once(build: Any, shape: tuple[int, int, int]) -> None:
+    world, transfer = _opened(build, *shape)
+    assert len(transfer.target[0].told(TargetIsOpen)) == 1
+    assert not transfer.has_arrived
+    transfer.announce_all()
+    world.settle()
+    (committed,) = transfer.target[0].told(TargetCommitted)
+    assert transfer.has_arrived
+    assert transfer.committed
+    assert (committed.num_tokens, committed.first_token_id) == (transfer.num_tokens, 42)
+    moved = len(transfer.target_blocks) * sum(
+        rank.pool.layout.block_bytes * build.NUM_LAYERS for rank in transfer.target
+    )
+    assert committed.stats.num_bytes == moved
+    assert committed.stats.num_layers == build.NUM_LAYERS
+    assert world.num_open == 0
+    assert not world.counters
+
+
+def test_a_held_prefix_is_not_moved(build: Any) -> None:
+    world = build.pair(2, 1, 2)
+    transfer = build.Transfer(world, num_blocks=7, first_logical=3)
+    transfer.open()
+    world.settle()
+    transfer.announce_all()
+    world.settle()
+    assert transfer.target[0].told(TargetCommitted)
+    assert transfer.has_arrived
+
+
+def test_nothing_to_move_still_commits(build: Any) -> None:
+    """The target holds the whole prompt: zero segments, an empty manifest."""
+    world = build.pair(2, 1, 2)
+    transfer = build.Transfer(world, num_blocks=4, first_logical=4)
+    assert transfer.manifest == ()
+    transfer.open()
+    world.settle()
+    transfer.announce_all()
+    world.settle()
+    assert transfer.target[0].told(TargetCommitted)
+    assert transfer.committed
+
+
+def test_two_hand_offs_cross(build: Any) -> None:
+    """The same request, from p to d and from d to p: every rank is source and target at once."""
+    world = build.World()
+    world.add("p", "prefill", cp=1, tp=2, epoch=5)
+    world.add("d", "decode", cp=1, tp=4, epoch=8)
+    world.meet("p", "d")
+    there = build.Transfer(world, "p", "d", num_blocks=5)
+    # The blocks of the two are apart: 0..10 are taken by neither's fifth block upward.
+    back = build.Transfer(world, "d", "p", num_blocks=1, first_block=11 - 3)
+    for transfer in (there, back):
+        transfer.open()
+    world.settle()
+    for transfer in (there, back):
+        transfer.fill()
+        transfer.announce_all()
+    world.settle()
+    for transfer in (there, back):
+        assert transfer.target[0].told(TargetCommitted)
+        assert transfer.has_arrived
+
+
+def test_two_swapped_blocks_would_be_noticed(build: Any) -> None:
+    """The test of the test: a deal that names two blocks the wrong way round shows in the bytes."""
+    world, transfer = _opened(build, 1, 1, 2)
+    (first, second) = (0, 1)
+    transfer.owned[first], transfer.owned[second] = transfer.owned[second], transfer.owned[first]
+    transfer.announce_all()
+    world.settle()
+    assert transfer.target[0].told(TargetCommitted)
+    assert not transfer.has_arrived
+
+
+def test_statistics_tell_what_overlapped(build: Any) -> None:
+    world, transfer = _opened(build, 1, 1, 2)
+    for command in transfer.script(transfer.source[0]):
+        world.command(transfer.source[0], command)
+        if isinstance(command, AnnounceBlocks) and command.layer_start == 0:
+            world.now += 1.0
+            for _ in range(2):
+                world.settle(lands=False)
+                world.now += 0.25
+                for rank, read_id in world.in_flight():
+                    world.land(rank, read_id)
+    world.now += 0.5  # the second group of the last chunk lands after the prefill has ended
+    world.settle()
+    (committed,) = transfer.target[0].told(TargetCommitted)
+    stats = committed.stats
+    assert stats.num_layers_overlapped == 2
+    assert stats.exposed_s == pytest.approx(0.5)
+    assert stats.read_s >= 0.5
+    assert stats.num_segments == 2 * len(transfer.manifest)
+    assert stats.transport == "memory"
+
+
+def test_reads_in_flight_are_bounded(build: Any) -> None:
+    world, transfer = _opened(build, 4, 1, 1, max_reads=2)
+    transfer.announce_all()
+    world.settle(lands=False)
+    assert len(transfer.target[0].reads) == 2
+    world.settle()
+    assert transfer.has_arrived
+    assert transfer.target[0].max_in_flight == 2
+
+
+# -- fencing ---------------------------------------------------------------------------------------
+
+
+def _first_announce(world: Any, transfer: Any) -> Announce:
+    world.command(transfer.source[0], next(transfer.script(transfer.source[0])))
+    return _sent(world, Announce)[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "counter"),
+    [
+        ({"attempt": 2}, "dropped_unknown_handoff"),
+        ({"request_id": "other"}, "dropped_unknown_handoff"),
+        ({"source_epoch": 4}, "dropped_stale_epoch"),
+        ({"target_epoch": 9}, "dropped_stale_epoch"),
+        ({"source_pool_id": "q"}, "dropped_stale_epoch"),
+    ],
+)
+def test_a_stale_announcement_is_dropped(build: Any, change: dict[str, Any], counter: str) -> None:
+    world, transfer = _opened(build)
+    message = msgspec.structs.replace(_first_announce(world, transfer), **change)
+    world.queues.clear()
+    world.message(PeerName("p", 0), PeerName("d", 0), message)
+    assert not world.in_flight()
+    assert not world.waiting()
+    assert world.counters == {counter: 1}
+
+
+def test_a_second_source_pool_is_not_mixed_in(build: Any) -> None:
+    """Segment keys name ranks of one pool; another pool's rank 0 has keys that look the same."""
+    world = build.World()
+    world.add("p", "prefill", cp=1, tp=1, epoch=5)
+    world.add("q", "prefill", cp=1, tp=1, epoch=5)
+    world.add("d", "decode", cp=1, tp=1, epoch=8)
+    world.meet("p", "q", "d")
+    mine, other = build.Transfer(world, "p"), build.Transfer(world, "q")
+    mine.open()
+    world.settle()
+    script = mine.script(mine.source[0])
+    world.command(mine.source[0], next(script))
+    world.settle()
+    other.scramble()
+    for command in list(other.script(other.source[0]))[2:]:
+        world.command(other.source[0], command)
+    world.settle()
+    assert world.counters["dropped_second_source"] > 0
+    assert _broken(other.source[0])
+    for command in script:
+        world.command(mine.source[0], command)
+    world.settle()
+    assert mine.has_arrived
+    assert len(mine.target[0].told(TargetCommitted)) == 1
+
+
+def test_messages_of_ranks_without_the_right_are_dropped(build: Any) -> None:
+    world, transfer = _opened(build, 2, 1, 2)
+    transfer.announce_all()
+    commit = Commit("r", 1, "p", 5, 8, (), transfer.num_tokens, 42, 0.0)
+    world.message(PeerName("p", 1), PeerName("d", 0), commit)  # not the leader's to say
+    key = SegmentKey(0, 0, 0, 2)
+    world.settle(lands=False)
+    world.message(PeerName("p", 1), PeerName("d", 0), Confirm("r", 1, 5, 8, key, True))
+    world.message(PeerName("p", 0), PeerName("d", 0), Confirm("r", 1, 5, 8, key, True))
+    world.message(PeerName("d", 1), PeerName("p", 0), ReadDone("r", 1, "d", 0, 8, 5, key))
+    assert world.counters == {
+        "dropped_second_source": 1,
+        "dropped_unasked_confirm": 2,  # not its segment; not read yet
+        "dropped_stale_epoch": 1,
+    }
+    world.settle()
+    assert transfer.target[0].told(TargetCommitted)
+    assert transfer.has_arrived
+
+
+def test_duplicates_change_nothing(build: Any) -> None:
+    world, transfer = _opened(build, 2, 2, 1)
+    transfer.announce_all()
+    while world.waiting() or world.in_flight():
+        if pairs := world.waiting():
+            pair = pairs[0]
+            again = world.queues[pair][0]
+            world.deliver(pair)
+            world.message(*pair, again)
+        else:
+            world.land(*world.in_flight()[0])
+    assert transfer.has_arrived
+    assert len(transfer.target[0].told(TargetCommitted)) == 1
+    assert transfer.committed
+    assert world.num_open == 0
+    assert world.counters["dropped_duplicate"] == len(transfer.manifest)
+
+
+# -- what breaks it --------------------------------------------------------------------------------
+
+
+def test_a_wrong_checksum_breaks_it(build: Any) -> None:
+    world, transfer = _opened(build, 1, 1, 2)
+    transfer.announce_all()
+    world.settle(lands=False)
+    transfer.source[0].pool.bytes[-1:] += 1  # one bit is enough
+    transfer.scramble()
+    world.settle()
+    assert "do not add up" in _broken(transfer.target[0])
+    assert world.counters["checksum_mismatches"] > 0
+    assert not transfer.target[0].told(TargetCommitted)
+
+
+def test_sampled_checksums_sum_some(build: Any) -> None:
+    world, transfer = _opened(build, 4, 2, 2, checksum="sampled")
+    transfer.announce_all()
+    world.settle()
+    sums = [message.checksum is not None for message in _sent(world, Announce)]
+    assert not any(sums)  # too few of any one rank
+    transfer = build.Transfer(world, request_id="r2", num_chunks=6, num_blocks=6)
+    for number in range(8):
+        more = build.Transfer(world, request_id=f"more{number}", num_chunks=3)
+        more.open()
+        world.settle()
+        more.announce_all()
+        world.settle()
+    sums = [message.checksum is not None for message in _sent(world, Announce)]
+    assert 0 < sum(sums) < len(sums) / 4
+
+
+def test_a_failed_read_breaks_it_once_and_stops_reading(build: Any) -> None:
+    world, transfer = _opened(build, 2, 1, 1, max_reads=1)
+    transfer.announce_all()
+    world.settle(lands=False)
+    (rank, read_id) = world.in_flight()[0]
+    world.land(rank, read_id, is_done=False)
+    assert not world.in_flight()
+    world.settle()
+    assert "failed" in _broken(transfer.target[0])
+    world.command(transfer.target[0], CloseTarget("r", 1))
+    world.settle()
+    assert transfer.target[0].told(TargetClosed)
+    assert "closed" in _broken(transfer.source[0])
+    world.command(transfer.source[0], CloseSource("r", 1))
+    world.settle()
+    assert not transfer.committed
+    assert world.num_open == 0
+
+
+@pytest.mark.parametrize("what", ["missing", "surplus"])
+def test_the_plan_and_the_announcements_must_agree(build: Any, what: str) -> None:
+    world, transfer = _opened(build, 2, 1, 2)
+    if what == "missing":
+        transfer.manifest = (*transfer.manifest, SegmentKey(0, 9, 0, 2))
+    else:
+        transfer.manifest = transfer.manifest[1:]
+    transfer.announce_all()
+    world.settle()
+    assert "not what was dealt" in _broken(transfer.source[0])
+    assert not transfer.target[0].told(TargetCommitted)
+
+
+@pytest.mark.parametrize("what", ["missing", "surplus"])
+def test_the_target_holds_exactly_the_manifest(build: Any, what: str) -> None:
+    """Even if the source were wrong about itself."""
+    world, transfer = _opened(build, 1, 1, 1)
+    for command in transfer.script(transfer.source[0]):
+        if not isinstance(command, CommitWhenRead):
+            world.command(transfer.source[0], command)
+    world.settle()
+    manifest = transfer.manifest[1:] if what == "surplus" else transfer.manifest * 2
+    if what == "missing":
+        manifest = (*transfer.manifest, SegmentKey(0, 9, 0, 2))
+    commit = Commit("r", 1, "p", 5, 8, manifest, transfer.num_tokens, 42, 0.0)
+    world.message(PeerName("p", 0), PeerName("d", 0), commit)
+    world.settle()
+    assert not transfer.target[0].told(TargetCommitted)
+    assert bool(transfer.target[0].told(HandoffBroken)) == (what == "surplus")
+
+
+def test_a_prompt_with_a_hole_does_not_commit(build: Any) -> None:
+    """Source and plan agree, but a block of the prompt was never dealt."""
+    world, transfer = _opened(build, 1, 1, 2)
+    transfer.chunks[-1].pop()
+    transfer.announce_all()
+    world.settle()
+    assert "logical block 5 is not whole" in _broken(transfer.target[0])
+    assert not transfer.target[0].told(TargetCommitted)
+
+
+def test_blocks_that_nobody_asked_for_are_not_read(build: Any) -> None:
+    world = build.pair()
+    transfer = build.Transfer(world)
+    world.command(transfer.target[0], OpenTargetBlocks("r", 1, 0, transfer.target_blocks[:-1]))
+    world.settle()
+    transfer.announce_all()
+    world.settle()
+    assert "nobody asked for" in _broken(transfer.target[0])
+
+
+def test_a_segment_announced_in_two_ways_breaks_it(build: Any) -> None:
+    world, transfer = _opened(build)
+    message = _first_announce(world, transfer)
+    other = msgspec.structs.replace(message, blocks=(BlockRef(0, 9), *message.blocks[1:]))
+    world.message(PeerName("p", 0), PeerName("d", 0), message)
+    world.message(PeerName("p", 0), PeerName("d", 0), other)
+    world.settle()
+    assert "two ways" in _broken(transfer.target[0])
+
+
+@pytest.mark.parametrize("field", ["block_id", "layer_end", "rank"])
+def test_an_impossible_announcement_breaks_it_and_reads_nothing(build: Any, field: str) -> None:
+    world, transfer = _opened(build)
+    message = _first_announce(world, transfer)
+    world.queues.clear()
+    if field == "block_id":
+        blocks = (BlockRef(1_000, 0), *message.blocks[1:])
+        message = msgspec.structs.replace(message, blocks=blocks)
+    elif field == "layer_end":
+        message = msgspec.structs.replace(message, key=SegmentKey(0, 0, 0, 99))
+    else:
+        message = msgspec.structs.replace(message, key=SegmentKey(1, 0, 0, 2))
+    world.message(PeerName("p", 0), PeerName("d", 0), message)
+    assert not world.in_flight()
+    world.settle()
+    assert _broken(transfer.target[0])
+
+
+def test_a_lost_pool_breaks_both_sides(build: Any) -> None:
+    world, transfer = _opened(build, 2, 1, 2)
+    world.command(transfer.source[0], next(transfer.script(transfer.source[0])))
+    world.settle(lands=False)
+    for rank in transfer.source:
+        world.do(rank, rank.handoffs.pools_changed([world.pools["p"]]))
+    for rank in transfer.target:
+        world.do(rank, rank.handoffs.pools_changed([world.pools["d"]]))
+    world.settle(lands=False)
+    assert "d is gone" in _broken(transfer.source[0])
+    assert "p is gone" in _broken(transfer.target[0])
+    world.command(transfer.source[0], CloseSource("r", 1))
+    world.command(transfer.target[0], CloseTarget("r", 1))
+    world.settle(lands=False)
+    assert transfer.source[0].told(SourceClosed)
+    assert not transfer.target[0].told(TargetClosed)  # reads go on after their source's death
+    world.settle()
+    assert transfer.target[0].told(TargetClosed)
+    assert world.num_open == 0
+
+
+def test_an_announcement_to_a_pool_of_another_epoch_breaks_it(build: Any) -> None:
+    world = build.pair()
+    transfer = build.Transfer(world)
+    world.pools["d"] = msgspec.structs.replace(world.pools["d"], epoch=9)
+    world.meet("p", "d")
+    transfer.announce_all()
+    world.settle()
+    assert "d is gone" in _broken(transfer.source[0])
+    assert not _sent(world, Announce)
+
+
+# -- closing ---------------------------------------------------------------------------------------
+
+
+def test_a_closing_target_waits_for_its_reads(build: Any) -> None:
+    world, transfer = _opened(build, 2, 1, 2, max_reads=2)
+    transfer.announce_all()
+    world.settle(lands=False)
+    in_flight = world.in_flight()
+    assert len(in_flight) == 4
+    world.command(transfer.target[0], CloseTarget("r", 1))
+    world.settle(lands=False)
+    for rank, read_id in in_flight:
+        assert not transfer.target[0].told(TargetClosed)
+        assert not _sent(world, ReadsEnded) or rank is not transfer.target[0]
+        world.land(rank, read_id)
+        world.settle(lands=False)
+    assert not world.in_flight()  # what was waiting is never read
+    assert len(transfer.target[0].told(TargetClosed)) == 1
+    assert len(_sent(world, ReadsEnded)) == 4
+    assert not _sent(world, ReadDone)
+
+
+def test_a_late_announcement_is_answered_by_reads_ended(build: Any) -> None:
+    world, transfer = _opened(build)
+    world.command(transfer.target[0], CloseTarget("r", 1))
+    world.settle()
+    world.command(transfer.source[0], next(transfer.script(transfer.source[0])))
+    world.settle()
+    assert not world.in_flight()
+    assert len(_sent(world, ReadsEnded)) == 1
+    assert "closed" in _broken(transfer.source[0])
+    world.command(transfer.source[0], CloseSource("r", 1))
+    world.settle()
+    assert not transfer.committed
+
+
+def test_a_closing_source_waits_for_its_readers(build: Any) -> None:
+    world, transfer = _opened(build, 1, 1, 2)
+    transfer.announce_all()
+    world.settle(lands=False)
+    world.command(transfer.source[0], CloseSource("r", 1))
+    world.settle(lands=False)
+    assert not transfer.source[0].told(SourceClosed)
+    world.settle()  # the readers read to the end, and are told no
+    assert _sent(world, Confirm)
+    assert all(not message.valid for message in _sent(world, Confirm))
+    assert "given up" in _broken(transfer.target[0])
+    world.command(transfer.target[0], CloseTarget("r", 1))  # as a leader does with what is broken
+    world.settle()
+    assert not transfer.committed
+    assert transfer.target[0].told(TargetClosed)
+
+
+def test_the_lease_ends_waiting_for_a_silent_reader(build: Any) -> None:
+    world, transfer = _opened(build, 1, 1, 2)
+    transfer.announce_all()
+    world.settle(lands=False)
+    world.command(transfer.source[0], CloseSource("r", 1))
+    world.settle(lands=False)
+    world.tick(0.0)
+    world.tick(build.LEASE_S - 1)
+    world.settle(lands=False)
+    assert not transfer.source[0].told(SourceClosed)
+    world.tick(2.0)
+    world.settle(lands=False)
+    assert not transfer.committed
+    assert world.counters["leases_expired"] == 1
+    assert "ranks [0, 1]" in transfer.source[0].warnings[0]
+    transfer.scramble()
+    world.settle()  # what was read late is foreign, and never confirmed
+    assert not transfer.target[0].told(TargetCommitted)
+
+
+def test_closing_is_idempotent(build: Any) -> None:
+    world, transfer = _opened(build, 2, 1, 2)
+    source, target = transfer.source[0], transfer.target[0]
+    for count in (1, 2, 3):
+        for request_id in ("r", "never heard of"):
+            world.command(source, CloseSource(request_id, 1))
+            world.command(target, CloseTarget(request_id, 1))
+        world.settle()
+        assert len(source.told(SourceClosed)) == len(target.told(TargetClosed)) == 2 * count
+    assert world.num_open == 0
+
+
+def test_closing_what_has_committed_says_so(build: Any) -> None:
+    world, transfer = _opened(build)
+    transfer.announce_all()
+    world.settle()
+    world.command(transfer.source[0], CloseSource("r", 1))
+    world.command(transfer.target[0], CloseTarget("r", 1))
+    world.settle()
+    assert [event.committed for event in transfer.source[0].told(SourceClosed)] == [True, True]
+    assert len(transfer.target[0].told(TargetClosed)) == 1
+    assert world.num_open == 0
+
+
+def test_what_comes_after_the_close_is_dropped(build: Any) -> None:
+    world, transfer = _opened(build, 2, 1, 2)
+    world.command(transfer.source[0], CloseSource("r", 1))
+    world.settle()
+    transfer.announce_all()
+    world.settle()
+    assert not _sent(world, Announce)
+    assert not transfer.committed
+    assert world.counters["dropped_announcement"] == len(transfer.manifest) + 2
+    assert sum(rank.handoffs.num_open for rank in transfer.source) == 0
+
+
+def test_tombs_are_bounded() -> None:
+    tombs = Tombs()
+    for number in range(MAX_TOMBS + 10):
+        tombs.add(("r", number))
+    assert ("r", 9) not in tombs
+    assert ("r", 10) in tombs
+    assert ("r", MAX_TOMBS + 9) in tombs
