@@ -16,6 +16,7 @@ class PrefillConfig(RankConfig, frozen=True, kw_only=True, forbid_unknown_fields
         layers_per_group: layers that are announced together; 0 chooses about eight groups.
         fetch_threshold_tokens: of a prefix that the decode pool holds and this one does not, fewer
             are computed again rather than fetched; 1 fetches whatever there is.
+        fetch_timeout_s: a fetch that is not complete by then is given up, and computed instead.
         ring_threshold_tokens: fewer tokens to compute never ring; None leaves it to the cost model.
 
     Raises:
@@ -27,6 +28,7 @@ class PrefillConfig(RankConfig, frozen=True, kw_only=True, forbid_unknown_fields
     max_num_sequences: int = 64
     layers_per_group: int = 0
     fetch_threshold_tokens: int = 1
+    fetch_timeout_s: float = 30.0
     ring_threshold_tokens: int | None = None
 
     def __post_init__(self) -> None:
@@ -35,5 +37,7 @@ class PrefillConfig(RankConfig, frozen=True, kw_only=True, forbid_unknown_fields
             raise ConfigError("chunk_tokens and max_num_sequences must be at least 1")
         if self.fetch_threshold_tokens < 1:
             raise ConfigError("fetch_threshold_tokens must be at least 1")
-        if self.layers_per_group < 0 or self.step_target_s <= 0:
-            raise ConfigError("layers_per_group must be at least 0 and step_target_s above 0")
+        if self.layers_per_group < 0:
+            raise ConfigError("layers_per_group must be at least 0")
+        if min(self.step_target_s, self.fetch_timeout_s) <= 0:
+            raise ConfigError("step_target_s and fetch_timeout_s must be above 0")

@@ -22,6 +22,7 @@ class PoolFacts:
     max_num_sequences: int
     step_target_s: float
     fetch_threshold_tokens: int = 1  # fewer are computed again rather than fetched
+    fetch_timeout_s: float = 30.0  # after which a fetch is given up
 
     def num_blocks_to_fetch(self, message: Prefill, num_cached_blocks: int) -> int:
         """Blocks that its decode pool has, beyond those cached here; its last token is computed."""

@@ -147,6 +147,7 @@ class PrefillScheduler:
     def schedule(self, now: float) -> PrefillPlan | None:
         """The next step, or None when there is nothing that can be done now."""
         assert self._plan is None, "the last plan's results have not come in"
+        self._give_up_late_fetches(now)
         time = StepTime(self._costs, self.facts.geometry.cp_size, self.facts.step_target_s)
         work: list[ChunkWork] = []
         may_admit = True
@@ -313,11 +314,21 @@ class PrefillScheduler:
             return
         if event.side == "source":
             self._fail(request, "handoff_failed", event.reason)
-        elif request.state is State.FETCHING:  # it can still be computed
-            request.may_fetch = False
-            request.change(Change.GIVE_UP)
-            self._memory.expect_no_more(request)
-            self._commands.append(CloseTarget(*request.key))
+        elif request.state is State.FETCHING:
+            self._give_up_fetch(request)
+
+    def _give_up_late_fetches(self, now: float) -> None:
+        """A request for blocks, or its answer, can be lost with a connection."""
+        for request in self._in_state(State.FETCHING):
+            if now - request.admitted >= self.facts.fetch_timeout_s:
+                self._give_up_fetch(request)
+
+    def _give_up_fetch(self, request: Request) -> None:
+        """It can still be computed, once nothing can land in its blocks any more."""
+        request.may_fetch = False
+        request.change(Change.GIVE_UP)
+        self._memory.expect_no_more(request)
+        self._commands.append(CloseTarget(*request.key))
 
     # -- its end -----------------------------------------------------------------------------------
 

@@ -92,6 +92,7 @@ def pool_facts(config: PrefillConfig, model: ModelConfig, layout: KVLayout) -> P
         max_num_sequences=config.max_num_sequences,
         step_target_s=config.step_target_s,
         fetch_threshold_tokens=config.fetch_threshold_tokens,
+        fetch_timeout_s=config.fetch_timeout_s,
     )
 
 

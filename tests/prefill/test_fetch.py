@@ -140,6 +140,30 @@ def test_a_broken_fetch_is_computed_in_its_turn(
     assert_empty(pool)
 
 
+@pytest.mark.parametrize("opened", [False, True])
+def test_a_fetch_that_nobody_answers_is_given_up_in_time(
+    make_pool: Callable, prompt: Callable, opened: bool
+) -> None:
+    pool = make_pool(2, fetch_from=1)
+    pool.add(prompt("a", 100, num_target_tokens=80))
+    pool.step()
+    if opened:
+        pool.open_fetch("a")
+    pool.now += pool.scheduler.facts.fetch_timeout_s - 1.0
+    assert pool.step() is None and pool.closing_fetch == [], "there is time left"
+    pool.now += 1.1
+    assert pool.step() is None and pool.closing_fetch == [("a", 1)]
+    pool.now += 1000.0
+    assert pool.step() is None, "bytes may still land in its blocks"
+    if opened:
+        pool.fetched("a")  # too late
+    pool.close_fetch("a")
+    assert [(item.request_id, item.start) for item in run(pool)] == [("a", 0), ("a", 64)]
+    assert pool.of(FirstToken)[0].path.num_fetched_tokens == 0
+    pool.close("a")
+    assert_empty(pool)
+
+
 @pytest.mark.parametrize("crosses", [False, True])
 @pytest.mark.parametrize("state", ["opening", "asked", "returning"])
 def test_an_abort_while_fetching_waits_for_the_last_byte(
