@@ -185,8 +185,10 @@ def draw(results: Sequence[Result], path: Path) -> None:
     for row, shares in enumerate(cells):
         for column, one in enumerate(shares):
             if one.num_asked:
+                is_dark = abs(values[row][column] - 0.5) > 0.35
                 text = f"{one.num_right}/{one.num_asked}"
-                axes.text(column, row, text, ha="center", va="center", fontsize=8)
+                color = "white" if is_dark else "black"
+                axes.text(column, row, text, ha="center", va="center", color=color)
     axes.set_xticks(range(len(lengths)), [f"{length // 1024}K" for length in lengths])
     axes.set_yticks(range(NUM_DEPTHS), [f"{10 * d} %" for d in range(NUM_DEPTHS)])
     axes.set(xlabel="tokens in the document", ylabel="depth of the fact", title="exact match")
