@@ -12,7 +12,7 @@ import pytest
 
 from coordinator.config import CoordinatorConfig, ExpectedPool, is_loopback
 from protocol.errors import ConfigError
-from protocol.messages import Abort, ComputeHere, Refused, Reserve, Shutdown
+from protocol.messages import Abort, ComputeHere, Prefill, Refused, Reserve, Shutdown
 
 ONE_POOL = (("decode0", "decode", 1, 1),)
 ONE_POOL_FIELD = [{"pool_id": "decode0", "role": "decode", "cp_size": 1, "tp_size": 1}]
@@ -112,6 +112,7 @@ def test_a_lost_decode_pool_costs_an_attempt(
             again = fake.wait_for(lambda: [m for m in fake.got(Reserve) if m.attempt == 2])[0]
             assert again.prompt_token_ids == (*prompt, *helpers.reply(prompt, 3))
             assert (again.num_output_tokens, again.sampling) == (3, first.sampling)
+            fake.wait_for(lambda: [m for m in fake.got(Prefill) if m.attempt == 2])
             fake.release(prompt)
             received = b"".join(reply.iter_bytes())
         assert _tokens_of(received) == helpers.reply(prompt, 8)
