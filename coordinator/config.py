@@ -74,6 +74,13 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     keep_alive_s: float = 15.0
     send_timeout_s: float = 30.0  # a reader that takes nothing for so long is gone
     release_grace_s: float = 5.0  # a pool may hold a finished request so long before it is told
+    max_attempts: int = 4  # of one request, on any pools
+    failover_wait_s: float = 30.0  # a request that has lost its pool waits so long for another
+    resume_wait_s: float = 2.0  # for a pool to close a lost attempt, and keep what has arrived
+    stall_timeout_s: float = 5.0  # without a word of a request, after which its pools are asked
+    handoff_timeout_s: float = 30.0  # from the first token to the commit, else it is tried again
+    poison_deaths: int = 2  # pools that a request may take with it before it is quarantined
+    quarantine_s: float = 3600.0
     num_tokenizer_threads: int = 2
     limits: Limits = Limits()
     log_level: str = "INFO"
@@ -101,6 +108,15 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
             raise ConfigError(f"--max-model-len {self.max_model_len}: must be at least 2 tokens")
         if self.num_tokenizer_threads < 1:
             raise ConfigError("num_tokenizer_threads: must be at least 1")
+        self._check_failover()
+
+    def _check_failover(self) -> None:
+        if min(self.max_attempts, self.poison_deaths) < 1:
+            raise ConfigError("max_attempts and poison_deaths: must be at least 1")
+        if min(self.failover_wait_s, self.resume_wait_s, self.quarantine_s) < 0:
+            raise ConfigError("failover_wait_s, resume_wait_s and quarantine_s: must be at least 0")
+        if min(self.stall_timeout_s, self.handoff_timeout_s) <= 0:
+            raise ConfigError("stall_timeout_s and handoff_timeout_s: must be above 0")
 
     @property
     def model_name(self) -> str:

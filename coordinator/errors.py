@@ -30,6 +30,9 @@ STATUS_BY_CODE = {
     "invalid_request": 400,
     "overloaded": 503,
     "worker_lost": 503,
+    "handoff_failed": 503,
+    "stale_target": 503,
+    "stalled": 503,
     "no_workers": 503,
     "shutting_down": 503,
 }
@@ -67,6 +70,15 @@ def error_response(error: RequestError) -> tuple[int, list[tuple[bytes, bytes]],
 def pool_failure(code: str, message: str) -> RequestError:
     """What a pool said about a request that it cannot go on with."""
     return RequestError(message, code=code, status=STATUS_BY_CODE.get(code, 500))
+
+
+def quarantined() -> RequestError:
+    """Pools have died while they computed this very request, and of no other that was there."""
+    return RequestError(
+        "this request is refused: pools that computed it have died, more than once",
+        code="request_quarantined",
+        status=500,
+    )
 
 
 def internal_error() -> RequestError:

@@ -39,6 +39,8 @@ class Metrics:
 
     def __init__(self) -> None:
         self.num_output_tokens = 0
+        self.num_quarantined = 0
+        self._lost_attempts: Counter[str] = Counter()
         self._num_prompt_tokens: Counter[str] = Counter()
         self._outcomes: Counter[str] = Counter()
         self._first_token = Histogram()
@@ -49,6 +51,7 @@ class Metrics:
         """Count a request that has just ended."""
         outcome = record.error_code or (record.finish_reason or FinishReason.ERROR).value
         self._outcomes[outcome] += 1
+        self._lost_attempts.update(ended.reason for ended in record.lost)
         self._num_prompt_tokens["cached"] += record.num_cached_tokens
         self._num_prompt_tokens["computed"] += record.num_computed_tokens or 0
         first = record.timeline.between(Event.ARRIVED, Event.FIRST_TOKEN)
@@ -67,6 +70,13 @@ class Metrics:
             f'baton_requests_total{{outcome="{outcome}"}} {count}'
             for outcome, count in sorted(self._outcomes.items())
         ]
+        lines.append("# TYPE baton_attempts_lost_total counter")
+        lines += [
+            f'baton_attempts_lost_total{{reason="{reason}"}} {count}'
+            for reason, count in sorted(self._lost_attempts.items())
+        ]
+        lines.append("# TYPE baton_requests_quarantined_total counter")
+        lines.append(f"baton_requests_quarantined_total {self.num_quarantined}")
         lines.append("# TYPE baton_prompt_tokens_total counter")
         lines += [
             f'baton_prompt_tokens_total{{kind="{kind}"}} {count}'

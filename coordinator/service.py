@@ -4,9 +4,12 @@
 2. The ``Ticket`` says which prefix is there already: the decode pool computes a short rest itself,
    for a long one a prefill pool is chosen.
 3. Tokens are put in order by the record and handed to the caller's :class:`Delivery`.
-4. The end: a last token, a stop string or a lost caller (``abort``), a failure, a lost pool. Every
-   pool that may hold something is told, unless it ends by itself, and is waited for: the record is
-   GONE when all have said ``Released``.
+4. A lost pool, a broken hand-off or a message that never came cost an *attempt*, not the request:
+   the next one (failover.py) starts with the tokens that the caller has. What comes late of an
+   earlier attempt is dropped here, by its number.
+5. The end: a last token, a stop string or a lost caller (``abort``), a failure that no other pool
+   could heal. Every pool that may hold something, of whatever attempt, is told, unless it ends by
+   itself, and is waited for: the record is GONE when all have said ``Released``.
 """
 
 import logging
@@ -14,31 +17,26 @@ from collections.abc import Callable
 
 from coordinator.config import CoordinatorConfig
 from coordinator.delivery import Delivery, Generation
-from coordinator.errors import pool_failure
+from coordinator.errors import pool_failure, quarantined
+from coordinator.failover import HEALED_BY_ANOTHER, TOO_SMALL, Failover
 from coordinator.metrics import Metrics
+from coordinator.overdue import overdue, pools_to_ask
+from coordinator.placement import Placement, computed_by, needs
+from coordinator.quarantine import fingerprint
 from coordinator.records import Record, State, Step, as_new_token
-from coordinator.registry import Pool, Registry
-from coordinator.router import (
-    Candidate,
-    PrefixMap,
-    SessionTable,
-    choose_decode,
-    choose_prefill,
-    computes_here,
-)
+from coordinator.registry import Registry
 from protocol.errors import RequestError
 from protocol.messages import (
     Abort,
+    Ask,
     CacheUpdate,
     Committed,
     ComputeHere,
     FirstToken,
     NewToken,
-    Prefill,
     Progress,
     Released,
     RequestFailed,
-    Reserve,
     Ticket,
     ToCoordinator,
     Tokens,
@@ -73,13 +71,12 @@ class Service:
     ) -> None:
         self.metrics = Metrics()
         self._config = config
-        self._registry = registry
         self._send = send
         self._clock = clock
         self._records: dict[str, Record] = {}
         self._deliveries: dict[str, tuple[Delivery, int]] = {}
-        self._sessions = SessionTable(config.session_ttl_s)
-        self._prefixes = PrefixMap()
+        self._placement = Placement(config, registry)
+        self._failover = Failover(config, self._start, self._fail, clock)
         self._refusal: RequestError | None = None
 
     # -- for the HTTP side -------------------------------------------------------------------------
@@ -90,20 +87,19 @@ class Service:
         """Start one sequence, whose tokens will be put into ``delivery`` under ``choice``.
 
         Raises:
-            RequestError: no pool serves, too much is going on, or the cluster ends.
+            RequestError: no pool serves, too much is going on, the request has killed pools before,
+                or the cluster ends.
         """
         self._check_admission()
         now = self._clock()
-        candidates = [
-            self._decode_candidate(p, generation) for p in self._registry.serving("decode")
-        ]
-        session = generation.session
-        home = self._sessions.home(session, now) if session else None
-        chosen = choose_decode(candidates, home)
-        if chosen is None:
-            raise RequestError("no decode pool serves at the moment", code="no_workers", status=503)
-        if session:
-            self._sessions.settle(session, chosen.pool_id, now)
+        print_ = fingerprint(
+            generation.prompt_token_ids,
+            generation.block_hashes,
+            self._config.block_size,
+            generation.sampling,
+        )
+        if self._failover.quarantine.is_refused(print_, now):
+            raise quarantined()
         record = Record(
             request_id=generation.request_id,
             attempt=FIRST_ATTEMPT,
@@ -112,25 +108,15 @@ class Service:
             tenant=generation.tenant,
             cache_salt=generation.cache_salt,
             block_hashes=generation.block_hashes,
-            session=session,
-            decode_pool=chosen.pool_id,
-            holders={chosen.pool_id},
+            session=generation.session,
+            fingerprint=print_,
         )
         record.timeline.mark(Event.ARRIVED, arrived)
         record.timeline.mark(Event.TOKENIZED, now)
+        if not self._start(record):
+            raise RequestError("no decode pool serves at the moment", code="no_workers", status=503)
         self._records[record.request_id] = record
         self._deliveries[record.request_id] = (delivery, choice)
-        record.step(Step.RESERVE)
-        self._send(
-            chosen.pool_id,
-            Reserve(
-                record.request_id,
-                record.attempt,
-                record.prompt_token_ids,
-                record.sampling,
-                record.cache_salt,
-            ),
-        )
         return record
 
     def abort(self, record: Record, *, reason: FinishReason = FinishReason.ABORT) -> None:
@@ -166,50 +152,69 @@ class Service:
             for token in message.tokens:
                 self._on_token(pool_id, token)
         elif isinstance(message, CacheUpdate):
-            self._prefixes.update(pool_id, message.stored, message.evicted)
+            self._placement.on_cache_update(pool_id, message.stored, message.evicted)
         elif isinstance(message, _OfOneRequest):
             self._on_request_message(pool_id, message)
 
     def _on_request_message(self, pool_id: str, message: _OfOneRequest) -> None:
-        record = self._find(message.request_id, message.attempt)
-        if record is None:
-            return
         if isinstance(message, Released):
-            self._on_released(record, pool_id)
-        elif not record.is_active:
+            self._on_released(pool_id, message)
             return
-        elif isinstance(message, RequestFailed):
-            _log.warning("%s failed on %s: %s", record.request_id, pool_id, message.message)
-            self._fail(record, pool_failure(message.code, message.message))
+        record = self._find(message.request_id, message.attempt)
+        if record is None or not record.is_active:
+            return
+        record.heard_at = self._clock()
+        if isinstance(message, RequestFailed):
+            self._on_failed(record, pool_id, message)
         elif pool_id == record.decode_pool:
             self._on_decode(record, message)
         elif pool_id == record.prefill_pool:
             self._on_prefill(record, message)
 
     def on_pool_lost(self, pool_id: str) -> None:
-        """What the pool held is gone, and so are the requests that needed it."""
-        self._prefixes.forget_pool(pool_id)
-        self._sessions.forget_pool(pool_id)
+        """What the pool held is gone; who needed it needs another attempt."""
+        self._placement.forget_pool(pool_id)
+        active = [record for record in self._records.values() if record.is_active]
+        guilty = self._failover.on_death(r for r in active if computed_by(r, pool_id))
+        affected = [record for record in active if needs(record, pool_id)]
+        error = RequestError(
+            f"{pool_id} was lost while it served this request", code="worker_lost", status=503
+        )
         for record in list(self._records.values()):
-            if pool_id not in (record.decode_pool, record.prefill_pool):
-                continue
-            record.holders.discard(pool_id)
-            is_needed = pool_id == record.decode_pool or record.state is State.PREFILLING
-            if record.is_active and is_needed:
-                self._fail(
-                    record,
-                    RequestError(f"{pool_id} was lost while it served this request",
-                                 code="worker_lost", status=503),
-                )  # fmt: skip
+            record.holders = {holder for holder in record.holders if holder[0] != pool_id}
             self._forget_if_released(record)
+        for record in affected:
+            if record.fingerprint == guilty:
+                self.metrics.num_quarantined += 1
+                _log.error("%s is quarantined: pools died of it", record.request_id)
+                self._fail(record, quarantined())
+            else:
+                home = record.decode_pool if record.decode_pool != pool_id else ""
+                self._lose(record, error, home=home)
+        self._failover.go_on()
+
+    def on_pool_serving(self, pool_id: str) -> None:
+        """A pool has come, or come back: whoever waits for one may go on."""
+        _log.info("%s serves", pool_id)
+        self._failover.go_on()
 
     def sweep(self, now: float) -> None:
-        """Once a second: tell the pools that still hold what has ended by itself."""
-        for record in self._records.values():
-            if not record.is_active and now - record.ended_at > self._config.release_grace_s:
-                self._tell_pools(record)
+        """Once a second: what is overdue.
 
-    # -- placement ---------------------------------------------------------------------------------
+        Pools that hold what is over are told again, pools that are silent about a request are
+        asked, what can no longer be expected is tried anew, and who waits goes on.
+        """
+        for record in list(self._records.values()):
+            if now - record.ended_at > self._config.release_grace_s:
+                self._tell_pools(record)
+            error = overdue(record, self._config, now)
+            if error is not None:
+                self._lose(record, error, home=record.decode_pool)
+            for pool_id in pools_to_ask(record, self._config, now):
+                self._send(pool_id, Ask(record.request_id, record.attempt))
+        self._failover.go_on()
+
+    # -- attempts ----------------------------------------------------------------------------------
 
     def _check_admission(self) -> None:
         if self._refusal is not None:
@@ -217,64 +222,62 @@ class Service:
         if len(self._records) >= self._config.limits.max_requests:
             raise RequestError("too many requests are waiting", code="overloaded", status=503)
 
-    def _cached_tokens(self, pool: Pool, hashes: tuple[bytes, ...]) -> int:
-        return self._prefixes.num_cached_blocks(pool.pool_id, hashes) * self._config.block_size
-
-    def _decode_candidate(self, pool: Pool, generation: Generation) -> Candidate:
-        pending = sum(
-            record.pending_decode_tokens
-            + (0 if record.prefill_pool else record.pending_prefill_tokens)
-            for record in self._records.values()
-            if record.decode_pool == pool.pool_id
-        )
-        cached = self._cached_tokens(pool, generation.block_hashes)
-        return Candidate(pool.pool_id, cached, pending, pool.tokens_per_s)
-
-    def _prefill_candidates(self, record: Record) -> list[Candidate]:
-        target = self._registry.pools[record.decode_pool]
-        return [
-            Candidate(
-                pool.pool_id,
-                self._cached_tokens(pool, record.block_hashes),
-                sum(
-                    other.pending_prefill_tokens
-                    for other in self._records.values()
-                    if other.prefill_pool == pool.pool_id
-                ),
-                pool.tokens_per_s,
-            )
-            for pool in self._registry.serving("prefill")
-            if self._registry.can_hand_over(pool, target)
-        ]
-
-    def _place_prefill(self, record: Record, num_cached_tokens: int) -> None:
-        threshold = self._config.local_prefill_threshold
-        chosen = None
-        if not computes_here(record.num_prompt_tokens, num_cached_tokens, threshold):
-            chosen = choose_prefill(self._prefill_candidates(record))
+    def _start(self, record: Record) -> bool:
+        """Begin an attempt; False when there is no pool for it."""
         now = self._clock()
-        if chosen is None:
+        pool_id = self._placement.choose_decode(record, self._records.values(), now)
+        if pool_id is None:
+            return False
+        record.step(Step.RESERVE)
+        record.decode_pool = pool_id
+        record.holders.add((pool_id, record.attempt))
+        record.heard_at = now
+        self._send(pool_id, record.reserve())
+        return True
+
+    def _place_prefill(self, record: Record) -> None:
+        pool_id = self._placement.choose_prefill(record, self._records.values())
+        record.timeline.mark(Event.PREFILL_SENT, self._clock())
+        if pool_id is None:
             record.step(Step.COMPUTE_HERE)
-            record.timeline.mark(Event.PREFILL_SENT, now)
             self._send(record.decode_pool, ComputeHere(record.request_id, record.attempt))
             return
         record.step(Step.SEND_PREFILL)
-        record.prefill_pool = chosen.pool_id
-        record.holders.add(chosen.pool_id)
-        record.timeline.mark(Event.PREFILL_SENT, now)
-        self._send(
-            chosen.pool_id,
-            Prefill(
-                record.request_id,
-                record.attempt,
-                record.prompt_token_ids,
-                record.sampling,
-                record.decode_pool,
-                self._registry.pools[record.decode_pool].epoch,
-                num_cached_tokens,
-                record.cache_salt,
-            ),
-        )
+        record.prefill_pool = pool_id
+        record.holders.add((pool_id, record.attempt))
+        self._send(pool_id, record.prefill(self._placement.epoch(record.decode_pool)))
+
+    def _lose(
+        self, record: Record, error: RequestError, *, home: str = "", pause: bool = False
+    ) -> None:
+        """This attempt is over; the request goes on with another one, if it may."""
+        _log.warning("%s/%d: %s", record.request_id, record.attempt, error.message)
+        self._failover.lose(record, error, home=home, pause=pause)
+        if record.is_active:
+            record.ended_at = self._clock()
+            record.timeline.mark(Event.RETRIED, record.ended_at)
+            self._tell_pools(record)
+
+    def _on_failed(self, record: Record, pool_id: str, message: RequestFailed) -> None:
+        """A pool cannot go on with it: another one may, or else it ends."""
+        error = pool_failure(message.code, f"{pool_id}: {message.message}")
+        if message.code == TOO_SMALL and self._fits_elsewhere(record, pool_id):
+            home = record.decode_pool if pool_id != record.decode_pool else ""
+            self._lose(record, error, home=home)
+        elif message.code in HEALED_BY_ANOTHER:
+            # Who computed it is the first to be avoided, who was to receive it the second.
+            suspect = record.prefill_pool or record.decode_pool
+            record.blamed.add(record.decode_pool if suspect in record.blamed else suspect)
+            pause = not self._placement.has_blameless(record)
+            self._lose(record, error, home=record.decode_pool, pause=pause)
+        else:
+            _log.warning("%s failed on %s: %s", record.request_id, pool_id, message.message)
+            self._fail(record, pool_failure(message.code, message.message))
+        self._failover.go_on()
+
+    def _fits_elsewhere(self, record: Record, pool_id: str) -> bool:
+        record.too_small.add(pool_id)
+        return record.num_output_tokens > 0 or not self._placement.is_too_large(record)
 
     # -- what the pools say ------------------------------------------------------------------------
 
@@ -286,7 +289,10 @@ class Service:
         if isinstance(message, Ticket) and record.state is State.RESERVING:
             record.num_target_cached_tokens = message.num_cached_tokens
             record.timeline.mark(Event.RESERVED, self._clock())
-            self._place_prefill(record, message.num_cached_tokens)
+            self._place_prefill(record)
+        elif isinstance(message, Ticket) and record.state is State.COMPUTING:
+            # It was asked, and is not computing yet: it may not have been told to.
+            self._send(record.decode_pool, ComputeHere(record.request_id, record.attempt))
         elif isinstance(message, Committed) and record.state is State.PREFILLING:
             record.step(Step.COMMIT)
             record.stats = message.stats
@@ -294,16 +300,21 @@ class Service:
 
     def _on_prefill(self, record: Record, message: ToCoordinator) -> None:
         if isinstance(message, Progress):
+            record.is_prefill_begun = True
             record.num_prefilled_tokens = max(record.num_prefilled_tokens, message.num_done)
         elif isinstance(message, FirstToken) and record.path is None:
             record.path = message.path
-            record.num_prefilled_tokens = record.num_prompt_tokens
+            record.prefilled_at = self._clock()
+            record.num_prefilled_tokens = record.num_attempt_tokens
             self._take_token(record, as_new_token(message))
 
     def _on_token(self, pool_id: str, token: NewToken) -> None:
         record = self._find(token.request_id, token.attempt)
         if record is not None and record.is_active and pool_id == record.decode_pool:
-            record.timeline.mark(Event.FIRST_DECODE, self._clock())
+            record.heard_at = self._clock()
+            record.timeline.mark(Event.FIRST_DECODE, record.heard_at)
+            if record.state is State.PREFILLING:
+                record.step(Step.COMMIT)  # what it told us of that was lost
             self._take_token(record, token)
 
     def _take_token(self, record: Record, token: NewToken) -> None:
@@ -311,17 +322,24 @@ class Service:
         ready = record.accept(token)
         if not ready:
             return
-        now = self._clock()
-        record.timeline.mark(Event.FIRST_TOKEN, now)
+        record.stalled_since = None
+        record.timeline.mark(Event.FIRST_TOKEN, self._clock())
         self.metrics.num_output_tokens += len(ready)
         delivery, choice = self._deliveries[record.request_id]
         delivery.put(choice, ready)
+        self._failover.on_tokens(record)
         if record.finish_reason is not None:
+            self._failover.clear(record)
             self._end(record, tell_pools=False)
 
-    def _on_released(self, record: Record, pool_id: str) -> None:
-        record.holders.discard(pool_id)
+    def _on_released(self, pool_id: str, message: Released) -> None:
+        record = self._records.get(message.request_id)
+        if record is None:
+            return
+        record.holders.discard((pool_id, message.attempt))
         self._forget_if_released(record)
+        if record.state is State.WAITING:
+            self._failover.go_on()
 
     # -- the end -----------------------------------------------------------------------------------
 
@@ -340,14 +358,17 @@ class Service:
         record.timeline.mark(Event.FINISHED, record.ended_at)
         record.forget_prompt()
         self._deliveries.pop(record.request_id)
+        self._failover.forget(record)
         self.metrics.observe(record)
         if tell_pools:
             self._tell_pools(record)
         self._forget_if_released(record)
 
     def _tell_pools(self, record: Record) -> None:
-        for pool_id in record.holders:
-            self._send(pool_id, Abort(record.request_id, record.attempt))
+        """Whoever holds something of what is over is to let go of it."""
+        for pool_id, attempt in record.holders:
+            if attempt < record.attempt or not record.is_active:
+                self._send(pool_id, Abort(record.request_id, attempt))
 
     def _forget_if_released(self, record: Record) -> None:
         if record.state is State.ENDING and not record.holders:

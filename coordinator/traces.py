@@ -1,5 +1,6 @@
 """What became of the latest requests: ``/v1/requests/{id}/timeline``, asked by their own tenant."""
 
+import dataclasses
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,7 +45,8 @@ def _describe(record: Record) -> dict[str, Any]:
         "finish_reason": record.finish_reason,
         "error_code": record.error_code or None,
         "num_prompt_tokens": record.num_prompt_tokens,
-        "num_output_tokens": len(record.output_token_ids),
+        "num_output_tokens": record.num_output_tokens,
+        "lost_attempts": [dataclasses.asdict(ended) for ended in record.lost],
         "num_cached_tokens": record.num_cached_tokens,
         "num_prefilled_tokens": record.num_prefilled_tokens,
         "decode_pool": record.decode_pool or None,

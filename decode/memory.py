@@ -5,7 +5,9 @@ The life of a sequence's blocks
 2. ``begin_transfer`` while a hand-off may write into them, ``end_transfer`` when none can any more;
 3. ``grow`` adds one when the context crosses a block boundary;
 4. ``offer`` names the full blocks by their hashes, for later prompts to find;
-5. ``release`` gives them all up: in one place, whatever ended the sequence.
+5. ``release`` gives them all up: in one place, whatever ended the sequence. Those into which a peer
+   may still write are given up by ``close_transfer``, when none does any more; what has arrived in
+   full by then stays to be found, and the next attempt goes on from there.
 """
 
 from decode.sequence import Sequence
@@ -80,6 +82,27 @@ class SequenceMemory:
         self._pool.end_transfer(sequence.in_transfer)
         sequence.in_transfer = []
         self.has_new_room = True
+
+    def release_quiet(self, sequence: Sequence) -> None:
+        """Give up the blocks that no peer writes into; ``close_transfer`` does so with the rest."""
+        writing = set(sequence.in_transfer)
+        self._pool.release([block for block in sequence.blocks if block not in writing])
+        sequence.blocks = []
+        sequence.num_new_blocks = 0
+        self.has_new_room = True
+
+    def close_transfer(self, sequence: Sequence, num_whole_blocks: int) -> None:
+        """No byte lands any more in what ``release_quiet`` has left: give that up as well.
+
+        Args:
+            num_whole_blocks: of those, from the first on, hold what the peer was to write.
+        """
+        first = sequence.num_cached_tokens // self.block_size
+        hashes = sequence.block_hashes[first : first + num_whole_blocks]
+        for block, block_hash in zip(sequence.in_transfer, hashes, strict=False):
+            self._pool.set_hash(block, block_hash)
+        self._pool.release(sequence.in_transfer)
+        self.end_transfer(sequence)
 
     def offer_prompt(self, sequence: Sequence) -> None:
         """Let others find the full blocks of the prompt whose KV is computed."""

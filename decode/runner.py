@@ -16,11 +16,21 @@ from collections.abc import Sequence
 import torch
 
 from decode.sequence import Key
+from decode.sequence import Sequence as DecodeSequence
 from kvcache.pool import KVPool
 from modeling.model import Model
 from modeling.paged import PagedAttention, PagedSequence
-from modeling.sampling import SamplingRow, sample
+from modeling.sampling import SamplingRow, needs_history, sample
 from protocol.plans import DecodePlan, Plan, SampledToken, StepResult, SwapBlocks
+
+
+def sampling_row(sequence: DecodeSequence) -> SamplingRow:
+    """What its next token depends on, whatever attempt generated those before it."""
+    index, params = sequence.num_generated_tokens, sequence.sampling
+    if not needs_history(params):
+        return SamplingRow(params, index)
+    prompt_token_ids, output_token_ids = sequence.history()
+    return SamplingRow(params, index, prompt_token_ids, output_token_ids)
 
 
 class DecodeRunner:

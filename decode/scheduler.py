@@ -13,21 +13,21 @@ The life of a request
 5. While the ticket is out, the prefill pool may fetch what is cached here of the prompt
    (serving.py); what it reads stays in place until it is seen to have read.
 6. The end, an abort, a broken hand-off: its blocks are given up and ``Released`` is said, after the
-   last byte that could land in them has.
+   last byte that could land in them has. Blocks that have arrived in full stay in the cache, so
+   that the next attempt at the request goes on from there.
 
 Events are handled between ``update`` and the next ``schedule``, never while a plan is under way.
 """
 
-from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
 
+from decode.admission import Admission
 from decode.batch import Batch, SchedulerLimits
 from decode.memory import SequenceMemory
 from decode.sequence import Key, Sequence
 from decode.serving import Serving
 from decode.states import Change, State
-from decode.totals import Totals
+from decode.totals import Load, Totals
 from kvcache.blocks import BlockPool
 from kvtransfer.events import (
     CloseTarget,
@@ -43,9 +43,10 @@ from kvtransfer.events import (
     TargetCommitted,
     TargetIsOpen,
 )
+from protocol.ended import EndedAttempts
 from protocol.messages import (
     Abort,
-    BlockCounts,
+    Ask,
     Committed,
     ComputeHere,
     NewToken,
@@ -59,17 +60,6 @@ from protocol.messages import (
 from protocol.plans import DecodePlan, SampledToken
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
-    """What the heartbeat says of a pool."""
-
-    num_waiting: int
-    num_running: int
-    pending_tokens: int
-    blocks: BlockCounts
-    counters: dict[str, float]
-
-
 class DecodeScheduler:
     """The leader's decisions over one block space.
 
@@ -80,7 +70,6 @@ class DecodeScheduler:
     """
 
     def __init__(self, pool: BlockPool, limits: SchedulerLimits, model_fingerprint: str) -> None:
-        self._limits = limits
         self._memory = SequenceMemory(pool, limits.watermark_blocks)
         self._batch = Batch(self._memory, limits)
         self._serving = Serving(pool)
@@ -88,7 +77,8 @@ class DecodeScheduler:
         # The last token generated needs no slot: nothing follows it.
         self._max_len = min(limits.max_model_len, self._memory.num_slots + 1)
         self._sequences: dict[Key, Sequence] = {}  # all that are not RELEASED
-        self._queue: deque[Sequence] = deque()  # QUEUED
+        self._admission = Admission(self._memory, limits)
+        self._ended = EndedAttempts()
         self._num_closing = 0
         self._commands: list[Command] = []
         self._plan: DecodePlan | None = None  # under way
@@ -108,6 +98,8 @@ class DecodeScheduler:
                 self._on_compute_here(message)
             case ControlReceived(Abort() as message):
                 self._on_abort(message)
+            case ControlReceived(Ask() as message):
+                self._on_ask(message)
             case TargetIsOpen():
                 self._on_open(event)
             case TargetCommitted():
@@ -120,20 +112,20 @@ class DecodeScheduler:
                 self._on_source(event)
 
     def _on_reserve(self, message: Reserve, now: float) -> None:
+        """Queue a request. A duplicate changes nothing; a newer attempt ends the older ones."""
         key = (message.request_id, message.attempt)
-        if key in self._sequences or key in self._serving:
+        others = [s for s in self._sequences.values() if s.key[0] == message.request_id]
+        if self._ended.covers(*key) or any(other.key[1] >= key[1] for other in others):
             return
+        for other in others:
+            self._give_up(other)
         sequence = Sequence.of(message, self._num_arrivals, now, self._model_fingerprint)
         self._num_arrivals += 1
         self._sequences[key] = sequence
-        self._queue.append(sequence)
-        if sequence.num_prompt_tokens + 1 > self._memory.num_slots:
-            self._fail(
-                sequence,
-                "kv_capacity_exceeded",
-                f"the prompt's {sequence.num_prompt_tokens} tokens and one more do not fit into "
-                f"the {self._memory.num_slots} that this decode pool can hold",
-            )
+        self._admission.add(sequence)
+        refusal = self._admission.refusal(sequence)
+        if refusal is not None:
+            self._fail(sequence, "kv_capacity_exceeded", refusal)
             self._give_up(sequence)
 
     def _on_compute_here(self, message: ComputeHere) -> None:
@@ -155,7 +147,18 @@ class DecodeScheduler:
         if sequence is not None:
             self._give_up(sequence)
         elif key not in self._serving:  # else it is said when the last read has ended
-            self._send(Released(message.request_id, message.attempt))
+            self._ended.add(*key)
+            self._send(Released(*key))
+
+    def _on_ask(self, message: Ask) -> None:
+        """Say again what may have been lost on its way."""
+        key = (message.request_id, message.attempt)
+        sequence = self._sequences.get(key)
+        if sequence is not None:
+            if sequence.has_ticket and sequence.state is not State.CLOSING:
+                self._give_ticket(sequence)
+        elif key not in self._serving:
+            self._send(Released(*key))
 
     def _on_open(self, event: TargetIsOpen) -> None:
         sequence = self._sequences.get((event.request_id, event.attempt))
@@ -168,7 +171,8 @@ class DecodeScheduler:
         if sequence is None or not sequence.holds_handoff:
             return
         if sequence.state is not State.RESERVED:
-            self._end_handoff(sequence, Change.COMMITTED)  # closing already: as good as closed
+            # Closing already: as good as closed, and all of it is here.
+            self._end_handoff(sequence, Change.COMMITTED, len(sequence.in_transfer))
         elif event.num_tokens != sequence.num_prompt_tokens:
             self._fail(
                 sequence,
@@ -189,7 +193,7 @@ class DecodeScheduler:
     def _on_closed(self, event: TargetClosed) -> None:
         sequence = self._sequences.get((event.request_id, event.attempt))
         if sequence is not None and sequence.state in (State.SWITCHING, State.CLOSING):
-            self._end_handoff(sequence, Change.CLOSED)
+            self._end_handoff(sequence, Change.CLOSED, event.num_whole_blocks)
 
     def _on_broken(self, event: HandoffBroken) -> None:
         sequence = self._sequences.get((event.request_id, event.attempt))
@@ -214,26 +218,29 @@ class DecodeScheduler:
     # -- the ways out of a state -------------------------------------------------------------------
 
     def _give_ticket(self, sequence: Sequence) -> None:
+        sequence.has_ticket = True
         self._send(Ticket(*sequence.key, sequence.num_cached_tokens))
 
-    def _end_handoff(self, sequence: Sequence, change: Change) -> None:
-        """Nothing can land any more: run with what is here, or be gone."""
+    def _end_handoff(self, sequence: Sequence, change: Change, num_whole_blocks: int = 0) -> None:
+        """Nothing can land any more: run with what is here, or be gone and leave what is whole."""
         sequence.advance(change)
-        self._memory.end_transfer(sequence)
         if sequence.state is State.RUNNING:
+            self._memory.end_transfer(sequence)
             self._memory.offer_prompt(sequence)
             self._batch.join(sequence)
         else:
+            self._memory.close_transfer(sequence, num_whole_blocks)
+            self._totals.num_kept_blocks += num_whole_blocks
             self._num_closing -= 1
             self._forget(sequence)
 
     def _close_handoff(self, sequence: Sequence) -> None:
-        """Give up the blocks; they are nobody's until no byte can land in them any more."""
+        """Give up the blocks; those in which a byte can still land, when none can any more."""
         if sequence.state is not State.SWITCHING:  # then it is being closed already
             self._commands.append(CloseTarget(*sequence.key))
         self._commands += self._serving.close(sequence.key)
         sequence.advance(Change.CLOSE)
-        self._memory.release(sequence)
+        self._memory.release_quiet(sequence)
         self._num_closing += 1
 
     def _give_up(self, sequence: Sequence) -> None:
@@ -248,8 +255,7 @@ class DecodeScheduler:
     def _end(self, sequence: Sequence) -> None:
         """A sequence without hand-off is over: finished or given up."""
         if sequence.state is State.QUEUED:
-            self._queue.remove(sequence)
-            self._memory.has_new_room = True  # another may be first in the queue
+            self._admission.remove(sequence)
         else:
             self._batch.leave(sequence)
         sequence.advance(Change.END)
@@ -259,6 +265,7 @@ class DecodeScheduler:
 
     def _forget(self, sequence: Sequence) -> None:
         del self._sequences[sequence.key]
+        self._ended.add(*sequence.key)
         self._commands += self._serving.close(sequence.key)
         if sequence.key not in self._serving:  # else it is said when the last read has ended
             self._send(Released(*sequence.key))
@@ -285,26 +292,16 @@ class DecodeScheduler:
     @property
     def _num_holders(self) -> int:
         """Sequences that hold blocks of their own."""
-        num_without = len(self._queue) + len(self._batch.preempted) + self._num_closing
+        num_without = len(self._admission) + len(self._batch.preempted) + self._num_closing
         return len(self._sequences) - num_without
 
     def _admit(self, now: float) -> None:
-        """Grant blocks in the order of arrival; nobody overtakes one that waits for room.
+        """Grant blocks to those for whom there is room.
 
         Never in a step that pre-empts: a peer could write into blocks that a slower rank of this
         pool has yet to copy to host memory.
         """
-        while self._queue and self._memory.has_new_room:
-            sequence = self._queue[0]
-            num_holders = self._num_holders
-            num_slots = sequence.num_prompt_tokens + 1
-            if num_holders >= self._limits.max_num_sequences or not self._memory.allocate(
-                sequence, num_slots, is_alone=num_holders == 0
-            ):
-                self._memory.has_new_room = False  # do not ask again before something changes
-                return
-            self._queue.popleft()
-            sequence.num_cached_tokens = sequence.num_computed_tokens
+        while (sequence := self._admission.next(self._num_holders)) is not None:
             self._totals.grant(sequence, now)
             if sequence.is_local:
                 sequence.advance(Change.GRANT_LOCAL)
@@ -354,7 +351,7 @@ class DecodeScheduler:
     def _append(self, sequence: Sequence, token: SampledToken) -> NewToken:
         assert (token.request_id, token.attempt) == sequence.key, "tokens out of order"
         sequence.output_token_ids.append(token.token_id)
-        index = len(sequence.output_token_ids) - 1
+        index = sequence.num_generated_tokens - 1
         finish_reason = sequence.finish_reason(self._max_len)
         return NewToken(*sequence.key, index, token.token_id, finish_reason, token.logprobs)
 
@@ -375,17 +372,7 @@ class DecodeScheduler:
 
     def load(self) -> Load:
         """What the heartbeat says."""
-        batch = self._batch
-        return Load(
-            num_waiting=len(self._queue) + len(batch.preempted),
-            num_running=len(batch.running),
-            pending_tokens=sum(sequence.num_pending_tokens for sequence in batch.running),
-            blocks=self._memory.counts(),
-            counters={
-                **self._totals.counters(),
-                "preemptions_total": batch.num_preemptions,
-                "recomputed_tokens_total": batch.num_recomputed_tokens,
-                "swapped_blocks": batch.num_swapped_blocks,
-                "served_blocks_total": self._serving.num_blocks_total,
-            },
+        num_served = self._serving.num_blocks_total
+        return self._totals.load(
+            self._batch, len(self._admission), num_served, self._memory.counts()
         )

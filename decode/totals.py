@@ -2,7 +2,20 @@
 
 from dataclasses import dataclass
 
+from decode.batch import Batch
 from decode.sequence import Sequence
+from protocol.messages import BlockCounts
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What the heartbeat says of a pool."""
+
+    num_waiting: int
+    num_running: int
+    pending_tokens: int
+    blocks: BlockCounts
+    counters: dict[str, float]
 
 
 @dataclass(slots=True)
@@ -13,6 +26,7 @@ class Totals:
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     num_output_tokens: int = 0  # sampled here
+    num_kept_blocks: int = 0  # of hand-offs that did not complete
     queue_s: float = 0.0
     busy_s: float = 0.0
 
@@ -30,4 +44,21 @@ class Totals:
             "output_tokens_total": self.num_output_tokens,
             "queue_s_total": self.queue_s,
             "busy_s_total": self.busy_s,
+            "kept_blocks_total": self.num_kept_blocks,
         }
+
+    def load(self, batch: Batch, num_queued: int, num_served: int, blocks: BlockCounts) -> Load:
+        """Together with what there is now."""
+        return Load(
+            num_waiting=num_queued + len(batch.preempted),
+            num_running=len(batch.running),
+            pending_tokens=sum(sequence.num_pending_tokens for sequence in batch.running),
+            blocks=blocks,
+            counters={
+                **self.counters(),
+                "preemptions_total": batch.num_preemptions,
+                "recomputed_tokens_total": batch.num_recomputed_tokens,
+                "swapped_blocks": batch.num_swapped_blocks,
+                "served_blocks_total": num_served,
+            },
+        )

@@ -17,7 +17,7 @@ import time
 
 from decode.batch import SchedulerLimits
 from decode.config import DecodeConfig
-from decode.runner import DecodeRunner
+from decode.runner import DecodeRunner, sampling_row
 from decode.scheduler import DecodeScheduler
 from decode.startup import Speed, warm_up
 from kvcache.blocks import BlockPool
@@ -27,7 +27,6 @@ from kvtransfer.process import RankProcess
 from modeling.config import ModelConfig, load_config
 from modeling.loader import load_model
 from modeling.parallel import make_tensor_parallel
-from modeling.sampling import SamplingRow
 from protocol.kv import KVLayout
 from protocol.messages import GangReady
 from protocol.plans import DecodePlan
@@ -129,15 +128,7 @@ class Leader:
             process.leader.collect(self._uncollected, self._step_timeout_s, process.check)
         process.leader.broadcast(plan)
         self._uncollected = plan.step
-        rows = [
-            SamplingRow(
-                params=sequence.sampling,
-                index=len(sequence.output_token_ids),
-                prompt_token_ids=sequence.prompt_token_ids,
-                output_token_ids=sequence.output_token_ids,
-            )
-            for sequence in scheduler.sampled(plan)
-        ]
+        rows = [sampling_row(sequence) for sequence in scheduler.sampled(plan)]
         result = self._runner.execute(plan, rows)
         scheduler.update(plan, result.tokens, time.monotonic())
         self._pass_on()

@@ -209,10 +209,15 @@ class TargetCommitted:
 
 @dataclass(frozen=True, slots=True)
 class TargetClosed:
-    """Target leader: no own rank has a read in flight, or will start one."""
+    """Target leader: no own rank has a read in flight, or will start one.
+
+    The first ``num_whole_blocks`` of the blocks that were opened are read and confirmed in full, on
+    every rank: they hold what the source had.
+    """
 
     request_id: str
     attempt: int
+    num_whole_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,8 @@
 Source: ``CommitWhenRead`` and a ``SourceDone`` from every own rank, in any order; what the ranks
 announced must be what the plan dealt; then ``Commit`` goes to every target rank.
 Target: ``TargetOpened``, then ``TargetReady`` from every own rank.
-Either: ``Close`` goes to every own rank and ``Closed`` comes back from each.
+Either: ``Close`` goes to every own rank and ``Closed`` comes back from each; what is whole on each
+rank of a target is whole.
 """
 
 from collections.abc import Iterable
@@ -49,7 +50,7 @@ class _Gathering:
     opened: set[int] = field(default_factory=set)
     ready: dict[int, TargetReady] = field(default_factory=dict)
     is_closing: bool = False
-    closed: set[int] = field(default_factory=set)
+    closed: dict[int, int] = field(default_factory=dict)  # by rank: leading whole blocks
     is_broken: bool = False
 
 
@@ -183,13 +184,13 @@ class LeaderSide:
         gathering = self._gatherings.get((message.side, key))
         if gathering is None or not gathering.is_closing:
             return self._around.drop("late_closed")
-        gathering.closed.add(message.rank)
+        gathering.closed[message.rank] = message.num_whole_blocks
         if len(gathering.closed) < self._world_size:
             return []
         self._end(message.side, key)
         if message.side == SOURCE:
             return [Emit(SourceClosed(*key, committed=False))]
-        return [Emit(TargetClosed(*key))]
+        return [Emit(TargetClosed(*key, min(gathering.closed.values())))]
 
     def on_failed(self, message: HandoffFailed) -> list[Action]:
         key = (message.request_id, message.attempt)

@@ -9,17 +9,18 @@
 5. A failed read, a wrong sum, a refusal, a surplus segment, a source that is gone: it breaks,
    ``HandoffFailed``, and nothing more is read.
 6. ``Close`` waits for the reads in flight, then tells every source that announced: ``ReadsEnded``,
-   ``Closed``. What is announced after that is answered by ReadsEnded at once.
+   ``Closed``, with how many leading blocks are whole (target_handoff.py). What is announced after
+   that is answered by ReadsEnded at once.
 """
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 from kvtransfer.actions import Action, Key, Send, StartRead, Surroundings
 from kvtransfer.identity import PeerName
 from kvtransfer.plan import Run, plan, shared_heads
 from kvtransfer.states import TARGET_TABLE, TargetEvent, TargetState, advance
+from kvtransfer.target_handoff import Read, TargetHandoff, layer_head_bits
 from kvtransfer.tombs import Tombs
 from protocol.errors import PeerError
 from protocol.handoff import (
@@ -32,59 +33,9 @@ from protocol.handoff import (
     OpenTarget,
     ReadDone,
     ReadsEnded,
-    SegmentKey,
     TargetOpened,
     TargetReady,
 )
-from protocol.kv import BlockRef
-from protocol.request import TransferStats
-
-
-@dataclass(frozen=True, slots=True)
-class _Read:
-    """A segment on its way."""
-
-    key: Key
-    source: PeerName
-    incarnation: str  # the source's at the epoch that announced
-    announce: Announce
-    runs: tuple[Run, ...]
-    layer_heads: int  # of each of its blocks: layers times heads
-
-
-@dataclass(slots=True)
-class TargetHandoff:
-    """One hand-off that this rank is a target of."""
-
-    key: Key
-    first_logical: int
-    blocks: tuple[BlockRef, ...]
-    elsewhere: frozenset[int] = frozenset()  # logical blocks that lie on other cp ranks
-    state: TargetState = TargetState.OPEN
-    source_pool: tuple[str, int] | None = None  # id and epoch, once it is known
-    sources: set[PeerName] = field(default_factory=set)  # that have announced something
-    announced: dict[SegmentKey, Announce] = field(default_factory=dict)
-    asked: set[SegmentKey] = field(default_factory=set)  # read, and the source asked
-    held: set[SegmentKey] = field(default_factory=set)  # read and confirmed
-    layer_heads: Counter[int] = field(default_factory=Counter)  # announced, by logical block
-    commit: Commit | None = None
-    prefill_ended: float = 0.0
-    num_in_flight: int = 0
-    num_bytes: int = 0
-    num_descriptors: int = 0
-    reading_since: float = 0.0
-    read_s: float = 0.0
-    layer_landed: dict[int, float] = field(default_factory=dict)
-
-    @property
-    def is_going_on(self) -> bool:
-        return self.state in (TargetState.OPEN, TargetState.MANIFESTED)
-
-    def block_id(self, logical: int) -> int | None:
-        """Where a logical block is to lie; None if nobody asked for it."""
-        index = logical - self.first_logical
-        is_here = 0 <= index < len(self.blocks) and logical not in self.elsewhere
-        return self.blocks[index].block_id if is_here else None
 
 
 class TargetSide:
@@ -110,8 +61,8 @@ class TargetSide:
         self._max_reads = max_reads
         self._handoffs: dict[Key, TargetHandoff] = {}
         self._tombs = Tombs()
-        self._waiting: deque[_Read] = deque()
-        self._reads: dict[int, _Read] = {}  # in flight
+        self._waiting: deque[Read] = deque()
+        self._reads: dict[int, Read] = {}  # in flight
         self._num_reads = 0
 
     @property
@@ -153,10 +104,10 @@ class TargetSide:
         if known == message:
             return self._around.drop("duplicate")
         if known is not None:
-            return self._break(handoff, f"{message.key} was announced in two ways")
+            return self._doubt(handoff, f"{message.key} was announced in two ways")
         read = self._plan(handoff, sender, message)
         if isinstance(read, str):
-            return self._break(handoff, read)
+            return self._doubt(handoff, read)
         handoff.announced[message.key] = message
         for logical in message.logical_blocks:
             handoff.layer_heads[logical] += read.layer_heads
@@ -167,13 +118,11 @@ class TargetSide:
         """The transport has seen a read to its end."""
         read = self._reads.pop(read_id)
         handoff = self._handoffs[read.key]
-        handoff.num_in_flight -= 1
-        if handoff.num_in_flight == 0:
-            handoff.read_s += now - handoff.reading_since
+        handoff.end_read(now)
         return [*self._take_in(handoff, read, now, is_done=is_done), *self._start_reads(now)]
 
     def _take_in(
-        self, handoff: TargetHandoff, read: _Read, now: float, *, is_done: bool
+        self, handoff: TargetHandoff, read: Read, now: float, *, is_done: bool
     ) -> list[Action]:
         """Ask the source of a segment that is here; what is closing or broken needs it no more."""
         if handoff.state is TargetState.CLOSING:
@@ -185,10 +134,10 @@ class TargetSide:
             return self._break(handoff, f"the read of {announce.key} failed")
         if announce.checksum is not None and self._checksum(read.runs) != announce.checksum:
             self._around.counters["checksum_mismatches"] += 1
-            return self._break(handoff, f"the bytes of {announce.key} do not add up")
+            return self._doubt(handoff, f"the bytes of {announce.key} do not add up")
         for layer in range(announce.key.layer_start, announce.key.layer_end):
             handoff.layer_landed[layer] = now
-        handoff.asked.add(announce.key)
+        handoff.asked[announce.key] = read.bits
         identity = self._around.identity
         done = ReadDone(
             *read.key,
@@ -216,7 +165,7 @@ class TargetSide:
             return self._around.drop("unasked_confirm")
         if not message.valid:
             return self._break(handoff, f"{message.key} was given up by its source")
-        handoff.held.add(message.key)
+        handoff.hold(message.key)
         return self._finish_if_complete(handoff, now)
 
     def on_commit(self, sender: PeerName, message: Commit, now: float) -> list[Action]:
@@ -248,7 +197,7 @@ class TargetSide:
 
     # -- reads -------------------------------------------------------------------------------------
 
-    def _plan(self, handoff: TargetHandoff, sender: PeerName, message: Announce) -> _Read | str:
+    def _plan(self, handoff: TargetHandoff, sender: PeerName, message: Announce) -> Read | str:
         """The read of a segment, or why it cannot be read."""
         endpoint = self._around.endpoint(sender)
         assert endpoint is not None, "the sender's epoch is known"
@@ -267,19 +216,23 @@ class TargetSide:
             runs = plan(endpoint.layout, self._around.layout, layers, pairs)
         except PeerError as error:
             return str(error)
-        layer_heads = len(layers) * len(shared_heads(endpoint.layout, self._around.layout))
-        return _Read(handoff.key, sender, endpoint.incarnation, message, tuple(runs), layer_heads)
+        heads = shared_heads(endpoint.layout, self._around.layout)
+        return Read(
+            key=handoff.key,
+            source=sender,
+            incarnation=endpoint.incarnation,
+            announce=message,
+            runs=tuple(runs),
+            layer_heads=len(layers) * len(heads),
+            bits=layer_head_bits(self._around.layout, layers, heads),
+        )
 
     def _start_reads(self, now: float) -> list[Action]:
         actions: list[Action] = []
         while self._waiting and len(self._reads) < self._max_reads:
             read = self._waiting.popleft()
             handoff = self._handoffs[read.key]
-            if handoff.num_in_flight == 0:
-                handoff.reading_since = now
-            handoff.num_in_flight += 1
-            handoff.num_descriptors += len(read.runs)
-            handoff.num_bytes += sum(run.num_bytes for run in read.runs)
+            handoff.begin_read(read, now)
             self._num_reads += 1
             self._reads[self._num_reads] = read
             actions.append(StartRead(self._num_reads, read.incarnation, read.runs))
@@ -300,15 +253,15 @@ class TargetSide:
         }
         surplus = handoff.announced.keys() - mine
         if surplus:
-            return self._break(handoff, f"{next(iter(surplus))} is not in the manifest")
+            return self._doubt(handoff, f"{next(iter(surplus))} is not in the manifest")
         if handoff.held != mine:
             return []
         # The manifest is the source's word. What this prompt needs is known here as well.
-        block_size, num_layers = self._around.layout.block_size, self._around.layout.num_layers
-        whole = num_layers * self._around.layout.num_kv_heads
-        for logical in range(handoff.first_logical, -(-commit.num_tokens // block_size)):
-            if logical not in handoff.elsewhere and handoff.layer_heads[logical] != whole:
-                return self._break(handoff, f"logical block {logical} is not whole")
+        layout = self._around.layout
+        needed = range(handoff.first_logical, -(-commit.num_tokens // layout.block_size))
+        missing = handoff.not_whole(needed, layout)
+        if missing is not None:
+            return self._doubt(handoff, f"logical block {missing} is not whole")
         self._advance(handoff, TargetEvent.COMPLETE)
         self._forget(handoff)
         ready = TargetReady(
@@ -316,22 +269,9 @@ class TargetSide:
             rank=self._around.identity.rank,
             num_tokens=commit.num_tokens,
             first_token_id=commit.first_token_id,
-            stats=self._stats(handoff, now),
+            stats=handoff.stats(self._transport_name, layout, now),
         )
         return [Send(self._around.leader, ready)]
-
-    def _stats(self, handoff: TargetHandoff, now: float) -> TransferStats:
-        landed = handoff.layer_landed.values()
-        return TransferStats(
-            transport=self._transport_name,
-            num_bytes=handoff.num_bytes,
-            num_segments=len(handoff.held),
-            num_descriptors=handoff.num_descriptors,
-            num_layers_overlapped=sum(when <= handoff.prefill_ended for when in landed),
-            num_layers=self._around.layout.num_layers,
-            read_s=handoff.read_s,
-            exposed_s=max(0.0, now - handoff.prefill_ended),
-        )
 
     def _finish_if_quiet(self, handoff: TargetHandoff) -> list[Action]:
         if handoff.num_in_flight:
@@ -339,7 +279,12 @@ class TargetSide:
         self._advance(handoff, TargetEvent.QUIET)
         self._forget(handoff)
         ended: list[Action] = [self._reads_ended(handoff.key, source) for source in handoff.sources]
-        return [*ended, self._closed(handoff.key)]
+        return [*ended, self._closed(handoff.key, handoff.num_whole_blocks(self._around.layout))]
+
+    def _doubt(self, handoff: TargetHandoff, reason: str) -> list[Action]:
+        """It breaks by something that should not be: nothing of it is to be used any more."""
+        handoff.is_doubtful = True
+        return self._break(handoff, reason)
 
     def _break(self, handoff: TargetHandoff, reason: str) -> list[Action]:
         """It can never be whole; our leader will close it. Reads in flight go on until then."""
@@ -392,8 +337,9 @@ class TargetSide:
         )
         return Send(source, ended)
 
-    def _closed(self, key: Key) -> Send:
-        return Send(self._around.leader, Closed(*key, self._around.identity.rank, "target"))
+    def _closed(self, key: Key, num_whole_blocks: int = 0) -> Send:
+        closed = Closed(*key, self._around.identity.rank, "target", num_whole_blocks)
+        return Send(self._around.leader, closed)
 
     @staticmethod
     def _advance(handoff: TargetHandoff, event: TargetEvent) -> None:

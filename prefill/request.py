@@ -8,7 +8,7 @@ from prefill.manifest import CACHED_CHUNK
 from prefill.placement import Placement
 from prefill.states import Change, State, advance
 from protocol.handoff import SegmentKey
-from protocol.messages import Prefill
+from protocol.messages import Prefill, Progress
 from protocol.plans import HandoffRoute, PlacedBlock
 from protocol.request import FinishReason, PrefillPath
 
@@ -63,6 +63,18 @@ class Request:
     def next_chunk(self) -> int:
         """The number of the chunk to compute next; what was cached counts as a chunk of its own."""
         return CACHED_CHUNK + 1 + self.num_chunks_done
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether its next token depends on the token ids before it by more than their KV."""
+        sampling = self.message.sampling
+        counts_outputs = sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
+        return sampling.repetition_penalty != 1.0 or (
+            counts_outputs and self.message.num_output_tokens > 0
+        )
+
+    def progress(self) -> Progress:
+        return Progress(*self.key, self.num_computed_tokens, self.num_tokens)
 
     def route(self, block_size: int) -> HandoffRoute:
         """Where its KV goes."""
@@ -127,10 +139,10 @@ class Request:
         self.state = advance(self.state, change)
 
     def finish_reason(self, token_id: int, max_model_len: int) -> FinishReason | None:
-        """Why the sequence ends with its first token, if it does."""
-        sampling = self.message.sampling
-        if token_id in sampling.stop_token_ids and sampling.min_tokens == 0:
+        """Why the sequence ends with the token sampled here, if it does."""
+        sampling, num_output = self.message.sampling, self.message.num_output_tokens + 1
+        if token_id in sampling.stop_token_ids and num_output > sampling.min_tokens:
             return FinishReason.STOP
-        if sampling.max_tokens <= 1 or self.num_tokens + 1 >= max_model_len:
+        if num_output >= sampling.max_tokens or self.num_tokens + 1 >= max_model_len:
             return FinishReason.LENGTH
         return None

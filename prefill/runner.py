@@ -81,11 +81,13 @@ class PrefillRunner:
         logits_1V = self._model.logits(hidden_TD[last : last + 1])
         if self._tp_rank != 0:
             return []
+        # What earlier attempts have generated counts as generated, not as given.
+        num_given = max(0, len(work.prompt_token_ids) - work.num_output_tokens)
         row = SamplingRow(
             params=work.sampling,
-            index=0,
-            prompt_token_ids=work.prompt_token_ids,
-            output_token_ids=(),
+            index=work.num_output_tokens,
+            prompt_token_ids=work.prompt_token_ids[:num_given],
+            output_token_ids=work.prompt_token_ids[num_given:],
         )
         [(token_id, logprobs)] = sample(logits_1V, [row])
         return [SampledToken(work.request_id, work.attempt, token_id, logprobs)]

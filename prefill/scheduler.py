@@ -14,9 +14,7 @@ The life of a request
    lost target close the hand-off first, or else the fetch, and come to the same place.
 """
 
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from kvcache.prefix import block_salt, hash_blocks
 from kvtransfer.events import (
@@ -39,15 +37,15 @@ from prefill.memory import RequestMemory
 from prefill.placement import ChunkCosts, Placement
 from prefill.request import Key, Request
 from prefill.states import Change, State
-from prefill.step import StepTime, load_s, service_order
+from prefill.step import Load, StepTime, load_s, service_order
+from protocol.ended import EndedAttempts
 from protocol.kv import PoolEndpoint
 from protocol.messages import (
     Abort,
-    BlockCounts,
+    Ask,
     CacheUpdate,
     FirstToken,
     Prefill,
-    Progress,
     Released,
     RequestFailed,
     ToCoordinator,
@@ -55,18 +53,8 @@ from protocol.messages import (
 from protocol.plans import ChunkWork, PrefillPlan, SampledToken, StepResult
 
 _BEGUN = (State.FETCHING, State.RUNNING)
+_COMPUTED_HERE = (State.RUNNING, State.HANDING_OVER)
 _WITHOUT_SOURCE = (State.WAITING, State.FETCHING, State.RETURNING)
-NUM_REMEMBERED = 4096  # ended requests whose duplicates are recognised
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """What the pool has to do, for its heartbeat."""
-
-    num_waiting: int
-    num_running: int
-    pending_tokens: int
-    blocks: tuple[BlockCounts, ...]
 
 
 class PrefillScheduler:
@@ -83,7 +71,7 @@ class PrefillScheduler:
         self._memory = RequestMemory(facts, costs)
         self._epochs: dict[str, int] = {}  # of the decode pools that can be reached
         self._requests: dict[Key, Request] = {}  # in order of arrival
-        self._ended: OrderedDict[str, int] = OrderedDict()  # request_id -> latest attempt
+        self._ended = EndedAttempts()
         self._commands: list[Command] = []
         self._step = 0
         self._plan: PrefillPlan | None = None  # between schedule and update
@@ -97,10 +85,10 @@ class PrefillScheduler:
     def add(self, message: Prefill, now: float) -> list[Command]:
         """Queue a prompt. A duplicate changes nothing; a newer attempt ends the older ones."""
         key = (message.request_id, message.attempt)
-        latest = self._latest_attempt(message.request_id)
-        if latest is not None and message.attempt <= latest:
+        others = [r for r in self._requests.values() if r.key[0] == message.request_id]
+        if self._ended.covers(*key) or any(other.key[1] >= message.attempt for other in others):
             return self.take_commands()
-        for other in [r for r in self._requests.values() if r.key[0] == message.request_id]:
+        for other in others:
             self._end(other)
         request = Request(message, now)
         self._requests[key] = request
@@ -119,8 +107,18 @@ class PrefillScheduler:
         if request is not None:
             self._end(request)
         else:
-            self._remember(request_id, attempt)
+            self._ended.add(request_id, attempt)
             self._tell(Released(request_id, attempt))
+        return self.take_commands()
+
+    def _ask(self, message: Ask) -> list[Command]:
+        """Say again how it stands: something may have been lost on its way."""
+        key = (message.request_id, message.attempt)
+        request = self._requests.get(key)
+        if request is None:
+            self._tell(Released(*key))
+        elif request.state in _COMPUTED_HERE:
+            self._tell(request.progress())
         return self.take_commands()
 
     def on_event(self, event: Event, now: float) -> list[Command]:
@@ -130,6 +128,8 @@ class PrefillScheduler:
                 return self.add(message, now)
             case ControlReceived(message=Abort() as message):
                 return self.abort(message.request_id, message.attempt)
+            case ControlReceived(message=Ask() as message):
+                return self._ask(message)
             case SourceClosed():
                 self._on_closed(event)
             case TargetIsOpen() | TargetCommitted() | TargetClosed():
@@ -240,7 +240,6 @@ class PrefillScheduler:
         block_size = facts.geometry.block_size
         route = request.route(block_size)
         is_last = chunk.stop == request.num_tokens
-        needs_prompt = message.sampling.repetition_penalty != 1.0
         cached = request.blocks[route.first_logical : placement.num_cached_blocks]
         work = ChunkWork(
             request_id=message.request_id,
@@ -255,8 +254,11 @@ class PrefillScheduler:
             route=route,
             announce_cached=cached if request.num_chunks_done == 0 else (),
             sampling=message.sampling if is_last else None,
-            prompt_token_ids=message.prompt_token_ids if is_last and needs_prompt else (),
+            prompt_token_ids=message.prompt_token_ids if is_last and request.needs_history else (),
+            num_output_tokens=message.num_output_tokens,
         )
+        if request.num_chunks_done == 0:
+            self._tell(request.progress())  # before it is computed: it may be what kills us
         request.manifest += segment_keys(
             work, tp_size=facts.tp_size, block_size=block_size, groups=facts.layer_groups
         )
@@ -271,13 +273,16 @@ class PrefillScheduler:
         self.num_computed_tokens += len(work.token_ids)
         first, end = work.start // block_size, request.num_computed_tokens // block_size
         self._memory.offer(request, request.blocks[first:end])
-        self._tell(Progress(*request.key, request.num_computed_tokens, request.num_tokens))
+        self._tell(request.progress())
 
     def _prompt_done(self, request: Request, sampled: SampledToken, now: float) -> None:
         request.change(Change.COMPUTED)
         path = request.path(self.facts.pool_id, now)
         finish = request.finish_reason(sampled.token_id, self.facts.max_model_len)
-        self._tell(FirstToken(*request.key, sampled.token_id, path, sampled.logprobs, finish))
+        index = request.message.num_output_tokens
+        self._tell(
+            FirstToken(*request.key, sampled.token_id, path, sampled.logprobs, finish, index)
+        )
         self._commands.append(request.commit(sampled.token_id))
 
     # -- what its decode pool has of it ------------------------------------------------------------
@@ -368,7 +373,7 @@ class PrefillScheduler:
     def _release(self, request: Request) -> None:
         self._memory.give_back(request)
         del self._requests[request.key]
-        self._remember(*request.key)
+        self._ended.add(*request.key)
         self._tell(Released(*request.key))
 
     def _on_pools(self, pools: Iterable[PoolEndpoint]) -> None:
@@ -382,17 +387,6 @@ class PrefillScheduler:
 
     def _in_state(self, *states: State) -> list[Request]:
         return [request for request in self._requests.values() if request.state in states]
-
-    def _latest_attempt(self, request_id: str) -> int | None:
-        attempts = [attempt for known, attempt in self._requests if known == request_id]
-        if request_id in self._ended:
-            attempts.append(self._ended[request_id])
-        return max(attempts, default=None)
-
-    def _remember(self, request_id: str, attempt: int) -> None:
-        self._ended[request_id] = max(attempt, self._ended.pop(request_id, attempt))
-        if len(self._ended) > NUM_REMEMBERED:
-            self._ended.popitem(last=False)
 
     def _tell(self, message: ToCoordinator) -> None:
         self._commands.append(SendControl(message))

@@ -7,12 +7,24 @@ or its target, whichever is more.
 """
 
 from collections.abc import Container, Sequence
+from dataclasses import dataclass
 
 from prefill.placement import ChunkCosts, Placement
 from prefill.request import Key, Request
 from prefill.states import State
+from protocol.messages import BlockCounts
 
 NUM_LOOKED_AT = 8  # waiting requests that one step considers
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What the pool has to do, for its heartbeat."""
+
+    num_waiting: int
+    num_running: int
+    pending_tokens: int
+    blocks: tuple[BlockCounts, ...]
 
 
 def service_order(

@@ -15,7 +15,8 @@ A *hand-off* moves the KV of one ``(request_id, attempt)`` from a source pool to
    the sequence may decode. A missing or surplus segment is ``HandoffFailed``.
 7. ``Close`` from a leader to its own ranks ends a side early: nothing new is announced or read, the
    handles in flight are waited for, then ``Closed``. A closing target rank tells its sources
-   ``ReadsEnded``, and only after that are their blocks free of transfers.
+   ``ReadsEnded``, and only after that are their blocks free of transfers. What the target has of it
+   in whole blocks, read and confirmed on every rank, it may keep: a later attempt goes on there.
 
 A *fetch* is a hand-off the other way, of a prefix that the decode pool holds and the prefill pool
 misses. 1. When its target is open, its leader asks the source's leader: ``Fetch``. 2. The answer is
@@ -136,8 +137,11 @@ class Close(_Message, frozen=True):
 
 
 class Closed(_Message, frozen=True):
+    """rank -> its leader. A target's leading blocks that are whole here may be kept."""
+
     rank: int
     side: str
+    num_whole_blocks: int = 0
 
 
 class ReadsEnded(_Message, frozen=True):

@@ -19,6 +19,7 @@ class Event(enum.StrEnum):
     FIRST_TOKEN = "first_token"
     COMMITTED = "committed"  # every segment is read, confirmed and of the manifest
     FIRST_DECODE = "first_decode"  # the first token that the decode pool made
+    RETRIED = "retried"  # an attempt was lost, and another begun
     FINISHED = "finished"
 
 

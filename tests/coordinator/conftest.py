@@ -28,6 +28,7 @@ from protocol.codec import Codec
 from protocol.kv import KVLayout, RankEndpoint
 from protocol.messages import (
     Abort,
+    Ask,
     BlockCounts,
     CacheUpdate,
     Committed,
@@ -116,8 +117,14 @@ class Job:
     decode: str
     prefill: str = ""
     script: Script = field(default_factory=Script)
-    num_sent: int = 0
+    num_sent: int = 0  # by all attempts
     holders: set[str] = field(default_factory=set)
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """What the caller gave; tokens of earlier attempts come after it."""
+        tokens = self.reserve.prompt_token_ids
+        return tokens[: len(tokens) - self.reserve.num_output_tokens]
 
 
 class FakeCluster(threading.Thread):
@@ -165,7 +172,7 @@ class FakeCluster(threading.Thread):
 
         def go_on() -> None:
             for job in list(self.jobs.values()):
-                if job.reserve.prompt_token_ids == tuple(prompt):
+                if job.prompt == tuple(prompt):
                     self._generate(job)
 
         self.do(go_on)
@@ -219,6 +226,8 @@ class FakeCluster(threading.Thread):
                 self._on_prefill(pool_id, message)
             case Abort():
                 self._let_go(pool_id, message.request_id, message.attempt)
+            case Ask() if message.request_id not in self.jobs:
+                self.say(pool_id, Released(message.request_id, message.attempt))
             case Shutdown() | Refused():
                 pass
         with self._changed:
@@ -238,8 +247,8 @@ class FakeCluster(threading.Thread):
         return min(num_blocks, (len(message.prompt_token_ids) - 1) // BLOCK_SIZE) * BLOCK_SIZE
 
     def _on_reserve(self, pool_id: str, message: Reserve) -> None:
-        script = self.scripts.get(message.prompt_token_ids, Script())
-        job = Job(message, pool_id, script=script, holders={pool_id})
+        job = Job(message, pool_id, num_sent=message.num_output_tokens, holders={pool_id})
+        job.script = script = self.scripts.get(job.prompt, job.script)
         self.jobs[message.request_id] = job
         if script.fail_after == 0 and not script.ticket:
             self._fail(job, pool_id)
@@ -256,7 +265,7 @@ class FakeCluster(threading.Thread):
         self._generate(job)
 
     def _token(self, job: Job, index: int) -> NewToken:
-        sampling, prompt = job.reserve.sampling, job.reserve.prompt_token_ids
+        sampling, prompt = job.reserve.sampling, job.prompt
         scripted = job.script.tokens
         token_id = reply_token(prompt, index) if scripted is None else scripted[index]
         is_last_scripted = scripted is not None and index + 1 == len(scripted)
@@ -289,7 +298,7 @@ class FakeCluster(threading.Thread):
 
     def _tell(self, job: Job, tokens: list[NewToken]) -> None:
         decode = list(tokens)
-        if job.prefill and tokens and tokens[0].index == 0:
+        if job.prefill and tokens and tokens[0].index == job.reserve.num_output_tokens:
             self._tell_first(job, decode.pop(0))
         steps: list[tuple[NewToken, ...]] = [(token,) for token in decode]
         if job.script.scramble:
@@ -306,7 +315,8 @@ class FakeCluster(threading.Thread):
         path = PrefillPath(job.prefill, 2, 1, cached, num_prompt - cached, moved)
         request_id, attempt = token.request_id, token.attempt
         first = FirstToken(
-            request_id, attempt, token.token_id, path, token.logprobs, token.finish_reason
+            *(request_id, attempt, token.token_id, path),
+            *(token.logprobs, token.finish_reason, token.index),
         )
         stats = TransferStats("fake", num_bytes=1, num_layers=4, num_layers_overlapped=3)
         self.say(job.prefill, first)
@@ -326,7 +336,7 @@ class FakeCluster(threading.Thread):
     def _let_go(self, pool_id: str, request_id: str, attempt: int) -> None:
         self.say(pool_id, Released(request_id, attempt))
         job = self.jobs.get(request_id)
-        if job is not None:
+        if job is not None and job.reserve.attempt == attempt:
             job.holders.discard(pool_id)
             if not job.holders:
                 del self.jobs[request_id]

@@ -12,7 +12,7 @@ import pytest
 
 from coordinator.config import CoordinatorConfig, ExpectedPool, is_loopback
 from protocol.errors import ConfigError
-from protocol.messages import Abort, Refused, Shutdown
+from protocol.messages import Abort, ComputeHere, Prefill, Refused, Reserve, Shutdown
 
 ONE_POOL = (("decode0", "decode", 1, 1),)
 ONE_POOL_FIELD = [{"pool_id": "decode0", "role": "decode", "cp_size": 1, "tp_size": 1}]
@@ -59,8 +59,19 @@ def test_a_taken_port_is_one_line(helpers: Any, tmp_path: Path) -> None:
     assert errors.count("\n") == 1
 
 
+def _tokens_of(stream: bytes) -> list[int]:
+    events = [line.removeprefix(b"data: ") for line in stream.split(b"\n\n")]
+    chunks = [json.loads(event) for event in events if event.startswith(b"{")]
+    return [token for chunk in chunks for token in chunk["choices"][0].get("token_ids", ())]
+
+
+def _stream(client: httpx.Client, prompt: list[int], max_tokens: int) -> Any:
+    body = {"prompt": prompt, "stream": True, "max_tokens": max_tokens, "return_token_ids": True}
+    return client.stream("POST", "/v1/completions", json={**body, "ignore_eos": True})
+
+
 def test_a_lost_prefill_pool(start_coordinator: Any, helpers: Any, tmp_path: Path) -> None:
-    """Requests in prefill end with worker_lost; those that are past it, and new ones, go on."""
+    """Requests in prefill are computed elsewhere; those that are past it, and new ones, go on."""
     with start_coordinator(tmp_path, heartbeat_timeout_s=1.5) as running:
         fake, client = running.fake, running.client
         decoding, prefilling = [1] * 300, [2] * 300
@@ -68,23 +79,18 @@ def test_a_lost_prefill_pool(start_coordinator: Any, helpers: Any, tmp_path: Pat
         fake.scripts[tuple(prefilling)] = helpers.Script(hold_after=0)
         with contextlib.ExitStack() as stack:
             replies = [
-                stack.enter_context(
-                    client.stream(
-                        "POST",
-                        "/v1/completions",
-                        json={"prompt": prompt, "stream": True, "max_tokens": 4},
-                    )
-                )
-                for prompt in (decoding, prefilling)
+                stack.enter_context(_stream(client, prompt, 4)) for prompt in (decoding, prefilling)
             ]
             fake.silent.add("prefill0")
-            failed = b"".join(replies[1].iter_bytes())
+            fake.wait_for(lambda: [m for m in fake.got(Reserve) if m.attempt == 2], "attempt 2")
+            fake.wait_for(lambda: [m for m in fake.got(Abort) if m.attempt == 1], "its abort")
+            fake.wait_for(lambda: [m for m in fake.got(ComputeHere) if m.attempt == 2])
+            fake.release(prefilling)
             fake.release(decoding)
-            went_on = b"".join(replies[0].iter_bytes())
-        assert b'"code":"worker_lost"' in failed
-        assert b"[DONE]" not in failed
-        assert went_on.endswith(b"data: [DONE]\n\n")
-        fake.wait_for(lambda: [m for m in fake.received if isinstance(m[2], Abort)])
+            for reply, prompt in zip(replies, (decoding, prefilling), strict=True):
+                received = b"".join(reply.iter_bytes())
+                assert received.endswith(b"data: [DONE]\n\n")
+                assert _tokens_of(received) == helpers.reply(prompt, 4)
         reply = running.complete([3] * 300, max_tokens=2)
         assert "local" in reply.headers["x-baton-path"]
         pools = {pool["pool_id"]: pool for pool in running.state()["pools"]}
@@ -92,12 +98,49 @@ def test_a_lost_prefill_pool(start_coordinator: Any, helpers: Any, tmp_path: Pat
         assert running.state()["num_active_requests"] == 0
 
 
-def test_a_lost_decode_pool(start_coordinator: Any, helpers: Any, tmp_path: Path) -> None:
-    with start_coordinator(tmp_path, ONE_POOL, heartbeat_timeout_s=1.5) as running:
+def test_a_lost_decode_pool_costs_an_attempt(
+    start_coordinator: Any, helpers: Any, tmp_path: Path
+) -> None:
+    """The stream goes on at the other one, and the caller cannot tell where."""
+    with start_coordinator(tmp_path, heartbeat_timeout_s=1.5) as running:
+        fake, client, prompt = running.fake, running.client, [1] * 300
+        fake.scripts[tuple(prompt)] = helpers.Script(hold_after=3)
+        with _stream(client, prompt, 8) as reply:
+            [first] = fake.wait_for(lambda: fake.got(Reserve))
+            home = next(p for p, _, m in fake.received if m is first)
+            fake.silent.add(home)
+            again = fake.wait_for(lambda: [m for m in fake.got(Reserve) if m.attempt == 2])[0]
+            assert again.prompt_token_ids == (*prompt, *helpers.reply(prompt, 3))
+            assert (again.num_output_tokens, again.sampling) == (3, first.sampling)
+            fake.wait_for(lambda: [m for m in fake.got(Prefill) if m.attempt == 2])
+            fake.release(prompt)
+            received = b"".join(reply.iter_bytes())
+        assert _tokens_of(received) == helpers.reply(prompt, 8)
+        assert received.endswith(b"data: [DONE]\n\n")
+        chunk = json.loads(received.split(b"\n\n")[0].removeprefix(b"data: "))
+        trace = client.get(f"/v1/requests/{chunk['id']}/timeline").json()["requests"][0]
+        assert trace["attempt"] == 2
+        assert trace["lost_attempts"][0]["reason"] == "worker_lost"
+        assert trace["lost_attempts"][0]["num_output_tokens"] == 3
+        assert trace["path"].endswith("attempts=2; lost=worker_lost")
+        assert 'baton_attempts_lost_total{reason="worker_lost"} 1' in client.get("/metrics").text
+
+
+def test_without_another_decode_pool_it_ends_with_an_error(
+    start_coordinator: Any, helpers: Any, tmp_path: Path
+) -> None:
+    with start_coordinator(
+        tmp_path, ONE_POOL, heartbeat_timeout_s=1.5, failover_wait_s=0.5
+    ) as running:
         running.fake.scripts[(1, 2)] = helpers.Script(hold_after=0)
-        running.fake.silent.add("decode0")
-        reply = running.complete([1, 2])
+        running.fake.scripts[(1, 3)] = helpers.Script(hold_after=1)
+        with _stream(running.client, [1, 3], 4) as stream:
+            running.fake.wait_for(lambda: running.fake.got(ComputeHere))
+            running.fake.silent.add("decode0")
+            reply = running.complete([1, 2])
+            streamed = b"".join(stream.iter_bytes())
         assert (reply.status_code, reply.json()["error"]["code"]) == (503, "worker_lost")
+        assert b'"code":"worker_lost"' in streamed and b"[DONE]" not in streamed
         reply = running.complete([1, 2])
         assert (reply.status_code, reply.json()["error"]["code"]) == (503, "no_workers")
         assert running.client.get("/ready").status_code == 503

@@ -29,6 +29,7 @@ from kvtransfer.events import (
 from protocol.kv import BlockRef
 from protocol.messages import (
     Abort,
+    Ask,
     CacheUpdate,
     Committed,
     ComputeHere,
@@ -171,6 +172,25 @@ class Cluster:
         self._tell(ControlReceived(message))
         return request_id, 0
 
+    def retry(self, key: Key, num_output_tokens: int | None = None) -> Key:
+        """The next attempt, of which the caller has that many tokens, or all that were made."""
+        before = self.requests[key]
+        tokens = self.outputs.get(key, [])[:num_output_tokens]
+        message = Reserve(
+            key[0],
+            key[1] + 1,
+            (*before.prompt_token_ids, *tokens),
+            before.sampling,
+            num_output_tokens=before.num_output_tokens + len(tokens),
+        )
+        key = (message.request_id, message.attempt)
+        self.requests[key] = message
+        self._tell(ControlReceived(message))
+        return key
+
+    def ask(self, key: Key) -> None:
+        self._tell(ControlReceived(Ask(*key)))
+
     def compute_here(self, key: Key) -> None:
         self._tell(ControlReceived(ComputeHere(*key)))
 
@@ -196,10 +216,14 @@ class Cluster:
         for block in self.opened[key].blocks:
             self.rank.spoil(block)
 
-    def close(self, key: Key) -> None:
+    def close(self, key: Key, num_whole_blocks: int = 0) -> None:
+        """Nothing lands any more; so many leading blocks have arrived."""
         self.closing.discard(key)
-        self.opened.pop(key, None)
-        self._tell(TargetClosed(*key))
+        command = self.opened.pop(key, None)
+        if command is not None and num_whole_blocks:
+            whole = list(command.blocks[:num_whole_blocks])
+            self.rank.land(self.requests[key].prompt_token_ids, command.first_logical, whole)
+        self._tell(TargetClosed(*key, num_whole_blocks))
 
     def break_handoff(self, key: Key) -> None:
         self._tell(HandoffBroken(*key, "target", "the source died"))
@@ -273,7 +297,7 @@ class Cluster:
         match message:
             case Ticket():
                 key = (message.request_id, message.attempt)
-                assert key not in self.tickets
+                assert self.tickets.get(key, message.num_cached_tokens) == message.num_cached_tokens
                 self.tickets[key] = message.num_cached_tokens
             case Tokens():
                 for token in message.tokens:
@@ -296,7 +320,8 @@ class Cluster:
         key = (token.request_id, token.attempt)
         assert key not in self.finished and key not in self.num_released
         output = self.outputs.setdefault(key, [])
-        assert token.index == len(output), "a token twice, or one missing"
+        num_earlier = self.requests[key].num_output_tokens
+        assert token.index == num_earlier + len(output), "a token twice, or one missing"
         output.append(token.token_id)
         assert output == self.expected(self.requests[key].prompt_token_ids, len(output))
         if token.finish_reason is not None:

@@ -283,7 +283,7 @@ def test_commit_that_crosses_the_abort_ends_the_handoff(make_cluster: MakeCluste
     assert cluster.num_released == {key: 1}
     cluster.close(key)
     assert "Committed a" not in cluster.log
-    assert not cluster.cached_hashes
+    assert len(cluster.cached_hashes) == 2, "what was committed stays to be found"
     cluster.assert_empty()
 
 
@@ -313,3 +313,240 @@ def test_every_state_but_the_last_can_be_left_and_illegal_changes_raise() -> Non
     assert set(TABLE) == set(State)
     with pytest.raises(IllegalTransition):
         advance(State.QUEUED, Change.COMMITTED)
+
+
+# -- attempts --------------------------------------------------------------------------------------
+
+
+def test_the_next_attempt_goes_on_after_the_tokens_that_the_caller_has(
+    make_cluster: MakeCluster,
+) -> None:
+    cluster = make_cluster()
+    whole = cluster.reserve("whole", prompt_of(9), max_tokens=8)
+    cluster.compute_here(whole)
+    cluster.run()
+    first = cluster.reserve("a", prompt_of(9), max_tokens=8)
+    cluster.compute_here(first)
+    for _ in range(3):
+        cluster.step()
+    num_made = len(cluster.outputs[first])
+    assert num_made == 3
+    second = cluster.retry(first, num_made)
+    cluster.compute_here(second)
+    cluster.run()
+    assert cluster.outputs[first] + cluster.outputs[second] == cluster.outputs[whole]
+    assert cluster.finished[second] is FinishReason.LENGTH
+    assert cluster.num_released[first] == 1, "the newer attempt ends the older one"
+    cluster.assert_empty()
+
+
+@pytest.mark.parametrize("num_earlier", [0, 1, 2, 3])
+def test_min_and_max_tokens_count_all_attempts(make_cluster: MakeCluster, num_earlier: int) -> None:
+    """Every token is a stop token: the sequence ends with the third generated one."""
+    cluster = make_cluster()
+    sampling = {"min_tokens": 2, "stop_token_ids": tuple(range(50))}
+    first = cluster.reserve("a", prompt_of(9), max_tokens=9, **sampling)
+    cluster.compute_here(first)
+    while len(cluster.outputs.get(first, ())) < num_earlier:
+        cluster.step()
+    if num_earlier < 3:
+        second = cluster.retry(first)
+        cluster.compute_here(second)
+        cluster.run()
+        assert len(cluster.outputs[second]) == 3 - num_earlier
+        assert cluster.finished[second] is FinishReason.STOP
+    else:
+        assert cluster.finished[first] is FinishReason.STOP
+
+
+def test_max_model_len_counts_all_attempts(make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(max_model_len=14)
+    first = cluster.reserve("a", prompt_of(9), max_tokens=100)
+    cluster.compute_here(first)
+    cluster.step()
+    cluster.step()
+    second = cluster.retry(first)
+    cluster.compute_here(second)
+    cluster.run()
+    assert len(cluster.outputs[first]) + len(cluster.outputs[second]) == 5
+
+
+def test_an_attempt_may_fill_the_pool_as_the_one_before_it_might_have(
+    make_cluster: MakeCluster,
+) -> None:
+    cluster = make_cluster(num_blocks=4, block_size=4)
+    first = cluster.reserve("a", prompt_of(15), max_tokens=100)
+    cluster.compute_here(first)
+    cluster.step()
+    assert len(cluster.outputs[first]) == 1
+    second = cluster.retry(first)  # 16 tokens in 16 slots
+    cluster.compute_here(second)
+    cluster.run()
+    assert cluster.finished[second] is FinishReason.LENGTH
+    assert len(cluster.outputs[second]) == 1
+    cluster.assert_empty()
+
+
+def test_what_arrived_before_the_source_died_is_found_by_the_next_attempt(
+    make_cluster: MakeCluster,
+) -> None:
+    cluster = make_cluster(block_size=4)
+    first = cluster.reserve("a", prompt_of(23), max_tokens=3)
+    cluster.step()
+    cluster.open(first)
+    cluster.break_handoff(first)
+    assert cluster.failed == {first: "handoff_failed"}
+    assert not cluster.cached_hashes, "bytes can still land"
+    cluster.close(first, num_whole_blocks=3)
+    assert cluster.num_released == {first: 1}
+    assert len(cluster.cached_hashes) == 3
+    second = cluster.retry(first)
+    cluster.step()
+    assert cluster.opened[second].first_logical == 3
+    cluster.open(second)
+    assert cluster.tickets[second] == 12
+    cluster.fetch(second, 0, 3)  # the next prefill pool has nothing of it
+    assert len(cluster.served[second].blocks) == 3
+    cluster.end_serving(second, committed=True)
+    cluster.commit(second)
+    cluster.run()
+    assert len(cluster.outputs[second]) == 3
+    cluster.assert_empty()
+
+
+def test_a_partial_last_block_is_never_kept(make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(block_size=4)
+    key = cluster.reserve("a", prompt_of(10), max_tokens=3)
+    cluster.step()
+    cluster.open(key)
+    cluster.abort(key)
+    cluster.close(key, num_whole_blocks=3)
+    assert len(cluster.cached_hashes) == 2
+    cluster.assert_empty()
+
+
+def test_late_and_repeated_messages_of_an_ended_attempt(make_cluster: MakeCluster) -> None:
+    cluster = make_cluster()
+    key = cluster.reserve("a", prompt_of(5), max_tokens=2)
+    cluster.abort(key)
+    message = cluster.requests[key]
+    cluster.scheduler.on_event(ControlReceived(message), 0.0)
+    assert cluster.step() is None, "it is not begun again"
+    cluster.abort(key)
+    assert cluster.num_released == {key: 2}
+    # An abort that overtakes its request.
+    late = type(message)("b", 1, message.prompt_token_ids, message.sampling)
+    cluster.requests["b", 1] = late
+    cluster.abort(("b", 1))
+    cluster.scheduler.on_event(ControlReceived(late), 0.0)
+    assert cluster.step() is None
+    cluster.assert_empty()
+
+
+def test_asked_how_it_stands(make_cluster: MakeCluster) -> None:
+    cluster = make_cluster()
+    key = cluster.reserve("a", prompt_of(5), max_tokens=2)
+    cluster.ask(key)
+    assert cluster.log == [], "it waits for room"
+    cluster.step()
+    cluster.ask(key)
+    cluster.open(key)
+    cluster.ask(key)
+    assert cluster.log == ["open a", "Ticket a", "Ticket a"]
+    cluster.ask(("unknown", 1))
+    assert cluster.log[-1] == "Released unknown"
+    cluster.num_released.pop(("unknown", 1))
+    cluster.commit(key)
+    cluster.run()
+    cluster.ask(key)
+    assert cluster.log[-1] == "Released a"
+    cluster.assert_empty()
+
+
+ABORTS: dict[State, Callable[[Any], tuple[str, int]]] = {}
+
+
+def _in_state(state: State) -> Callable[[Any], Any]:
+    def keep(reach: Callable[[Any], tuple[str, int]]) -> Any:
+        ABORTS[state] = reach
+        return reach
+
+    return keep
+
+
+@_in_state(State.QUEUED)
+def _queued(cluster: Any) -> tuple[str, int]:
+    return cluster.reserve("a", prompt_of(9), max_tokens=5)
+
+
+@_in_state(State.OPENING)
+def _opening(cluster: Any) -> tuple[str, int]:
+    key = _queued(cluster)
+    cluster.step()
+    return key
+
+
+@_in_state(State.RESERVED)
+def _reserved(cluster: Any) -> tuple[str, int]:
+    key = _opening(cluster)
+    cluster.open(key)
+    return key
+
+
+@_in_state(State.SWITCHING)
+def _switching(cluster: Any) -> tuple[str, int]:
+    key = _reserved(cluster)
+    cluster.compute_here(key)
+    return key
+
+
+@_in_state(State.RUNNING)
+def _running(cluster: Any) -> tuple[str, int]:
+    key = _reserved(cluster)
+    cluster.commit(key)
+    cluster.step()
+    return key
+
+
+@_in_state(State.PREEMPTED)
+def _preempted(cluster: Any) -> tuple[str, int]:
+    older = cluster.reserve("older", prompt_of(9, seed=1), max_tokens=40)
+    cluster.compute_here(older)
+    key = cluster.reserve("a", prompt_of(9), max_tokens=40)
+    cluster.compute_here(key)
+    for _ in range(60):
+        cluster.step()
+        if cluster.scheduler._sequences[key].state is State.PREEMPTED:
+            break
+    cluster.abort(older)
+    cluster.num_released.pop(older)
+    cluster.requests.pop(older)
+    return key
+
+
+@_in_state(State.CLOSING)
+def _closing(cluster: Any) -> tuple[str, int]:
+    key = _reserved(cluster)
+    cluster.break_handoff(key)
+    return key
+
+
+def test_aborts_are_tried_in_every_state() -> None:
+    assert set(ABORTS) == set(State) - {State.RELEASED}
+
+
+@pytest.mark.parametrize("state", ABORTS)
+def test_an_abort_frees_everything_by_the_next_step(
+    make_cluster: MakeCluster, state: State
+) -> None:
+    cluster = make_cluster(num_blocks=9, block_size=4, watermark_blocks=0)
+    key = ABORTS[state](cluster)
+    assert cluster.scheduler._sequences[key].state is state
+    cluster.abort(key)
+    cluster.abort(key)
+    if key in cluster.closing:
+        assert key not in cluster.num_released, "bytes can still land"
+        cluster.close(key)
+    assert cluster.num_released[key] >= 1
+    cluster.step()  # every rank forgets it
+    cluster.assert_empty()

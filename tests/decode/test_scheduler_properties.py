@@ -11,7 +11,7 @@ from protocol.request import FinishReason
 
 ACTIONS = [
     *["arrive"] * 3, *["open"] * 2, *["commit"] * 2, *["compute_here"] * 2, "garbage",
-    *["close"] * 2, "abort", "break", *["step"] * 5,
+    *["close"] * 2, "close_whole", "abort", "break", *["retry"] * 2, *["step"] * 5,
     *["fetch"] * 2, "end_serving", "break_serving",
 ]  # fmt: skip
 
@@ -88,6 +88,12 @@ class World:
                 return opened
             case "close":
                 return set(cluster.closing)
+            case "close_whole":
+                return cluster.closing & opened
+            case "retry":  # the latest attempt of a request is lost for the coordinator
+                return {
+                    key for key in cluster.requests if (key[0], key[1] + 1) not in cluster.requests
+                }
             case "end_serving" | "break_serving":
                 return set(cluster.served)
             case _:
@@ -109,10 +115,26 @@ class World:
                 num_blocks = cluster.tickets.get(key, 0) // cluster.pool.block_size
                 is_held = num_blocks > 0 and key in cluster.opened
                 cluster.fetch(key, num_blocks // 2, max(1, num_blocks) if is_held else 1)
+            case "close_whole":
+                cluster.close(key, len(cluster.opened[key].blocks) // 2)
+            case "retry":
+                self.retry(key)
             case "end_serving":
                 cluster.end_serving(key, committed=key not in cluster.closing_served)
             case _:
                 SIMPLE[action](cluster, key)
+
+    def retry(self, key: tuple[str, int]) -> None:
+        """As a coordinator does: not of what it knows to be over; sometimes without an abort."""
+        cluster = self.cluster
+        if key in cluster.finished:
+            return
+        num_tokens = len(cluster.outputs.get(key, ()))
+        if num_tokens % 2:
+            cluster.abort(key)
+        new = cluster.retry(key, num_tokens)
+        if num_tokens % 3 == 0:
+            self.apply("compute_here", new)
 
     def settle(self) -> None:
         """Let everything that can end, end."""

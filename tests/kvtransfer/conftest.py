@@ -286,12 +286,16 @@ class Transfer:
     @property
     def has_arrived(self) -> bool:
         """Whether every target rank holds exactly the truth."""
+        return self.holds_true(len(self.target_blocks))
+
+    def holds_true(self, num_blocks: int) -> bool:
+        """Whether every target rank holds the truth of so many leading blocks."""
         return all(
             torch.equal(
                 rank.pool.tensor[:, ref.block_id], self._of(rank, self.first_logical + index)
             )
             for rank in self.target
-            for index, ref in enumerate(self.target_blocks)
+            for index, ref in enumerate(self.target_blocks[:num_blocks])
         )
 
     # -- what the main threads say -----------------------------------------------------------------

@@ -524,3 +524,78 @@ def test_tombs_are_bounded() -> None:
     assert ("r", 9) not in tombs
     assert ("r", 10) in tombs
     assert ("r", MAX_TOMBS + 9) in tombs
+
+
+# -- what is whole when it is closed ---------------------------------------------------------------
+
+
+def _announce(transfer: Any, num_chunks: int) -> None:
+    for rank in transfer.source:
+        for command in transfer.script(rank):
+            if isinstance(command, AnnounceBlocks) and command.chunk < num_chunks:
+                transfer.world.command(rank, command)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"cp{s[0]}tp{s[1]}-to-tp{s[2]}")
+def test_what_arrived_before_the_source_died_is_whole(
+    build: Any, shape: tuple[int, int, int]
+) -> None:
+    world, transfer = _opened(build, *shape)
+    _announce(transfer, 1)
+    world.settle()
+    for rank in world.of("d"):
+        world.do(rank, rank.handoffs.pools_changed([world.pools["d"]]))
+    world.settle()
+    assert "gone" in _broken(transfer.target[0])
+    world.command(transfer.target[0], CloseTarget(*transfer.key))
+    world.settle()
+    (closed,) = transfer.target[0].told(TargetClosed)
+    assert closed.num_whole_blocks == len(transfer.chunks[0]) == 3
+    assert transfer.holds_true(3)
+
+
+def test_what_was_read_and_not_confirmed_is_not_whole(build: Any) -> None:
+    world, transfer = _opened(build, 1, 1, 2)
+    _announce(transfer, 1)
+    last = next(p for p in world.waiting() if p[1] == transfer.target[1].name)
+    while any(isinstance(m, Announce) for _, m in [(last, q) for q in world.queues[last]]):
+        world.deliver(last)
+    for rank, read_id in world.in_flight():
+        world.land(rank, read_id)
+    for rank in world.of("d"):  # it dies before it can be asked
+        world.do(rank, rank.handoffs.pools_changed([world.pools["d"]]))
+    world.queues = {pair: queue for pair, queue in world.queues.items() if pair[1].pool_id == "d"}
+    world.settle()
+    world.command(transfer.target[0], CloseTarget(*transfer.key))
+    world.settle()
+    (closed,) = transfer.target[0].told(TargetClosed)
+    assert closed.num_whole_blocks == 0
+
+
+def test_a_block_that_lacks_a_layer_is_not_whole(build: Any) -> None:
+    world, transfer = _opened(build, 1, 1, 1)
+    (source,) = transfer.source
+    announcements = [c for c in transfer.script(source) if isinstance(c, AnnounceBlocks)]
+    for command in announcements[:3]:  # the second chunk's first group of layers only
+        world.command(source, command)
+    world.settle()
+    world.command(transfer.target[0], CloseTarget(*transfer.key))
+    world.settle()
+    (closed,) = transfer.target[0].told(TargetClosed)
+    assert closed.num_whole_blocks == 3
+
+
+def test_of_a_hand_off_with_wrong_bytes_nothing_is_kept(build: Any) -> None:
+    world, transfer = _opened(build, 1, 1, 1)
+    _announce(transfer, 1)
+    world.settle()
+    (source,) = transfer.source
+    last = [c for c in transfer.script(source) if isinstance(c, AnnounceBlocks)][-1]
+    world.command(source, last)
+    transfer.scramble()
+    world.settle()
+    assert "add up" in _broken(transfer.target[0])
+    world.command(transfer.target[0], CloseTarget(*transfer.key))
+    world.settle()
+    (closed,) = transfer.target[0].told(TargetClosed)
+    assert closed.num_whole_blocks == 0

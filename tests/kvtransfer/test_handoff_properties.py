@@ -2,6 +2,7 @@
 
 What is checked in every history:
 - ``TargetCommitted`` only when every byte of every target rank is the source's, and at most once;
+- what is said to be whole when it is closed is the source's, on every rank;
 - no read is in flight, and none starts, once the target's leader was told TargetClosed;
 - a source told that it is over, without a commit, is never committed by the target;
 - blocks that are given to others after SourceClosed are never seen in what commits;
@@ -35,7 +36,10 @@ from protocol.handoff import Confirm
 from protocol.kv import KVLayout
 
 SHAPES = st.tuples(st.integers(1, 4), st.sampled_from([1, 2]), st.sampled_from([1, 2]))
-FAULTS = ("duplicate", "drop", "late copy", "failed read", "reuse", "close source", "close target")
+FAULTS = (
+    *("duplicate", "drop", "late copy", "failed read", "reuse", "close source", "close target"),
+    "source dies",
+)
 MAX_STEPS = 3_000
 
 
@@ -56,6 +60,7 @@ class History:
         self.source, self.target = self.transfer.source[0], self.transfer.target[0]
         self.scripts: list[Any] = []
         self.is_reused = False
+        self.is_source_dead = False
 
     def run(self) -> None:
         self.transfer.open()
@@ -119,7 +124,19 @@ class History:
                 world.command(self.target, CloseTarget(*self.transfer.key))
             case "reuse":
                 self.reuse_if_closed()
+            case "source dies":
+                self.kill_source()
         return True
+
+    def kill_source(self) -> None:
+        """Its ranks fall silent, what they had said may still arrive; then all learn of it."""
+        world = self.world
+        self.scripts.clear()
+        for pair in [pair for pair in world.waiting() if pair[1].pool_id == "p"]:
+            world.queues[pair].clear()
+        for rank in world.of("d"):
+            world.do(rank, rank.handoffs.pools_changed([world.pools["d"]]))
+        self.is_source_dead = True
 
     def reuse_if_closed(self) -> None:
         if self.source.told(SourceClosed):
@@ -132,7 +149,8 @@ class History:
         if committed:
             assert self.transfer.has_arrived
             assert all(event.committed for event in self.source.told(SourceClosed))
-        if self.target.told(TargetClosed):
+        for closed in self.target.told(TargetClosed):
+            assert self.transfer.holds_true(closed.num_whole_blocks), "kept, and not the source's"
             assert not any(rank.reads for rank in self.transfer.target)
 
     def end(self) -> None:
@@ -149,11 +167,12 @@ class History:
         self.reuse_if_closed()
         self.check()
         assert bool(self.target.told(TargetCommitted)) == is_whole
-        assert self.source.told(SourceClosed)
+        assert self.source.told(SourceClosed) or self.is_source_dead
         assert is_whole or self.target.told(TargetClosed)
         assert len(self.source.told(HandoffBroken)) <= 1
         assert len(self.target.told(HandoffBroken)) <= 1
-        assert world.num_open == 0
+        living = world.of("d") if self.is_source_dead else list(world.ranks.values())
+        assert not any(rank.handoffs.num_open for rank in living)
         assert not world.in_flight()
 
 
@@ -223,7 +242,12 @@ def _read_without_validating(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "plant", [_close_without_waiting, _swap_two_blocks, _read_without_validating]
+    "plant",
+    [
+        _close_without_waiting,
+        _swap_two_blocks,
+        _read_without_validating,
+    ],
 )
 def test_a_planted_bug_is_noticed(
     build: Any, monkeypatch: pytest.MonkeyPatch, plant: Callable[[pytest.MonkeyPatch], None]

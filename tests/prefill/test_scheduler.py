@@ -6,11 +6,19 @@ from typing import Any
 import msgspec
 import pytest
 
-from kvtransfer.events import HandoffBroken
+from kvtransfer.events import ControlReceived, HandoffBroken
 from prefill.states import TABLE, Change, State, advance
 from protocol.errors import IllegalTransition
 from protocol.handoff import SegmentKey
-from protocol.messages import CacheUpdate, FirstToken, Progress, Released, RequestFailed
+from protocol.messages import (
+    Ask,
+    CacheUpdate,
+    FirstToken,
+    Prefill,
+    Progress,
+    Released,
+    RequestFailed,
+)
 from protocol.request import FinishReason, SamplingParams
 
 
@@ -39,7 +47,7 @@ def test_one_prefill_from_arrival_to_release(make_pool: Callable, prompt: Callab
 
     # Its end: progress, and its full blocks can be hit.
     pool.finish(plan)
-    assert pool.of(Progress) == [Progress("a", 1, 64, 150)]
+    assert pool.of(Progress) == [Progress("a", 1, 0, 150), Progress("a", 1, 64, 150)]
     [update] = pool.of(CacheUpdate)
     assert len(update.stored) == 16
 
@@ -373,3 +381,136 @@ def test_the_table_is_all_there_is() -> None:
             else:
                 with pytest.raises(IllegalTransition):
                     advance(state, change)
+
+
+# -- attempts and aborts ---------------------------------------------------------------------------
+
+
+def _attempt(message: Prefill, num_output_tokens: int, **sampling: object) -> Prefill:
+    return msgspec.structs.replace(
+        message,
+        attempt=2,
+        num_output_tokens=num_output_tokens,
+        sampling=SamplingParams(**{"max_tokens": 8, **sampling}),  # type: ignore[arg-type]
+    )
+
+
+def test_the_next_attempt_samples_the_token_after_those_that_the_caller_has(
+    make_pool: Callable, prompt: Callable
+) -> None:
+    pool = make_pool()
+    pool.add(_attempt(prompt("a", 20), 3, presence_penalty=1.0))
+    plan = pool.step()
+    [work] = plan.work
+    assert (work.num_output_tokens, len(work.prompt_token_ids)) == (3, 20)
+    [first] = pool.of(FirstToken)
+    assert (first.index, first.finish_reason) == (3, None)
+
+
+@pytest.mark.parametrize(
+    ("num_output_tokens", "sampling", "finish_reason"),
+    [
+        (6, {}, None),
+        (7, {}, FinishReason.LENGTH),
+        (1, {"stop_token_ids": (9,), "min_tokens": 2}, None),
+        (2, {"stop_token_ids": (9,), "min_tokens": 2}, FinishReason.STOP),
+    ],
+)
+def test_the_end_counts_the_tokens_of_all_attempts(
+    make_pool: Callable,
+    prompt: Callable,
+    num_output_tokens: int,
+    sampling: dict[str, object],
+    finish_reason: FinishReason | None,
+) -> None:
+    pool = make_pool()
+    pool.add(_attempt(prompt("a", 20), num_output_tokens, **sampling))
+    pool.step()
+    [first] = pool.of(FirstToken)
+    assert first.finish_reason is finish_reason
+
+
+def test_asked_how_it_stands(make_pool: Callable, prompt: Callable) -> None:
+    pool = make_pool(chunk_tokens=8)
+
+    def ask(request_id: str) -> list[object]:
+        pool.messages.clear()
+        pool.on_event(ControlReceived(Ask(request_id, 1)))
+        return pool.messages
+
+    pool.add(prompt("a", 40))
+    assert ask("a") == []
+    pool.step()
+    assert ask("a") == [Progress("a", 1, 8, 40)]
+    while ("a", 1) not in pool.commits:
+        pool.step()
+    assert ask("a") == [Progress("a", 1, 40, 40)]
+    pool.close("a")
+    assert ask("a") == [Released("a", 1)]
+    assert ask("b") == [Released("b", 1)]
+
+
+def _waiting(pool: Any, prompt: Callable) -> None:
+    pool.add(prompt("a", 60))
+
+
+def _running(pool: Any, prompt: Callable) -> None:
+    _waiting(pool, prompt)
+    pool.step()
+
+
+def _handing_over(pool: Any, prompt: Callable) -> None:
+    _waiting(pool, prompt)
+    while ("a", 1) not in pool.commits:
+        pool.step()
+
+
+def _fetching(pool: Any, prompt: Callable) -> None:
+    pool.add(prompt("a", 60, num_target_tokens=16))
+    assert pool.step() is None
+
+
+def _returning(pool: Any, prompt: Callable) -> None:
+    _fetching(pool, prompt)
+    pool.break_fetch("a")
+
+
+def _closing(pool: Any, prompt: Callable) -> None:
+    _running(pool, prompt)
+    pool.on_event(HandoffBroken("a", 1, "source", "x"))
+
+
+REACH = {
+    State.WAITING: _waiting,
+    State.FETCHING: _fetching,
+    State.RETURNING: _returning,
+    State.RUNNING: _running,
+    State.HANDING_OVER: _handing_over,
+    State.CLOSING: _closing,
+}
+
+
+def test_aborts_are_tried_in_every_state() -> None:
+    assert set(REACH) == set(State) - {State.RELEASED}
+
+
+@pytest.mark.parametrize("state", REACH)
+def test_an_abort_frees_everything_by_the_next_chunk(
+    make_pool: Callable, prompt: Callable, state: State
+) -> None:
+    pool = make_pool(2, chunk_tokens=8, fetch_from=1)
+    REACH[state](pool, prompt)
+    [request] = pool.scheduler._requests.values()
+    assert request.state is state
+    pool.abort("a")
+    pool.abort("a")
+    assert pool.step() is None, "nothing more is computed for it"
+    if pool.closing_fetch:
+        assert not pool.of(Released), "a read may be in flight"
+        pool.close_fetch("a")
+    elif pool.closing:
+        assert not pool.of(Released), "a read may be in flight"
+        pool.close("a", committed=False)
+    assert pool.of(Released)
+    pool.scheduler.check()
+    assert all(c.free + c.cached == c.total for c in pool.scheduler.load().blocks)

@@ -1,0 +1,40 @@
+"""What should have come of a request, and has not. Pure; time comes as an argument.
+
+Messages are lost when a connection breaks, on the way to the coordinator or between two pools. No
+request depends on a single one: a pool that is silent about it is asked how it stands, and what
+cannot come any more costs an attempt.
+"""
+
+from coordinator.config import CoordinatorConfig
+from coordinator.records import Record, State
+from protocol.errors import RequestError
+
+
+def overdue(record: Record, config: CoordinatorConfig, now: float) -> RequestError | None:
+    """Why this attempt will come to nothing, or None while it may. Call it once in a while."""
+    if record.state is State.WAITING or not record.is_active:
+        return None
+    if not record.lacks_a_message:
+        record.stalled_since = None
+    elif record.stalled_since is None:
+        record.stalled_since = now
+    elif now - record.stalled_since > config.stall_timeout_s:
+        return _stalled("a message about this request was lost")
+    is_handing_over = record.state is State.PREFILLING and record.path is not None
+    if is_handing_over and now - record.prefilled_at > config.handoff_timeout_s:
+        return _stalled("its KV was not handed over in time")
+    return None
+
+
+def pools_to_ask(record: Record, config: CoordinatorConfig, now: float) -> list[str]:
+    """Pools that work on it, when none has said anything of it for a while."""
+    if record.state is State.WAITING or not record.is_active:
+        return []
+    if now - record.heard_at <= config.stall_timeout_s:
+        return []
+    record.heard_at = now
+    return sorted(pool_id for pool_id, attempt in record.holders if attempt == record.attempt)
+
+
+def _stalled(message: str) -> RequestError:
+    return RequestError(message, code="stalled", status=503)

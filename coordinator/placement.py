@@ -1,0 +1,146 @@
+"""Which pools take a request: what the router has to choose from. Pure.
+
+1. The decode pool: where the last attempt has left something, the session's home, or the router's
+   choice among those that serve. A pool that has refused the request for its size is out; one that
+   is to blame for a lost attempt is the last resort.
+2. The prefill pool, once the decode pool has said what it holds: among those that reach it.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from coordinator.config import CoordinatorConfig
+from coordinator.records import Record, State
+from coordinator.registry import Pool, Registry
+from coordinator.router import (
+    Candidate,
+    PrefixMap,
+    SessionTable,
+    choose_decode,
+    choose_prefill,
+    computes_here,
+)
+
+
+class Placement:
+    """Knows what the pools have cached and where sessions live.
+
+    Args:
+        config: thresholds.
+        registry: which pools serve.
+    """
+
+    def __init__(self, config: CoordinatorConfig, registry: Registry) -> None:
+        self._config = config
+        self._registry = registry
+        self._sessions = SessionTable(config.session_ttl_s)
+        self._prefixes = PrefixMap()
+
+    def on_cache_update(
+        self, pool_id: str, stored: Sequence[bytes], evicted: Sequence[bytes]
+    ) -> None:
+        self._prefixes.update(pool_id, stored, evicted)
+
+    def forget_pool(self, pool_id: str) -> None:
+        """What it held is gone."""
+        self._prefixes.forget_pool(pool_id)
+        self._sessions.forget_pool(pool_id)
+
+    def epoch(self, pool_id: str) -> int:
+        return self._registry.pools[pool_id].epoch
+
+    def is_serving(self, pool_id: str) -> bool:
+        pool = self._registry.pools.get(pool_id)
+        return pool is not None and pool.is_serving
+
+    def choose_decode(self, record: Record, records: Iterable[Record], now: float) -> str | None:
+        """The pool for its next attempt, where its session lives from now on; None if none serves.
+
+        Args:
+            records: all there are, for the load.
+        """
+        serving = [p for p in self._registry.serving("decode") if p.pool_id not in record.too_small]
+        blameless = [pool for pool in serving if pool.pool_id not in record.blamed]
+        everybody = list(records)
+        candidates = [self._decode(pool, record, everybody) for pool in blameless or serving]
+        home = self._sessions.home(record.session, now) if record.session else None
+        if record.wait is not None and self.is_serving(record.wait.home):
+            home = record.wait.home
+        chosen = choose_decode(candidates, home)
+        if chosen is None:
+            return None
+        if record.session:
+            self._sessions.settle(record.session, chosen.pool_id, now)
+        return chosen.pool_id
+
+    def is_too_large(self, record: Record) -> bool:
+        """Whether every decode pool that serves has refused it for its size."""
+        serving = {pool.pool_id for pool in self._registry.serving("decode")}
+        return bool(serving) and serving <= record.too_small
+
+    def choose_prefill(self, record: Record, records: Iterable[Record]) -> str | None:
+        """The prefill pool for what its decode pool misses; None if that computes it itself."""
+        num_cached = record.num_target_cached_tokens or 0
+        threshold = self._config.local_prefill_threshold
+        if computes_here(record.num_attempt_tokens, num_cached, threshold):
+            return None
+        target = self._registry.pools[record.decode_pool]
+        reaching = [
+            pool
+            for pool in self._registry.serving("prefill")
+            if self._registry.can_hand_over(pool, target) and pool.pool_id not in record.too_small
+        ]
+        blameless = [pool for pool in reaching if pool.pool_id not in record.blamed]
+        everybody = list(records)
+        chosen = choose_prefill(
+            [self._prefill(pool, record, everybody) for pool in blameless or reaching]
+        )
+        return None if chosen is None else chosen.pool_id
+
+    def has_blameless(self, record: Record) -> bool:
+        """Whether there is a prefill pool that has not lost an attempt of it."""
+        serving = self._registry.serving("prefill")
+        return any(pool.pool_id not in record.blamed for pool in serving)
+
+    def _cached_tokens(self, pool: Pool, hashes: tuple[bytes, ...]) -> int:
+        return self._prefixes.num_cached_blocks(pool.pool_id, hashes) * self._config.block_size
+
+    def _decode(self, pool: Pool, record: Record, everybody: Sequence[Record]) -> Candidate:
+        pending = sum(
+            other.pending_decode_tokens
+            + (0 if other.prefill_pool else other.pending_prefill_tokens)
+            for other in everybody
+            if other.decode_pool == pool.pool_id
+        )
+        cached = self._cached_tokens(pool, record.block_hashes)
+        return Candidate(pool.pool_id, cached, pending, pool.tokens_per_s)
+
+    def _prefill(self, pool: Pool, record: Record, everybody: Sequence[Record]) -> Candidate:
+        pending = sum(
+            other.pending_prefill_tokens
+            for other in everybody
+            if other.prefill_pool == pool.pool_id
+        )
+        cached = self._cached_tokens(pool, record.block_hashes)
+        return Candidate(pool.pool_id, cached, pending, pool.tokens_per_s)
+
+
+def computed_by(record: Record, pool_id: str) -> bool:
+    """Whether the pool was computing it, as far as is known: it may be what has killed the pool."""
+    if pool_id == record.decode_pool:
+        return record.state in (State.COMPUTING, State.DECODING)
+    return (
+        pool_id == record.prefill_pool
+        and record.state is State.PREFILLING
+        and record.is_prefill_begun
+        and record.path is None
+    )
+
+
+def needs(record: Record, pool_id: str) -> bool:
+    """Whether its attempt cannot go on without the pool."""
+    if pool_id == record.decode_pool:
+        return True
+    if pool_id != record.prefill_pool:
+        return False
+    # The first token of the attempt may have been lost with the pool although all was committed.
+    return record.state is State.PREFILLING or record.path is None

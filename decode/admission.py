@@ -1,0 +1,63 @@
+"""Who gets blocks, and when: the queue in front of a decode pool. Pure.
+
+Blocks are granted in the order of arrival; nobody overtakes one that waits for room. They are for
+the whole prompt and one token more, so that whoever is admitted can be handed a prompt, or compute
+it, without waiting for a block.
+"""
+
+from collections import deque
+
+from decode.batch import SchedulerLimits
+from decode.memory import SequenceMemory
+from decode.sequence import Sequence
+
+
+class Admission:
+    """The sequences that are QUEUED."""
+
+    def __init__(self, memory: SequenceMemory, limits: SchedulerLimits) -> None:
+        self._memory = memory
+        self._limits = limits
+        self._queue: deque[Sequence] = deque()
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def refusal(self, sequence: Sequence) -> str | None:
+        """Why a sequence can never be admitted.
+
+        One that comes from another attempt may fill the pool to its last slot, as it might have
+        there: the token after that ends it, and needs none.
+        """
+        num_needed = sequence.num_prompt_tokens + (0 if sequence.num_earlier_tokens else 1)
+        if num_needed <= self._memory.num_slots:
+            return None
+        return (
+            f"the prompt's {sequence.num_prompt_tokens} tokens and one more do not fit into "
+            f"the {self._memory.num_slots} that this decode pool can hold"
+        )
+
+    def add(self, sequence: Sequence) -> None:
+        self._queue.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        self._queue.remove(sequence)
+        self._memory.has_new_room = True  # another may be first in the queue
+
+    def next(self, num_holders: int) -> Sequence | None:
+        """Grant blocks to the first in the queue, or None when there is nobody or no room.
+
+        Args:
+            num_holders: sequences that hold blocks of their own.
+        """
+        if not self._queue or not self._memory.has_new_room:
+            return None
+        sequence = self._queue[0]
+        num_slots = min(sequence.num_prompt_tokens + 1, self._memory.num_slots)
+        if num_holders >= self._limits.max_num_sequences or not self._memory.allocate(
+            sequence, num_slots, is_alone=num_holders == 0
+        ):
+            self._memory.has_new_room = False  # do not ask again before something changes
+            return None
+        sequence.num_cached_tokens = sequence.num_computed_tokens
+        return self._queue.popleft()

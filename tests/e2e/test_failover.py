@@ -1,0 +1,223 @@
+"""Pools are killed while they work: the caller's stream goes on, token for token.
+
+Real processes, real NIXL, real HTTP, and the arithmetic model: ``expected_tokens`` is the only
+right answer, and a block that was kept too early, or lost, gives another one. A pool's ranks are
+all killed, and nobody starts them again: whoever restarts pools is tested elsewhere.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+
+from launcher.config import ServeConfig
+from modeling.arithmetic import expected_tokens
+from modeling.config import load_config
+
+MODEL = "arithmetic:layers=3,heads=4,kv_heads=2,vocab=512,max_len=16384"
+DEADLINE_S = 90.0
+
+
+class Cluster:
+    """A running cluster whose ranks may be killed."""
+
+    def __init__(self, said: dict[str, Any]) -> None:
+        self.client = httpx.Client(base_url=said["url"], timeout=DEADLINE_S)
+        self._pids: dict[str, int] = said["pids"]
+        self._threads = ThreadPoolExecutor(8)
+
+    def close(self) -> None:
+        self._threads.shutdown()
+        self.client.close()
+
+    def kill_pool(self, pool_id: str) -> None:
+        """Every rank of it, at once and for good."""
+        pids = [pid for name, pid in self._pids.items() if name.startswith(f"{pool_id}/")]
+        assert pids
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+
+    def trace(self, name: str) -> dict[str, Any]:
+        """What became of a request so far."""
+        reply = self.client.get(f"/v1/requests/{name}/timeline")
+        if reply.status_code == 404:
+            return {}
+        requests: list[dict[str, Any]] = reply.json()["requests"]
+        return requests[0] if requests else {}
+
+    def stream(self, name: str, prompt: list[int], max_tokens: int) -> "Future[Stream]":
+        """Ask, in another thread."""
+        return self._threads.submit(self._stream, name, prompt, max_tokens)
+
+    def _stream(self, name: str, prompt: list[int], max_tokens: int) -> "Stream":
+        body = {"prompt": prompt, "max_tokens": max_tokens, "stream": True, "temperature": 0}
+        body |= {"return_token_ids": True, "ignore_eos": True, "logprobs": 0}
+        body["stream_options"] = {"include_usage": True}
+        stream = Stream()
+        with self.client.stream(
+            "POST", "/v1/completions", json=body, headers={"x-request-id": name}
+        ) as reply:
+            for line in reply.iter_lines():
+                stream.take(line)
+        return stream
+
+
+class Stream:
+    """What came of one stream."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.num_logprobs = 0
+        self.finish_reason: str | None = None
+        self.usage: dict[str, Any] = {}
+        self.error: dict[str, Any] = {}
+        self.is_done = False
+
+    def take(self, line: str) -> None:
+        if line == "data: [DONE]":
+            self.is_done = True
+        elif line.startswith("data: "):
+            chunk = json.loads(line.removeprefix("data: "))
+            self.error = chunk.get("error") or self.error
+            self.usage = chunk.get("usage") or self.usage
+            for choice in chunk.get("choices", ()):
+                self.tokens += choice["token_ids"]
+                self.num_logprobs += len((choice["logprobs"] or {}).get("token_logprobs", ()))
+                self.finish_reason = choice["finish_reason"] or self.finish_reason
+
+
+@contextmanager
+def running(prefill: tuple[str, ...], decode: tuple[str, ...], **pools: Any) -> Iterator[Cluster]:
+    config = ServeConfig(
+        model=MODEL,
+        prefill=prefill,
+        decode=decode,
+        port=0,
+        block_size=16,
+        kv_memory="64MiB",
+        checksum="always",
+        transport="nixl",
+        log_level="WARNING",
+        coordinator={"heartbeat_timeout_s": 2.5, "local_prefill_threshold": 32},
+        **pools,
+    )
+    script = Path(__file__).parent / "unsupervised.py"
+    process = subprocess.Popen(
+        [sys.executable, str(script)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(script.parent.parent.parent)},
+    )
+    assert process.stdin is not None and process.stdout is not None
+    with process.stdin, process.stdout:
+        process.stdin.write(msgspec.json.encode(config).decode() + "\n")
+        process.stdin.flush()
+        cluster = Cluster(json.loads(process.stdout.readline()))
+        try:
+            yield cluster
+        finally:
+            cluster.close()
+    assert process.wait(DEADLINE_S) == 0
+
+
+def until(condition: Any, what: str) -> Any:
+    """Wait for the answer of another process; there is no event to wait for."""
+    pause = threading.Event()
+    for _ in range(int(DEADLINE_S / 0.02)):
+        value = condition()
+        if value:
+            return value
+        pause.wait(0.02)
+    raise AssertionError(f"never: {what}")
+
+
+def prompt_of(rng: random.Random, num_tokens: int) -> list[int]:
+    return [rng.randrange(500) for _ in range(num_tokens)]
+
+
+def assert_clean(cluster: Cluster) -> None:
+    """No living pool holds a block of anything."""
+
+    def is_clean() -> bool:
+        state = cluster.client.get("/v1/cluster").json()
+        spaces = [s for pool in state["pools"] if pool["serving"] for s in pool["blocks"]]
+        return bool(spaces) and all(s["free"] + s["cached"] == s["total"] for s in spaces)
+
+    until(is_clean, "blocks are still held")
+
+
+@pytest.mark.cluster
+def test_streams_survive_the_death_of_a_decode_pool() -> None:
+    rng, config = random.Random(3), load_config(MODEL)
+    prompts = [prompt_of(rng, length) for length in (5, 400, 900, 40)]
+    with running(("cp2",), ("tp2", "tp1")) as cluster:
+        streams = [cluster.stream(f"s{i}", prompt, 700) for i, prompt in enumerate(prompts)]
+        homes = [
+            until(
+                lambda i=i: (
+                    cluster.trace(f"s{i}").get("num_output_tokens", 0) > 20
+                    and cluster.trace(f"s{i}")["decode_pool"]
+                ),
+                f"stream {i} is under way",
+            )
+            for i in range(len(prompts))
+        ]
+        victim = homes[-1]
+        cluster.kill_pool(victim)
+        for i, (future, prompt) in enumerate(zip(streams, prompts, strict=True)):
+            stream = future.result(DEADLINE_S)
+            assert not stream.error
+            assert stream.tokens == expected_tokens(config, prompt, 700), f"stream {i}"
+            assert stream.is_done and stream.finish_reason == "length"
+            assert stream.num_logprobs == 700
+            assert stream.usage["prompt_tokens"] == len(prompt)
+            assert stream.usage["completion_tokens"] == 700
+            trace = cluster.trace(f"s{i}")
+            assert trace["attempt"] == (2 if homes[i] == victim else 1)
+            if homes[i] == victim:
+                [lost] = trace["lost_attempts"]
+                assert (lost["reason"], lost["decode_pool"]) == ("worker_lost", victim)
+                assert 20 < lost["num_output_tokens"] < 700, "it was not killed in mid-stream"
+                assert trace["decode_pool"] != victim
+        assert_clean(cluster)
+
+
+@pytest.mark.cluster
+def test_a_prompt_goes_on_where_its_dead_prefill_pool_was() -> None:
+    """A ring of two dies in the middle of a prompt; a ring of one goes on from what was handed
+    over, which it fetches back from the decode pool."""
+    rng, config = random.Random(4), load_config(MODEL)
+    prompt = prompt_of(rng, 9000)
+    chunks = {"prefill_pool": {"chunk_tokens": 256}}
+    with running(("cp2", "cp1"), ("tp2",), **chunks) as cluster:
+        future = cluster.stream("long", prompt, 40)
+        until(
+            lambda: cluster.trace("long").get("num_prefilled_tokens", 0) >= 2000,
+            "a part of the prompt is computed",
+        )
+        victim = cluster.trace("long")["prefill_pool"]
+        cluster.kill_pool(victim)
+        stream = future.result(DEADLINE_S)
+        trace = cluster.trace("long")
+        assert not stream.error
+        assert stream.tokens == expected_tokens(config, prompt, 40)
+        assert [lost["prefill_pool"] for lost in trace["lost_attempts"]] == [victim]
+        assert trace["lost_attempts"][0]["num_output_tokens"] == 0, "it was killed too late"
+        assert trace["prefill_pool"] not in (victim, None)
+        path = trace["prefill"]
+        assert path["num_fetched_tokens"] >= 1000, "what was handed over was computed again"
+        assert path["num_fetched_tokens"] + path["num_computed_tokens"] == len(prompt)
+        assert_clean(cluster)
