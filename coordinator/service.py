@@ -203,6 +203,9 @@ class Service:
                 )  # fmt: skip
             self._forget_if_released(record)
 
+    def on_pool_serving(self, pool_id: str) -> None:
+        """A pool serves, for the first time or again."""
+
     def sweep(self, now: float) -> None:
         """Once a second: tell the pools that still hold what has ended by itself."""
         for record in self._records.values():
