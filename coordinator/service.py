@@ -198,6 +198,9 @@ class Service:
         _log.info("%s serves", pool_id)
         self._failover.go_on()
 
+    def on_pool_serving(self, pool_id: str) -> None:
+        """A pool serves, for the first time or again."""
+
     def sweep(self, now: float) -> None:
         """Once a second: what is overdue.
 

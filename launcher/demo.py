@@ -13,10 +13,10 @@ import httpx
 from rich.console import Console
 
 from launcher.config import ServeConfig
-from launcher.processes import StopAsked
 from launcher.resolved import resolve_cluster
-from launcher.serve import ClusterFailed, Supervisor, run_directory, signals_to
+from launcher.serve import run_directory, signals_to
 from launcher.story import tell
+from launcher.supervisor import ClusterFailed, Supervisor
 from protocol.errors import ConfigError
 
 NUM_DOCUMENT_TOKENS = 32_768
@@ -59,7 +59,6 @@ def _run(console: Console, run_dir: Path, *, keep: bool, num_tokens: int, seed: 
             is_well = tell(console, client, num_tokens, seed)
         if keep:
             console.print(f"\nstill serving at {supervisor.url}; Ctrl-C ends it")
-            while not isinstance(supervisor.reports.get(), StopAsked):
-                pass
+            supervisor.supervise()
     console.print("every process has ended")
     return 0 if is_well else 1
