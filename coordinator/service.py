@@ -352,4 +352,5 @@ class Service:
     def _forget_if_released(self, record: Record) -> None:
         if record.state is State.ENDING and not record.holders:
             record.step(Step.ALL_RELEASED)
+            record.timeline.mark(Event.RELEASED, self._clock())
             del self._records[record.request_id]

@@ -258,6 +258,8 @@ def _transfer_config(config: RankConfig, model: ModelConfig) -> TransferConfig:
         model_fingerprint=model.fingerprint,
         max_model_len=config.max_model_len or model.max_model_len,
         hello_timeout_s=config.start_timeout_s,
+        lease_s=config.lease_s,
+        failpoints=config.failpoints,
     )
 
 

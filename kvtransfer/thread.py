@@ -37,11 +37,13 @@ from kvtransfer.events import (
     ThreadDied,
     Welcomed,
 )
+from kvtransfer.faulty import FaultyControlLine, FaultyPeers, FaultyTransport
 from kvtransfer.handoffs import Handoffs
 from kvtransfer.identity import RankIdentity, TransferConfig
 from kvtransfer.peers import Peers
 from kvtransfer.transport import KVTransport, ReadHandle, ReadState
 from protocol.errors import BatonError, TransferError
+from protocol.failpoints import Failpoints
 from protocol.handoff import HandoffMessage
 from protocol.kv import PoolEndpoint, RankEndpoint
 from protocol.messages import (
@@ -165,6 +167,9 @@ class _Loop:
             token=config.token,
             host=_host(config.listen),
         )
+        self._failpoints = Failpoints(config.failpoints, self._around.counters)
+        if self._failpoints:
+            self._transport = FaultyTransport(self._transport, self._failpoints)
         self._handoffs = Handoffs(
             self._around,
             (lambda runs: source_checksum(pool, runs), lambda runs: target_checksum(pool, runs)),
@@ -176,9 +181,8 @@ class _Loop:
 
     def run(self, context: zmq.Context[zmq.Socket[bytes]], waker: Waker) -> None:
         """Until something ends it, which is raised."""
-        config, counters = self._config, self._around.counters
-        self._peers = Peers(context, self._identity, config.listen, counters)
-        self._control = ControlLine(context, self._identity, config, counters)
+        config = self._config
+        self._peers, self._control = self._open_lines(context)
         poller = Poller(self._peers.router, self._control.dealer, waker)
         self._transport.start(self._pool)
         self._control.say_hello(self._endpoint(), self._gang)
@@ -195,6 +199,18 @@ class _Loop:
             self._peers.close()
             self._control.close()
             self._transport.close()
+
+    def _open_lines(self, context: zmq.Context[zmq.Socket[bytes]]) -> tuple[Peers, ControlLine]:
+        me, config, counters = self._identity, self._config, self._around.counters
+        if faults := self._failpoints:
+            return (
+                FaultyPeers(context, me, config.listen, counters, faults),
+                FaultyControlLine(context, me, config, counters, faults),
+            )
+        return (
+            Peers(context, me, config.listen, counters),
+            ControlLine(context, me, config, counters),
+        )
 
     def _turn(self) -> None:
         self._transport.progress()

@@ -20,6 +20,7 @@ class Event(enum.StrEnum):
     COMMITTED = "committed"  # every segment is read, confirmed and of the manifest
     FIRST_DECODE = "first_decode"  # the first token that the decode pool made
     FINISHED = "finished"
+    RELEASED = "released"  # every pool has said that it holds no block of it any more
 
 
 class TimeLine(msgspec.Struct):
