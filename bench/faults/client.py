@@ -2,7 +2,8 @@
 
 A stream ends in one of these ways, and nothing else is allowed: ``done`` (its end marker came),
 ``left`` (we went away), ``error CODE`` (an event or a status said so), ``cut`` (the connection
-ended without a word, as it does when the coordinator is killed), ``late`` (our patience ended).
+ended without a word, as it does when the coordinator is killed), ``refused`` (nobody listened),
+``late`` (our patience ended).
 """
 
 import asyncio
@@ -86,7 +87,7 @@ async def run_stream(
     except TimeoutError:
         stream.end = "late" if leave_at is None else "left"
     except (OSError, EOFError):
-        stream.end = "cut"
+        stream.end = "refused" if writer is None else "cut"
     finally:
         stream.ended = loop.time()
         if writer is not None and leave is not None and leave.is_reset:

@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,7 +18,6 @@ from bench.faults.client import Address, get_json
 
 START_S = 120.0
 STOP_S = 25.0
-POLL_S = 0.02
 
 
 class ClusterLost(Exception):
@@ -51,13 +49,6 @@ class RunningCluster:
                 found[file.stem.replace(".", "/")] = pid
         return found
 
-    async def wait_ended(self, timeout_s: float) -> bool:
-        """Whether it has ended within that time."""
-        deadline = time.monotonic() + timeout_s
-        while self.is_running and time.monotonic() < deadline:
-            await asyncio.sleep(POLL_S)
-        return not self.is_running
-
 
 @asynccontextmanager
 async def run_cluster(*flags: str, log: Path | None = None) -> AsyncIterator[RunningCluster]:
@@ -69,16 +60,18 @@ async def run_cluster(*flags: str, log: Path | None = None) -> AsyncIterator[Run
         ClusterLost: it did not become ready.
     """
     serve = [sys.executable, "-P", "-m", "launcher", "serve", "--port", "0", *flags]
-    stderr = log.open("a") if log is not None else None
-    process = subprocess.Popen(
-        ["/usr/bin/env", "UCX_TLS=tcp", *serve], stdout=subprocess.PIPE, stderr=stderr, text=True
-    )
+    process = _start(["/usr/bin/env", "UCX_TLS=tcp", *serve], log)
     try:
         yield RunningCluster(process, await _ready(process))
     finally:
         await _stop(process)
-        if stderr is not None:
-            stderr.close()
+
+
+def _start(command: list[str], log: Path | None) -> subprocess.Popen[str]:
+    if log is None:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    with log.open("a") as errors:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
 
 
 async def _ready(process: subprocess.Popen[str]) -> Address:

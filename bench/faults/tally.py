@@ -34,7 +34,21 @@ class Tally:
 
     @property
     def num_requests(self) -> int:
-        return sum(self.ends.values())
+        return self.ends.total() - self.ends["refused"]
+
+    def add(self, other: "Tally") -> None:
+        """Take in what another campaign has seen."""
+        for name in self.__dataclass_fields__:
+            mine, its = getattr(self, name), getattr(other, name)
+            if isinstance(mine, Counter):
+                mine.update(its)
+            elif isinstance(mine, list):
+                mine.extend(its)
+            elif isinstance(mine, int):
+                setattr(self, name, mine + its)
+            else:
+                for kind, seconds in its.items():
+                    mine.setdefault(kind, []).extend(seconds)
 
     def compare(self, name: str, tokens: Sequence[int], expected: Sequence[int]) -> None:
         """Compare what a stream has brought so far with what it had to bring."""

@@ -77,8 +77,9 @@ async def watching(cluster: RunningCluster, interval_s: float = 0.5) -> AsyncIte
 async def audit(watch: Watch, tally: Tally) -> float:
     """Seconds until a cluster without requests holds nothing, told by heartbeats of each second.
 
-    Only what a heartbeat says that was sent after the call counts, so it takes one at least. What is still held FREE_WITHIN_S and a heartbeat later is leaked, as is whatever does not add up
-    to the total. A pool that is being restarted is waited for: it holds nothing, but must come.
+    Only what a heartbeat says that was sent after the call counts, so it takes one at least. What
+    is still held FREE_WITHIN_S and a heartbeat later is leaked, as is whatever does not add up to
+    the total. A pool that is being restarted is waited for: it holds nothing, but must come.
     """
     started = time.monotonic()
     held, is_whole = -1, False
@@ -88,9 +89,9 @@ async def audit(watch: Watch, tally: Tally) -> float:
             is_whole = all(pool["serving"] and pool["blocks"] for pool in state["pools"])
             held = sum(_held(space) for pool in state["pools"] for space in pool["blocks"])
         waited = time.monotonic() - started
-        if state is not None and waited > 1.2 * HEARTBEAT_S:
-            if is_whole and held == 0 and state["num_active_requests"] == 0:
-                break
+        is_clean = state is not None and held == 0 and state["num_active_requests"] == 0
+        if is_whole and is_clean and waited > 1.2 * HEARTBEAT_S:
+            break
         if waited > (FREE_WITHIN_S + HEARTBEAT_S if is_whole else SETTLE_S):
             break
         await asyncio.sleep(0.05)

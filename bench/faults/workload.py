@@ -17,6 +17,7 @@ from bench.faults.tally import Tally
 
 RELEASE_S = 60.0  # how long a request that nobody wants any more is watched
 _RELEASE_POLL_S = 0.25
+_REFUSED_PAUSE_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,9 @@ class Workload:
         self, cluster: RunningCluster, oracle: Oracle, rng: random.Random, tally: Tally, mix: Mix
     ) -> None:
         self.num_ended = 0
+        self.num_held = 0  # abandoned in transfer, and held for more than ``held_after_s``
+        self.held_after_s = 0.0
+        self.excuses: Callable[[Stream], bool] = lambda _: False  # of an end that is nobody's fault
         self._cluster = cluster
         self._oracle = oracle
         self._rng = rng
@@ -62,6 +66,10 @@ class Workload:
         async with asyncio.TaskGroup() as workers:
             for _ in range(self._mix.concurrency):
                 workers.create_task(self._work(goes_on))
+        await self.settled()
+
+    async def settled(self) -> None:
+        """Wait until every abandoned request has been seen to its end."""
         if self._watches:
             await asyncio.wait(self._watches)
 
@@ -81,6 +89,8 @@ class Workload:
         )
         self.num_ended += 1
         self._judge(stream)
+        if stream.end == "refused":
+            await asyncio.sleep(_REFUSED_PAUSE_S)
         if stream.end in ("left", "late"):
             watch = asyncio.create_task(self._watch_release(stream))
             self._watches.add(watch)
@@ -94,7 +104,8 @@ class Workload:
         if stream.end == "done" and len(stream.tokens) < stream.max_tokens:
             tally.lies["lost"] += 1
             tally.problem(f"{name}: ended well after {len(stream.tokens)} of {stream.max_tokens}")
-        if stream.is_lost and stream.end not in self._mix.allowed:
+        is_allowed = stream.end in self._mix.allowed or self.excuses(stream)
+        if stream.is_lost and not is_allowed:
             tally.problem(f"{name}: ended as {stream.end!r} after {len(stream.tokens)} tokens")
 
     async def _watch_release(self, stream: Stream) -> None:
@@ -117,7 +128,10 @@ class Workload:
             if "released" not in events:
                 continue
             if request["finish_reason"] == "abort":
-                self._tally.abort_phases[_phase(events)] += 1
+                phase = _phase(events)
+                self._tally.abort_phases[phase] += 1
+                held_s = events["released"] - events["finished"]
+                self.num_held += phase == "transfer" and held_s > self.held_after_s
                 if self._mix.measures_free:
                     left = stream.ended - stream.sent
                     self._tally.free_s.append(max(0.0, events["released"] - left))
