@@ -69,7 +69,7 @@ class FaultyPeers(Peers):
         self._late: list[tuple[float, int, PeerName, HandoffMessage]] = []  # a heap, by time
 
     def send(self, peer: PeerName, message: HandoffMessage) -> None:
-        fault = self._failpoints.reach(HANDOFF_SEND, kind_of(message))
+        fault = self._failpoints.reach(HANDOFF_SEND, kind_of(type(message)))
         match fault:
             case Fault(action="drop"):
                 return
@@ -78,7 +78,7 @@ class FaultyPeers(Peers):
                 heapq.heappush(self._late, (due, next(self._numbers), peer, message))
                 return
             case Fault(action="exit"):
-                exit_here(f"{HANDOFF_SEND}.{kind_of(message)}")
+                exit_here(f"{HANDOFF_SEND}.{kind_of(type(message))}")
             case Fault(action="duplicate"):
                 super().send(peer, message)
         super().send(peer, message)
@@ -107,10 +107,10 @@ class FaultyControlLine(ControlLine):
         self._late: list[tuple[float, int, ToCoordinator]] = []  # a heap, by time
 
     def send(self, message: ToCoordinator) -> None:
-        fault = self._failpoints.reach(CONTROL_SEND, kind_of(message))
+        fault = self._failpoints.reach(CONTROL_SEND, kind_of(type(message)))
         action = fault.action if fault is not None else ""
         if action == EXIT:
-            exit_here(f"{CONTROL_SEND}.{kind_of(message)}")
+            exit_here(f"{CONTROL_SEND}.{kind_of(type(message))}")
         if fault is not None and action == DELAY:
             due = time.monotonic() + fault.seconds
             heapq.heappush(self._late, (due, next(self._numbers), message))

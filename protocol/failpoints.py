@@ -14,11 +14,14 @@ counted, and the heartbeat carries the counts, so that a test can see that its f
 
 import random
 import re
+import typing
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from protocol.errors import ConfigError
+from protocol.handoff import HandoffMessage
+from protocol.messages import ToCoordinator, ToRank
 
 DROP, DUPLICATE, DELAY, EXIT = "drop", "duplicate", "delay", "exit"
 CORRUPT, FAIL, HANG = "corrupt", "fail", "hang"
@@ -33,8 +36,17 @@ ACTIONS: dict[str, frozenset[str]] = {
     TRANSFER_READ: frozenset({CORRUPT, DELAY, FAIL, EXIT}),
     STEP: frozenset({DELAY, HANG, EXIT}),
 }
-_WITH_KINDS = (HANDOFF_SEND, CONTROL_SEND)
-_KIND = re.compile(r"[a-z]+(_[a-z]+)*")
+
+
+def kind_of(message: type) -> str:
+    """The name of a kind of message as failpoints write it: ``ReadDone`` is ``read_done``."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", message.__name__).lower()
+
+
+KINDS: dict[str, frozenset[str]] = {
+    HANDOFF_SEND: frozenset(map(kind_of, typing.get_args(HandoffMessage))),
+    CONTROL_SEND: frozenset(map(kind_of, typing.get_args(ToCoordinator | ToRank))),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +104,6 @@ class Failpoints:
         return found
 
 
-def kind_of(message: object) -> str:
-    """The name of a message's kind as failpoints write it: ``ReadDone`` is ``read_done``."""
-    return re.sub(r"(?<!^)(?=[A-Z])", "_", type(message).__name__).lower()
-
-
 def _parse(entry: str) -> Failpoint:
     name, colon, rest = entry.partition(":")
     if not colon:
@@ -104,7 +111,7 @@ def _parse(entry: str) -> Failpoint:
     place = next((p for p in ACTIONS if name == p), None)
     if place is None:
         base, _, kind = name.rpartition(".")
-        place = base if base in _WITH_KINDS and _KIND.fullmatch(kind) else None
+        place = base if kind in KINDS.get(base, ()) else None
     if place is None:
         raise ConfigError(
             f"failpoints: {entry!r}: there is no place {name!r}, only {', '.join(ACTIONS)}"

@@ -28,7 +28,8 @@ from bench.faults.tally import FREE_WITHIN_S, Tally, percentile
 SHARES = {
     "abandon": 0.2,
     "landing": 0.2,
-    "messages": 0.15,
+    "messages": 0.1,
+    "drops": 0.05,
     "bytes": 0.15,
     "unchecked": 0.05,
     "stops": 0.1,
@@ -83,6 +84,7 @@ async def campaign(arguments: argparse.Namespace, tally: Tally) -> None:
         "abandon": lambda: stages.abandon(context, arguments.aborts),
         "landing": lambda: stages.landing(context, arguments.late),
         "messages": lambda: stages.messages(context, rest // 2),
+        "drops": lambda: stages.drops(context, rest // 8),
         "bytes": lambda: stages.changed_bytes(context, rest // 2),
         "unchecked": lambda: stages.unchecked(context, MIN_UNCHECKED),
         "stops": lambda: signals.stops(context, 3 * num_signals // 4),
@@ -116,7 +118,7 @@ def main() -> int:
         tally.problem(f"blocks were not free {FREE_WITHIN_S} s after an abort")
     if arguments.json:
         print(msgspec.json.encode(tally).decode())
-        return 0
+        return 1 if tally.problems else 0
     asked = (
         f"{arguments.faults} faults, {arguments.requests} requests, {arguments.aborts} aborts, "
         f"{arguments.late} late-transfer rounds, in {arguments.minutes:g} minutes"

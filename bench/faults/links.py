@@ -20,7 +20,6 @@ from bench.faults.workload import Mix, Workload
 
 # The delay of netem where the kernel has it; else a narrow pipe, which drops what does not fit.
 SHAPES = ("netem delay 5ms 2ms loss 0.5%", "tbf rate 60mbit burst 128kb latency 100ms")
-FAULT = "slow link, packets held back"
 _RUN_S = 900.0
 
 
@@ -74,9 +73,9 @@ async def behind_slow_link(context: Context, num_requests: int) -> None:
         load = Workload(cluster, context.oracle, context.rng, context.tally, mix)
         await load.run(until(context, load, num_requests))
         await audit(watch, context.tally)
-    held_back = _num_held_back()
-    context.tally.faults[FAULT] += held_back
-    if not held_back:
+    if held_back := _num_held_back():
+        context.tally.faults[f"slow link ({held_back} packets held back)"] += 1
+    else:
         context.tally.problem("the link was not slow: no packet was held back")
 
 

@@ -91,8 +91,9 @@ async def kills(context: Context, num_kills: int) -> None:
     num_left = num_kills
     while num_left > 0 and not context.is_late:
         async with context.cluster(*SMALL, pools=POOLS) as (cluster, watch):
-            num_left -= await _Killer(context, cluster, watch).run(num_left)
-            if cluster.is_running:
+            killer = _Killer(context, cluster, watch)
+            num_left -= await killer.run(num_left)
+            if killer.is_whole or context.demand_survival:
                 await audit(watch, context.tally)
 
 
@@ -103,6 +104,7 @@ class _Killer:
         self._context = context
         self._cluster = cluster
         self._watch = watch
+        self.is_whole = True
         self._orphaned_at: list[float] = []  # when a coordinator ended, or all of the cluster
         mix = context.mix(Mix(concurrency=16, leave_share=0.1), *ENDS)
         self._load = Workload(cluster, context.oracle, context.rng, context.tally, mix)
@@ -117,7 +119,8 @@ class _Killer:
             while num_done < num_blows and not self._context.is_late:
                 await asyncio.sleep(self._context.rng.uniform(0.5, 1.5))
                 num_done += 1
-                if not await self._strike():
+                self.is_whole = await self._strike()
+                if not self.is_whole:
                     break
             is_over = True
 
@@ -155,6 +158,8 @@ class _Killer:
             tally.recovered(blow.kind, clock() - struck)
         elif context.demand_survival:
             tally.problem(f"nothing came back after {blow.kind} of {name}")
+        else:
+            self._orphaned_at.append(clock())  # going on, a process may end all of the cluster
         send_signal(pid, signal.SIGCONT)
         return is_back
 

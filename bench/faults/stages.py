@@ -3,6 +3,7 @@
 abandon    clients go away in every phase; how long until every block is free again
 landing    reads land after their request was given up, while others take its blocks
 messages   hand-off messages come twice, late and out of order, steps are slow: all must be exact
+drops      messages between pools are lost: a request may wait in vain, and all of it is freed
 bytes      read bytes are changed, reads fail and come late: never a wrong token
 unchecked  the same without checksums: a wrong token *must* be seen, or the fault is not one
 """
@@ -28,6 +29,7 @@ SMALL, TINY = ("--kv-memory", "2MiB"), ("--kv-memory", "1MiB")
 POOLS = ("--prefill", "cp2", "--decode", "tp2")
 HANDOFF_FAILED = "error handoff_failed"
 LATE_S = 0.05
+DROPS_LEASE_S, DROPS_PATIENCE_S = 1.0, 5.0
 
 
 @dataclass(slots=True)
@@ -156,6 +158,26 @@ async def messages(context: Context, num_requests: int) -> None:
         await load.run(until(context, load, num_requests))
         await audit(watch, context.tally)
         _expect_hits(context, watch, "handoff.send:duplicate", "handoff.send:delay", "step:delay")
+
+
+async def drops(context: Context, num_requests: int) -> None:
+    """Lost messages: no wrong token, nothing held when their clients have gone.
+
+    Nobody says anything twice, so a request whose message is lost waits until its client has had
+    enough; what the source holds for it then is free when its lease ends.
+    """
+    seed, tally = context.seed, context.tally
+    lost = "handoff.send.{}:drop%{}:0.02"
+    sources = [lost.format(kind, seed()) for kind in ("announce", "confirm", "commit")]
+    targets = [lost.format(kind, seed()) for kind in ("read_done", "reads_ended")]
+    lease = ("--set", f"prefill_pool.lease_s={DROPS_LEASE_S}")
+    flags = (*failpoints("prefill", *sources), *failpoints("decode", *targets), *lease)
+    async with context.cluster(*SMALL, *flags) as (cluster, watch):
+        mix = context.mix(Mix(leave_share=0.2, patience_s=DROPS_PATIENCE_S), HANDOFF_FAILED, "late")
+        load = Workload(cluster, context.oracle, context.rng, tally, mix)
+        await load.run(until(context, load, num_requests))
+        await audit(watch, tally)
+        _expect_hits(context, watch, "handoff.send.announce:drop", "handoff.send.confirm:drop")
 
 
 async def changed_bytes(context: Context, num_requests: int) -> None:
