@@ -10,9 +10,10 @@ unchecked  the same without checksums: a wrong token *must* be seen, or the faul
 
 import asyncio
 import contextlib
+import functools
 import random
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bench.faults.client import Leave
@@ -22,7 +23,7 @@ from bench.faults.tally import Tally
 from bench.faults.watch import Watch, audit, watching
 from bench.faults.workload import Mix, Workload
 
-NUM_PROMPTS = 96
+NUM_PROMPTS = 64
 BASE_FLAGS = ("--block-size", "8", "--threads-per-rank", "1", "--log-level", "WARNING")
 SETTINGS = ("--set", "coordinator.local_prefill_threshold=16")
 SMALL, TINY = ("--kv-memory", "2MiB"), ("--kv-memory", "1MiB")
@@ -32,7 +33,7 @@ LATE_S = 0.05
 DROPS_LEASE_S, DROPS_PATIENCE_S = 1.0, 5.0
 
 
-@dataclass(slots=True)
+@dataclass
 class Context:
     """What all stages of one campaign have in common.
 
@@ -49,12 +50,16 @@ class Context:
     transport: str = "nixl"
     demand_survival: bool = False
     log: Path | None = None
-    oracle: Oracle = field(init=False)
-    short: Oracle = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.oracle = Oracle(self.rng, mixed_lengths(self.rng, NUM_PROMPTS))
-        self.short = Oracle(self.rng, [self.rng.randint(20, 120) for _ in range(NUM_PROMPTS)])
+    @functools.cached_property
+    def oracle(self) -> Oracle:
+        """Prompts of all lengths."""
+        return Oracle(self.rng, mixed_lengths(self.rng, NUM_PROMPTS))
+
+    @functools.cached_property
+    def short(self) -> Oracle:
+        """Prompts of a few blocks."""
+        return Oracle(self.rng, [self.rng.randint(20, 120) for _ in range(NUM_PROMPTS)])
 
     @property
     def is_late(self) -> bool:

@@ -47,16 +47,15 @@ def test_reads_that_land_late_touch_nobody() -> None:
 
 
 def test_changed_bytes_are_never_decoded_and_would_show() -> None:
-    tally = _campaign("bytes,unchecked", "--requests", "240", "--aborts", "0")
+    tally = _campaign("bytes,unchecked", "--requests", "200", "--aborts", "0")
     assert tally["faults"]["transfer.read:corrupt"] > 0
     assert tally["num_planted_seen"] > 0
 
 
-def test_messages_twice_late_and_lost() -> None:
-    tally = _campaign("messages,drops", "--requests", "240", "--aborts", "0")
-    faults = tally["faults"]
-    assert faults["handoff.send:duplicate"] > 0
-    assert faults["handoff.send.announce:drop"] > 0
+def test_messages_that_come_twice_and_late_change_nothing() -> None:
+    tally = _campaign("messages", "--requests", "200", "--aborts", "0")
+    assert tally["faults"]["handoff.send:duplicate"] > 0
+    assert tally["ends"].keys() == {"done", "left"}
 
 
 @pytest.mark.slow

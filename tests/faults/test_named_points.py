@@ -11,7 +11,7 @@ from bench.faults.stages import SMALL, Context, failpoints
 from bench.faults.tally import Tally
 from bench.faults.workload import Mix, Workload
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 DEADLINE_S = 60.0
 
 
@@ -24,7 +24,6 @@ DEADLINE_S = 60.0
         ("decode", "transfer.read"),
     ],
 )
-@pytest.mark.slow
 def test_a_rank_dies_where_it_is_told_to(tmp_path: Path, role: str, point: str) -> None:
     log, tally = tmp_path / "log", Tally()
 
