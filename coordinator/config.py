@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 
 from protocol.errors import ConfigError
+from protocol.failpoints import Failpoints
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
@@ -77,6 +78,7 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     num_tokenizer_threads: int = 2
     limits: Limits = Limits()
     log_level: str = "INFO"
+    failpoints: str = ""  # faults to inject, see protocol.failpoints; none by default
     parent_pid: int = 0  # end when this process ends; 0 outlives it
 
     def __post_init__(self) -> None:
@@ -101,6 +103,7 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
             raise ConfigError(f"--max-model-len {self.max_model_len}: must be at least 2 tokens")
         if self.num_tokenizer_threads < 1:
             raise ConfigError("num_tokenizer_threads: must be at least 1")
+        Failpoints(self.failpoints)
 
     @property
     def model_name(self) -> str:

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -55,6 +56,7 @@ class ControlPlane:
         self._registry = registry
         self._handler: RequestHandler | None = None
         self._outbox: asyncio.Queue[Outgoing] = asyncio.Queue()
+        self.counters: Counter[str] = Counter()
 
     def attach(self, handler: RequestHandler) -> None:
         """Who gets the messages about requests; before ``run``."""

@@ -23,6 +23,7 @@ from coordinator.auth import Tenants
 from coordinator.config import CoordinatorConfig
 from coordinator.connection import guarded
 from coordinator.control import ControlPlane
+from coordinator.faulty import FaultyControlPlane
 from coordinator.frontend import Frontend
 from coordinator.registry import Registry
 from coordinator.service import Service
@@ -127,7 +128,7 @@ class Coordinator:
                 heartbeat_timeout_s=self._config.heartbeat_timeout_s,
             )
             try:
-                yield ControlPlane(router, registry), registry, router
+                yield self._control_plane(router, registry), registry, router
             finally:
                 # Linger is zero: give the last frames a moment to leave before the socket goes.
                 await asyncio.sleep(0.05)
@@ -136,6 +137,11 @@ class Coordinator:
             context.destroy(linger=0)
             self._tokenization.close()
             self._socket.close()
+
+    def _control_plane(self, router: AsyncRouter, registry: Registry) -> ControlPlane:
+        if self._config.failpoints:
+            return FaultyControlPlane(router, registry, self._config.failpoints)
+        return ControlPlane(router, registry)
 
     def _http_server(
         self, control: ControlPlane, registry: Registry, service: Service

@@ -133,9 +133,9 @@ def main() -> int:
 
 
 def _shown(argv: list[str]) -> list[str]:
-    """What somebody else would type for the same campaign: a log is of this machine."""
+    """What somebody else would type for the same campaign, without the folders of this machine."""
     pairs = zip(["", *argv], argv, strict=False)
-    return [word for before, word in pairs if "--log" not in (before, word)]
+    return [word for before, word in pairs if not {"--log", "--save"} & {before, word}]
 
 
 if __name__ == "__main__":

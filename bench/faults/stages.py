@@ -30,6 +30,7 @@ SMALL, TINY = ("--kv-memory", "2MiB"), ("--kv-memory", "1MiB")
 POOLS = ("--prefill", "cp2", "--decode", "tp2")
 HANDOFF_FAILED = "error handoff_failed"
 LATE_S = 0.05
+TOLD_TWICE = ("reserve", "prefill", "abort")  # by the coordinator
 DROPS_LEASE_S, DROPS_PATIENCE_S = 1.0, 5.0
 
 
@@ -156,13 +157,16 @@ async def messages(context: Context, num_requests: int) -> None:
         f"control.send:duplicate%{seed()}:0.05",
         f"step:delay=0.03%{seed()}:0.05",
     )
-    flags = (*SMALL, *failpoints("prefill", *faults), *failpoints("decode", *faults))
-    async with context.cluster(*flags) as (cluster, watch):
+    told = [f"control.send.{kind}:duplicate%{seed()}:0.1" for kind in TOLD_TWICE]
+    everywhere = (*failpoints("prefill", *faults), *failpoints("decode", *faults))
+    flags = (*everywhere, "--set", f"coordinator.failpoints={','.join(told)}")
+    async with context.cluster(*SMALL, *flags) as (cluster, watch):
         mix = Mix(leave_share=0.2)
         load = Workload(cluster, context.oracle, context.rng, context.tally, mix)
         await load.run(until(context, load, num_requests))
         await audit(watch, context.tally)
         _expect_hits(context, watch, "handoff.send:duplicate", "handoff.send:delay", "step:delay")
+        _expect_hits(context, watch, *(f"control.send.{kind}:duplicate" for kind in TOLD_TWICE))
 
 
 async def drops(context: Context, num_requests: int) -> None:

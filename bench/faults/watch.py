@@ -41,6 +41,8 @@ class Watch:
                 if rank["counters"]:
                     key = (pool["pool_id"], pool["epoch"], rank["rank"])
                     self._counters[key] = rank["counters"]
+        if self.state is not None:
+            self._counters["coordinator", 0, 0] = self.state.get("counters", {})
         return self.state
 
     def total(self, counter: str) -> int:
