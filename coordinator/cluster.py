@@ -35,6 +35,7 @@ def describe_cluster(frontend: Frontend, now: float) -> dict[str, Any]:
         "topology_version": registry.version,
         "num_active_requests": service.num_active,
         "num_leaked": service.num_leaked(now),
+        "counters": dict(frontend.control.counters),
         "pools": [_describe_pool(pool, now) for pool in registry.pools.values()],
     }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 
 from protocol.errors import ConfigError
+from protocol.failpoints import Failpoints
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
@@ -87,6 +88,7 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     num_tokenizer_threads: int = 2
     limits: Limits = Limits()
     log_level: str = "INFO"
+    failpoints: str = ""  # faults to inject, see protocol.failpoints; none by default
     parent_pid: int = 0  # end when this process ends; 0 outlives it
     epoch: int = 0  # higher than that of every coordinator before; 0 takes it from the clock
     is_restart: bool = False  # the cluster runs already: what is missing in it does not end us
@@ -112,6 +114,7 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
         if self.num_tokenizer_threads < 1:
             raise ConfigError("num_tokenizer_threads: must be at least 1")
         self._check_failover()
+        Failpoints(self.failpoints)
 
     def _check_failover(self) -> None:
         if min(self.max_attempts, self.poison_deaths) < 1:

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
@@ -92,6 +93,7 @@ class ControlPlane:
         self._outbox: asyncio.Queue[Outgoing] = asyncio.Queue()
         self._unreachable: dict[str, str] = {}  # peers, and why; to be lost at the next tick
         self._serving: set[tuple[str, int]] = set()  # pools and their epochs
+        self.counters: Counter[str] = Counter()
 
     def attach(self, handler: RequestHandler) -> None:
         """Who gets the messages about requests; before ``run``."""

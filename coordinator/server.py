@@ -27,6 +27,7 @@ from coordinator.auth import Tenants
 from coordinator.config import CoordinatorConfig
 from coordinator.connection import guarded
 from coordinator.control import ControlPlane, Owner
+from coordinator.faulty import FaultyControlPlane
 from coordinator.frontend import Frontend
 from coordinator.joining import Terms
 from coordinator.registry import Patience, Registry
@@ -127,11 +128,8 @@ class Coordinator:
         try:
             router = AsyncRouter(context, self._config.control_listen)
             registry = self._registry()
-            control = ControlPlane(
-                router, registry, self._owner, is_restart=self._config.is_restart
-            )
             try:
-                yield control, registry, router
+                yield self._control_plane(router, registry), registry, router
             finally:
                 # Linger is zero: give the last frames a moment to leave before the socket goes.
                 await asyncio.sleep(0.05)
@@ -155,6 +153,14 @@ class Coordinator:
             ),
             rejoining=config.rejoining,
         )
+
+    def _control_plane(self, router: AsyncRouter, registry: Registry) -> ControlPlane:
+        owner, is_restart = self._owner, self._config.is_restart
+        if self._config.failpoints:
+            return FaultyControlPlane(
+                router, registry, owner, is_restart=is_restart, failpoints=self._config.failpoints
+            )
+        return ControlPlane(router, registry, owner, is_restart=is_restart)
 
     def _http_server(
         self, control: ControlPlane, registry: Registry, service: Service

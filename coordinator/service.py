@@ -198,9 +198,6 @@ class Service:
         _log.info("%s serves", pool_id)
         self._failover.go_on()
 
-    def on_pool_serving(self, pool_id: str) -> None:
-        """A pool serves, for the first time or again."""
-
     def sweep(self, now: float) -> None:
         """Once a second: what is overdue.
 
@@ -376,4 +373,5 @@ class Service:
     def _forget_if_released(self, record: Record) -> None:
         if record.state is State.ENDING and not record.holders:
             record.step(Step.ALL_RELEASED)
+            record.timeline.mark(Event.RELEASED, self._clock())
             del self._records[record.request_id]

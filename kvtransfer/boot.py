@@ -260,6 +260,8 @@ def _transfer_config(config: RankConfig, model: ModelConfig) -> TransferConfig:
         gang_start=config.gang_start,
         coordinator_timeout_s=config.coordinator_timeout_s,
         hello_timeout_s=config.start_timeout_s,
+        lease_s=config.lease_s,
+        failpoints=config.failpoints,
     )
 
 

@@ -10,6 +10,7 @@
 import dataclasses
 import logging
 import queue
+import threading
 import time
 from collections.abc import Callable
 
@@ -25,11 +26,13 @@ from kvtransfer.events import (
     ThreadDied,
     Welcomed,
 )
+from kvtransfer.faulty import exit_here
 from kvtransfer.identity import RankIdentity
 from kvtransfer.rank_config import RankConfig
 from kvtransfer.thread import TransferThread
 from modeling.parallel import init_gang
 from protocol.errors import PeerError
+from protocol.failpoints import EXIT, HANG, STEP, Failpoints
 from protocol.gang import CHECK_INTERVAL_S, FollowerChannel, LeaderChannel
 from protocol.messages import BlockCounts, ToCoordinator, Welcome
 from protocol.plans import Plan, StepResult, Stop
@@ -58,6 +61,7 @@ class RankProcess:
         self._num_steps = 0
         self._status = ReportStatus(num_steps=0, step_started=None)
         self._events: list[Event] = []  # seen by check, not yet drained
+        self._failpoints = Failpoints(config.failpoints)
 
     # -- boot --------------------------------------------------------------------------------------
 
@@ -172,6 +176,23 @@ class RankProcess:
     def begin_step(self) -> None:
         """Heartbeats say from now on how long this step has been running."""
         self.submit(dataclasses.replace(self._status, step_started=time.monotonic()))
+        if self._failpoints:
+            self._fail_step()
+
+    def _fail_step(self) -> None:
+        """Do what a failpoint says of this step; the transfer thread goes on meanwhile."""
+        fault = self._failpoints.reach(STEP)
+        if fault is None:
+            return
+        if fault.action == EXIT:
+            exit_here(STEP)
+        self._status = dataclasses.replace(self._status, counters=self._with_hits(()))
+        self.submit(dataclasses.replace(self._status, step_started=time.monotonic()))
+        threading.Event().wait(None if fault.action == HANG else fault.seconds)
+
+    def _with_hits(self, counters: tuple[tuple[str, float], ...]) -> tuple[tuple[str, float], ...]:
+        hits = self._failpoints.hits.items()
+        return (*counters, *((name, float(count)) for name, count in hits))
 
     def end_step(
         self,
@@ -209,7 +230,7 @@ class RankProcess:
             num_running=num_running,
             pending_tokens=pending_tokens,
             blocks=tuple(msgspec.structs.astuple(counts) for counts in blocks),
-            counters=counters,
+            counters=self._with_hits(counters),
         )
         self.submit(self._status)
 

@@ -3,6 +3,7 @@
 import msgspec
 
 from protocol.errors import ConfigError
+from protocol.failpoints import Failpoints
 
 
 class RankConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -34,6 +35,8 @@ class RankConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     coordinator_timeout_s: float = 2.5  # a coordinator that is silent for longer is given up
     start_timeout_s: float = 600.0  # until the whole gang is there
     step_timeout_s: float = 600.0  # a rank that is silent for longer has broken the gang
+    lease_s: float = 30.0  # a closing hand-off waits so long for a silent reader
+    failpoints: str = ""  # faults to inject, see protocol.failpoints; none by default
 
     def __post_init__(self) -> None:
         sizes = (self.cp_size, self.tp_size, self.block_size, self.kv_memory_bytes, self.threads)
@@ -45,6 +48,9 @@ class RankConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             raise ConfigError(f"max_model_len {self.max_model_len}: must be at least 2 tokens")
         if not self.listen.startswith(("ipc://", "tcp://")):
             raise ConfigError(f"listen {self.listen}: write ipc:///DIR or tcp://HOST")
+        if self.lease_s <= 0:
+            raise ConfigError(f"lease_s {self.lease_s}: must be above 0")
+        Failpoints(self.failpoints)
 
     @property
     def world_size(self) -> int:

@@ -79,6 +79,7 @@ class SourceSide:
         self._lease_s = lease_s
         self._handoffs: dict[Key, SourceHandoff] = {}
         self._tombs = Tombs()
+        self._all_read = Tombs()  # of them, those that ended because all was read
         self._num_announced = 0
 
     @property
@@ -166,7 +167,8 @@ class SourceSide:
         )
         if not is_current:
             return around.drop("stale_epoch")
-        is_ours, was_unread = False, False
+        # Said again of one that is complete: its answer was yes, and an answer never changes.
+        is_ours, was_unread = (message.request_id, message.attempt) in self._all_read, False
         if handoff is not None and handoff.target_pool_id == sender.pool_id:
             unread = handoff.unread.get(sender.rank)
             was_unread = unread is not None and message.key in unread
@@ -251,6 +253,7 @@ class SourceSide:
             return []
         if handoff.state is SourceState.DRAINING:
             self._advance(handoff, SourceEvent.ALL_READ)
+            self._all_read.add(handoff.key)
             keys = tuple(sorted(handoff.keys, key=_order))
             done = SourceDone(*handoff.key, rank=self._around.identity.rank, keys=keys)
             actions: list[Action] = [Send(self._around.leader, done)]

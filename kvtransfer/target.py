@@ -125,10 +125,9 @@ class TargetSide:
         self, handoff: TargetHandoff, read: Read, now: float, *, is_done: bool
     ) -> list[Action]:
         """Ask the source of a segment that is here; what is closing or broken needs it no more."""
-        if handoff.state is TargetState.CLOSING:
-            return self._finish_if_quiet(handoff)
-        if handoff.state is TargetState.BROKEN:
-            return []
+        if not handoff.is_going_on:
+            self._around.counters["reads_landed_late"] += is_done
+            return self._finish_if_quiet(handoff) if handoff.state is TargetState.CLOSING else []
         announce = read.announce
         if not is_done:
             return self._break(handoff, f"the read of {announce.key} failed")

@@ -39,11 +39,13 @@ from kvtransfer.events import (
     ThreadDied,
     Welcomed,
 )
+from kvtransfer.faulty import FaultyControlLine, FaultyPeers, FaultyTransport
 from kvtransfer.handoffs import Handoffs
 from kvtransfer.identity import RankIdentity, TransferConfig
 from kvtransfer.peers import Peers
 from kvtransfer.transport import KVTransport, ReadHandle, ReadState
 from protocol.errors import BatonError, TransferError
+from protocol.failpoints import Failpoints
 from protocol.handoff import HandoffMessage
 from protocol.kv import PoolEndpoint, RankEndpoint
 from protocol.messages import (
@@ -167,6 +169,9 @@ class _Loop:
             token=config.token,
             host=_host(config.listen),
         )
+        self._failpoints = Failpoints(config.failpoints, self._around.counters)
+        if self._failpoints:
+            self._transport = FaultyTransport(self._transport, self._failpoints)
         self._handoffs = Handoffs(
             self._around,
             (lambda runs: source_checksum(pool, runs), lambda runs: target_checksum(pool, runs)),
@@ -178,10 +183,10 @@ class _Loop:
 
     def run(self, context: zmq.Context[zmq.Socket[bytes]], waker: Waker) -> None:
         """Until something ends it, which is raised."""
-        config, counters = self._config, self._around.counters
-        self._peers = Peers(context, self._identity, config.listen, counters)
+        config = self._config
+        self._peers = self._open_peers(context)
         poller = Poller(self._peers.router, waker)
-        self._control = ControlLine(context, self._identity, config, counters, poller)
+        self._control = self._open_control(context, poller)
         self._transport.start(self._pool)
         self._control.say_hello(self._endpoint(), self._gang)
         deadline = time.monotonic() + config.hello_timeout_s
@@ -198,6 +203,18 @@ class _Loop:
             self._peers.close()
             self._control.close()
             self._transport.close()
+
+    def _open_peers(self, context: zmq.Context[zmq.Socket[bytes]]) -> Peers:
+        me, listen, counters = self._identity, self._config.listen, self._around.counters
+        if self._failpoints:
+            return FaultyPeers(context, me, listen, counters, self._failpoints)
+        return Peers(context, me, listen, counters)
+
+    def _open_control(self, context: zmq.Context[zmq.Socket[bytes]], poller: Poller) -> ControlLine:
+        me, config = self._identity, self._config
+        if self._failpoints:
+            return FaultyControlLine(context, me, config, poller, self._failpoints)
+        return ControlLine(context, me, config, self._around.counters, poller)
 
     def _turn(self) -> None:
         self._transport.progress()

@@ -21,6 +21,7 @@ class Event(enum.StrEnum):
     FIRST_DECODE = "first_decode"  # the first token that the decode pool made
     RETRIED = "retried"  # an attempt was lost, and another begun
     FINISHED = "finished"
+    RELEASED = "released"  # every pool has said that it holds no block of it any more
 
 
 class TimeLine(msgspec.Struct):

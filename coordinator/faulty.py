@@ -1,0 +1,55 @@
+"""Failpoints of the coordinator: its control plane, made to fail when told to.
+
+It stands in for :class:`ControlPlane` only if failpoints are configured; what they do to a message
+on its way to a rank is what a broken network would.
+"""
+
+import asyncio
+import os
+import sys
+
+from coordinator.control import ControlPlane, Owner
+from coordinator.registry import Registry
+from protocol.failpoints import CONTROL_SEND, DELAY, DROP, DUPLICATE, EXIT, Failpoints, kind_of
+from protocol.messages import ToRank
+from protocol.sockets import AsyncRouter
+
+EXIT_FAILPOINT = 86
+
+
+class FaultyControlPlane(ControlPlane):
+    """Drops, repeats and delays what is sent to ranks, or dies of it."""
+
+    def __init__(
+        self,
+        router: AsyncRouter,
+        registry: Registry,
+        owner: Owner,
+        *,
+        is_restart: bool,
+        failpoints: str,
+    ) -> None:
+        super().__init__(router, registry, owner, is_restart=is_restart)
+        self._failpoints = Failpoints(failpoints, self.counters)
+        self._late: set[asyncio.Task[None]] = set()
+
+    async def _send_one(self, peer: str, message: ToRank) -> None:
+        kind = kind_of(type(message))
+        fault = self._failpoints.reach(CONTROL_SEND, kind)
+        action = fault.action if fault is not None else ""
+        if action == EXIT:
+            sys.stderr.write(f"failpoint {CONTROL_SEND}.{kind}: exit\n")
+            sys.stderr.flush()
+            os._exit(EXIT_FAILPOINT)
+        if fault is not None and action == DELAY:
+            task = asyncio.create_task(self._send_late(fault.seconds, peer, message))
+            self._late.add(task)
+            task.add_done_callback(self._late.discard)
+        if action not in (DELAY, DROP):
+            await super()._send_one(peer, message)
+        if action == DUPLICATE:
+            await super()._send_one(peer, message)
+
+    async def _send_late(self, seconds: float, peer: str, message: ToRank) -> None:
+        await asyncio.sleep(seconds)
+        await super()._send_one(peer, message)

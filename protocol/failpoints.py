@@ -1,0 +1,166 @@
+"""Failpoints: named places at which a process can be told to fail. Pure; off unless configured.
+
+A configuration is a list of ``NAME:ACTION[TRIGGER]``, separated by commas:
+
+    transfer.read:corrupt@3                 the third read
+    handoff.send.announce:drop@every:10     each tenth announcement
+    handoff.send:delay=0.05%7:0.1           one message of ten, drawn with the seed 7
+    step:hang                               each time, which here is the first
+
+``control.send`` and ``handoff.send`` can be narrowed to one kind of message: ``.announce``,
+``.read_done``, ``.ticket``... A place asks ``reach`` and does what it is answered; every hit is
+counted, and the heartbeat carries the counts, so that a test can see that its fault took effect.
+"""
+
+import random
+import re
+import typing
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from protocol.errors import ConfigError
+from protocol.handoff import HandoffMessage
+from protocol.messages import ToCoordinator, ToRank
+
+DROP, DUPLICATE, DELAY, EXIT = "drop", "duplicate", "delay", "exit"
+CORRUPT, FAIL, HANG = "corrupt", "fail", "hang"
+COUNTER_PREFIX = "failpoint:"
+
+HANDOFF_SEND, CONTROL_SEND = "handoff.send", "control.send"
+TRANSFER_READ, STEP = "transfer.read", "step"
+
+ACTIONS: dict[str, frozenset[str]] = {
+    HANDOFF_SEND: frozenset({DROP, DUPLICATE, DELAY, EXIT}),
+    CONTROL_SEND: frozenset({DROP, DUPLICATE, DELAY, EXIT}),
+    TRANSFER_READ: frozenset({CORRUPT, DELAY, FAIL, EXIT}),
+    STEP: frozenset({DELAY, HANG, EXIT}),
+}
+
+
+def kind_of(message: type) -> str:
+    """The name of a kind of message as failpoints write it: ``ReadDone`` is ``read_done``."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", message.__name__).lower()
+
+
+KINDS: dict[str, frozenset[str]] = {
+    HANDOFF_SEND: frozenset(map(kind_of, typing.get_args(HandoffMessage))),
+    CONTROL_SEND: frozenset(map(kind_of, typing.get_args(ToCoordinator | ToRank))),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What a place is to do. ``seconds`` is of a delay."""
+
+    action: str
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Failpoint:
+    """One entry of a configuration; ``fires`` is told how often the place was reached, from 1."""
+
+    name: str
+    fault: Fault
+    fires: Callable[[int], bool]
+
+    @property
+    def counter(self) -> str:
+        """Its name in the heartbeat's counters."""
+        return f"{COUNTER_PREFIX}{self.name}:{self.fault.action}"
+
+
+class Failpoints:
+    """The failpoints of one thread. False when there are none.
+
+    Args:
+        text: see the module's docstring; empty for none.
+        hits: where they are counted; a new counter by default.
+
+    Raises:
+        ConfigError: it names the part of ``text`` that is wrong.
+    """
+
+    def __init__(self, text: str, hits: Counter[str] | None = None) -> None:
+        entries = [part.strip() for part in text.split(",")] if text.strip() else []
+        self._points = tuple(_parse(entry) for entry in entries)
+        self._num_reached = [0] * len(self._points)
+        self.hits: Counter[str] = Counter() if hits is None else hits
+
+    def __bool__(self) -> bool:
+        return bool(self._points)
+
+    def reach(self, name: str, kind: str = "") -> Fault | None:
+        """What to do here now, if anything; of several that fire the first one counts."""
+        found: Fault | None = None
+        for index, point in enumerate(self._points):
+            if point.name != name and point.name != f"{name}.{kind}":
+                continue
+            self._num_reached[index] += 1
+            if point.fires(self._num_reached[index]) and found is None:
+                self.hits[point.counter] += 1
+                found = point.fault
+        return found
+
+
+def _parse(entry: str) -> Failpoint:
+    name, colon, rest = entry.partition(":")
+    if not colon:
+        raise ConfigError(f"failpoints: {entry!r}: write NAME:ACTION, then @N, @every:N or %SEED:P")
+    place = next((p for p in ACTIONS if name == p), None)
+    if place is None:
+        base, _, kind = name.rpartition(".")
+        place = base if kind in KINDS.get(base, ()) else None
+    if place is None:
+        raise ConfigError(
+            f"failpoints: {entry!r}: there is no place {name!r}, only {', '.join(ACTIONS)}"
+        )
+    fault_text, fires = _split_trigger(entry, rest)
+    return Failpoint(name, _parse_fault(entry, place, fault_text), fires)
+
+
+def _parse_fault(entry: str, place: str, text: str) -> Fault:
+    action, equals, amount = text.partition("=")
+    if action not in ACTIONS[place]:
+        choices = ", ".join(sorted(ACTIONS[place]))
+        raise ConfigError(f"failpoints: {entry!r}: {place} cannot {action!r}, only {choices}")
+    if (action == DELAY) != bool(equals):
+        raise ConfigError(f"failpoints: {entry!r}: write delay=SECONDS, and no other with '='")
+    if not equals:
+        return Fault(action)
+    seconds = _number(entry, amount, "seconds")
+    return Fault(action, seconds)
+
+
+def _split_trigger(entry: str, text: str) -> tuple[str, Callable[[int], bool]]:
+    action, at, trigger = text.partition("@")
+    if at:
+        every = trigger.removeprefix("every:")
+        if not (every.isascii() and every.isdigit() and int(every) > 0):
+            raise ConfigError(f"failpoints: {entry!r}: '@{trigger}' is not @N or @every:N from 1")
+        number = int(every)
+        if every == trigger:
+            return action, lambda count: count == number
+        return action, lambda count: count % number == 0
+    action, percent, trigger = text.partition("%")
+    if not percent:
+        return action, lambda _: True
+    seed, colon, chance = trigger.partition(":")
+    if not (colon and seed.isascii() and seed.isdigit()):
+        raise ConfigError(f"failpoints: {entry!r}: '%{trigger}' is not %SEED:PROBABILITY")
+    probability = _number(entry, chance, "probability")
+    if probability > 1:
+        raise ConfigError(f"failpoints: {entry!r}: the probability {chance} is above 1")
+    rng = random.Random(int(seed))
+    return action, lambda _: rng.random() < probability
+
+
+def _number(entry: str, text: str, what: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1e6:
+        raise ConfigError(f"failpoints: {entry!r}: {what} {text!r} is not a number from 0 on")
+    return value
