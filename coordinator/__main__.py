@@ -2,8 +2,11 @@
 
 Standard output has JSON lines for whoever started us, and nothing else: {"control": ADDRESS,
 "http": URL} when ranks can be started, {"ready": URL} when the cluster answers, or
-{"failed": REASON} before the exit code 1. The operator's mistakes are one line on standard error
-and the exit code 2. SIGTERM and SIGINT end the whole cluster with the exit code 0.
+{"failed": REASON} before the exit code 1; after the start {"lost": POOL, "start": N, "reason": ...}
+for a gang that is to be ended, {"serving": POOL, "start": N}, and {"alive": EPOCH} each second. A
+coordinator that finds itself replaced ends at once with the exit code 3. The operator's mistakes
+are one line on standard error and the exit code 2. SIGTERM and SIGINT end the whole cluster with
+the exit code 0.
 """
 
 import argparse
@@ -14,15 +17,17 @@ import logging
 import os
 import signal
 import sys
+from typing import NoReturn
 
 import uvloop
 
 from coordinator.config import CoordinatorConfig, read_config
+from coordinator.control import News, Owner
 from coordinator.server import Coordinator, StartFailed
 from protocol.errors import ConfigError
 from protocol.logs import configure_logging
 
-EXIT_CLEAN, EXIT_FAILED, EXIT_CONFIG = 0, 1, 2
+EXIT_CLEAN, EXIT_FAILED, EXIT_CONFIG, EXIT_STALE = 0, 1, 2, 3
 _PR_SET_PDEATHSIG = 1
 
 
@@ -53,6 +58,7 @@ async def _serve(config: CoordinatorConfig) -> None:
         config,
         on_control=lambda control, http: _say({"control": control, "http": http}),
         on_ready=lambda url: _say({"ready": url}),
+        owner=Owner(tell=_say, on_stale=_end_stale),
     )
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -60,8 +66,14 @@ async def _serve(config: CoordinatorConfig) -> None:
     await coordinator.run()
 
 
-def _say(line: dict[str, str]) -> None:
+def _say(line: News) -> None:
     print(json.dumps(line), flush=True)
+
+
+def _end_stale(reason: str) -> NoReturn:
+    """Put nothing away: the control socket's file, among other things, is our successor's now."""
+    print(f"error: replaced by another coordinator: {reason}", file=sys.stderr, flush=True)
+    os._exit(EXIT_STALE)
 
 
 def _die_with_parent(parent_pid: int) -> None:

@@ -25,7 +25,8 @@ def describe_cluster(frontend: Frontend, now: float) -> dict[str, Any]:
     registry, service = frontend.registry, frontend.service
     return {
         "object": "cluster",
-        "ready": frontend.control.complete.is_set(),
+        "ready": frontend.control.complete.is_set() and bool(registry.serving("decode")),
+        "coordinator_epoch": registry.coordinator_epoch,
         "missing": registry.missing() or None,
         "model": frontend.config.model_name,
         "model_fingerprint": frontend.model.fingerprint,
@@ -47,7 +48,9 @@ def _describe_pool(pool: Pool, now: float) -> dict[str, Any]:
         "cp_size": pool.spec.cp_size,
         "tp_size": pool.spec.tp_size,
         "epoch": pool.epoch,
+        "gang_start": pool.gang_start,
         "state": pool.state.value,
+        "lost_reason": pool.reason or None,
         "serving": pool.is_serving,
         "tokens_per_s": leader.tokens_per_s if leader is not None else 0.0,
         "num_waiting": heartbeat.num_waiting if heartbeat else 0,

@@ -69,7 +69,10 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     local_prefill_threshold: int = 128  # new tokens, up to which the decode pool computes them
     session_ttl_s: float = 3600.0
     ready_timeout_s: float = 600.0
-    heartbeat_timeout_s: float = 5.0
+    heartbeat_timeout_s: float = 4.0  # a rank that is silent for longer is lost
+    step_budget_s: float = 60.0  # a rank that is in one step for longer is lost
+    start_silence_s: float = 60.0  # as heartbeat_timeout_s, while a rank loads its model
+    rejoin_timeout_s: float = 10.0  # a running gang that does not come back in time is lost
     header_wait_s: float = 2.0  # a stream's headers wait so long for the first token
     keep_alive_s: float = 15.0
     send_timeout_s: float = 30.0  # a reader that takes nothing for so long is gone
@@ -85,6 +88,9 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     limits: Limits = Limits()
     log_level: str = "INFO"
     parent_pid: int = 0  # end when this process ends; 0 outlives it
+    epoch: int = 0  # higher than that of every coordinator before; 0 takes it from the clock
+    is_restart: bool = False  # the cluster runs already: what is missing in it does not end us
+    rejoining: tuple[str, ...] = ()  # pools that run already and will say HELLO
 
     def __post_init__(self) -> None:
         if not self.api_keys and not is_loopback(self.host):
@@ -100,10 +106,7 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
             raise ConfigError(f"--port {self.port}: must be between 0 (any free one) and 65535")
         if self.log_level not in LOG_LEVELS:
             raise ConfigError(f"--log-level {self.log_level}: choose one of {LOG_LEVELS}")
-        if not any(pool.role == "decode" for pool in self.pools):
-            raise ConfigError("no decode pool: add --decode tp1")
-        if len({pool.pool_id for pool in self.pools}) < len(self.pools):
-            raise ConfigError("two pools have the same name: pool_id must be unique")
+        self._check_pools()
         if self.max_model_len is not None and self.max_model_len < 2:
             raise ConfigError(f"--max-model-len {self.max_model_len}: must be at least 2 tokens")
         if self.num_tokenizer_threads < 1:
@@ -117,6 +120,15 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
             raise ConfigError("failover_wait_s, resume_wait_s and quarantine_s: must be at least 0")
         if min(self.stall_timeout_s, self.handoff_timeout_s) <= 0:
             raise ConfigError("stall_timeout_s and handoff_timeout_s: must be above 0")
+
+    def _check_pools(self) -> None:
+        if not any(pool.role == "decode" for pool in self.pools):
+            raise ConfigError("no decode pool: add --decode tp1")
+        names = {pool.pool_id for pool in self.pools}
+        if len(names) < len(self.pools):
+            raise ConfigError("two pools have the same name: pool_id must be unique")
+        if not names.issuperset(self.rejoining):
+            raise ConfigError(f"rejoining {self.rejoining}: no such pools")
 
     @property
     def model_name(self) -> str:

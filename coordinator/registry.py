@@ -7,30 +7,38 @@ The life of a pool through this file
 3. ``on_connected``: a pool serves once all its ranks reach every pool of that topology.
 4. ``on_heartbeat`` and every other message keep a rank alive; ``expire`` finds the silent ones.
 5. A lost rank takes its pool with it: the other ranks are told to end, the topology goes on without
-   the pool. A HELLO for a lost pool opens it again at a higher epoch.
+   the pool. A HELLO for a lost pool opens it again at a higher epoch, if it is of a new process:
+   what was lost stays lost.
+6. Ranks that had to give *us* up, and say HELLO once more, are the same gang: the pool is lost and
+   opens again with them (``displaces`` says so). After a restart of the coordinator all running
+   gangs come like that; who does not come in time is lost.
+
+A pool's epoch has the coordinator's in its high bits, so it rises over coordinators too.
 """
 
 import enum
-import hmac
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from coordinator.config import ExpectedPool
+from coordinator.joining import HelloRefused, Terms
 from protocol.errors import PeerError
-from protocol.kv import KVLayout, PoolEndpoint
+from protocol.kv import PoolEndpoint
 from protocol.messages import (
-    PROTOCOL_VERSION,
+    Alive,
     Connected,
     GangReady,
     Heartbeat,
     Hello,
+    Introduce,
     Shutdown,
     Topology,
     ToRank,
     Welcome,
 )
 
-CHECK_INTERVAL_S = 1.0
+CHECK_INTERVAL_S = 0.3
+EPOCH_BITS = 20  # a pool's epochs under one coordinator
 Outgoing = tuple[str, ToRank]  # (routing id, message)
 
 
@@ -41,12 +49,22 @@ class PoolState(enum.Enum):
     LOST = "lost"
 
 
-class HelloRefused(PeerError):
-    """A rank cannot join. ``is_ours`` tells one that knows the cluster's token from a stranger."""
+@dataclass(frozen=True, slots=True)
+class Displaced:
+    """The gang that a pool has must go for a HELLO to be taken. ``is_over``: it must end, too."""
 
-    def __init__(self, reason: str, *, is_ours: bool = True) -> None:
-        super().__init__(reason)
-        self.is_ours = is_ours
+    reason: str
+    is_over: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """For how long what is allowed; in seconds."""
+
+    silent_s: float = 4.0  # a rank of a ready pool
+    starting_s: float = 60.0  # a rank that loads its model
+    step_s: float = 60.0  # one step
+    rejoin_s: float = 10.0  # a gang that is expected back
 
 
 @dataclass(slots=True)
@@ -67,10 +85,15 @@ class Pool:
     """A gang: it is whole or it is nothing."""
 
     spec: ExpectedPool
-    epoch: int = 1
+    epoch: int
     state: PoolState = PoolState.FORMING
     joined_version: int = 0  # the topology that first named this epoch of it
     ranks: dict[int, Rank] = field(default_factory=dict)
+    gang_start: int = 0  # the launcher's count, of the gang that is here or was last
+    ended: frozenset[str] = frozenset()  # incarnations of the gang that was told to end
+    is_awaited: bool = False  # it runs, and has to say HELLO again
+    awaited_until: float | None = None
+    reason: str = ""  # for which it was lost
 
     @property
     def pool_id(self) -> str:
@@ -111,32 +134,31 @@ class Registry:
 
     Args:
         pools: what the cluster consists of.
-        token: the cluster's secret.
-        model_fingerprint: of the model that the coordinator tokenizes for.
-        block_size: of every pool.
-        coordinator_epoch: new each time the coordinator starts.
-        heartbeat_timeout_s: a rank silent for longer is lost.
+        terms: what every rank must agree to.
+        coordinator_epoch: higher each time the coordinator starts.
+        patience: with ranks and gangs.
+        rejoining: pools that run already, under an earlier coordinator.
     """
 
     def __init__(
         self,
         pools: Iterable[ExpectedPool],
+        terms: Terms,
         *,
-        token: str,
-        model_fingerprint: str,
-        block_size: int,
         coordinator_epoch: int,
-        heartbeat_timeout_s: float,
+        patience: Patience,
+        rejoining: Iterable[str] = (),
     ) -> None:
-        self.pools = {spec.pool_id: Pool(spec) for spec in pools}
+        first_epoch = (coordinator_epoch << EPOCH_BITS) + 1
+        self.pools = {spec.pool_id: Pool(spec, first_epoch) for spec in pools}
         self.version = 0
-        self._token = token.encode()
-        self._model_fingerprint = model_fingerprint
-        self._block_size = block_size
-        self._coordinator_epoch = coordinator_epoch
-        self._timeout_s = heartbeat_timeout_s
+        self.coordinator_epoch = coordinator_epoch
+        self._terms = terms
+        self._patience = patience
         self._peers: dict[str, tuple[Pool, Rank]] = {}
         self._last_check: float | None = None
+        for pool_id in rejoining:
+            self.pools[pool_id].is_awaited = True
 
     # -- what is asked -----------------------------------------------------------------------------
 
@@ -170,9 +192,10 @@ class Registry:
         """What keeps the cluster from being complete, in words."""
         parts = []
         for pool in self.pools.values():
+            lost = f" (lost: {pool.reason})" if pool.reason else ""
             absent = pool.spec.num_ranks - len(pool.ranks)
             if absent:
-                parts.append(f"{pool.pool_id} lacks {absent} of {pool.spec.num_ranks} ranks")
+                parts.append(f"{pool.pool_id} lacks {absent} of {pool.spec.num_ranks} ranks{lost}")
             elif pool.state is not PoolState.READY:
                 parts.append(f"{pool.pool_id} is loading its model")
             elif pool.connected_version < self.version:
@@ -181,24 +204,42 @@ class Registry:
 
     # -- what happens ------------------------------------------------------------------------------
 
-    def on_hello(self, peer: str, hello: Hello, now: float) -> list[Outgoing]:
-        """A rank introduces itself.
+    def displaces(self, peer: str, hello: Hello) -> Displaced | None:
+        """Whether the pool's present gang must be lost before ``on_hello`` can take this one.
 
         Raises:
             HelloRefused: it cannot join; nothing has changed.
         """
         pool = self._check_hello(hello)
-        rank_number = hello.endpoint.rank
-        known = pool.ranks.get(rank_number)
+        known = pool.ranks.get(hello.endpoint.rank)
+        if pool.ranks and hello.gang_start > pool.gang_start:
+            return Displaced("its launcher has started another gang", is_over=True)
+        if known is None or known.hello.endpoint.incarnation != hello.endpoint.incarnation:
+            return None
+        if known.peer == peer or pool.state is PoolState.FORMING:
+            return None
+        return Displaced("it had given up this coordinator", is_over=False)
+
+    def on_hello(self, peer: str, hello: Hello, now: float) -> list[Outgoing]:
+        """A rank introduces itself, or says HELLO once more.
+
+        Raises:
+            HelloRefused: it cannot join; nothing has changed.
+        """
+        pool = self._check_hello(hello)
+        known = pool.ranks.get(hello.endpoint.rank)
         if known is not None and known.hello.endpoint.incarnation == hello.endpoint.incarnation:
-            known.last_seen = now  # said twice: the answer is on its way, or not due
+            del self._peers[known.peer]  # said twice: the answer is on its way, or not due
+            known.peer, known.last_seen = peer, now
+            self._peers[peer] = (pool, known)
             return []
-        if known is not None and pool.state is not PoolState.LOST:
-            raise HelloRefused(f"{pool.pool_id} has a rank {rank_number} already")
+        if known is not None:
+            raise HelloRefused(f"{pool.pool_id} has a rank {hello.endpoint.rank} already")
         if pool.state is PoolState.LOST:
-            pool.state, pool.ranks = PoolState.FORMING, {}
+            pool.state = PoolState.FORMING
         rank = Rank(peer, hello, now, hello.tokens_per_s)
-        pool.ranks[rank_number] = rank
+        pool.gang_start = hello.gang_start
+        pool.ranks[hello.endpoint.rank] = rank
         self._peers[peer] = (pool, rank)
         return self._welcome(pool) if len(pool.ranks) == pool.spec.num_ranks else []
 
@@ -210,7 +251,7 @@ class Registry:
             rank.is_ready for rank in pool.ranks.values()
         ):
             return []
-        pool.state = PoolState.READY
+        pool.state, pool.reason, pool.is_awaited = PoolState.READY, "", False
         pool.joined_version = self.version + 1
         return self._topology()
 
@@ -226,8 +267,14 @@ class Registry:
         """Any message is a sign of life."""
         self._seen(peer, now)
 
+    def beat(self) -> list[Outgoing]:
+        """Our own sign of life, to every rank that has said HELLO."""
+        alive = Alive(self.coordinator_epoch)
+        return [(peer, alive) for peer in self._peers]
+
     def expire(self, now: float) -> list[tuple[str, str]]:
-        """(pool_id, reason) of each ready pool with a rank silent for too long.
+        """(pool_id, reason) of each pool that is to be lost: a rank has been silent for too long,
+        a step takes too long, or a gang has not come back.
 
         Call it every ``CHECK_INTERVAL_S``. A pause of our own must not look like the death of
         everybody else, so time in which nobody asked does not count.
@@ -235,28 +282,53 @@ class Registry:
         last = now if self._last_check is None else self._last_check
         pause_s = now - last - CHECK_INTERVAL_S
         self._last_check = now
-        if pause_s > self._timeout_s / 2:
+        if pause_s > self._patience.silent_s / 2:
             for _, rank in self._peers.values():
                 rank.last_seen += pause_s
-        return [
-            (pool.pool_id, f"rank {number} was silent for {now - rank.last_seen:.1f} s")
-            for pool in self.pools.values()
-            if pool.state is PoolState.READY
-            for number, rank in pool.ranks.items()
-            if now - rank.last_seen > self._timeout_s
-        ]
+            for pool in self.pools.values():
+                if pool.awaited_until is not None:
+                    pool.awaited_until += pause_s
+        reasons = ((pool.pool_id, self._overdue(pool, now)) for pool in self.pools.values())
+        return [(pool_id, reason) for pool_id, reason in reasons if reason is not None]
 
-    def lose(self, pool_id: str, reason: str) -> list[Outgoing]:
-        """The pool is gone: tell what is left of it to end, and all others to go on without it."""
+    def _overdue(self, pool: Pool, now: float) -> str | None:
+        is_ready = pool.state is PoolState.READY
+        patience = self._patience
+        for number, rank in pool.ranks.items():
+            silent_s = now - rank.last_seen
+            if silent_s > (patience.silent_s if is_ready else patience.starting_s):
+                return f"rank {number} was silent for {silent_s:.1f} s"
+        if is_ready:
+            ages = {n: r.heartbeat.step_age_s for n, r in pool.ranks.items() if r.heartbeat}
+            oldest = max(ages, key=lambda number: ages[number], default=0)
+            if ages and ages[oldest] > patience.step_s:
+                return f"rank {oldest} has been in one step for {ages[oldest]:.1f} s"
+        elif pool.is_awaited:
+            if pool.awaited_until is None:
+                pool.awaited_until = now + patience.rejoin_s
+            elif now > pool.awaited_until:
+                return f"it did not come back within {patience.rejoin_s:.0f} s"
+        return None
+
+    def lose(self, pool_id: str, reason: str, *, is_over: bool = True) -> list[Outgoing]:
+        """The pool is gone: all others go on without it.
+
+        Args:
+            is_over: tell what is left of its gang to end; or else to come again.
+        """
         pool = self.pools[pool_id]
-        if pool.state is PoolState.LOST:
+        if pool.state is PoolState.LOST and not pool.is_awaited:
             return []
         was_ready = pool.state is PoolState.READY
-        outgoing: list[Outgoing] = []
-        for rank in pool.ranks.values():
-            del self._peers[rank.peer]
-            outgoing.append((rank.peer, Shutdown(reason)))
+        told = Shutdown(reason) if is_over else Introduce(self.coordinator_epoch)
+        outgoing: list[Outgoing] = [(rank.peer, told) for rank in pool.ranks.values()]
+        for peer, _ in outgoing:
+            del self._peers[peer]
+        if is_over:
+            incarnations = (rank.hello.endpoint.incarnation for rank in pool.ranks.values())
+            pool.ended = frozenset(incarnations)
         pool.state, pool.ranks, pool.epoch = PoolState.LOST, {}, pool.epoch + 1
+        pool.is_awaited, pool.awaited_until, pool.reason = not is_over, None, reason
         return outgoing + (self._topology() if was_ready else [])
 
     def shut_down(self, reason: str) -> list[Outgoing]:
@@ -273,52 +345,19 @@ class Registry:
         return pool, rank
 
     def _check_hello(self, hello: Hello) -> Pool:
-        if not hmac.compare_digest(hello.token.encode(), self._token):
-            raise HelloRefused("wrong cluster token", is_ours=False)
-        if hello.version != PROTOCOL_VERSION:
-            raise HelloRefused(
-                f"protocol version {hello.version}, this coordinator speaks {PROTOCOL_VERSION}"
-            )
         pool = self.pools.get(hello.pool_id)
-        if pool is None:
-            raise HelloRefused(f"this cluster has no pool {hello.pool_id!r}")
-        spec, endpoint = pool.spec, hello.endpoint
-        said = (hello.role, hello.cp_size, hello.tp_size)
-        if said != (spec.role, spec.cp_size, spec.tp_size):
-            raise HelloRefused(f"{hello.pool_id} is {spec}, not {said}")
-        is_in_mesh = 0 <= endpoint.rank < spec.num_ranks and divmod(
-            endpoint.rank, spec.tp_size
-        ) == (endpoint.cp_rank, endpoint.tp_rank)
-        if not is_in_mesh:
-            raise HelloRefused(f"{hello.pool_id} has no rank {endpoint.rank} at that mesh position")
-        if (hello.gang is not None) != (endpoint.rank == 0):
-            raise HelloRefused("the leader, and only it, says where the gang meets")
-        if hello.model_fingerprint != self._model_fingerprint:
-            raise HelloRefused(
-                f"{hello.pool_id} rank {endpoint.rank} has loaded another model "
-                f"({hello.model_fingerprint!r}, not {self._model_fingerprint!r}): "
-                f"every machine needs the same checkpoint"
-            )
-        self._check_layout(endpoint.layout, hello)
+        others = (rank.hello for _, rank in self._peers.values())
+        self._terms.check(hello, None if pool is None else pool.spec, others)
+        assert pool is not None, "the terms ask for a pool that exists"
+        if hello.gang_start < pool.gang_start or hello.endpoint.incarnation in pool.ended:
+            raise HelloRefused(f"this gang of {pool.pool_id} was lost: {pool.reason}")
         return pool
-
-    def _check_layout(self, layout: KVLayout, hello: Hello) -> None:
-        where = f"{hello.pool_id} rank {hello.endpoint.rank}"
-        if layout.block_size != self._block_size:
-            raise HelloRefused(f"{where}: block size {layout.block_size}, not {self._block_size}")
-        if (layout.tp_rank, layout.tp_size) != (hello.endpoint.tp_rank, hello.tp_size):
-            raise HelloRefused(f"{where}: its KV layout is of another rank")
-        for _, rank in self._peers.values():
-            if not layout.is_compatible(rank.hello.endpoint.layout):
-                raise HelloRefused(
-                    f"{where}: its KV cannot move to {rank.hello.pool_id} (dtype, heads or layers)"
-                )
 
     def _welcome(self, pool: Pool) -> list[Outgoing]:
         pool.state = PoolState.WELCOMED
         gang = pool.ranks[0].hello.gang
         assert gang is not None
-        welcome = Welcome(self._coordinator_epoch, pool.epoch, gang)
+        welcome = Welcome(self.coordinator_epoch, pool.epoch, gang)
         return [(rank.peer, welcome) for rank in pool.ranks.values()]
 
     def _topology(self) -> list[Outgoing]:

@@ -2,9 +2,13 @@
 
 1. The HTTP socket is bound first, so that a taken port is one line; then the control socket.
 2. ``on_control`` is told both addresses: only now can ranks be started.
-3. HTTP answers at once, with 503 until every expected pool serves; then ``on_ready``.
+3. HTTP answers at once, with 503 until every expected pool serves; then ``on_ready``. After a
+   restart, until one decode pool does.
 4. A rank that is refused, or a start that takes too long, ends it with :class:`StartFailed`.
-5. ``stop``: nothing new is accepted, streams end with an error event, every rank is told to end.
+5. Pools that are lost and serve again are told to the owner; nothing of it ends the process.
+6. ``stop``: nothing new is accepted, streams end with an error event, every rank is told to end.
+7. A coordinator that finds itself replaced does nothing of that: what it put away would be its
+   successor's. Its owner has to end the process.
 """
 
 import asyncio
@@ -22,9 +26,10 @@ from coordinator.api import build_app
 from coordinator.auth import Tenants
 from coordinator.config import CoordinatorConfig
 from coordinator.connection import guarded
-from coordinator.control import ControlPlane
+from coordinator.control import ControlPlane, Owner
 from coordinator.frontend import Frontend
-from coordinator.registry import Registry
+from coordinator.joining import Terms
+from coordinator.registry import Patience, Registry
 from coordinator.service import Service
 from coordinator.tokenizing import Tokenization
 from coordinator.traces import Traces
@@ -58,6 +63,7 @@ class Coordinator:
         config: checked.
         on_control: called with (control address, HTTP URL) once both are bound.
         on_ready: called with the HTTP URL once the cluster answers.
+        owner: told what happens to the pools, and when another coordinator has taken over.
 
     Raises:
         ConfigError: a model or tokenizer that cannot be read, an address that is taken.
@@ -68,10 +74,12 @@ class Coordinator:
         config: CoordinatorConfig,
         on_control: Callable[[str, str], None],
         on_ready: Callable[[str], None],
+        owner: Owner,
     ) -> None:
         self._config = config
         self._on_control = on_control
         self._on_ready = on_ready
+        self._owner = owner
         self._stop = asyncio.Event()
         self._model = load_config(config.model, max_model_len=config.max_model_len)
         self._tokenization = Tokenization(config.model, config.num_tokenizer_threads)
@@ -118,16 +126,12 @@ class Coordinator:
         context = zmq.asyncio.Context()
         try:
             router = AsyncRouter(context, self._config.control_listen)
-            registry = Registry(
-                self._config.pools,
-                token=self._config.token,
-                model_fingerprint=self._model.fingerprint,
-                block_size=self._config.block_size,
-                coordinator_epoch=time.time_ns() // 1_000_000,
-                heartbeat_timeout_s=self._config.heartbeat_timeout_s,
+            registry = self._registry()
+            control = ControlPlane(
+                router, registry, self._owner, is_restart=self._config.is_restart
             )
             try:
-                yield ControlPlane(router, registry), registry, router
+                yield control, registry, router
             finally:
                 # Linger is zero: give the last frames a moment to leave before the socket goes.
                 await asyncio.sleep(0.05)
@@ -136,6 +140,21 @@ class Coordinator:
             context.destroy(linger=0)
             self._tokenization.close()
             self._socket.close()
+
+    def _registry(self) -> Registry:
+        config = self._config
+        return Registry(
+            config.pools,
+            Terms(config.token, self._model.fingerprint, config.block_size),
+            coordinator_epoch=config.epoch or time.time_ns() // 1_000_000,
+            patience=Patience(
+                silent_s=config.heartbeat_timeout_s,
+                starting_s=config.start_silence_s,
+                step_s=config.step_budget_s,
+                rejoin_s=config.rejoin_timeout_s,
+            ),
+            rejoining=config.rejoining,
+        )
 
     def _http_server(
         self, control: ControlPlane, registry: Registry, service: Service
@@ -173,7 +192,7 @@ class Coordinator:
         try:
             done, _ = await asyncio.wait(
                 {complete, stop, refused},
-                timeout=self._config.ready_timeout_s,
+                timeout=None if self._config.is_restart else self._config.ready_timeout_s,
                 return_when=asyncio.FIRST_COMPLETED,
             )
             if refused in done:

@@ -257,6 +257,8 @@ def _transfer_config(config: RankConfig, model: ModelConfig) -> TransferConfig:
         checksum=config.checksum,
         model_fingerprint=model.fingerprint,
         max_model_len=config.max_model_len or model.max_model_len,
+        gang_start=config.gang_start,
+        coordinator_timeout_s=config.coordinator_timeout_s,
         hello_timeout_s=config.start_timeout_s,
     )
 

@@ -1,12 +1,19 @@
-"""A rank's line to the coordinator: HELLO, heartbeats, and whatever the main thread has to say."""
+"""A rank's line to the coordinator: HELLO, heartbeats, and whatever the main thread has to say.
+
+Each HELLO is said on a line of its own, under a routing id of its own: what was sent by, or is
+meant for, a coordinator that this rank has given up reaches nobody.
+"""
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import zmq
 
+from kvtransfer.allegiance import Allegiance
 from kvtransfer.events import ReportStatus
 from kvtransfer.identity import RankIdentity, TransferConfig
 from kvtransfer.peers import is_milestone
@@ -15,6 +22,7 @@ from protocol.errors import VersionError
 from protocol.kv import RankEndpoint
 from protocol.messages import (
     PROTOCOL_VERSION,
+    Abort,
     BlockCounts,
     GangAddress,
     Heartbeat,
@@ -22,7 +30,7 @@ from protocol.messages import (
     ToCoordinator,
     ToRank,
 )
-from protocol.sockets import Dealer
+from protocol.sockets import Dealer, Poller
 
 _OUT: Codec[ToCoordinator] = Codec(ToCoordinator)
 _IN: Codec[ToRank] = Codec(ToRank)
@@ -31,7 +39,15 @@ _log = logging.getLogger(__name__)
 
 
 class ControlLine:
-    """The connection to the coordinator. For the transfer thread alone."""
+    """The connection to the coordinator. For the transfer thread alone.
+
+    Args:
+        context: the thread's ZMQ context.
+        identity: who this rank is.
+        config: the coordinator's address, and how long it may be silent.
+        counters: counts what is dropped.
+        poller: waits for the line.
+    """
 
     def __init__(
         self,
@@ -39,48 +55,82 @@ class ControlLine:
         identity: RankIdentity,
         config: TransferConfig,
         counters: Counter[str],
+        poller: Poller,
     ) -> None:
-        self.dealer = Dealer(context, config.control_address, identity.routing_id)
+        self.allegiance = Allegiance(config.coordinator_timeout_s, counters)
+        self._context = context
         self._identity = identity
         self._config = config
         self._counters = counters
+        self._poller = poller
+        self._num_lines = 0
+        self._dealer = self._open_line()
+        self._hello: Hello | None = None
         self._status = ReportStatus(num_steps=0, step_started=None)
         self._next_beat = 0.0
 
+    def _open_line(self) -> Dealer:
+        name = self._identity.routing_id
+        if self._num_lines:
+            name += f"+{self._num_lines}"
+        self._num_lines += 1
+        dealer = Dealer(self._context, self._config.control_address, name)
+        self._poller.add(dealer)
+        return dealer
+
+    def _close_line(self) -> None:
+        self._poller.remove(self._dealer)
+        self._dealer.close()
+
     def say_hello(self, endpoint: RankEndpoint, gang: GangAddress | None) -> None:
         """Introduce this rank; answered by Welcome when its whole gang has, or by Refused."""
-        self.send(
-            Hello(
-                version=PROTOCOL_VERSION,
-                token=self._config.token,
-                role=self._identity.role,
-                pool_id=self._identity.pool_id,
-                cp_size=self._identity.cp_size,
-                tp_size=self._identity.tp_size,
-                endpoint=endpoint,
-                model_fingerprint=self._config.model_fingerprint,
-                max_model_len=self._config.max_model_len,
-                gang=gang,
-            )
+        self._hello = Hello(
+            version=PROTOCOL_VERSION,
+            token=self._config.token,
+            role=self._identity.role,
+            pool_id=self._identity.pool_id,
+            cp_size=self._identity.cp_size,
+            tp_size=self._identity.tp_size,
+            endpoint=endpoint,
+            model_fingerprint=self._config.model_fingerprint,
+            max_model_len=self._config.max_model_len,
+            gang=gang,
+            gang_start=self._config.gang_start,
         )
+        self.send(self._hello)
+
+    def change_coordinator(self) -> list[Abort]:
+        """Say HELLO on a new line; what is to be aborted of what the old one has asked for."""
+        assert self._hello is not None, "there was a HELLO"
+        self._close_line()
+        self._dealer = self._open_line()
+        aborts = self.allegiance.end(time.monotonic())
+        self.send(msgspec.structs.replace(self._hello, coordinator_epoch=self.allegiance.epoch))
+        return aborts
 
     def send(self, message: ToCoordinator) -> None:
-        """Send without blocking.
+        """Send without blocking. Before WELCOME, what is of no use to the next coordinator goes
+        nowhere.
 
         Raises:
             PeerError: the coordinator has not read for so long that the queue is full.
         """
-        self.dealer.send(_OUT.encode(message))
+        if self.allegiance.may_say(message):
+            self._dealer.send(_OUT.encode(message))
 
     def receive(self) -> Iterator[ToRank]:
-        """Everything that has arrived."""
-        while (frame := self.dealer.receive()) is not None:
+        """Everything that has arrived and is to be acted upon."""
+        dealer = self._dealer
+        while dealer is self._dealer and (frame := dealer.receive()) is not None:
             try:
-                yield _IN.decode(frame)
+                message = _IN.decode(frame)
             except VersionError as error:
                 self._counters["dropped_undecodable"] += 1
                 if is_milestone(self._counters["dropped_undecodable"]):
                     _log.warning("from the coordinator: %s", error)
+                continue
+            if self.allegiance.obeys(message, time.monotonic()):
+                yield message
 
     def report(self, status: ReportStatus) -> None:
         """What the next heartbeats say."""
@@ -106,7 +156,7 @@ class ControlLine:
         )
 
     def close(self) -> None:
-        self.dealer.close()
+        self._close_line()
 
 
 def _resident_bytes() -> int:

@@ -6,8 +6,10 @@ transport and its reads, the heartbeat and the state of the hand-offs.
 3. Each ``Topology`` is connected to, and answered by ``Connected`` once all of it can be reached.
 4. From then on: commands of the main thread, messages of other ranks and ends of reads go into the
    hand-offs' logic (handoffs.py, pure), and what comes out is done here, in order.
-5. Requests of the coordinator are passed up. Shutdown, a refusal or an error end the thread, and
-   with it the process: its last event is ``ThreadDied``.
+5. Requests of the coordinator are passed up. When it is silent for too long, all of them are
+   aborted in its place, and the rank says ``Hello`` to the next one (allegiance.py, pure).
+6. Shutdown, a refusal or an error end the thread, and with it the process: its last event is
+   ``ThreadDied``.
 
 The loop waits in one poll for all sockets and for the main thread's commands; while bytes may be
 moving it looks at the transport each millisecond, because UCX needs to be looked at on both sides.
@@ -47,6 +49,7 @@ from protocol.kv import PoolEndpoint, RankEndpoint
 from protocol.messages import (
     Connected,
     GangAddress,
+    Introduce,
     Refused,
     Shutdown,
     Topology,
@@ -155,7 +158,6 @@ class _Loop:
         self._around = Surroundings(identity, pool.layout)
         self._reads: dict[int, ReadHandle] = {}
         self._to_self: deque[HandoffMessage] = deque()
-        self._is_welcome = False
         self._topology: Topology | None = None
         self._endpoints: dict[str, RankEndpoint] = {}  # of the topology, by incarnation
         self._reconnect_at: float | None = None
@@ -178,8 +180,8 @@ class _Loop:
         """Until something ends it, which is raised."""
         config, counters = self._config, self._around.counters
         self._peers = Peers(context, self._identity, config.listen, counters)
-        self._control = ControlLine(context, self._identity, config, counters)
-        poller = Poller(self._peers.router, self._control.dealer, waker)
+        poller = Poller(self._peers.router, waker)
+        self._control = ControlLine(context, self._identity, config, counters, poller)
         self._transport.start(self._pool)
         self._control.say_hello(self._endpoint(), self._gang)
         deadline = time.monotonic() + config.hello_timeout_s
@@ -189,7 +191,8 @@ class _Loop:
                 poller.wait(config.busy_poll_s if is_busy else config.idle_poll_s)
                 waker.drain()
                 self._turn()
-                if not self._is_welcome and time.monotonic() > deadline:
+                was_welcome = self._control.allegiance.was_welcome
+                if not was_welcome and time.monotonic() > deadline:
                     raise _Stopped(f"no WELCOME within {config.hello_timeout_s:.0f} s", clean=False)
         finally:
             self._peers.close()
@@ -205,6 +208,8 @@ class _Loop:
             self._do(self._handoffs.message(sender, message, time.monotonic()))
         self._poll_reads()
         now = time.monotonic()
+        if self._control.allegiance.is_over(now):
+            self._change_coordinator("it is silent")
         if self._reconnect_at is not None and now > self._reconnect_at:
             self._connect()
         self._do(self._handoffs.tick(now))
@@ -215,17 +220,38 @@ class _Loop:
     def _on_control(self, message: ToRank) -> None:
         match message:
             case Welcome():
-                self._is_welcome = True
-                self._around.epoch = message.pool_epoch
-                self._events.put(Welcomed(message))
+                self._on_welcome(message)
             case Topology():
                 self._on_topology(message)
+            case Introduce():
+                self._change_coordinator("it does not know this rank")
             case Refused():
                 raise _Stopped(f"the coordinator refused this rank: {message.reason}", clean=False)
             case Shutdown():
                 raise _Stopped(message.reason or "shutdown", clean=True)
             case _:
                 self._events.put(ControlReceived(message))
+
+    def _on_welcome(self, welcome: Welcome) -> None:
+        self._around.epoch = welcome.pool_epoch
+        if self._control.allegiance.welcomed():
+            self._events.put(Welcomed(welcome))
+            return
+        _log.info("taken over by coordinator %d", welcome.coordinator_epoch)
+        for message in self._control.allegiance.greeting():
+            self._control.send(message)
+
+    def _change_coordinator(self, reason: str) -> None:
+        """Hold nothing for this coordinator any more, and turn to whoever listens now.
+
+        The other pools stay connected: they are told apart by their epochs, and what was begun with
+        them can be closed in order.
+        """
+        aborts = self._control.change_coordinator()
+        _log.warning("coordinator given up, %s: %d requests end", reason, len(aborts))
+        self._topology, self._reconnect_at = None, None
+        for abort in aborts:
+            self._events.put(ControlReceived(abort))
 
     def _on_topology(self, topology: Topology) -> None:
         self._topology = topology

@@ -49,6 +49,10 @@ class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     log_level: str = "INFO"
     log_dir: str | None = None
     ready_timeout_s: float = 600.0
+    restart_budget: int = 5  # restarts of one gang, and of the coordinator, within the window
+    restart_window_s: float = 600.0
+    restart_backoff_s: float = 0.25  # before the first restart; doubled each time
+    coordinator_silence_s: float = 5.0  # a coordinator that is silent for longer is replaced
     ray_prefill_strategy: str = "PACK"
     ray_address: str | None = None
     coordinator: dict[str, Any] = {}

@@ -24,9 +24,9 @@ from rich.table import Table
 import kvtransfer
 from bench.checkpoint import SHAPES, write_llama
 from launcher.config import ServeConfig
-from launcher.processes import StopAsked
 from launcher.resolved import resolve_cluster
-from launcher.serve import ClusterFailed, Supervisor, run_directory, signals_to
+from launcher.serve import run_directory, signals_to
+from launcher.supervisor import ClusterFailed, Supervisor
 from protocol.errors import ConfigError
 
 NUM_PROMPT_TOKENS = 8192
@@ -87,8 +87,7 @@ def _run(console: Console, run_dir: Path, *, keep: bool) -> int:
             _tell_the_story(console, client)
         if keep:
             console.print(f"\nstill serving at {supervisor.url}; Ctrl-C ends it")
-            while not isinstance(supervisor.reports.get(), StopAsked):
-                pass
+            supervisor.supervise()
     console.print("every process has ended")
     return 0
 

@@ -36,6 +36,11 @@ class Exited:
     name: str
     code: int
     error: str | None
+    start: int = 1  # which start of its gang it was of
+
+    @property
+    def reason(self) -> str:
+        return self.error or f"{self.name} ended with code {self.code}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,7 @@ class Child:
         environment: the whole of its environment.
         log: where its standard error goes: a file to append to, or None for ours.
         reports: where its lines and its exit are told.
+        start: which start of its gang this is.
     """
 
     def __init__(
@@ -66,8 +72,10 @@ class Child:
         environment: Mapping[str, str],
         log: Path | None,
         reports: "queue.SimpleQueue[Report]",
+        start: int,
     ) -> None:
         self.name = name
+        self._start = start
         self._log = log
         self._reports = reports
         self._error: str | None = None
@@ -113,7 +121,7 @@ class Child:
     def _wait(self) -> None:
         for thread in self._threads:
             thread.join()
-        self._reports.put(Exited(self.name, self.process.wait(), self._error))
+        self._reports.put(Exited(self.name, self.process.wait(), self._error, self._start))
 
 
 class ProcessGroup:
@@ -127,12 +135,17 @@ class ProcessGroup:
             log_dir.mkdir(parents=True, exist_ok=True)
 
     def start(
-        self, name: str, module: str, config_file: Path, environment: Mapping[str, str]
+        self,
+        name: str,
+        module: str,
+        config_file: Path,
+        environment: Mapping[str, str],
+        start: int = 1,
     ) -> None:
-        """Start ``python -P -m module --config config_file``."""
+        """Start ``python -P -m module --config config_file``; again, if it has ended before."""
         argv = [sys.executable, "-P", "-m", module, "--config", str(config_file)]
         log = self._log_dir / f"{name.replace('/', '.')}.log" if self._log_dir else None
-        self._children[name] = Child(name, argv, environment, log, self.reports)
+        self._children[name] = Child(name, argv, environment, log, self.reports, start)
 
     def pids(self) -> dict[str, int]:
         """Process ids by name, of those that still run."""
@@ -147,6 +160,12 @@ class ProcessGroup:
         child = self._children.get(name)
         if child is not None and child.process.poll() is None:
             child.process.terminate()
+
+    def kill(self, name: str) -> None:
+        """End one child, whatever it is doing; one that is stopped too. Does not wait."""
+        child = self._children.get(name)
+        if child is not None and child.process.poll() is None:
+            child.process.kill()
 
     def wait_ended(self, budget_s: float) -> None:
         """Give every child that long to end by itself."""

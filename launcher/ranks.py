@@ -21,11 +21,23 @@ from protocol.errors import ConfigError
 
 
 class RankStarter(ABC):
-    """Starts the ranks of every pool and ends them."""
+    """Starts the gangs of a cluster and ends them. Exits are reported to the supervisor's queue."""
 
     @abstractmethod
-    def start(self, control_address: str) -> None:
-        """Start every rank. Their exits are reported to the supervisor's queue."""
+    def start(self, pool: PoolSpec, start: int, control_address: str) -> None:
+        """Start every rank of a pool, as its gang's start number ``start``.
+
+        Raises:
+            ConfigError: not all of them can be started.
+        """
+
+    @abstractmethod
+    def terminate(self, pool: PoolSpec) -> None:
+        """Ask a pool's ranks to end. Does not wait."""
+
+    @abstractmethod
+    def kill(self, pool: PoolSpec) -> None:
+        """End a pool's ranks, whatever they are doing. Does not wait."""
 
     @abstractmethod
     def stop(self) -> None:
@@ -40,20 +52,35 @@ class LocalRanks(RankStarter):
         self._run_dir = run_dir
         self._group = group
 
-    def start(self, control_address: str) -> None:
+    def start(self, pool: PoolSpec, start: int, control_address: str) -> None:
         environment = child_environment(self._cluster.threads, is_local=True)
-        parent = {"parent_pid": os.getpid()}
-        for pool in self._cluster.pools:
-            for rank in range(pool.num_ranks):
-                where = {"control_address": control_address, "listen": f"ipc://{self._run_dir}"}
-                config = rank_config(self._cluster, pool, rank, where | parent)
-                file = self._run_dir / f"{pool.pool_id}.{rank}.json"
-                file.touch(mode=0o600)
-                file.write_bytes(config)
-                self._group.start(f"{pool.pool_id}/{rank}", pool.role, file, environment)
+        where = {
+            "control_address": control_address,
+            "listen": f"ipc://{self._run_dir}",
+            "parent_pid": os.getpid(),
+            "gang_start": start,
+        }
+        for rank, name in enumerate(_names(pool)):
+            config = rank_config(self._cluster, pool, rank, where)
+            file = self._run_dir / f"{pool.pool_id}.{rank}.json"
+            file.touch(mode=0o600)
+            file.write_bytes(config)
+            self._group.start(name, pool.role, file, environment, start)
+
+    def terminate(self, pool: PoolSpec) -> None:
+        for name in _names(pool):
+            self._group.terminate(name)
+
+    def kill(self, pool: PoolSpec) -> None:
+        for name in _names(pool):
+            self._group.kill(name)
 
     def stop(self) -> None:
         """The supervisor ends the whole group, these among them."""
+
+
+def _names(pool: PoolSpec) -> list[str]:
+    return [f"{pool.pool_id}/{rank}" for rank in range(pool.num_ranks)]
 
 
 def rank_config(cluster: Cluster, pool: PoolSpec, rank: int, where: dict[str, Any]) -> bytes:
@@ -86,8 +113,8 @@ def rank_config(cluster: Cluster, pool: PoolSpec, rank: int, where: dict[str, An
     return _encode("decode_pool", DecodeConfig, fields | serve.decode_pool)
 
 
-def coordinator_config(cluster: Cluster, control_listen: str) -> bytes:
-    """The JSON that the coordinator is started with.
+def coordinator_config(cluster: Cluster, where: dict[str, Any]) -> bytes:
+    """The JSON that the coordinator is started with; ``where`` is the supervisor's part.
 
     Raises:
         ConfigError: ``[coordinator]`` names an unknown field or a bad value.
@@ -96,7 +123,6 @@ def coordinator_config(cluster: Cluster, control_listen: str) -> bytes:
     fields: dict[str, Any] = {
         "host": serve.host,
         "port": serve.port,
-        "control_listen": control_listen,
         "token": cluster.token,
         "model": cluster.model,
         "block_size": serve.block_size,
@@ -112,7 +138,7 @@ def coordinator_config(cluster: Cluster, control_listen: str) -> bytes:
         "log_level": serve.log_level,
         "parent_pid": os.getpid(),
     }
-    return _encode("coordinator", CoordinatorConfig, fields | serve.coordinator)
+    return _encode("coordinator", CoordinatorConfig, fields | serve.coordinator | where)
 
 
 def _encode(table: str, kind: type[Any], fields: dict[str, Any]) -> bytes:

@@ -5,14 +5,19 @@
    at every layer of every step; a prefill ring packed, or spread over nodes where that is asked.
 3. Each rank is one actor whose process has the rank's environment before torch is imported. Its one
    method runs the rank until it ends.
+4. A gang that is started again has new actors, in the placement that its pool has.
 
 Nothing of Ray is on the path of a request: ranks reach the coordinator and each other by ZMQ and
 NIXL, as local processes do.
 """
 
+import contextlib
 import logging
+import os
 import queue
+import signal
 import threading
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -53,6 +58,9 @@ class RankActor:
         """The address at which other nodes reach this one."""
         return str(ray.util.get_node_ip_address())
 
+    def pid(self) -> int:
+        return os.getpid()
+
     def run(self, role: str, config: bytes) -> int:
         """Run the rank until it ends; returns its exit code."""
         # Imported here: the actor's process has its environment now, the driver needs no torch.
@@ -87,22 +95,47 @@ def head_address(address: str | None) -> str:
     return str(ray.util.get_node_ip_address())
 
 
+@dataclass(frozen=True, slots=True)
+class _Actor:
+    handle: Any  # Ray's own type
+    pid: int
+    is_here: bool  # on the launcher's node
+
+
 class RayRanks(RankStarter):
     """Starts one actor per rank and reports the end of each as a local process's is."""
 
     def __init__(self, cluster: Cluster, reports: "queue.SimpleQueue[Report]") -> None:
         self._cluster = cluster
         self._reports = reports
-        self._groups: list[PlacementGroup] = []
-        self._actors: list[Any] = []
+        self._groups: dict[str, PlacementGroup] = {}  # by pool
+        self._actors: dict[str, list[_Actor]] = {}
         self._watchers: list[threading.Thread] = []
 
-    def start(self, control_address: str) -> None:
+    def start(self, pool: PoolSpec, start: int, control_address: str) -> None:
         connect(self._cluster.serve.ray_address)
-        for pool in self._cluster.pools:
-            group = self._place(pool)
+        group = self._groups.get(pool.pool_id) or self._place(pool)
+        for actor in self._actors.get(pool.pool_id, ()):
+            ray.kill(actor.handle)  # its rank has ended, its process need not have
+        self._actors[pool.pool_id] = []
+        self._watchers = [watcher for watcher in self._watchers if watcher.is_alive()]
+        try:
             for rank in range(pool.num_ranks):
-                self._start_rank(pool, rank, group, control_address)
+                where = {"control_address": control_address, "gang_start": start}
+                self._start_rank(pool, rank, group, where)
+        except ray.exceptions.RayError as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"Ray cannot start {pool.pool_id}: {reason}") from error
+
+    def terminate(self, pool: PoolSpec) -> None:
+        """An actor cannot be asked while its one method runs; the coordinator has told it."""
+
+    def kill(self, pool: PoolSpec) -> None:
+        for actor in self._actors.get(pool.pool_id, ()):
+            ray.kill(actor.handle)
+            if actor.is_here:  # Ray asks the process, and one that is stopped does not hear it
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(actor.pid, signal.SIGKILL)
 
     def _place(self, pool: PoolSpec) -> PlacementGroup:
         strategy = (
@@ -112,7 +145,7 @@ class RayRanks(RankStarter):
         if self._cluster.device == "cuda":
             bundle["GPU"] = 1
         group: PlacementGroup = placement_group([bundle] * pool.num_ranks, strategy=strategy)
-        self._groups.append(group)
+        self._groups[pool.pool_id] = group
         if not group.wait(timeout_seconds=PLACEMENT_BUDGET_S):
             raise ConfigError(
                 f"Ray has no room for {pool.pool_id}: {pool.num_ranks} ranks of {bundle}, "
@@ -127,7 +160,7 @@ class RayRanks(RankStarter):
         return min(float(self._cluster.threads), total / (num_ranks + 1))
 
     def _start_rank(
-        self, pool: PoolSpec, rank: int, group: PlacementGroup, control_address: str
+        self, pool: PoolSpec, rank: int, group: PlacementGroup, where: dict[str, Any]
     ) -> None:
         environment = child_environment(self._cluster.threads, is_local=self._is_one_node())
         options = {
@@ -144,24 +177,24 @@ class RayRanks(RankStarter):
                 }
             },
         }
-        actor = ray.remote(RankActor).options(**options).remote()
-        self._actors.append(actor)
-        node_ip = ray.get(actor.node_ip.remote(), timeout=PLACEMENT_BUDGET_S)
-        where = {"control_address": control_address, "listen": f"tcp://{node_ip}"}
-        config = rank_config(self._cluster, pool, rank, where)
-        running = actor.run.remote(pool.role, config)
-        watcher = threading.Thread(
-            target=self._watch, args=(f"{pool.pool_id}/{rank}", running), daemon=True
-        )
+        handle = ray.remote(RankActor).options(**options).remote()
+        asked = [handle.node_ip.remote(), handle.pid.remote()]
+        node_ip, pid = ray.get(asked, timeout=PLACEMENT_BUDGET_S)
+        is_here = node_ip == ray.util.get_node_ip_address()
+        self._actors[pool.pool_id].append(_Actor(handle, pid, is_here))
+        config = rank_config(self._cluster, pool, rank, where | {"listen": f"tcp://{node_ip}"})
+        running = handle.run.remote(pool.role, config)
+        name, start = f"{pool.pool_id}/{rank}", int(where["gang_start"])
+        watcher = threading.Thread(target=self._watch, args=(name, start, running), daemon=True)
         watcher.start()
         self._watchers.append(watcher)
 
-    def _watch(self, name: str, running: Any) -> None:  # noqa: ANN401 - Ray's own reference type
+    def _watch(self, name: str, start: int, running: Any) -> None:  # noqa: ANN401 - Ray's own
         try:
             code, error = int(ray.get(running)), None
         except ray.exceptions.RayError as failure:
             code, error = 1, f"{name} died: {str(failure).splitlines()[0]}"
-        self._reports.put(Exited(name, code, error))
+        self._reports.put(Exited(name, code, error, start))
 
     @staticmethod
     def _is_one_node() -> bool:
@@ -170,9 +203,10 @@ class RayRanks(RankStarter):
     def stop(self) -> None:
         for watcher in self._watchers:  # the coordinator has told the ranks to end
             watcher.join(STOP_BUDGET_S / max(1, len(self._watchers)))
-        for actor in self._actors:
-            ray.kill(actor)
-        for group in self._groups:
+        for actors in self._actors.values():
+            for actor in actors:
+                ray.kill(actor.handle)
+        for group in self._groups.values():
             remove_placement_group(group)
         self._actors.clear()
         self._groups.clear()

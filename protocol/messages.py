@@ -5,7 +5,10 @@ The life of a pool
    pool's epoch and the addresses at which the gang forms;
 2. a rank whose gang has formed says ``GangReady``;
 3. ``Topology`` names every pool that is ready; a rank answers ``Connected`` once it reaches them;
-4. ``Heartbeat`` each second from the transfer thread, so a long step does not look like a death.
+4. ``Heartbeat`` each second from the transfer thread, so a long step does not look like a death;
+   ``Alive`` from the coordinator, so that its death does not go unnoticed. A rank that hears none
+   ends all its requests and says ``Hello`` again, to whoever listens at the control address then;
+   ``Introduce`` asks it to.
 
 The life of a request, all with ``(request_id, attempt)``
 1. coordinator -> decode ``Reserve``; decode -> coordinator ``Ticket``: blocks are granted;
@@ -68,6 +71,8 @@ class Hello(_Message, frozen=True):
     max_model_len: int
     gang: GangAddress | None = None  # from the leader only
     tokens_per_s: float = 0.0  # measured at start; weighs the router's load
+    gang_start: int = 0  # how many times the launcher has started this gang
+    coordinator_epoch: int = 0  # the highest that this rank has seen; 0 is none
 
 
 class Welcome(_Message, frozen=True):
@@ -101,6 +106,18 @@ class Connected(_Message, frozen=True):
     """rank -> coordinator: every pool of that topology can be reached."""
 
     version: int
+
+
+class Alive(_Message, frozen=True):
+    """coordinator -> rank, a few times a second, from its HELLO on."""
+
+    coordinator_epoch: int
+
+
+class Introduce(_Message, frozen=True):
+    """coordinator -> rank: I do not know you, or no longer: give up what you do, say HELLO."""
+
+    coordinator_epoch: int
 
 
 class BlockCounts(msgspec.Struct, frozen=True, array_like=True):
@@ -267,7 +284,19 @@ class Released(_Message, frozen=True):
     attempt: int
 
 
-ToRank = Welcome | Refused | Topology | Shutdown | Reserve | ComputeHere | Prefill | Abort | Ask
+ToRank = (
+    Welcome
+    | Refused
+    | Topology
+    | Alive
+    | Introduce
+    | Shutdown
+    | Reserve
+    | ComputeHere
+    | Prefill
+    | Abort
+    | Ask
+)
 ToCoordinator = (
     Hello
     | GangReady

@@ -10,6 +10,7 @@ A ROUTER here is bound, a DEALER connects; a DEALER's routing id names its proce
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import zmq
 import zmq.asyncio
@@ -41,6 +42,16 @@ def _bind(socket: _AnySocket, address: str) -> str:
     except zmq.ZMQError as error:
         raise ConfigError(f"cannot listen on {address}: {error.strerror}") from error
     return socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+
+def _file_number(address: str) -> int | None:
+    """The inode of an ``ipc`` address; None for every other, and when the file is gone."""
+    if not address.startswith("ipc://"):
+        return None
+    try:
+        return Path(address.removeprefix("ipc://")).stat().st_ino
+    except FileNotFoundError:
+        return None
 
 
 class Router:
@@ -125,6 +136,12 @@ class AsyncRouter:
         _configure(self._socket)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self.address = _bind(self._socket, address)
+        self._file = _file_number(self.address)
+
+    @property
+    def is_displaced(self) -> bool:
+        """Whether another process listens at our address now. Only a file can be taken over so."""
+        return _file_number(self.address) not in (None, self._file)
 
     async def receive(self) -> tuple[str, bytes]:
         """The next (routing id, frame)."""
@@ -196,6 +213,9 @@ class Poller:
 
     def add(self, member: Router | Dealer | Waker) -> None:
         self._poller.register(member.socket, zmq.POLLIN)
+
+    def remove(self, member: Router | Dealer | Waker) -> None:
+        self._poller.unregister(member.socket)
 
     def wait(self, timeout_s: float) -> bool:
         """Whether something is there, at the latest after ``timeout_s``."""

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator.config import ExpectedPool
-from coordinator.registry import HelloRefused, PoolState, Registry
+from coordinator.joining import HelloRefused, Terms
+from coordinator.registry import EPOCH_BITS, Patience, PoolState, Registry
 from modeling.config import load_config
 from protocol.errors import PeerError
 from protocol.messages import Connected, GangReady, Heartbeat, Shutdown, Topology, Welcome
@@ -19,14 +20,17 @@ CONFIG = load_config("arithmetic")
 PEERS = [(pool, rank) for pool in POOLS for rank in range(pool[2] * pool[3])]
 
 
-def registry() -> Registry:
+COORDINATOR = 7
+FIRST_EPOCH = (COORDINATOR << EPOCH_BITS) + 1
+
+
+def registry(*rejoining: str, epoch: int = COORDINATOR) -> Registry:
     return Registry(
         [ExpectedPool(*pool) for pool in POOLS],
-        token="secret-token",
-        model_fingerprint=CONFIG.fingerprint,
-        block_size=16,
-        coordinator_epoch=7,
-        heartbeat_timeout_s=5.0,
+        Terms("secret-token", CONFIG.fingerprint, 16),
+        coordinator_epoch=epoch,
+        patience=Patience(silent_s=5.0, starting_s=20.0, step_s=30.0, rejoin_s=10.0),
+        rejoining=rejoining,
     )
 
 
@@ -51,7 +55,7 @@ def test_any_order_forms_the_gangs(helpers: Any, seed: int) -> None:
     for pool, rank in order:
         out = mine.on_hello(name(pool, rank), helpers.hello(pool, rank, CONFIG), 0.0)
         assert len(out) in (0, pool[2] * pool[3])
-        assert all(isinstance(m, Welcome) and m.pool_epoch == 1 for _, m in out)
+        assert all(isinstance(m, Welcome) and m.pool_epoch == FIRST_EPOCH for _, m in out)
         welcomed += [peer for peer, _ in out]
     assert sorted(welcomed) == sorted(name(*peer) for peer in PEERS)
     versions: dict[str, int] = {}
@@ -149,7 +153,7 @@ def test_a_lost_pool_may_come_back_at_a_higher_epoch(helpers: Any) -> None:
     for rank in range(2):
         again = helpers.hello(POOLS[1], rank, CONFIG, incarnation=f"new{rank}")
         out += mine.on_hello(f"new/{rank}", again, 9.0)
-    assert [message.pool_epoch for _, message in out] == [2, 2]
+    assert [message.pool_epoch for _, message in out] == [FIRST_EPOCH + 1] * 2
 
 
 def test_our_own_pause_is_nobodys_death(helpers: Any) -> None:

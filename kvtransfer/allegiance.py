@@ -1,0 +1,140 @@
+"""Which coordinator a rank obeys, and what it owes it. Pure.
+
+The life of an allegiance
+1. ``Hello`` is said on a new line. Until ``Welcome`` comes on that line, nothing else is told and
+   nothing is obeyed.
+2. ``Welcome`` of an epoch that is not lower than any seen before begins it. A gang that has formed
+   under an earlier coordinator is ready at once; its leader says anew what its cache holds.
+3. What the coordinator asks for is remembered until it has been told ``Released``.
+4. ``Alive`` keeps it. When none has come for ``timeout_s``, or the coordinator does not know this
+   rank, it ends: everything that was asked for is aborted in the coordinator's place, and the rank
+   introduces itself on a new line. It does not matter who listens there: the same coordinator after
+   a pause, or the next one, at a higher epoch.
+
+A coordinator that has never said ``Alive`` is not expected to.
+"""
+
+from collections import Counter
+
+from protocol.messages import (
+    Abort,
+    Alive,
+    CacheUpdate,
+    GangReady,
+    Heartbeat,
+    Hello,
+    Introduce,
+    Prefill,
+    Refused,
+    Released,
+    Reserve,
+    Shutdown,
+    ToCoordinator,
+    ToRank,
+    Welcome,
+)
+
+PAUSE_S = 0.5  # the transfer thread looks many times a second: a longer gap is a pause of its own
+MAX_HASHES = 100_000  # of one CacheUpdate
+
+_OPENS = (Reserve, Prefill)  # a request is asked for by these, until Released
+
+
+class Allegiance:
+    """A rank's relation to its coordinator, and to the next one.
+
+    Args:
+        timeout_s: how long a coordinator may be silent.
+        counters: counts what is not obeyed.
+    """
+
+    def __init__(self, timeout_s: float, counters: Counter[str]) -> None:
+        self.epoch = 0  # the highest coordinator's so far
+        self.was_welcome = False  # under any coordinator
+        self.is_welcome = False  # on the present line
+        self._timeout_s = timeout_s
+        self._counters = counters
+        self._heard: float | None = None  # the last sign of life; None: no coordinator gave one yet
+        self._looked: float | None = None
+        self._ready: GangReady | None = None
+        self._asked: dict[tuple[str, int], None] = {}  # requests, in order of arrival
+        self._cached: dict[bytes, None] = {}  # what the own pool has said that it holds
+
+    # -- what arrives ------------------------------------------------------------------------------
+
+    def obeys(self, message: ToRank, now: float) -> bool:
+        """Whether to act on a message; ``Alive`` asks for nothing but to be heard."""
+        match message:
+            case Alive() | Introduce() | Welcome() if message.coordinator_epoch < self.epoch:
+                self._counters["dropped_stale_coordinator"] += 1
+                return False
+            case Alive():
+                self.epoch, self._heard = message.coordinator_epoch, now
+                return False
+            case Welcome():
+                self.epoch, self.is_welcome = message.coordinator_epoch, True
+                self._hear(now)
+                return True
+            case Introduce() | Refused() | Shutdown():
+                return True
+        if not self.is_welcome:
+            self._counters["dropped_unwelcome"] += 1
+            return False
+        self._hear(now)
+        if isinstance(message, _OPENS):
+            self._asked[message.request_id, message.attempt] = None
+        return True
+
+    def greeting(self) -> list[ToCoordinator]:
+        """What to say when welcomed: nothing, to the first coordinator."""
+        hashes = tuple(self._cached)
+        parts = [hashes[i : i + MAX_HASHES] for i in range(0, len(hashes), MAX_HASHES)]
+        told: list[ToCoordinator] = [CacheUpdate(stored=part) for part in parts]
+        return told if self._ready is None else [*told, self._ready]
+
+    # -- what is said ------------------------------------------------------------------------------
+
+    def may_say(self, message: ToCoordinator) -> bool:
+        """Whether to send a message now. What matters to the next coordinator is remembered."""
+        match message:
+            case Hello() | Heartbeat():
+                return True
+            case GangReady():
+                self._ready = message
+            case Released():
+                self._asked.pop((message.request_id, message.attempt), None)
+            case CacheUpdate():
+                for block_hash in message.evicted:
+                    self._cached.pop(block_hash, None)
+                self._cached.update(dict.fromkeys(message.stored))
+        return self.is_welcome
+
+    # -- its end -----------------------------------------------------------------------------------
+
+    def is_over(self, now: float) -> bool:
+        """Whether the coordinator has been silent for too long. Ask many times a second: time in
+        which nobody asked does not count, for then it was this process that paused."""
+        paused_s = 0.0 if self._looked is None else now - self._looked
+        self._looked = now
+        if self._heard is None:
+            return False
+        if paused_s > PAUSE_S:
+            self._heard += paused_s
+        return now - self._heard > self._timeout_s
+
+    def end(self, now: float) -> list[Abort]:
+        """Begin anew with whoever listens; what to abort of what the last one asked for."""
+        self.is_welcome = False
+        self._hear(now)
+        aborts = [Abort(request_id, attempt) for request_id, attempt in self._asked]
+        self._asked.clear()
+        return aborts
+
+    def welcomed(self) -> bool:
+        """Note a WELCOME that was obeyed; whether it was the first."""
+        is_first, self.was_welcome = not self.was_welcome, True
+        return is_first
+
+    def _hear(self, now: float) -> None:
+        if self._heard is not None:
+            self._heard = now

@@ -1,0 +1,245 @@
+"""One running cluster: its processes, from the first to the last.
+
+1. ``start``: the coordinator, then every gang; whatever goes wrong until all of them serve ends it.
+2. ``supervise``: reports of the processes go to the rules (gangs.py, pure), and what those say is
+   done: a gang is ended, killed, started again. The coordinator is started again on the addresses
+   that it had, and told which pools to wait for.
+3. ``stop``: the coordinator first, it tells the ranks; then whoever is left.
+
+What became of a rank is known from its process's exit, or from the coordinator, which finds those
+that are stopped or hang; what became of the coordinator, from its exit or its silence. The two meet
+in the gang's start number: it is in every HELLO, and in every line about a gang.
+"""
+
+import json
+import logging
+import queue
+import time
+from pathlib import Path
+from typing import Any
+
+from launcher.config import child_environment
+from launcher.gangs import COORDINATOR, Action, End, Fail, Gangs, Kill, Say, Start, Waits
+from launcher.processes import Exited, OutputLine, ProcessGroup, Report, StopAsked
+from launcher.ranks import LocalRanks, RankStarter, coordinator_config
+from launcher.resolved import Cluster
+from launcher.restarts import RestartPolicy
+from protocol.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+COORDINATOR_START_S = 60.0
+FAREWELL_S = 3.0  # for the ranks to end because the coordinator says so
+EXIT_WAIT_S = 3.0  # for the exit of a process that the coordinator misses already
+
+
+class ClusterFailed(Exception):
+    """The cluster ended by itself. ``is_config``: because of how it was configured."""
+
+    def __init__(self, reason: str, *, is_config: bool) -> None:
+        super().__init__(reason)
+        self.is_config = is_config
+
+
+class Supervisor:
+    """One running cluster. Use as a context manager; leaving it ends every process.
+
+    Args:
+        cluster: what to run.
+        run_dir: a private folder for sockets and configuration files.
+        log_dir: a folder for one log per process, or None for our standard error.
+    """
+
+    def __init__(self, cluster: Cluster, run_dir: Path, log_dir: Path | None = None) -> None:
+        self.cluster = cluster
+        self.url = ""
+        serve = cluster.serve
+        self._run_dir = run_dir
+        self._group = ProcessGroup(log_dir)
+        self._ranks: RankStarter | None = None
+        self._control_address = ""
+        self._epoch = 1  # the coordinator's
+        self._gangs: Gangs | None = None  # once the cluster has come up
+        self._pools = {pool.pool_id: pool for pool in cluster.pools}
+        self._policy = RestartPolicy(
+            serve.restart_budget, serve.restart_window_s, serve.restart_backoff_s
+        )
+
+    @property
+    def reports(self) -> "queue.SimpleQueue[Report]":
+        return self._group.reports
+
+    def __enter__(self) -> "Supervisor":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    # -- the start ---------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start everything and wait until the cluster answers.
+
+        Raises:
+            ClusterFailed: a process ended, was refused, or the start took too long.
+        """
+        serve = self.cluster.serve
+        self._start_coordinator({"control_listen": self._control_listen(), "epoch": self._epoch})
+        hello = self._wait_for("control", time.monotonic() + COORDINATOR_START_S)
+        self.url, self._control_address = str(hello["http"]), str(hello["control"])
+        self._ranks = self._make_ranks()
+        for pool in self.cluster.pools:
+            self._ranks.start(pool, 1, self._control_address)
+        self._wait_for("ready", time.monotonic() + serve.ready_timeout_s)
+        waits = Waits(serve.ready_timeout_s, COORDINATOR_START_S, serve.coordinator_silence_s)
+        pools = [(pool.pool_id, pool.role, pool.num_ranks) for pool in self.cluster.pools]
+        self._gangs = Gangs(pools, self._policy, waits, time.monotonic())
+
+    def _start_coordinator(self, where: dict[str, Any]) -> None:
+        config = coordinator_config(self.cluster, where)
+        file = self._run_dir / "coordinator.json"
+        file.touch(mode=0o600)
+        file.write_bytes(config)
+        environment = child_environment(1, is_local=self.cluster.serve.launcher == "local")
+        self._group.start(COORDINATOR, "coordinator", file, environment, int(where["epoch"]))
+
+    def _make_ranks(self) -> RankStarter:
+        if self.cluster.serve.launcher == "ray":
+            from launcher.ray_ranks import RayRanks
+
+            return RayRanks(self.cluster, self.reports)
+        return LocalRanks(self.cluster, self._run_dir, self._group)
+
+    def _control_listen(self) -> str:
+        if self.cluster.serve.launcher == "ray":
+            from launcher.ray_ranks import head_address
+
+            return f"tcp://{head_address(self.cluster.serve.ray_address)}:*"
+        return f"ipc://{self._run_dir}/control.sock"
+
+    def _wait_for(self, key: str, deadline: float) -> dict[str, object]:
+        late = f"the cluster was not {key} in time: raise ready_timeout_s, or read the log"
+        while True:
+            try:
+                report = self.reports.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                raise ClusterFailed(late, is_config=False) from None
+            if isinstance(report, StopAsked):
+                raise KeyboardInterrupt
+            if isinstance(report, OutputLine) and report.name == COORDINATOR:
+                said: dict[str, object] = json.loads(report.line)
+                if "failed" in said:
+                    raise ClusterFailed(str(said["failed"]), is_config=False)
+                if "lost" in said:  # the process itself knows better why
+                    late = f"{said['lost']} is lost: {said['reason']}"
+                    deadline = min(deadline, time.monotonic() + EXIT_WAIT_S)
+                if key in said:
+                    return said
+            if isinstance(report, Exited):
+                raise ClusterFailed(report.reason, is_config=report.code == 2)
+
+    # -- while it runs -----------------------------------------------------------------------------
+
+    def supervise(self) -> None:
+        """Return when the cluster is asked to end.
+
+        Raises:
+            ClusterFailed: nothing can be served any more.
+        """
+        gangs = self._gangs
+        assert gangs is not None, "start() comes first"
+        while True:
+            try:
+                report = self.reports.get(timeout=gangs.wait_s(time.monotonic()))
+            except queue.Empty:
+                self._do(gangs.tick(time.monotonic()))
+                continue
+            if self._is_farewell(report):
+                return
+            self._do(self._judge(gangs, report, time.monotonic()))
+            if self.reports.empty():
+                self._do(gangs.tick(time.monotonic()))
+
+    @staticmethod
+    def _is_farewell(report: Report) -> bool:
+        if isinstance(report, StopAsked):
+            log.info("%s: ending the cluster", report.signal_name)
+            return True
+        # A coordinator that ends in order was asked to, and has told every rank to end.
+        return isinstance(report, Exited) and (report.name, report.code) == (COORDINATOR, 0)
+
+    def _judge(self, gangs: Gangs, report: Report, now: float) -> list[Action]:
+        if isinstance(report, Exited):
+            name, _, rank = report.name.partition("/")
+            return gangs.on_exit(name, int(rank or 0), report.start, report.reason, now)
+        if isinstance(report, OutputLine) and report.name == COORDINATOR:
+            return self._on_line(gangs, json.loads(report.line), now)
+        return []
+
+    def _on_line(self, gangs: Gangs, said: dict[str, Any], now: float) -> list[Action]:
+        if "alive" in said:
+            gangs.on_alive(said["alive"], now)
+        elif "lost" in said:
+            return gangs.on_lost(said["lost"], said["start"], said["reason"], now)
+        elif "serving" in said:
+            return gangs.on_serving(said["serving"], said["start"], now)
+        elif "control" in said:
+            return gangs.on_serving(COORDINATOR, self._epoch, now)
+        return []
+
+    def _do(self, actions: list[Action]) -> None:
+        for action in actions:
+            match action:
+                case Say():
+                    log.warning("%s", action.text)
+                case Fail():
+                    raise ClusterFailed(action.reason, is_config=False)
+                case Start():
+                    self._start_again(action)
+                case End() | Kill() if action.name == COORDINATOR:
+                    self._group.kill(COORDINATOR)
+                case End():
+                    self._starter.terminate(self._pools[action.name])
+                case Kill():
+                    self._starter.kill(self._pools[action.name])
+
+    @property
+    def _starter(self) -> RankStarter:
+        assert self._ranks is not None, "the cluster has come up"
+        return self._ranks
+
+    def _start_again(self, action: Start) -> None:
+        gangs = self._gangs
+        assert gangs is not None, "the cluster has come up"
+        if action.name == COORDINATOR:
+            self._epoch = action.start
+            self._start_coordinator(
+                {
+                    "control_listen": self._control_address,
+                    "port": int(self.url.rpartition(":")[2]),
+                    "epoch": action.start,
+                    "is_restart": True,
+                    "rejoining": gangs.serving_pools,
+                }
+            )
+            return
+        pool = self._pools[action.name]
+        try:
+            self._starter.start(pool, action.start, self._control_address)
+        except ConfigError as error:
+            self._starter.kill(pool)
+            self._do(gangs.on_start_failed(action.name, str(error), time.monotonic()))
+
+    # -- the end -----------------------------------------------------------------------------------
+
+    def pids(self) -> dict[str, int]:
+        """Process ids by name: ``coordinator``, ``prefill0/0``, ..."""
+        return self._group.pids()
+
+    def stop(self) -> None:
+        """End every process: the coordinator first, it tells the ranks; then whoever is left."""
+        self._group.terminate(COORDINATOR)
+        self._group.wait_ended(FAREWELL_S)
+        if self._ranks is not None:
+            self._ranks.stop()
+        self._group.stop()
