@@ -195,7 +195,7 @@ class Service:
 
     def on_pool_serving(self, pool_id: str) -> None:
         """A pool has come, or come back: whoever waits for one may go on."""
-        _log.info("%s serves", pool_id)
+        _log.debug("%s serves: %d requests are here", pool_id, len(self._records))
         self._failover.go_on()
 
     def sweep(self, now: float) -> None:

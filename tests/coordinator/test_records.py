@@ -6,6 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coordinator.config import CoordinatorConfig, ExpectedPool
+from coordinator.overdue import overdue, pools_to_ask
 from coordinator.records import TABLE, Record, State, Step, as_new_token
 from protocol.errors import IllegalTransition
 from protocol.messages import FirstToken, NewToken
@@ -81,3 +83,52 @@ def test_paths_and_pending_work() -> None:
     mine.forget_prompt()
     assert (mine.num_prompt_tokens, mine.prompt_token_ids) == (3, ())
     assert (mine.pending_prefill_tokens, mine.pending_decode_tokens) == (0, 0)
+
+
+def test_an_attempt_after_tokens_that_the_caller_has() -> None:
+    mine = record()
+    mine.step(Step.RESERVE)
+    mine.decode_pool, mine.num_target_cached_tokens = "decode0", 1
+    mine.step(Step.COMPUTE_HERE)
+    mine.step(Step.TOKEN)
+    mine.accept(NewToken("r", 1, 0, 10))
+    mine.accept(NewToken("r", 1, 2, 12))
+    mine.lose_attempt("worker_lost")
+    assert (mine.state, mine.attempt) == (State.WAITING, 2)
+    assert not mine.has_gap, "what had come early may come otherwise now"
+    reserve = mine.reserve()
+    assert (reserve.attempt, reserve.prompt_token_ids) == (2, (1, 2, 3, 10))
+    assert reserve.num_output_tokens == 1
+    assert mine.num_computed_tokens == 2, "as far as its caller is concerned"
+    mine.step(Step.RESERVE)
+    mine.decode_pool, mine.num_target_cached_tokens = "decode1", 0
+    assert (mine.num_attempt_tokens, mine.pending_prefill_tokens) == (4, 4)
+    mine.prefill_pool = "prefill0"
+    prefill = mine.prefill(7)
+    assert (prefill.num_output_tokens, prefill.prompt_token_ids) == (1, (1, 2, 3, 10))
+    path = PrefillPath("prefill0", 1, 1, 0, 4, 4)
+    first = as_new_token(FirstToken("r", 2, 11, path, index=1))
+    assert mine.accept(first) == [first]
+    assert mine.describe_path().endswith("; attempts=2; lost=worker_lost")
+    assert mine.lost[0].num_output_tokens == 1
+
+
+def test_what_is_overdue() -> None:
+    config = CoordinatorConfig("t", "arithmetic", (ExpectedPool("d", "decode", 1, 1),))
+    mine = record()
+    mine.step(Step.RESERVE)
+    mine.decode_pool = "d"
+    mine.holders = {("d", 1)}
+    assert overdue(mine, config, 100.0) is None
+    assert pools_to_ask(mine, config, 100.0) == ["d"]
+    assert pools_to_ask(mine, config, 101.0) == [], "once in a while"
+    mine.accept(NewToken("r", 1, 1, 5))  # token 0 is lost
+    assert overdue(mine, config, 100.0) is None
+    assert overdue(mine, config, 104.0) is None
+    error = overdue(mine, config, 106.0)
+    assert error is not None and error.code == "stalled"
+    mine.accept(NewToken("r", 1, 0, 5))
+    assert overdue(mine, config, 107.0) is None
+    mine.holders.clear()  # released, and no last token
+    overdue(mine, config, 108.0)
+    assert overdue(mine, config, 114.0) is not None

@@ -13,8 +13,9 @@ from typing import Any
 
 from coordinator.config import CoordinatorConfig, ExpectedPool
 from coordinator.delivery import Delivery, Generation
+from coordinator.joining import Terms
 from coordinator.records import Record
-from coordinator.registry import Registry
+from coordinator.registry import Patience, Registry
 from coordinator.service import Service
 from decode.batch import SchedulerLimits
 from decode.scheduler import DecodeScheduler
@@ -144,11 +145,9 @@ class WholeCluster:
         self.now = 0.0
         self.registry = Registry(
             self.config.pools,
-            token="t",
-            model_fingerprint=FINGERPRINT,
-            block_size=BLOCK_SIZE,
+            Terms("t", FINGERPRINT, BLOCK_SIZE),
             coordinator_epoch=1,
-            heartbeat_timeout_s=1e9,
+            patience=Patience(),
         )
         self.service = Service(self.config, self.registry, self._send, lambda: self.now)
         self.pools: dict[str, Pool] = {}

@@ -7,8 +7,12 @@ from typing import Any
 
 import pytest
 
+from decode.runner import sampling_row
+from decode.sequence import Sequence
 from modeling.arithmetic import ArithmeticModel, expected_tokens
 from modeling.config import load_config
+from protocol.messages import Reserve
+from protocol.request import SamplingParams
 
 CONFIG = load_config("arithmetic:layers=2,heads=4,kv_heads=2,head_dim=4,vocab=512")
 MakeCluster = Callable[..., Any]
@@ -99,3 +103,15 @@ def test_long_prompt_in_chunks_beside_a_decoding_sequence(
         cluster.run()
         assert (len(cluster.outputs[first]), len(cluster.outputs[second])) == (30, 3)
         cluster.assert_empty()
+
+
+@pytest.mark.parametrize("num_earlier", [0, 1, 3])
+def test_the_next_token_depends_on_the_same_in_every_attempt(num_earlier: int) -> None:
+    sampling = SamplingParams(max_tokens=9, seed=5, presence_penalty=1.0, repetition_penalty=1.1)
+    prompt, output = (4, 5, 6), (7, 8, 9, 7)
+    reserve = Reserve("a", 1, (*prompt, *output[:num_earlier]), sampling, "", num_earlier)
+    sequence = Sequence.of(reserve, 0, 0.0, "model")
+    sequence.output_token_ids += output[num_earlier:]
+    row = sampling_row(sequence)
+    assert (row.index, row.params) == (4, sampling)
+    assert (tuple(row.prompt_token_ids), tuple(row.output_token_ids)) == (prompt, output)

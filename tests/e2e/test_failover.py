@@ -22,6 +22,7 @@ import httpx
 import msgspec
 import pytest
 
+from bench.checkpoint import write_checkpoint
 from launcher.config import ServeConfig
 from modeling.arithmetic import expected_tokens
 from modeling.config import load_config
@@ -57,14 +58,16 @@ class Cluster:
         requests: list[dict[str, Any]] = reply.json()["requests"]
         return requests[0] if requests else {}
 
-    def stream(self, name: str, prompt: list[int], max_tokens: int) -> "Future[Stream]":
-        """Ask, in another thread."""
-        return self._threads.submit(self._stream, name, prompt, max_tokens)
-
-    def _stream(self, name: str, prompt: list[int], max_tokens: int) -> "Stream":
+    def stream(
+        self, name: str, prompt: list[int], max_tokens: int, **fields: Any
+    ) -> "Future[Stream]":
+        """Ask, in another thread; greedily unless ``fields`` say otherwise."""
         body = {"prompt": prompt, "max_tokens": max_tokens, "stream": True, "temperature": 0}
         body |= {"return_token_ids": True, "ignore_eos": True, "logprobs": 0}
         body["stream_options"] = {"include_usage": True}
+        return self._threads.submit(self._stream, name, body | fields)
+
+    def _stream(self, name: str, body: dict[str, Any]) -> "Stream":
         stream = Stream()
         with self.client.stream(
             "POST", "/v1/completions", json=body, headers={"x-request-id": name}
@@ -99,9 +102,11 @@ class Stream:
 
 
 @contextmanager
-def running(prefill: tuple[str, ...], decode: tuple[str, ...], **pools: Any) -> Iterator[Cluster]:
+def running(
+    prefill: tuple[str, ...], decode: tuple[str, ...], model: str = MODEL, **pools: Any
+) -> Iterator[Cluster]:
     config = ServeConfig(
-        model=MODEL,
+        model=model,
         prefill=prefill,
         decode=decode,
         port=0,
@@ -221,3 +226,27 @@ def test_a_prompt_goes_on_where_its_dead_prefill_pool_was() -> None:
         assert path["num_fetched_tokens"] >= 1000, "what was handed over was computed again"
         assert path["num_fetched_tokens"] + path["num_computed_tokens"] == len(prompt)
         assert_clean(cluster)
+
+
+@pytest.mark.cluster
+def test_a_sampled_stream_goes_on_with_the_same_random_numbers(tmp_path: Path) -> None:
+    """With a temperature, penalties and a real checkpoint: equal to the stream of no fault."""
+    write_checkpoint(
+        tmp_path, family="llama", hidden=64, layers=3, heads=8, kv_heads=4, ffn=96, vocab=320,
+        dtype="float32", seed=3,
+    )  # fmt: skip
+    rng = random.Random(5)
+    prompt = [rng.randrange(5, 300) for _ in range(200)]
+    sampling = {"temperature": 0.9, "top_p": 0.9, "presence_penalty": 0.7, "frequency_penalty": 0.2}
+    sampling |= {"repetition_penalty": 1.1, "seed": 11}
+    with running(("cp1",), ("tp1", "tp1"), str(tmp_path), dtype="float32") as cluster:
+        undisturbed = cluster.stream("first", prompt, 500, **sampling).result(DEADLINE_S)
+        assert len(set(undisturbed.tokens)) > 20
+        future = cluster.stream("second", prompt, 500, **sampling)
+        until(lambda: cluster.trace("second").get("num_output_tokens", 0) > 30, "it is under way")
+        cluster.kill_pool(cluster.trace("second")["decode_pool"])
+        stream = future.result(DEADLINE_S)
+        [lost] = cluster.trace("second")["lost_attempts"]
+        assert 30 < lost["num_output_tokens"] < 500
+        assert stream.tokens == undisturbed.tokens
+        assert stream.finish_reason == "length"

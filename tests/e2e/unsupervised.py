@@ -8,7 +8,8 @@ import msgspec
 
 from launcher.config import ServeConfig
 from launcher.resolved import resolve_cluster
-from launcher.serve import Supervisor, run_directory
+from launcher.serve import run_directory
+from launcher.supervisor import Supervisor
 
 
 def main() -> None:
