@@ -10,7 +10,12 @@ _ABOUT = """\
 Written by `python -m bench.faults --save DIR`: real processes, the arithmetic model, whose every
 token is known, KV over NIXL with `UCX_TLS=tcp`. A fault counts when it was seen to take effect: by
 the counter of its failpoint, by the kernel's state of a process, by the link's packet counter.
-*Lost*, *repeated* and *foreign* tokens are told apart by the oracle. Failures are left in sight."""
+*Lost*, *repeated* and *foreign* tokens are told apart by the oracle. Failures are left in sight.
+
+How a request ends: *done*; *left*, its client went away; *error*, an event or a status said so;
+*late*, its client had waited long enough; *cut*, its coordinator was gone; *refused*, nobody
+listened, which counts as no request. What else but *done* and *left* a stage allows is in
+`bench/faults/`; anything else is a problem, and the command exits with 1."""
 
 
 def lines(tally: Tally, asked: str) -> list[str]:
