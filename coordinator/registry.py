@@ -186,7 +186,7 @@ class Registry:
     def pool_of(self, peer: str) -> tuple[Pool, bool] | None:
         """The pool that a routing id belongs to and whether it leads it; None for a stranger."""
         known = self._peers.get(peer)
-        return None if known is None else (known[0], known[0].leader == peer)
+        return None if known is None else (known[0], known[0].ranks.get(0) is known[1])
 
     def missing(self) -> str:
         """What keeps the cluster from being complete, in words."""
