@@ -2,7 +2,7 @@
 
 Real processes, real NIXL, real HTTP, and the arithmetic model: ``expected_tokens`` is the only
 right answer, and a block that was kept too early, or lost, gives another one. A pool's ranks are
-all killed, and nobody starts them again: whoever restarts pools is tested elsewhere.
+all killed, and in all tests but the last nobody starts them again.
 """
 
 import json
@@ -34,9 +34,9 @@ DEADLINE_S = 90.0
 class Cluster:
     """A running cluster whose ranks may be killed."""
 
-    def __init__(self, said: dict[str, Any]) -> None:
-        self.client = httpx.Client(base_url=said["url"], timeout=DEADLINE_S)
-        self._pids: dict[str, int] = said["pids"]
+    def __init__(self, url: str, pids: dict[str, int]) -> None:
+        self.client = httpx.Client(base_url=url, timeout=DEADLINE_S)
+        self._pids = pids  # by name, "decode0/1"
         self._threads = ThreadPoolExecutor(8)
 
     def close(self) -> None:
@@ -130,7 +130,7 @@ def running(
     with process.stdin, process.stdout:
         process.stdin.write(msgspec.json.encode(config).decode() + "\n")
         process.stdin.flush()
-        cluster = Cluster(json.loads(process.stdout.readline()))
+        cluster = Cluster(**json.loads(process.stdout.readline()))
         try:
             yield cluster
         finally:
@@ -250,3 +250,35 @@ def test_a_sampled_stream_goes_on_with_the_same_random_numbers(tmp_path: Path) -
         assert 30 < lost["num_output_tokens"] < 500
         assert stream.tokens == undisturbed.tokens
         assert stream.finish_reason == "length"
+
+
+def pids_of_ranks(launcher_pid: int) -> dict[str, int]:
+    """The launcher's children by the names of their configuration files."""
+    children = Path(f"/proc/{launcher_pid}/task/{launcher_pid}/children").read_text().split()
+    pids = {}
+    for child in children:
+        config = Path(Path(f"/proc/{child}/cmdline").read_text().split("\0")[-2])
+        pids[config.stem.replace(".", "/")] = int(child)
+    return pids
+
+
+@pytest.mark.cluster
+def test_a_stream_waits_for_its_only_pool_to_come_back(start_cluster: Any) -> None:
+    """With its launcher: the one decode pool is started again, and the stream goes on there."""
+    config, prompt = load_config(MODEL), prompt_of(random.Random(6), 500)
+    flags = ("--prefill", "cp1", "--decode", "tp1", "--block-size", "16", "--kv-memory", "64MiB")
+    with start_cluster(MODEL, *flags, "--checksum", "always") as running_cluster:
+        pids = pids_of_ranks(running_cluster.process.pid)
+        cluster = Cluster(running_cluster.url, pids)
+        future = cluster.stream("only", prompt, 600)
+        until(lambda: cluster.trace("only").get("num_output_tokens", 0) > 20, "it is under way")
+        cluster.kill_pool("decode0")
+        stream = future.result(DEADLINE_S)
+        assert not stream.error
+        assert stream.tokens == expected_tokens(config, prompt, 600)
+        trace = cluster.trace("only")
+        assert [lost["reason"] for lost in trace["lost_attempts"]] == ["worker_lost"]
+        assert trace["decode_pool"] == "decode0"
+        assert trace["prefill"]["num_cached_tokens"] >= 480, "the prompt's KV was not taken"
+        assert_clean(cluster)
+        cluster.close()
