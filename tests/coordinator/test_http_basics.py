@@ -48,7 +48,9 @@ def test_a_long_prompt_goes_through_prefill(cluster: Any, helpers: Any) -> None:
     path = parse_path(reply.headers["x-baton-path"])
     assert (path["prefill"], path["ring"], path["computed"]) == ("prefill0", "2", "400")
     assert path["moved"] == "400"
-    sent = [m for m in cluster.fake.got(Prefill) if m.prompt_token_ids == tuple(prompt)]
+    sent = cluster.fake.wait_for(  # the answer may be here before it is noted
+        lambda: [m for m in cluster.fake.got(Prefill) if m.prompt_token_ids == tuple(prompt)]
+    )
     assert sent[0].target_pool_id == path["decode"]
 
 
