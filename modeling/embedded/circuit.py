@@ -256,7 +256,7 @@ class Circuit:
         at, content, codes = self._at, _content_rows(), self._codes
         query = torch.zeros(NUM_HEADS, HEAD_DIM, HIDDEN)
         key = torch.zeros(HEAD_DIM, HIDDEN)
-        end = 0
+        rest, end = content[0], 1  # the loudest, so in the pair that turns least
         rows: dict[str, list[int]] = {}
         for asks, holds in LOOKED_UP:
             size = SIZES[asks]
@@ -269,7 +269,6 @@ class Circuit:
         query[0, rows["match"], at["is_assistant"]] = WEIGHT["match"] * as_start[:, None]
         key[rows["its_domain"], at["is_bos"]] = -codes.none[:, None]
         key[rows["match"][-1], at["is_mark"]] = -1.0  # even behind a word that starts one
-        rest = content[end]
         query[0, rest, at["one"]] = REST_ALWAYS / ONE
         query[0, rest, at["starts_value"]] = REST_AT_START
         key[rest, at["is_bos"]] = 1.0
