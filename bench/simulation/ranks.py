@@ -1,0 +1,137 @@
+"""One rank: its memory, and the real hand-off logic of its transfer thread."""
+
+from collections.abc import Callable
+from functools import partial
+
+from bench.simulation.model import Memory
+from bench.simulation.world import World
+from kvtransfer.actions import Action, Emit, Send, StartRead, Surroundings, Warn
+from kvtransfer.events import Command, Event
+from kvtransfer.handoffs import Handoffs
+from kvtransfer.identity import PeerName, RankIdentity
+from protocol.handoff import HandoffMessage
+from protocol.kv import KVLayout, PoolEndpoint, RankEndpoint
+
+LEASE_S = 2.0
+MAX_READS = 3
+
+
+class Rank:
+    """A transfer thread without its thread.
+
+    Args:
+        world: carries what it sends.
+        everyone: all ranks by incarnation, the dead ones too.
+        identity: who this is.
+        layout: of its memory.
+        emit: takes the events for its main thread.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        everyone: dict[str, "Rank"],
+        identity: RankIdentity,
+        layout: KVLayout,
+        emit: Callable[[Event], None],
+    ) -> None:
+        self.identity = identity
+        self.memory = Memory(layout)
+        self.is_alive = True
+        self._world = world
+        self._everyone = everyone
+        self._emit = emit
+        self._around = Surroundings(identity, layout)
+        self.handoffs = Handoffs(
+            self._around,
+            (self.memory.source_checksum, self.memory.target_checksum),
+            transport_name="simulated",
+            checksum="always",
+            lease_s=LEASE_S,
+            max_reads=MAX_READS,
+        )
+        everyone[identity.incarnation] = self
+
+    @property
+    def endpoint(self) -> RankEndpoint:
+        me = self.identity
+        layout = self.memory.layout
+        return RankEndpoint(me.rank, me.cp_rank, me.tp_rank, me.incarnation, "", layout)
+
+    def welcome(self, epoch: int) -> None:
+        self._around.epoch = epoch
+
+    def meet(self, pools: tuple[PoolEndpoint, ...]) -> None:
+        """Exactly these pools can be reached."""
+        self._do(self.handoffs.pools_changed(pools))
+
+    def command(self, command: Command) -> None:
+        self._do(self.handoffs.command(command, self._world.now))
+
+    def tick(self) -> None:
+        self._do(self.handoffs.tick(self._world.now))
+
+    def _do(self, actions: list[Action]) -> None:
+        for action in actions:
+            match action:
+                case Send():
+                    self._send(action.peer, action.message)
+                case Emit():
+                    self._emit(action.event)
+                case StartRead():
+                    self._start_read(action)
+                case Warn():
+                    self._world.note(f"{self.identity.name}: {action.text}")
+
+    # -- messages ----------------------------------------------------------------------------------
+
+    def _incarnation(self, peer: PeerName) -> str | None:
+        endpoint = self._around.endpoint(peer)
+        return None if endpoint is None else endpoint.incarnation
+
+    def _send(self, peer: PeerName, message: HandoffMessage) -> None:
+        world, weather = self._world, self._world.weather
+        if peer == self.identity.name:
+            world.at(0.0, partial(self.receive, self, message))
+            return
+        receiver = self._everyone.get(self._incarnation(peer) or "")
+        if receiver is None:
+            return
+        is_abroad = peer.pool_id != self.identity.pool_id
+        if is_abroad and world.happens(weather.lost, f"lost {type(message).__name__}"):
+            return
+        link = (self.identity.incarnation, receiver.identity.incarnation)
+        for _ in range(1 + world.happens(weather.doubled, "doubled")):
+            world.send(link, partial(receiver.receive, self, message))
+
+    def receive(self, sender: "Rank", message: HandoffMessage) -> None:
+        """From a rank that is in this one's topology, or not at all."""
+        name = sender.identity.name
+        is_known = sender is self or self._incarnation(name) == sender.identity.incarnation
+        if self.is_alive and is_known:
+            self._do(self.handoffs.message(name, message, self._world.now))
+
+    # -- reads -------------------------------------------------------------------------------------
+
+    def _start_read(self, read: StartRead) -> None:
+        """Its bytes land at some moment, all that were there then; its end is seen later."""
+        world = self._world
+        takes_s = world.delay(world.weather.read_s)
+        source = self._everyone[read.incarnation]
+        is_done = source.is_alive and not world.happens(world.weather.failed, "failed")
+        if is_done:
+            world.at(takes_s * world.random.random(), partial(self._land, source, read))
+        world.at(takes_s, partial(self._end_read, source, read, is_done=is_done))
+
+    def _land(self, source: "Rank", read: StartRead) -> None:
+        if not (self.is_alive and source.is_alive):
+            return
+        self.memory.read_from(source.memory, read.runs)
+        if read.runs and self._world.happens(self._world.weather.corrupted, "corrupted"):
+            self.memory.bytes[read.runs[0].target_offset] ^= 1 << self._world.random.randrange(8)
+
+    def _end_read(self, source: "Rank", read: StartRead, *, is_done: bool) -> None:
+        if self.is_alive:
+            is_done = is_done and source.is_alive
+            actions = self.handoffs.read_ended(read.read_id, self._world.now, is_done=is_done)
+            self._do(actions)
