@@ -364,7 +364,7 @@ class Registry:
         pool.state = PoolState.WELCOMED
         gang = pool.ranks[0].hello.gang
         assert gang is not None
-        welcome = Welcome(self.coordinator_epoch, pool.epoch, gang)
+        welcome = Welcome(self.coordinator_epoch, pool.epoch, gang, CHECK_INTERVAL_S)
         return [(rank.peer, welcome) for rank in pool.ranks.values()]
 
     def _is_held(self) -> bool:

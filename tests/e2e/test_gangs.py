@@ -8,6 +8,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -286,3 +288,112 @@ def test_a_coordinator_that_pauses(cluster: Cluster) -> None:
         pool["epoch"] > old["epoch"]
         for old, pool in zip(before["pools"], after["pools"], strict=True)
     )
+
+
+# -- without a launcher ----------------------------------------------------------------------------
+
+
+class Process:
+    """A coordinator or a rank that the test itself starts."""
+
+    def __init__(self, folder: Path, module: str, name: str, fields: dict[str, Any]) -> None:
+        file = folder / f"{name}.json"
+        file.write_text(json.dumps(fields))
+        self.popen = subprocess.Popen(
+            [sys.executable, "-P", "-m", module, "--config", str(file)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    def said(self, key: str) -> str:
+        """What its next line with this key says."""
+        assert self.popen.stdout is not None
+        for line in self.popen.stdout:
+            if key in (said := json.loads(line)):
+                return str(said[key])
+        raise AssertionError(f"it ended without saying {key}")
+
+    def end(self) -> None:
+        self.popen.kill()
+        self.popen.wait()
+        assert self.popen.stdout is not None
+        self.popen.stdout.close()
+
+
+def test_a_stale_coordinator(tmp_path: Path, until: Any) -> None:
+    """One that slept while another took over finds that out, and its rank never hears it again."""
+    shared = {"token": "t", "model": MODEL, "block_size": 16}
+    pool = {"pool_id": "decode0", "role": "decode", "cp_size": 1, "tp_size": 1}
+    control = f"ipc://{tmp_path}/control"
+    fields = shared | {"pools": [pool], "port": 0, "control_listen": control}
+    rank_fields = shared | {
+        "pool_id": "decode0",
+        "control_address": control,
+        "listen": f"ipc://{tmp_path}",
+        "kv_memory_bytes": 8 << 20,
+        "transport": "tcp",
+    }
+    with contextlib.ExitStack() as stack:
+
+        def start(module: str, name: str, settings: dict[str, Any]) -> Process:
+            process = Process(tmp_path, module, name, settings)
+            stack.callback(process.end)
+            return process
+
+        old = start("coordinator", "old", fields | {"epoch": 1})
+        rank = start("decode", "rank", rank_fields)
+        old_url = old.said("ready")
+        running = Stream(old_url, [3] * 40, LONG)
+        running.wait_begun()
+        hurt(old.popen.pid, signal.SIGSTOP)
+        new = start("coordinator", "new", fields | {"epoch": 2, "is_restart": True})
+        url = new.said("ready")
+        prompt = [5] * 50
+        stream = Stream(url, prompt, LONG)
+        stream.wait_begun()
+        os.kill(old.popen.pid, signal.SIGCONT)
+        assert old.popen.wait(30) == 3
+        stream.check_exact()
+        running.join(30)
+        assert running.error
+        assert not running.is_done
+        assert rank.popen.poll() is None
+
+        def is_clean() -> bool:
+            (state,) = httpx.get(f"{url}/v1/cluster").json()["pools"]
+            (space,) = state["blocks"]
+            return bool(space["free"] + space["cached"] == space["total"])
+
+        until(is_clean, "no block is held")
+
+
+def test_restarts_are_used_up(tmp_path: Path, until: Any) -> None:
+    """The cluster goes on with what is left, and ends when nothing of it can answer."""
+    argv = [
+        *(sys.executable, "-P", "-m", "launcher", "serve", MODEL, "--port", "0"),
+        *("--prefill", "cp1", "--decode", "tp1", "--kv-memory", "8MiB"),
+        *("--set", "restart_budget=0", "--transport", "tcp"),
+    ]
+    with (
+        (tmp_path / "errors").open("w") as log,
+        subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=log, text=True) as process,
+    ):
+        assert process.stdout is not None
+        running = type("Running", (), {"process": process})()
+        url = process.stdout.readline().removeprefix("ready ").strip()
+        pids = Cluster(running, until, None).pids()
+        hurt(pids["prefill0.0"], signal.SIGKILL)
+        until(lambda: len(httpx.get(f"{url}/v1/cluster").json()["missing"] or "") > 0, "it is lost")
+        assert httpx.get(f"{url}/ready").status_code == 200
+        reply = httpx.post(
+            f"{url}/v1/completions", json={"prompt": [1] * 300, "max_tokens": 2}, timeout=60
+        )
+        assert reply.status_code == 200
+        hurt(pids["decode0.0"], signal.SIGKILL)
+        assert process.wait(30) == 1
+    errors = (tmp_path / "errors").read_text()
+    assert "prefill0 is given up after 0 restarts" in errors
+    assert "error: decode0 is given up after 0 restarts" in errors
+    assert "decode0/0 ended with code -9" in errors
+    assert not [pid for pid in pids.values() if Path(f"/proc/{pid}").exists()]

@@ -57,6 +57,12 @@ def test_a_coordinator_that_never_beats_is_not_expected_to() -> None:
     assert look(mine, 0.0, 100.0) is None
 
 
+def test_a_coordinator_that_stops_right_after_its_welcome() -> None:
+    mine = Allegiance(2.5, Counter())
+    mine.obeys(Welcome(1, 1, GANG, alive_interval_s=0.3), 0.0)
+    assert 2.4 < (look(mine, 0.0, 10.0) or 0.0) < 2.7
+
+
 def test_a_pause_of_our_own_is_nobodys_silence() -> None:
     mine = welcomed()
     assert look(mine, 0.0, 1.0) is None
