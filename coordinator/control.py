@@ -94,6 +94,7 @@ class ControlPlane:
         self._unreachable: dict[str, str] = {}  # peers, and why; to be lost at the next tick
         self._serving: set[tuple[str, int]] = set()  # pools and their epochs
         self.counters: Counter[str] = Counter()
+        self._num_dropped = 0
 
     def attach(self, handler: RequestHandler) -> None:
         """Who gets the messages about requests; before ``run``."""
@@ -130,7 +131,10 @@ class ControlPlane:
             try:
                 self._dispatch(peer, message, time.monotonic())
             except (PeerError, IllegalTransition) as error:
-                _log.warning("dropped %s of %s: %s", type(message).__name__, peer[:80], error)
+                self._num_dropped += 1
+                if self._num_dropped & (self._num_dropped - 1) == 0:  # 1, 2, 4, ...: no full log
+                    name = type(message).__name__
+                    _log.warning("dropped %s of %s: %s", name, peer[:80], error)
 
     def _dispatch(self, peer: str, message: ToCoordinator, now: float) -> None:
         if isinstance(message, Hello):
@@ -230,6 +234,7 @@ class ControlPlane:
             self._lose_unreachable()
             for pool_id, reason in self._registry.expire(now):
                 self._lose(pool_id, reason)
+            self._queue(self._registry.due())
             self._queue(self._registry.beat())
             if now < next_sweep:
                 continue

@@ -65,6 +65,7 @@ class Patience:
     starting_s: float = 60.0  # a rank that loads its model
     step_s: float = 60.0  # one step
     rejoin_s: float = 10.0  # a gang that is expected back
+    hold_s: float = 3.0  # the others wait so long with it, so that they need not connect twice
 
 
 @dataclass(slots=True)
@@ -157,6 +158,7 @@ class Registry:
         self._patience = patience
         self._peers: dict[str, tuple[Pool, Rank]] = {}
         self._last_check: float | None = None
+        self._is_due = False  # a topology, held back for a gang that is expected
         for pool_id in rejoining:
             self.pools[pool_id].is_awaited = True
 
@@ -239,6 +241,7 @@ class Registry:
             pool.state = PoolState.FORMING
         rank = Rank(peer, hello, now, hello.tokens_per_s)
         pool.gang_start = hello.gang_start
+        pool.is_awaited &= hello.coordinator_epoch > 0  # else it is a new process, and has time
         pool.ranks[hello.endpoint.rank] = rank
         self._peers[peer] = (pool, rank)
         return self._welcome(pool) if len(pool.ranks) == pool.spec.num_ranks else []
@@ -310,6 +313,10 @@ class Registry:
                 return f"it did not come back within {patience.rejoin_s:.0f} s"
         return None
 
+    def due(self) -> list[Outgoing]:
+        """What was held back and need not be any longer. Ask it after ``expire``."""
+        return self._topology() if self._is_due else []
+
     def lose(self, pool_id: str, reason: str, *, is_over: bool = True) -> list[Outgoing]:
         """The pool is gone: all others go on without it.
 
@@ -357,10 +364,22 @@ class Registry:
         pool.state = PoolState.WELCOMED
         gang = pool.ranks[0].hello.gang
         assert gang is not None
-        welcome = Welcome(self.coordinator_epoch, pool.epoch, gang)
+        welcome = Welcome(self.coordinator_epoch, pool.epoch, gang, CHECK_INTERVAL_S)
         return [(rank.peer, welcome) for rank in pool.ranks.values()]
 
+    def _is_held(self) -> bool:
+        patience, now = self._patience, self._last_check or 0.0
+        return any(
+            pool.awaited_until is None
+            or now < pool.awaited_until - patience.rejoin_s + patience.hold_s
+            for pool in self.pools.values()
+            if pool.is_awaited
+        )
+
     def _topology(self) -> list[Outgoing]:
+        self._is_due = self._is_held()
+        if self._is_due:
+            return []
         self.version += 1
         ready = [pool for pool in self.pools.values() if pool.state is PoolState.READY]
         topology = Topology(self.version, tuple(pool.endpoint() for pool in ready))

@@ -11,7 +11,7 @@ The life of an allegiance
    introduces itself on a new line. It does not matter who listens there: the same coordinator after
    a pause, or the next one, at a higher epoch.
 
-A coordinator that has never said ``Alive`` is not expected to.
+A coordinator is not expected to say ``Alive`` before it has, or has promised it in ``Welcome``.
 """
 
 from collections import Counter
@@ -54,7 +54,7 @@ class Allegiance:
         self.is_welcome = False  # on the present line
         self._timeout_s = timeout_s
         self._counters = counters
-        self._heard: float | None = None  # the last sign of life; None: no coordinator gave one yet
+        self._heard: float | None = None  # the last sign of life; None: there need not be any yet
         self._looked: float | None = None
         self._ready: GangReady | None = None
         self._asked: dict[tuple[str, int], None] = {}  # requests, in order of arrival
@@ -73,6 +73,8 @@ class Allegiance:
                 return False
             case Welcome():
                 self.epoch, self.is_welcome = message.coordinator_epoch, True
+                if message.alive_interval_s > 0:
+                    self._heard = now
                 self._hear(now)
                 return True
             case Introduce() | Refused() | Shutdown():

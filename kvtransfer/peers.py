@@ -1,7 +1,8 @@
 """The sockets between ranks' transfer threads: one that all others send to, one to each other rank.
 
 A frame's sender is known by the routing id of its socket, which names pool, rank and incarnation;
-who is not in the coordinator's topology is not listened to.
+who is not in the coordinator's topology is not listened to. A number behind it makes each connection
+another one: a ROUTER ignores a second that comes before it has seen the end of the first.
 """
 
 import contextlib
@@ -52,6 +53,7 @@ class Peers:
         address = f"{listen}/{uuid.uuid4().hex[:12]}" if listen.startswith("ipc") else f"{listen}:*"
         self.router = Router(context, address)
         self._dealers: dict[str, Dealer] = {}  # by routing id
+        self._num_lines = 0
         self._names: dict[str, PeerName] = {}  # routing id -> who that is
         self._routing_ids: dict[PeerName, str] = {}
 
@@ -71,7 +73,9 @@ class Peers:
             self._dealers.pop(gone).close()
         for routing_id in wanted.keys() - self._dealers.keys():
             address = wanted[routing_id][1].address
-            self._dealers[routing_id] = Dealer(self._context, address, self._identity.routing_id)
+            self._num_lines += 1
+            name = f"{self._identity.routing_id}+{self._num_lines}"
+            self._dealers[routing_id] = Dealer(self._context, address, name)
         self._names = {
             routing_id: PeerName(pool.pool_id, endpoint.rank)
             for routing_id, (pool, endpoint) in wanted.items()
@@ -94,7 +98,7 @@ class Peers:
         """Everything that has arrived."""
         while (received := self.router.receive()) is not None:
             routing_id, frame = received
-            sender = self._names.get(routing_id)
+            sender = self._names.get(routing_id.partition("+")[0])
             if sender is None:
                 self._counters["dropped_unknown_sender"] += 1
                 continue

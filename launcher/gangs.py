@@ -187,7 +187,8 @@ class Gangs:
         for gang in self._gangs.values():
             if gang.deadline is None:
                 continue
-            if pause_s > PAUSE_S:  # nobody listened: that is no silence of others
+            is_for_others = gang.phase in (Phase.SERVING, Phase.STARTING)
+            if pause_s > PAUSE_S and is_for_others:  # nobody listened: that is no silence
                 gang.deadline += pause_s
             if now >= gang.deadline:
                 actions += self._overdue(gang, now)

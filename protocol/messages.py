@@ -81,6 +81,7 @@ class Welcome(_Message, frozen=True):
     coordinator_epoch: int
     pool_epoch: int
     gang: GangAddress
+    alive_interval_s: float = 0.0  # how often Alive comes from now on; 0 is never
 
 
 class Refused(_Message, frozen=True):

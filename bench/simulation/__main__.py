@@ -48,9 +48,8 @@ def report(found: Iterable[Outcome], started: float) -> int:
             if num_wrong <= MAX_SHOWN:
                 print(f"seed {outcome.seed}: {outcome.problems[0]}")
     took_s = time.monotonic() - started
-    print(
-        f"{num_seeds} seeds in {took_s:.0f} s, {num_seeds / took_s:.1f}/s; virtual {virtual_s:.0f} s"
-    )
+    rate = num_seeds / took_s
+    print(f"{num_seeds} seeds in {took_s:.0f} s, {rate:.1f}/s; {virtual_s:.0f} s of virtual time")
     for name, count in totals.items():
         print(f"  {name:32s} {count}")
     for name, count in sorted(faults.items()):
@@ -62,7 +61,6 @@ def report(found: Iterable[Outcome], started: float) -> int:
 def main() -> int:
     summary = (__doc__ or "").partition("\n")[0]
     parser = argparse.ArgumentParser(prog="bench.simulation", description=summary)
-    )
     parser.add_argument("--seeds", type=int, default=1000)
     parser.add_argument("--from", type=int, default=0, dest="first")
     parser.add_argument("--workers", type=int, default=2)

@@ -177,6 +177,26 @@ class FakeCluster(threading.Thread):
 
         self.do(go_on)
 
+    def kill(self, pool_id: str, rank: int) -> None:
+        """Close a rank's connection, as the end of its process would."""
+
+        def close() -> None:
+            dealer = self._ranks.pop((pool_id, rank))
+            self._poller.remove(dealer)
+            dealer.close()
+
+        self.do(close)
+
+    def beat_unknown(self, pool_id: str) -> None:
+        """Have the heartbeats of a rank sent that has never said hello."""
+
+        def connect() -> None:
+            dealer = Dealer(self._context, self._control, f"{pool_id}/unknown")
+            self._ranks[pool_id, 99] = dealer
+            self._poller.add(dealer)
+
+        self.do(connect)
+
     def stop(self) -> None:
         self._ended = True
         self._handle.wake()

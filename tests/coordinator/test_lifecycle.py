@@ -12,7 +12,16 @@ import pytest
 
 from coordinator.config import CoordinatorConfig, ExpectedPool, is_loopback
 from protocol.errors import ConfigError
-from protocol.messages import Abort, ComputeHere, Prefill, Refused, Reserve, Shutdown
+from protocol.messages import (
+    Abort,
+    ComputeHere,
+    Heartbeat,
+    Introduce,
+    Prefill,
+    Refused,
+    Reserve,
+    Shutdown,
+)
 
 ONE_POOL = (("decode0", "decode", 1, 1),)
 ONE_POOL_FIELD = [{"pool_id": "decode0", "role": "decode", "cp_size": 1, "tp_size": 1}]
@@ -145,6 +154,79 @@ def test_without_another_decode_pool_it_ends_with_an_error(
         assert (reply.status_code, reply.json()["error"]["code"]) == (503, "no_workers")
         assert running.client.get("/ready").status_code == 503
         assert running.client.get("/health").status_code == 200
+
+
+def news(coordinator: Any, kind: str) -> dict[str, Any]:
+    """The next line of a kind on its standard output."""
+    while kind not in (said := coordinator.line()):
+        assert set(said) in ({"alive"}, {"serving", "start"}, {"lost", "start", "reason"}), said
+    return dict(said)
+
+
+def test_a_rank_whose_process_is_gone_is_missed_at_once(
+    start_coordinator: Any, tmp_path: Path
+) -> None:
+    """Its connection is gone, and so is its gang; the launcher is told."""
+    with start_coordinator(tmp_path) as running:
+        fake = running.fake
+        started = time.monotonic()
+        fake.kill("prefill0", 1)
+        lost = news(running.coordinator, "lost")
+        assert time.monotonic() - started < 3, "a second, on a machine with nothing else to do"
+        assert (lost["lost"], lost["start"]) == ("prefill0", 0)
+        fake.wait_for(lambda: fake.got(Shutdown, "prefill0"))
+        assert running.complete([3] * 300, max_tokens=2).status_code == 200
+        assert running.state()["ready"]
+        pools = {pool["pool_id"]: pool for pool in running.state()["pools"]}
+        assert "prefill0/1" in pools["prefill0"]["lost_reason"]
+
+
+def test_a_hung_rank_whose_heartbeats_come(start_coordinator: Any, tmp_path: Path) -> None:
+    with start_coordinator(tmp_path, step_budget_s=20.0) as running:
+        fake = running.fake
+        fake.do(lambda: fake.say("prefill0", Heartbeat(1, 19.0), 1))
+        fake.do(lambda: fake.say("prefill0", Heartbeat(1, 21.0), 1))
+        lost = news(running.coordinator, "lost")
+        assert lost["reason"] == "rank 1 has been in one step for 21.0 s"
+
+
+def test_who_beats_and_is_unknown_is_asked_to_introduce_itself(
+    start_coordinator: Any, tmp_path: Path
+) -> None:
+    """So do the ranks of a coordinator that was here before, on the connection that they had."""
+    with start_coordinator(tmp_path, ONE_POOL) as running:
+        running.fake.beat_unknown("decode0")
+        running.fake.wait_for(lambda: running.fake.got(Introduce))
+        assert running.complete("x", max_tokens=1).status_code == 200
+
+
+def test_a_stale_coordinator_ends_when_it_is_told(helpers: Any, tmp_path: Path) -> None:
+    coordinator = helpers.CoordinatorProcess(tmp_path, epoch=5, pools=ONE_POOL_FIELD)
+    fake = helpers.FakeCluster(coordinator.line()["control"], ONE_POOL)
+    fake.start()
+    coordinator.line()
+    hello = helpers.hello(ONE_POOL[0], 0, fake.config, coordinator_epoch=6)
+    fake.do(lambda: fake.say("decode0", hello))
+    assert coordinator.process.wait(10) == 3
+    assert "replaced by another coordinator" in coordinator.errors()
+    assert not fake.got(Shutdown), "the ranks are its successor's"
+    fake.stop()
+    coordinator.end()
+
+
+def test_a_coordinator_whose_address_is_taken_over_ends(helpers: Any, tmp_path: Path) -> None:
+    """And leaves its successor's socket where it is."""
+    old = helpers.CoordinatorProcess(tmp_path, epoch=5, pools=ONE_POOL_FIELD)
+    old.line()
+    new = helpers.CoordinatorProcess(tmp_path, epoch=6, pools=ONE_POOL_FIELD, is_restart=True)
+    said = new.line()
+    assert old.process.wait(10) == 3
+    old.end()
+    fake = helpers.FakeCluster(said["control"], ONE_POOL)
+    fake.start()
+    assert news(new, "ready") == {"ready": said["http"]}
+    assert new.end() == 0
+    fake.stop()
 
 
 def test_sigterm_ends_streams_with_an_error_and_tells_every_rank(

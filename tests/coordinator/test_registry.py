@@ -13,7 +13,16 @@ from coordinator.joining import HelloRefused, Terms
 from coordinator.registry import EPOCH_BITS, Patience, PoolState, Registry
 from modeling.config import load_config
 from protocol.errors import PeerError
-from protocol.messages import Connected, GangReady, Heartbeat, Shutdown, Topology, Welcome
+from protocol.messages import (
+    Alive,
+    Connected,
+    GangReady,
+    Heartbeat,
+    Introduce,
+    Shutdown,
+    Topology,
+    Welcome,
+)
 
 POOLS = (("prefill0", "prefill", 2, 2), ("decode0", "decode", 1, 2))
 CONFIG = load_config("arithmetic")
@@ -172,3 +181,130 @@ def test_the_shortest_context_counts(helpers: Any) -> None:
     mine.on_hello("x", helpers.hello(POOLS[1], 0, CONFIG, max_model_len=100), 0.0)
     assert mine.max_model_len(4096) == 100
     assert mine.max_model_len(64) == 64
+
+
+def test_what_was_lost_stays_lost(helpers: Any) -> None:
+    """A rank that was stopped when its gang was given up says HELLO too late."""
+    mine = registry()
+    bring_up(helpers, mine)
+    mine.lose("decode0", "a rank was silent")
+    with pytest.raises(HelloRefused, match="a rank was silent"):
+        mine.on_hello("late", helpers.hello(POOLS[1], 0, CONFIG), 1.0)
+    again = helpers.hello(POOLS[1], 0, CONFIG, incarnation="new", gang_start=2)
+    mine.on_hello("new", again, 1.0)
+    with pytest.raises(HelloRefused):
+        mine.on_hello("x", helpers.hello(POOLS[1], 1, CONFIG, incarnation="o", gang_start=1), 1.0)
+
+
+def test_the_launchers_next_gang_replaces_one_that_nobody_missed(helpers: Any) -> None:
+    mine = registry()
+    bring_up(helpers, mine)
+    again = helpers.hello(POOLS[1], 1, CONFIG, incarnation="new", gang_start=2)
+    displaced = mine.displaces("new", again)
+    assert displaced is not None
+    assert displaced.is_over
+    with pytest.raises(HelloRefused):
+        mine.on_hello("new", again, 1.0)
+    out = mine.lose("decode0", displaced.reason)
+    assert {type(message) for _, message in out} == {Shutdown, Topology}
+    assert mine.displaces("new", again) is None
+    mine.on_hello("new", again, 1.0)
+    assert mine.pools["decode0"].gang_start == 2
+
+
+def rejoin(helpers: Any, mine: Registry, number: int, now: float = 1.0) -> list[Any]:
+    """Every rank of decode0 says HELLO on another line; what is sent."""
+    out: list[Any] = []
+    for rank in range(2):
+        peer = f"{name(POOLS[1], rank)}+{number}"
+        hello = helpers.hello(POOLS[1], rank, CONFIG, coordinator_epoch=COORDINATOR)
+        displaced = mine.displaces(peer, hello)
+        if displaced is not None:
+            assert not displaced.is_over
+            out += mine.lose("decode0", displaced.reason, is_over=False)
+        out += mine.on_hello(peer, hello, now)
+    for rank in range(2):
+        out += mine.on_gang_ready(f"{name(POOLS[1], rank)}+{number}", GangReady(), now)
+    return out
+
+
+def test_a_gang_that_gave_us_up_comes_back_as_it_is(helpers: Any) -> None:
+    """It is lost once, for all its ranks, without being ended; the others stay connected to it."""
+    mine = registry()
+    bring_up(helpers, mine)
+    before = mine.version
+    out = rejoin(helpers, mine, 1)
+    assert sorted(peer for peer, m in out if isinstance(m, Introduce)) == ["decode0/0", "decode0/1"]
+    assert not [m for _, m in out if isinstance(m, Shutdown)]
+    welcomes = [m for _, m in out if isinstance(m, Welcome)]
+    assert [m.pool_epoch for m in welcomes] == [FIRST_EPOCH + 1] * 2
+    topologies = [m for _, m in out if isinstance(m, Topology)]
+    assert {m.version for m in topologies} == {before + 1}, "not one without it in between"
+    assert all(len(m.pools) == 2 for m in topologies)
+    with pytest.raises(PeerError):
+        mine.on_heartbeat("decode0/0", Heartbeat(1, 0.0), 1.0)
+    assert {peer for peer, _ in mine.beat()} >= {"decode0/0+1", "decode0/1+1"}
+    assert [m for _, m in mine.beat()] == [Alive(COORDINATOR)] * 6
+
+
+def test_the_others_go_on_without_a_gang_that_does_not_come_back_soon(helpers: Any) -> None:
+    mine = registry()
+    bring_up(helpers, mine)
+    assert mine.lose("decode0", "it had given us up", is_over=False)
+    losses, sent = [], []
+    for tenth in range(0, 150, 3):
+        now = tenth / 10
+        for rank in range(4):
+            mine.on_heartbeat(name(POOLS[0], rank), Heartbeat(1, 0.0), now)
+        losses += [(now, *loss) for loss in mine.expire(now)]
+        sent += [(now, m) for _, m in mine.due() if isinstance(m, Topology)]
+        for _, reason in [loss[1:] for loss in losses if loss[0] == now]:
+            mine.lose("decode0", reason)
+    assert 2.9 < sent[0][0] < 3.5
+    assert [pool.pool_id for pool in sent[0][1].pools] == ["prefill0"]
+    ((when, pool_id, reason),) = losses
+    assert (pool_id, reason) == ("decode0", "it did not come back within 10 s")
+    assert 9.9 < when < 10.7
+
+
+def test_a_new_coordinator_waits_for_gangs_that_run(helpers: Any) -> None:
+    """Epochs are higher than all of its predecessor's, and the topology is sent once."""
+    old, mine = registry(), registry("prefill0", "decode0", epoch=COORDINATOR + 1)
+    for _ in range(100):
+        old.lose("decode0", "x")
+        old.pools["decode0"].is_awaited = True
+    mine.expire(0.0)
+    out: list[Any] = []
+    for pool, rank in PEERS:
+        hello = helpers.hello(pool, rank, CONFIG, coordinator_epoch=COORDINATOR)
+        out += mine.on_hello(name(pool, rank), hello, 1.0)
+    assert all(m.pool_epoch > old.pools["decode0"].epoch for _, m in out)
+    for pool, rank in PEERS:
+        out += mine.on_gang_ready(name(pool, rank), GangReady(), 1.0)
+    assert {m.version for _, m in out if isinstance(m, Topology)} == {1}
+    # A gang that was started meanwhile is no running one: it has the time that a start takes.
+    mine = registry("prefill0", "decode0", epoch=COORDINATOR + 1)
+    mine.expire(0.0)
+    new = helpers.hello(POOLS[1], 0, CONFIG, incarnation="new", gang_start=2)
+    mine.on_hello("new", new, 5.0)
+    for tenth in range(3, 150, 3):
+        lost = mine.expire(tenth / 10)
+        assert "decode0" not in [pool_id for pool_id, _ in lost]
+
+
+def test_a_step_that_takes_too_long(helpers: Any) -> None:
+    mine = registry()
+    bring_up(helpers, mine)
+    mine.on_heartbeat("prefill0/2", Heartbeat(1, 29.0), 1.0)
+    assert mine.expire(1.0) == []
+    mine.on_heartbeat("prefill0/0", Heartbeat(1, 30.5), 1.5)
+    mine.on_heartbeat("prefill0/2", Heartbeat(1, 31.0), 1.5)
+    assert mine.expire(1.5) == [("prefill0", "rank 2 has been in one step for 31.0 s")]
+
+
+def test_a_rank_that_is_silent_while_it_starts(helpers: Any) -> None:
+    mine = registry()
+    mine.on_hello("x", helpers.hello(POOLS[1], 0, CONFIG), 0.0)
+    lost = [mine.expire(tenth / 10) for tenth in range(0, 250, 3)]
+    assert not any(lost[:60])
+    assert lost[-1][0][0] == "decode0"

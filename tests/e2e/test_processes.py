@@ -58,22 +58,3 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
     process.stdout.close()
     assert all(_is_gone(pid) for pid in children)
     assert not list(tmp_path.iterdir()), "the folder of sockets and configurations"
-
-
-@pytest.mark.cluster
-def test_a_rank_that_dies_ends_the_cluster_and_says_so(tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "launcher", "serve", MODEL, "--port", "0"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)},
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline().startswith("ready ")
-    children = _descendants(process.pid)
-    os.kill(children[-1], signal.SIGKILL)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 1
-    assert "error: decode0/0 ended with code -9" in errors
-    assert all(_is_gone(pid) for pid in children)

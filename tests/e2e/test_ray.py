@@ -1,6 +1,9 @@
 """The same requests with ranks as Ray actors."""
 
+import os
 import random
+import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,3 +26,48 @@ def test_the_same_requests_pass_under_ray(start_cluster: Any, no_leaks: Any) -> 
             longer = prompt + [rng.randrange(500) for _ in range(200)]
             assert cluster.tokens(longer, 8) == expected_tokens(config, longer, 8)
         no_leaks(cluster)
+
+
+def _actors(launcher: int) -> list[int]:
+    """Processes of rank actors below the launcher, whose child its Ray is."""
+    children: dict[int, list[int]] = {}
+    titles: dict[int, str] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            stat = (folder / "stat").read_text()
+            titles[int(folder.name)] = (folder / "cmdline").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        children.setdefault(int(stat.rpartition(")")[2].split()[1]), []).append(int(folder.name))
+    found, unseen = [], [launcher]
+    while unseen:
+        pid = unseen.pop()
+        unseen += children.get(pid, [])
+        if titles.get(pid, "").startswith("ray::RankActor"):
+            found.append(pid)
+    return found
+
+
+@pytest.mark.cluster
+def test_a_gang_of_actors_comes_back(start_cluster: Any, no_leaks: Any, until: Any) -> None:
+    """A killed actor takes its gang with it, a stopped one too; both are started again."""
+    config = load_config(MODEL)
+    flags = ("--launcher", "ray", "--decode", "tp2", "--decode", "tp1", "--kv-memory", "16MiB")
+    with start_cluster(MODEL, *flags, "--block-size", "16") as cluster:
+        for number in (signal.SIGKILL, signal.SIGSTOP):
+            before = {pool["pool_id"]: pool["epoch"] for pool in cluster.cluster()["pools"]}
+            pids = _actors(cluster.process.pid)
+            assert len(pids) == 3
+            os.kill(pids[0], number)
+
+            def is_back(before: dict[str, int] = before) -> bool:
+                pools = cluster.cluster()["pools"]
+                return all(pool["serving"] for pool in pools) and any(
+                    pool["epoch"] > before[pool["pool_id"]] for pool in pools
+                )
+
+            until(is_back, "the gang is back", 90.0)
+            assert not Path(f"/proc/{pids[0]}").exists()
+            prompt = [number] * 300
+            assert cluster.tokens(prompt, 8) == expected_tokens(config, prompt, 8)
+            no_leaks(cluster)

@@ -40,18 +40,24 @@ from protocol.codec import Codec
 from protocol.kv import KVLayout, PoolEndpoint
 from protocol.messages import (
     Abort,
+    Alive,
+    CacheUpdate,
     Connected,
     GangAddress,
     GangReady,
     Heartbeat,
     Hello,
+    Introduce,
     Refused,
+    Released,
+    Reserve,
     Shutdown,
     ToCoordinator,
     Topology,
     ToRank,
     Welcome,
 )
+from protocol.request import SamplingParams
 from protocol.sockets import Dealer, Poller, Router, open_context
 
 DEADLINE_S = 20.0
@@ -425,6 +431,64 @@ def test_heartbeats_say_what_was_reported(cluster: Cluster) -> None:
     cluster.command(rank, ReportStatus(8, None))
     cluster.pump(lambda: any(h.num_steps == 8 for h in cluster.heard_from(rank, Heartbeat)))
     assert cluster.beat(rank).step_age_s == 0.0
+
+
+def test_a_silent_coordinator_is_given_up(cluster: Cluster) -> None:
+    """What it asked for ends; the next one is told what this pool is, and has."""
+    cluster.start("d", coordinator_timeout_s=0.3)
+    cluster.boot("d")
+    (rank,) = cluster.all
+    name = rank.around.identity.routing_id
+    for message in (GangReady(7.0), CacheUpdate(stored=(b"a", b"b")), CacheUpdate(evicted=(b"a",))):
+        cluster.command(rank, SendControl(message))
+    asked = Reserve("r", 1, (1,), SamplingParams(max_tokens=1))
+    cluster.send(rank, asked)
+    cluster.send(rank, Alive(1))
+    assert rank.wait(ControlReceived).message == asked
+    assert rank.wait(ControlReceived, 2).message == Abort("r", 1)
+    cluster.pump(lambda: f"{name}+1" in cluster.hellos)
+    hello = cluster.hellos[f"{name}+1"]
+    assert hello.coordinator_epoch == 1
+    assert hello.endpoint == cluster.hellos[name].endpoint
+    cluster.command(rank, SendControl(Released("r", 1)))
+    cluster._router.send(f"{name}+1", _OUT.encode(Welcome(2, 99, GANG)))
+
+    def told() -> list[ToCoordinator]:
+        said = [m for peer, m in cluster.heard if peer == f"{name}+1"]
+        return [m for m in said if not isinstance(m, Heartbeat | Hello)]
+
+    cluster.pump(lambda: len(told()) == 2)
+    assert told() == [CacheUpdate(stored=(b"b",)), GangReady(7.0)]
+    assert len(rank.told(Welcomed)) == 1, "the gang has formed long ago"
+
+
+def test_a_handoff_outlives_no_coordinator(cluster: Cluster, build: Any) -> None:
+    """A new coordinator gives new epochs: what was under way under the old ones ends in order."""
+    transfer = _pair(cluster, build)
+    cluster.fabric.hold()
+    transfer.announce_all()
+    _wait_posted(cluster, transfer)
+    known = len(cluster.hellos)
+    for rank in cluster.all:
+        cluster.send(rank, Introduce(1))
+    cluster.pump(lambda: len(cluster.hellos) == known + len(cluster.all))
+    pools = [msgspec.structs.replace(p, epoch=p.epoch + 100) for p in cluster.pools.values()]
+    for rank in cluster.all:
+        identity = rank.around.identity
+        for message in (
+            Welcome(2, EPOCHS[identity.pool_id] + 100, GANG),
+            Topology(1, tuple(pools)),
+        ):
+            cluster._router.send(f"{identity.routing_id}+1", _OUT.encode(message))
+    assert "gone" in transfer.source[0].wait(HandoffBroken).reason
+    cluster.command(transfer.source[0], CloseSource(*transfer.key))
+    assert not transfer.source[0].wait(SourceClosed).committed
+    target = transfer.target[0]
+    cluster.command(target, CloseTarget(*transfer.key))
+    assert not target.told(TargetClosed), "its reads are still in flight"
+    cluster.fabric.release()
+    target.wait(TargetClosed)
+    assert not target.told(TargetCommitted)
 
 
 def test_a_refused_rank_ends(cluster: Cluster) -> None:

@@ -1,0 +1,214 @@
+"""What becomes of gangs: every way down, and the way back up."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launcher.gangs import (
+    COORDINATOR,
+    GRACE_S,
+    Action,
+    End,
+    Fail,
+    Gangs,
+    Kill,
+    Phase,
+    Say,
+    Start,
+    Waits,
+)
+from launcher.restarts import RestartBudget, RestartPolicy
+from protocol.errors import ConfigError
+
+POOLS = (("prefill0", "prefill", 2), ("decode0", "decode", 2), ("decode1", "decode", 1))
+POLICY = RestartPolicy(max_restarts=2, window_s=100.0, backoff_s=1.0)
+WAITS = Waits(start_s=60.0, coordinator_start_s=30.0, coordinator_silent_s=5.0)
+
+
+def gangs(policy: RestartPolicy = POLICY) -> Gangs:
+    mine = Gangs(POOLS, policy, WAITS, 0.0)
+    mine.on_alive(1, 1e9)  # these tests have no coordinator that speaks, but for its own
+    return mine
+
+
+def told(actions: list[Action]) -> list[Action]:
+    """Without what is only said."""
+    return [action for action in actions if not isinstance(action, Say)]
+
+
+def test_a_gang_that_loses_a_rank_comes_back() -> None:
+    mine = gangs()
+    assert told(mine.on_exit("decode0", 1, 1, "decode0/1 ended with code -9", 10.0)) == [
+        End("decode0")
+    ]
+    assert "decode0" not in mine.serving_pools
+    assert told(mine.tick(10.0 + GRACE_S)) == [Kill("decode0")]
+    assert told(mine.tick(10.0 + 2 * GRACE_S)) == [Kill("decode0")], "until it is gone"
+    (said,) = mine.on_exit("decode0", 0, 1, "killed", 11.5)
+    assert isinstance(said, Say)
+    assert told(mine.tick(12.0)) == []
+    assert mine.wait_s(12.0) == pytest.approx(0.5)
+    assert mine.tick(12.5) == [Start("decode0", 2)]
+    assert mine.on_serving("decode0", 1, 13.0) == [], "an old start's line"
+    (said,) = mine.on_serving("decode0", 2, 14.0)
+    assert said == Say("decode0 is serving again after 4.0 s")
+    assert mine.serving_pools == ["prefill0", "decode0", "decode1"]
+
+
+def test_one_loss_told_by_many() -> None:
+    """The coordinator, and the exit of every rank, tell of the same loss."""
+    mine = gangs()
+    first = mine.on_lost("prefill0", 1, "rank 1 was silent for 4.0 s", 10.0)
+    assert first == [Say("prefill0 is lost: rank 1 was silent for 4.0 s"), End("prefill0")]
+    assert mine.on_lost("prefill0", 1, "again", 10.1) == []
+    assert mine.on_exit("prefill0", 0, 1, "code 0", 10.2) == []
+    assert told(mine.on_exit("prefill0", 1, 1, "code -9", 10.3)) == []
+    assert mine.tick(11.4) == [Start("prefill0", 2)]
+    assert mine.on_lost("prefill0", 1, "late news of the old gang", 11.5) == []
+    assert mine.on_lost("prefill0", 0, "one never seen", 11.5) == [], "it is only starting"
+    assert mine.on_exit("prefill0", 0, 1, "late", 11.6) == []
+    assert mine.phase("prefill0") is Phase.STARTING
+
+
+def test_a_gang_that_a_new_coordinator_never_saw() -> None:
+    mine = gangs()
+    assert told(mine.on_lost("decode1", 0, "it did not come back", 10.0)) == [End("decode1")]
+
+
+def test_a_start_that_takes_too_long_or_fails_counts() -> None:
+    mine = gangs()
+    mine.on_exit("decode1", 0, 1, "dead", 1.0)
+    assert told(mine.tick(2.0)) == [Start("decode1", 2)]
+    for second in range(3, 62):
+        assert mine.tick(float(second)) == []
+    assert told(mine.tick(62.0)) == [End("decode1")]
+    assert told(mine.on_exit("decode1", 0, 2, "killed", 62.1)) == []
+    mine = gangs()
+    mine.on_exit("decode1", 0, 1, "dead", 1.0)
+    mine.tick(2.0)
+    assert told(mine.on_start_failed("decode1", "no room", 2.5)) == []
+    assert mine.phase("decode1") is Phase.WAITING
+
+
+def lose_for_good(mine: Gangs, name: str, now: float) -> tuple[list[Action], float]:
+    """Kill every rank of a gang until nothing starts it any more."""
+    size = {pool: size for pool, _, size in POOLS}.get(name, 1)
+    start, actions = 1, []
+    while mine.phase(name) is not Phase.GIVEN_UP:
+        for rank in range(size):
+            actions = mine.on_exit(name, rank, start, "dead", now)
+        while mine.phase(name) is Phase.WAITING:
+            now += 0.5
+            if mine.tick(now):
+                start += 1
+    return actions, now
+
+
+def test_the_cluster_goes_on_while_one_decode_pool_can_serve() -> None:
+    mine = gangs()
+    actions, now = lose_for_good(mine, "prefill0", 1.0)
+    assert told(actions) == []
+    assert "prefill0 is given up after 2 restarts within 100 s" in str(actions)
+    actions, now = lose_for_good(mine, "decode1", now)
+    assert told(actions) == []
+    actions, _ = lose_for_good(mine, "decode0", now)
+    (failed,) = told(actions)
+    assert isinstance(failed, Fail)
+    assert "decode0 is given up" in failed.reason
+
+
+def test_a_coordinator_that_dies_or_is_silent() -> None:
+    mine = Gangs(POOLS, POLICY, WAITS, 0.0)
+    for second in range(1, 9):
+        mine.on_alive(1, float(second))
+        assert mine.tick(float(second)) == []
+    for second in range(9, 13):
+        assert mine.tick(float(second)) == []
+    assert mine.tick(13.0) == [
+        Say("coordinator is lost: it was silent for 5 s"),
+        Kill(COORDINATOR),
+    ], "without grace: if it woke up it would end the ranks"
+    mine.on_alive(1, 13.1)
+    assert told(mine.on_exit(COORDINATOR, 0, 1, "code -9", 13.2)) == []
+    assert told(mine.tick(14.2)) == [Start(COORDINATOR, 2)]
+    mine.on_serving(COORDINATOR, 2, 15.0)
+    assert mine.phase(COORDINATOR) is Phase.SERVING
+    actions, _ = lose_for_good_coordinator(mine)
+    assert isinstance(told(actions)[0], Fail)
+
+
+def lose_for_good_coordinator(mine: Gangs) -> tuple[list[Action], float]:
+    now, start, actions = 16.0, 2, mine.on_exit(COORDINATOR, 0, 2, "dead", 16.0)
+    while mine.phase(COORDINATOR) is not Phase.GIVEN_UP:
+        now += 0.5
+        if told(mine.tick(now)):
+            start += 1
+            actions = mine.on_exit(COORDINATOR, 0, start, "dead", now)
+    return actions, now
+
+
+def test_our_own_pause_is_no_silence() -> None:
+    mine = Gangs(POOLS, POLICY, WAITS, 0.0)
+    assert mine.tick(1.0) == []
+    assert mine.tick(60.0) == []
+    mine.on_alive(1, 60.1)
+    assert mine.tick(61.0) == []
+
+
+def test_the_budget_is_of_a_window() -> None:
+    budget = RestartBudget(RestartPolicy(3, 10.0, 1.0, max_backoff_s=3.0))
+    assert [budget.take(now) for now in (0.0, 1.0, 2.0, 3.0)] == [1.0, 2.0, 3.0, None]
+    assert budget.take(10.5) == 3.0, "the first is forgotten"
+    assert budget.take(100.0) == 1.0
+    for bad in ({"max_restarts": -1}, {"window_s": 0.0}, {"backoff_s": -1.0}):
+        with pytest.raises(ConfigError):
+            RestartPolicy(**bad)  # type: ignore[arg-type]  # one float among them is an int
+
+
+@given(data=st.data())
+def test_whatever_happens_every_gang_ends_serving_or_given_up(data: st.DataObject) -> None:
+    """Random exits, losses and pauses; then peace. No gang is started while a rank of it lives."""
+    policy = RestartPolicy(max_restarts=3, window_s=1e9, backoff_s=0.5)
+    mine = gangs(policy)
+    alive: dict[str, tuple[int, set[int]]] = {n: (1, set(range(size))) for n, _, size in POOLS}
+    now = 0.0
+
+    def do(actions: list[Any]) -> None:
+        for action in actions:
+            if isinstance(action, Start):
+                assert not alive[action.name][1], "a rank of it still runs"
+                assert action.start == alive[action.name][0] + 1
+                size = next(size for n, _, size in POOLS if n == action.name)
+                alive[action.name] = (action.start, set(range(size)))
+            elif isinstance(action, Kill):
+                start, ranks = alive[action.name]
+                for rank in list(ranks):
+                    ranks.discard(rank)
+                    do(mine.on_exit(action.name, rank, start, "killed", now))
+
+    for _ in range(data.draw(st.integers(0, 30))):
+        now += data.draw(st.sampled_from((0.1, 1.0, 5.0)))
+        name = data.draw(st.sampled_from(sorted(alive)))
+        start, ranks = alive[name]
+        what = data.draw(st.sampled_from(("exit", "lost", "late", "serving", "tick")))
+        if what == "exit" and ranks:
+            rank = data.draw(st.sampled_from(sorted(ranks)))
+            ranks.discard(rank)
+            do(mine.on_exit(name, rank, start, "died", now))
+        elif what == "lost":
+            do(mine.on_lost(name, start, "hung", now))
+        elif what == "late":
+            do(mine.on_lost(name, start - 1, "old", now))
+        elif what == "serving":
+            do(mine.on_serving(name, start, now))
+        else:
+            do(mine.tick(now))
+    for _ in range(200):
+        now += 1.0
+        do(mine.tick(now))
+        for name, (start, ranks) in alive.items():
+            if ranks:
+                do(mine.on_serving(name, start, now))
+    assert all(mine.phase(name) in (Phase.SERVING, Phase.GIVEN_UP) for name in alive)
