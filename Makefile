@@ -1,6 +1,6 @@
 # Each target does all of its own set-up, in .venv, on a fresh machine with Python 3.11 or newer.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check bench clean
+.PHONY: help setup demo test test-all check bench planted clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -33,6 +33,9 @@ check: $(READY) ## ruff, mypy --strict, import layers
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+planted: $(READY) ## plant known bugs and show that each is caught
+	$(BIN)/python -m bench.planted
 
 bench: $(READY) ## the figures of docs/measurements, with machine and versions
 	$(BIN)/python -P -m bench --save docs/measurements
