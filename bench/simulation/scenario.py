@@ -1,7 +1,7 @@
 """One seed: a cluster, clients, weather and accidents drawn from it; then the verdict.
 
-Right is: every client has each token once, in order and right; all of them, unless it left or was
-told an error. And when all is quiet no rank holds anything for anybody.
+Right is: every client has each token once, in order and right; all of them, unless it left or came
+when nobody could take it. And when all is quiet no rank holds anything for anybody.
 """
 
 import logging
@@ -26,6 +26,7 @@ from protocol.request import SamplingParams
 
 HORIZON_S = 6.0  # in which clients come and accidents happen
 LIMIT_S = 400.0
+TURNED_AWAY = "no_workers"
 WEATHERS = (
     Weather(),
     Weather(late=0.05, late_s=1.0, doubled=0.05),
@@ -82,6 +83,8 @@ class Client:
         expected = reference(self.prompt, self.max_tokens)
         if tokens != expected[: len(tokens)]:
             return f"{self.name}: got {tokens}, not {expected}"
+        if delivery.error not in ("", TURNED_AWAY):
+            return f"{self.name}: was told {delivery.error} after {len(tokens)} tokens"
         if len(tokens) < self.max_tokens and not (delivery.error or self.has_left):
             return f"{self.name}: ended after {len(tokens)} of {self.max_tokens} tokens, silently"
         return ""

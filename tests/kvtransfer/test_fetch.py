@@ -27,7 +27,7 @@ from kvtransfer.events import (
 )
 from kvtransfer.handoffs import Handoffs
 from kvtransfer.identity import PeerName, RankIdentity
-from protocol.handoff import Confirm, FetchRefused, HandoffMessage
+from protocol.handoff import Confirm, Fetch, FetchRefused, HandoffMessage
 from protocol.kv import BlockRef, KVLayout, PoolEndpoint, RankEndpoint
 
 KEY = ("a", 1)
@@ -300,3 +300,14 @@ def test_only_the_right_ones_may_speak() -> None:
     assert not leader.handoffs.message(PeerName("decode0", 0), stale, 0.0)
     assert not leader.handoffs.message(PeerName("decode0", 1), from_follower, 0.0)
     assert leader.around.counters["dropped_stale_epoch"] == 2
+
+
+@pytest.mark.parametrize("field", ["source_epoch", "target_epoch"])
+def test_a_fetch_of_another_epoch_asks_nobody(field: str) -> None:
+    leader = World(1, 1, 1).ranks[PeerName("decode0", 0)]
+    epochs = {"source_epoch": EPOCHS["decode0"], "target_epoch": EPOCHS["prefill0"]}
+    for epoch, asks in ((epochs[field] - 1, False), (epochs[field], True)):
+        fetch = Fetch(*KEY, "prefill0", **{**epochs, field: epoch}, first_logical=0, owners=(0,))
+        actions = leader.handoffs.message(PeerName("prefill0", 0), fetch, 0.0)
+        assert bool(actions) is asks
+    assert leader.around.counters["dropped_stale_epoch"] == 1

@@ -24,8 +24,6 @@ def assert_right(seeds: range) -> None:
             f"{outcome.problems}; look with: "
             f"python -m bench.simulation --from {seed} --seeds 1 --trace"
         )
-        # Only who came when no decode pool was there is turned away.
-        assert set(outcome.errors) <= {"no_workers"}, (seed, outcome.errors)
         faults |= outcome.faults.keys()
         num_tokens += outcome.num_tokens
         num_lost += outcome.num_attempts_lost

@@ -1,0 +1,81 @@
+"""Draws the state tables of the code into docs/protocol.md, so that the document cannot rot.
+
+    python -m bench.state_tables [--write docs/protocol.md]
+
+Each table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; a test compares them.
+"""
+
+import argparse
+import re
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import coordinator.records
+import decode.states
+import kvcache.blocks
+import kvtransfer.states
+import prefill.states
+
+PLACE = re.compile(r"(<!-- table: (?P<name>[a-z ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+Ways = list[tuple[str, str, str]]  # (state, event, next state)
+
+
+def tables() -> dict[str, Ways]:
+    """Every table as its ways, in the order of the code."""
+    return {
+        "request": _flat(coordinator.records.TABLE),
+        "block": [
+            (state.value, event.value, after.value)
+            for (state, event), following in kvcache.blocks.TABLE.items()
+            for after in sorted(following)
+        ],
+        "source": _flat(kvtransfer.states.SOURCE_TABLE),
+        "target": _flat(kvtransfer.states.TARGET_TABLE),
+        "prefill": _nested(prefill.states.TABLE),
+        "decode": _nested(decode.states.TABLE),
+    }
+
+
+def _flat(table: Mapping[Any, Enum]) -> Ways:
+    return [(s.value, event.value, after.value) for (s, event), after in table.items()]
+
+
+def _nested(table: Mapping[Any, Mapping[Any, Any]]) -> Ways:
+    return [
+        (state.value, change.value, after.value)
+        for state, ways in table.items()
+        for change, after in ways.items()
+    ]
+
+
+def drawing(ways: Ways) -> str:
+    """A Mermaid state diagram; events between the same two states share an arrow."""
+    arrows: dict[tuple[str, str], list[str]] = {}
+    for state, event, after in ways:
+        arrows.setdefault((state, after), []).append(event)
+    lines = [f"    {a} --> {b}: {', '.join(events)}" for (a, b), events in arrows.items()]
+    return "\n".join(["```mermaid", "stateDiagram-v2", *lines, "```", ""])
+
+
+def redrawn(text: str) -> str:
+    """A document with every table drawn anew."""
+    known = tables()
+    return PLACE.sub(lambda m: f"{m[1]}{drawing(known[m['name']])}{m[3]}", text)
+
+
+def main() -> None:
+    """Print the tables, or write them into a document."""
+    parser = argparse.ArgumentParser(prog="bench.state_tables", description=main.__doc__)
+    parser.add_argument("--write", type=Path, metavar="FILE")
+    arguments = parser.parse_args()
+    if arguments.write:
+        arguments.write.write_text(redrawn(arguments.write.read_text()))
+        return
+    for name, ways in tables().items():
+        print(f"{name}\n{drawing(ways)}")
+
+
+if __name__ == "__main__":
+    main()
