@@ -1,8 +1,8 @@
 """The sockets between ranks' transfer threads: one that all others send to, one to each other rank.
 
 A frame's sender is known by the routing id of its socket, which names pool, rank and incarnation;
-who is not in the coordinator's topology is not listened to. A number behind it makes each connection
-another one: a ROUTER ignores a second that comes before it has seen the end of the first.
+who is not in the coordinator's topology is not listened to. A number behind it tells connections
+apart: a ROUTER ignores a second one of the same name until it has seen the end of the first.
 """
 
 import contextlib

@@ -264,8 +264,9 @@ class _Loop:
         The other pools stay connected: they are told apart by their epochs, and what was begun with
         them can be closed in order.
         """
+        level = logging.WARNING if self._control.allegiance.is_welcome else logging.DEBUG
         aborts = self._control.change_coordinator()
-        _log.warning("coordinator given up, %s: %d requests end", reason, len(aborts))
+        _log.log(level, "coordinator given up, %s: %d requests end", reason, len(aborts))
         self._topology, self._reconnect_at = None, None
         for abort in aborts:
             self._events.put(ControlReceived(abort))

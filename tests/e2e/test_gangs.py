@@ -290,6 +290,19 @@ def test_a_coordinator_that_pauses(cluster: Cluster) -> None:
     )
 
 
+def test_a_coordinator_and_a_rank_at_once(cluster: Cluster) -> None:
+    """Nobody is there to miss the rank but the launcher."""
+    pids, stream = cluster.pids(), cluster.stream()
+    stream.wait_begun()
+    hurt(pids[COORDINATOR], signal.SIGKILL)
+    hurt(pids["decode0.1"], signal.SIGKILL)
+    cluster.wait_gone(pids["decode0.0"])
+    cluster.wait_whole()
+    new = cluster.pids()
+    changed = {name for name in pids if new[name] != pids[name]}
+    assert changed == {COORDINATOR, "decode0.0", "decode0.1"}
+
+
 # -- without a launcher ----------------------------------------------------------------------------
 
 

@@ -435,7 +435,7 @@ def test_heartbeats_say_what_was_reported(cluster: Cluster) -> None:
 
 def test_a_silent_coordinator_is_given_up(cluster: Cluster) -> None:
     """What it asked for ends; the next one is told what this pool is, and has."""
-    cluster.start("d", coordinator_timeout_s=1.5)
+    cluster.start("d", coordinator_timeout_s=2.0)
     cluster.boot("d")
     (rank,) = cluster.all
     name = rank.around.identity.routing_id

@@ -1,7 +1,5 @@
 """What becomes of gangs: every way down, and the way back up."""
 
-from typing import Any
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -167,48 +165,71 @@ def test_the_budget_is_of_a_window() -> None:
             RestartPolicy(**bad)  # type: ignore[arg-type]  # one float among them is an int
 
 
-@given(data=st.data())
-def test_whatever_happens_every_gang_ends_serving_or_given_up(data: st.DataObject) -> None:
-    """Random exits, losses and pauses; then peace. No gang is started while a rank of it lives."""
-    policy = RestartPolicy(max_restarts=3, window_s=1e9, backoff_s=0.5)
-    mine = gangs(policy)
-    alive: dict[str, tuple[int, set[int]]] = {n: (1, set(range(size))) for n, _, size in POOLS}
-    now = 0.0
+class Processes:
+    """The processes of all gangs, as the actions start and kill them."""
 
-    def do(actions: list[Any]) -> None:
+    def __init__(self, mine: Gangs) -> None:
+        self.mine = mine
+        self.now = 0.0
+        self.alive = {name: (1, set(range(size))) for name, _, size in POOLS}
+
+    def do(self, actions: list[Action]) -> None:
         for action in actions:
             if isinstance(action, Start):
-                assert not alive[action.name][1], "a rank of it still runs"
-                assert action.start == alive[action.name][0] + 1
-                size = next(size for n, _, size in POOLS if n == action.name)
-                alive[action.name] = (action.start, set(range(size)))
+                start, ranks = self.alive[action.name]
+                assert not ranks, "a rank of it still runs"
+                assert action.start == start + 1
+                size = next(size for name, _, size in POOLS if name == action.name)
+                self.alive[action.name] = (action.start, set(range(size)))
             elif isinstance(action, Kill):
-                start, ranks = alive[action.name]
-                for rank in list(ranks):
-                    ranks.discard(rank)
-                    do(mine.on_exit(action.name, rank, start, "killed", now))
+                for rank in list(self.alive[action.name][1]):
+                    self.exit(action.name, rank)
 
-    for _ in range(data.draw(st.integers(0, 30))):
-        now += data.draw(st.sampled_from((0.1, 1.0, 5.0)))
-        name = data.draw(st.sampled_from(sorted(alive)))
-        start, ranks = alive[name]
-        what = data.draw(st.sampled_from(("exit", "lost", "late", "serving", "tick")))
-        if what == "exit" and ranks:
-            rank = data.draw(st.sampled_from(sorted(ranks)))
-            ranks.discard(rank)
-            do(mine.on_exit(name, rank, start, "died", now))
+    def exit(self, name: str, rank: int) -> None:
+        start, ranks = self.alive[name]
+        ranks.discard(rank)
+        self.do(self.mine.on_exit(name, rank, start, "died", self.now))
+
+    def disturb(self, what: str, name: str, rank: int) -> None:
+        start, ranks = self.alive[name]
+        if what == "exit" and rank in ranks:
+            self.exit(name, rank)
         elif what == "lost":
-            do(mine.on_lost(name, start, "hung", now))
+            self.do(self.mine.on_lost(name, start, "hung", self.now))
         elif what == "late":
-            do(mine.on_lost(name, start - 1, "old", now))
+            self.do(self.mine.on_lost(name, start - 1, "old", self.now))
         elif what == "serving":
-            do(mine.on_serving(name, start, now))
-        else:
-            do(mine.tick(now))
-    for _ in range(200):
-        now += 1.0
-        do(mine.tick(now))
-        for name, (start, ranks) in alive.items():
-            if ranks:
-                do(mine.on_serving(name, start, now))
-    assert all(mine.phase(name) in (Phase.SERVING, Phase.GIVEN_UP) for name in alive)
+            self.do(self.mine.on_serving(name, start, self.now))
+        self.do(self.mine.tick(self.now))
+
+    def calm_down(self) -> None:
+        for _ in range(200):
+            self.now += 1.0
+            self.do(self.mine.tick(self.now))
+            for name, (start, ranks) in self.alive.items():
+                if ranks:
+                    self.do(self.mine.on_serving(name, start, self.now))
+
+
+@given(
+    faults=st.lists(
+        st.tuples(
+            st.sampled_from(("exit", "lost", "late", "serving", "tick")),
+            st.sampled_from([name for name, _, _ in POOLS]),
+            st.integers(0, 1),
+            st.sampled_from((0.1, 1.0, 5.0)),
+        ),
+        max_size=40,
+    )
+)
+def test_whatever_happens_every_gang_ends_serving_or_given_up(
+    faults: list[tuple[str, str, int, float]],
+) -> None:
+    """Random exits, losses and pauses; then peace. No gang is started while a rank of it lives."""
+    mine = gangs(RestartPolicy(max_restarts=3, window_s=1e9, backoff_s=0.5))
+    processes = Processes(mine)
+    for what, name, rank, pause_s in faults:
+        processes.now += pause_s
+        processes.disturb(what, name, rank)
+    processes.calm_down()
+    assert all(mine.phase(name) in (Phase.SERVING, Phase.GIVEN_UP) for name, _, _ in POOLS)
