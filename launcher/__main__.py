@@ -45,6 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="for programs")
     demo = commands.add_parser("demo", help="a small disaggregated cluster at work")
     demo.add_argument("--keep", action="store_true", help="leave the cluster running")
+    demo.add_argument("--tokens", type=int, default=32_768, metavar="N", help="of the document")
+    demo.add_argument("--seed", type=int, default=0, metavar="N", help="of the document")
     return parser
 
 
@@ -109,7 +111,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from launcher.demo import demo
 
     logging.getLogger().setLevel("WARNING")
-    return demo(keep=arguments.keep)
+    return demo(keep=arguments.keep, num_tokens=arguments.tokens, seed=arguments.seed)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,9 @@ from pathlib import Path
 from launcher.config import ServeConfig, num_cores, parse_size
 from launcher.topology import PoolSpec, parse_pools, threads_per_rank
 from modeling.config import ModelConfig, load_config
+from modeling.embedded import CHECKPOINT
 from protocol.errors import ConfigError
 from protocol.kv import KVLayout
-
-DEFAULT_MODEL = "arithmetic"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +42,7 @@ def resolve_cluster(serve: ServeConfig) -> Cluster:
         pools = parse_pools(("cp1",), ("tp1",))
     else:
         pools = parse_pools(serve.prefill, serve.decode)
-    model = serve.model if serve.model is not None else DEFAULT_MODEL
+    model = serve.model if serve.model is not None else str(CHECKPOINT)
     if not model.startswith("arithmetic"):
         model = str(Path(model).expanduser().resolve())
     model_config = load_config(model)

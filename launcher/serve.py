@@ -71,7 +71,7 @@ def serve(config: ServeConfig) -> int:
         try:
             supervisor.start()
             if config.model is None:
-                log.warning("no MODEL given: this is the arithmetic model, exact and meaningless")
+                log.info("no MODEL given: this is the embedded one, see modeling/embedded")
             sys.stdout.write(f"ready {supervisor.url}\n")
             sys.stdout.flush()
             supervisor.supervise()

@@ -1,0 +1,257 @@
+"""How often the embedded model answers rightly, by length of the document and depth of the fact.
+
+    python -m bench.retrieval [--lengths 4096,16384,32768,65536] [--questions 200] [--documents 2]
+                              [--prefill cp2] [--decode tp2] [--url URL] [--seed 0] [--save DIR]
+
+Documents, values and questions are drawn anew from the seed (modeling/embedded/grammar.py). Each
+document is asked in one chat session per question: a third in the document's words, a third in
+other words, a third about what it does not say. An answer is right when it is exactly the expected
+sentence. Intervals are Wilson's, 95 %. Without ``--url`` a cluster is started for it.
+"""
+
+import argparse
+import contextlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import httpx
+
+from bench.environment import describe, headline
+from bench.handoff import cluster
+from modeling.embedded import CHECKPOINT
+from modeling.embedded.grammar import Document, Fact, write_document
+from modeling.tokenizer import load_tokenizer
+from protocol.errors import ConfigError
+
+NUM_DEPTHS = 10
+MAX_ANSWER_TOKENS = 48
+KINDS = ("stated", "paraphrased", "absent")
+Z_95 = 1.96
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One question and what came of it; ``depth`` is None when the fact is not there."""
+
+    length: int
+    kind: str
+    depth: float | None
+    question: str
+    expected: str
+    answer: str
+    seconds: float
+
+    @property
+    def is_right(self) -> bool:
+        return self.answer == self.expected
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """How many of how many, with the 95 % interval (Wilson 1927)."""
+
+    num_right: int
+    num_asked: int
+
+    def __str__(self) -> str:
+        low, high = self.interval()
+        return (
+            f"{self.num_right}/{self.num_asked} = "
+            f"{self.num_right / max(1, self.num_asked):.1%} ({low:.1%} to {high:.1%})"
+        )
+
+    def interval(self) -> tuple[float, float]:
+        n = self.num_asked
+        if n == 0:
+            return 0.0, 1.0
+        p, z2 = self.num_right / n, Z_95**2
+        middle = (p + z2 / (2 * n)) / (1 + z2 / n)
+        half = Z_95 * (p * (1 - p) / n + z2 / (4 * n * n)) ** 0.5 / (1 + z2 / n)
+        return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def ask(client: httpx.Client, document: Document, question: str, session: str) -> str:
+    """The answer's text."""
+    body = {
+        "messages": [{"role": "user", "content": f"{document.text}\n\n{question}"}],
+        "max_tokens": MAX_ANSWER_TOKENS,
+        "temperature": 0,
+        "session_id": session,
+    }
+    reply = client.post("/v1/chat/completions", json=body)
+    reply.raise_for_status()
+    text: str = reply.json()["choices"][0]["message"]["content"]
+    return text
+
+
+def questions(
+    random: Random, document: Document, count: int
+) -> list[tuple[str, Fact, float | None]]:
+    """(kind, fact, depth) of ``count`` questions: a third of each kind, every depth in turn."""
+    drawn: list[tuple[str, Fact, float | None]] = []
+    for index in range(count):
+        kind = KINDS[index % len(KINDS)]
+        if kind == "absent":
+            drawn.append((kind, document.absent[_below(random, len(document.absent))], None))
+            continue
+        aim = (index // len(KINDS) + random.random()) / NUM_DEPTHS % 1.0
+        chosen = min(range(len(document.facts)), key=lambda i: abs(document.depths[i] - aim))
+        drawn.append((kind, document.facts[chosen], document.depths[chosen]))
+    return drawn
+
+
+def evaluate(
+    client: httpx.Client, length: int, num_documents: int, num_questions: int, seed: int
+) -> list[Result]:
+    """All questions about all documents of one length; prints as it goes."""
+    tokenizer = load_tokenizer(str(CHECKPOINT))
+    results: list[Result] = []
+    for number in range(num_documents):
+        random = Random(f"{seed}/{length}/{number}")
+        document = write_document(
+            random, length, lambda text: len(tokenizer.encode(text, add_special_tokens=False))
+        )
+        count = num_questions * (number + 1) // num_documents - len(results)
+        for kind, fact, depth in questions(random, document, count):
+            question = fact.question(random, paraphrase=kind != "stated")
+            started = time.monotonic()
+            answer = ask(client, document, question, f"retrieval-{seed}-{length}-{number}")
+            seconds = time.monotonic() - started
+            results.append(Result(length, kind, depth, question, fact.answer, answer, seconds))
+        print(
+            f"{length:7d} tokens, document {number + 1} of {num_documents}: "
+            f"{share(results)}, first question {results[-count].seconds:.1f} s",
+            flush=True,
+        )
+    return results
+
+
+def share(results: Sequence[Result]) -> Share:
+    return Share(sum(result.is_right for result in results), len(results))
+
+
+def depth_of(result: Result) -> int | None:
+    """Which tenth of the document holds the fact."""
+    return None if result.depth is None else min(NUM_DEPTHS - 1, int(result.depth * NUM_DEPTHS))
+
+
+def report(results: Sequence[Result]) -> str:
+    """Tables by length and kind, and by length and depth, in Markdown."""
+    lengths = sorted({result.length for result in results})
+    lines = ["| tokens | all | in the document's words | in other words | not stated |"]
+    lines += ["| ---: | --- | --- | --- | --- |"]
+    for length in lengths:
+        own = [result for result in results if result.length == length]
+        cells = [str(share([r for r in own if r.kind == kind])) for kind in KINDS]
+        lines.append(f"| {length} | {share(own)} | {' | '.join(cells)} |")
+    head = " | ".join(f"{10 * depth}-{10 * depth + 10} %" for depth in range(NUM_DEPTHS))
+    lines += ["", "Right answers by depth of the fact:", "", f"| tokens | {head} |"]
+    lines += ["| ---: |" + " --- |" * NUM_DEPTHS]
+    for length in lengths:
+        own = [result for result in results if result.length == length]
+        shares = [share([r for r in own if depth_of(r) == depth]) for depth in range(NUM_DEPTHS)]
+        cells = [f"{s.num_right}/{s.num_asked}" if s.num_asked else "-" for s in shares]
+        lines.append(f"| {length} | {' | '.join(cells)} |")
+    wrong = [result for result in results if not result.is_right]
+    lines += [""] + [f"wrong: {r.question!r} -> {r.answer!r}, not {r.expected!r}" for r in wrong]
+    return "\n".join(lines)
+
+
+def draw(results: Sequence[Result], path: Path) -> None:
+    """A heat map of exact match over length and depth.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib.pyplot as plt  # slow, and only wanted here
+    except ImportError as error:
+        raise ConfigError('no matplotlib: pip install "baton-serve[plots]"') from error
+    lengths = sorted({result.length for result in results})
+    cells = [
+        [share([r for r in results if r.length == n and depth_of(r) == d]) for n in lengths]
+        for d in range(NUM_DEPTHS)
+    ]
+    values = [
+        [s.num_right / s.num_asked if s.num_asked else float("nan") for s in row] for row in cells
+    ]
+    figure, axes = plt.subplots(figsize=(1.4 * len(lengths) + 2.4, 5.2), layout="constrained")
+    image = axes.imshow(values, vmin=0.0, vmax=1.0, cmap="RdYlGn", aspect="auto")
+    for row, shares in enumerate(cells):
+        for column, one in enumerate(shares):
+            if one.num_asked:
+                is_dark = abs(values[row][column] - 0.5) > 0.35
+                text = f"{one.num_right}/{one.num_asked}"
+                color = "white" if is_dark else "black"
+                axes.text(column, row, text, ha="center", va="center", color=color)
+    axes.set_xticks(range(len(lengths)), [f"{length // 1024}K" for length in lengths])
+    axes.set_yticks(range(NUM_DEPTHS), [f"{10 * d} %" for d in range(NUM_DEPTHS)])
+    axes.set(xlabel="tokens in the document", ylabel="depth of the fact", title="exact match")
+    figure.colorbar(image, ax=axes, label="share of right answers")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def save(results: Sequence[Result], text: str, folder: Path, command: str) -> None:
+    """retrieval.md, retrieval.png and retrieval.jsonl."""
+    folder.mkdir(parents=True, exist_ok=True)
+    body = f"# {headline()}\n\n`{command}`\n\n{text}\n"
+    (folder / "retrieval.md").write_text(body)
+    lines = [json.dumps({**asdict(r), "right": r.is_right}) for r in results]
+    (folder / "retrieval.jsonl").write_text(
+        "\n".join([json.dumps({"environment": describe()}), *lines]) + "\n"
+    )
+    draw(results, folder / "retrieval.png")
+
+
+def _below(random: Random, bound: int) -> int:
+    return int(random.random() * bound)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bench.retrieval", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--lengths", default="4096,16384,32768,65536")
+    parser.add_argument("--questions", type=int, default=200, help="of each length")
+    parser.add_argument("--documents", type=int, default=2, help="of each length")
+    parser.add_argument("--prefill", default="cp2")
+    parser.add_argument("--decode", default="tp2")
+    parser.add_argument("--url", help="of a server of this model; else one is started")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save", type=Path, metavar="DIR")
+    return parser
+
+
+def main() -> None:
+    """Evaluate, print, and save when asked to."""
+    arguments = _parser().parse_args()
+    lengths = [int(length) for length in arguments.lengths.split(",")]
+    pools = ("--prefill", arguments.prefill, "--decode", arguments.decode)
+    serving: Any = cluster(str(CHECKPOINT), *pools)
+    if arguments.url:
+        serving = contextlib.nullcontext(httpx.Client(base_url=arguments.url, timeout=600.0))
+    results: list[Result] = []
+    print(headline())
+    with serving as client:
+        for length in lengths:
+            results += evaluate(
+                client, length, arguments.documents, arguments.questions, arguments.seed
+            )
+    text = report(results)
+    print(f"\n{text}")
+    if arguments.save:
+        command = (
+            f"python -m bench.retrieval --lengths {arguments.lengths} --questions "
+            f"{arguments.questions} --documents {arguments.documents} --seed {arguments.seed}"
+        )
+        save(results, text, arguments.save, command)
+
+
+if __name__ == "__main__":
+    main()
