@@ -1,7 +1,7 @@
 """A campaign of faults against local clusters: ``python -m bench.faults``; exits 1 if one is wrong.
 
     python -m bench.faults [--faults N] [--requests N] [--aborts N] [--late N] [--seed S]
-                           [--minutes M] [--save DIR] [--demand-survival] [--stages A,B...]
+                           [--minutes M] [--save DIR] [--allow-loss] [--stages A,B...]
 
 The stages (stages.py, signals.py, links.py) share what is asked for; each ends when it has its part
 or when its part of ``--minutes`` is over. The same seed injects the same faults with the same
@@ -50,7 +50,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--save", type=Path, help="a folder to write faults.md into")
     parser.add_argument("--stages", default=",".join(SHARES), help=", ".join(SHARES))
-    parser.add_argument("--demand-survival", action="store_true", help="no request may be lost")
+    parser.add_argument("--allow-loss", action="store_true", help="requests may end with an error")
     parser.add_argument("--transport", choices=("nixl", "tcp"), default="nixl")
     parser.add_argument("--log", type=Path, help="a file for what the clusters write")
     parser.add_argument("--json", action="store_true", help="print the tally as JSON")
@@ -72,7 +72,7 @@ async def campaign(arguments: argparse.Namespace, tally: Tally) -> None:
         tally,
         end,
         transport=arguments.transport,
-        demand_survival=arguments.demand_survival,
+        demand_survival=not arguments.allow_loss,
         log=arguments.log,
     )
     if arguments.behind_slow_link:

@@ -3,7 +3,7 @@
 abandon    clients go away in every phase; how long until every block is free again
 landing    reads land after their request was given up, while others take its blocks
 messages   hand-off messages come twice, late and out of order, steps are slow: all must be exact
-drops      messages between pools are lost: a request may wait in vain, and all of it is freed
+drops      messages between pools are lost: each costs an attempt, not the request
 bytes      read bytes are changed, reads fail and come late: never a wrong token
 unchecked  the same without checksums: a wrong token *must* be seen, or the fault is not one
 """
@@ -31,7 +31,7 @@ POOLS = ("--prefill", "cp2", "--decode", "tp2")
 HANDOFF_FAILED = "error handoff_failed"
 LATE_S = 0.05
 TOLD_TWICE = ("reserve", "prefill", "abort")  # by the coordinator
-DROPS_LEASE_S, DROPS_PATIENCE_S = 1.0, 5.0
+DROPS_LEASE_S, DROPS_HANDOFF_S = 2.0, 2.0
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Context:
     tally: Tally
     deadline: float
     transport: str = "nixl"
-    demand_survival: bool = False
+    demand_survival: bool = True
     log: Path | None = None
 
     @functools.cached_property
@@ -157,7 +157,7 @@ async def messages(context: Context, num_requests: int) -> None:
         f"control.send:duplicate%{seed()}:0.05",
         f"step:delay=0.03%{seed()}:0.05",
     )
-    told = [f"control.send.{kind}:duplicate%{seed()}:0.1" for kind in TOLD_TWICE]
+    told = [f"control.send.{kind}:duplicate%{seed()}:0.3" for kind in TOLD_TWICE]
     everywhere = (*failpoints("prefill", *faults), *failpoints("decode", *faults))
     flags = (*everywhere, "--set", f"coordinator.failpoints={','.join(told)}")
     async with context.cluster(*SMALL, *flags) as (cluster, watch):
@@ -172,17 +172,21 @@ async def messages(context: Context, num_requests: int) -> None:
 async def drops(context: Context, num_requests: int) -> None:
     """Lost messages: no wrong token, nothing held when their clients have gone.
 
-    Nobody says anything twice, so a request whose message is lost waits until its client has had
-    enough; what the source holds for it then is free when its lease ends.
+    Ranks say nothing twice: a hand-off whose message is lost is given up after
+    ``coordinator.handoff_timeout_s``, and the request goes on with another attempt; what the source
+    holds for the first is free when its lease ends.
     """
     seed, tally = context.seed, context.tally
     lost = "handoff.send.{}:drop%{}:0.02"
     sources = [lost.format(kind, seed()) for kind in ("announce", "confirm", "commit")]
     targets = [lost.format(kind, seed()) for kind in ("read_done", "reads_ended")]
-    lease = ("--set", f"prefill_pool.lease_s={DROPS_LEASE_S}")
-    flags = (*failpoints("prefill", *sources), *failpoints("decode", *targets), *lease)
+    waits = (
+        *("--set", f"prefill_pool.lease_s={DROPS_LEASE_S}"),
+        *("--set", f"coordinator.handoff_timeout_s={DROPS_HANDOFF_S}"),
+    )
+    flags = (*failpoints("prefill", *sources), *failpoints("decode", *targets), *waits)
     async with context.cluster(*SMALL, *flags) as (cluster, watch):
-        mix = context.mix(Mix(leave_share=0.2, patience_s=DROPS_PATIENCE_S), HANDOFF_FAILED, "late")
+        mix = context.mix(Mix(leave_share=0.2), HANDOFF_FAILED, "late")
         load = Workload(cluster, context.oracle, context.rng, tally, mix)
         await load.run(until(context, load, num_requests))
         await audit(watch, tally)

@@ -210,8 +210,8 @@ def test_a_prompt_goes_on_where_its_dead_prefill_pool_was() -> None:
     with running(("cp2", "cp1"), ("tp2",), **chunks) as cluster:
         future = cluster.stream("long", prompt, 40)
         until(
-            lambda: cluster.trace("long").get("num_prefilled_tokens", 0) >= 2000,
-            "a part of the prompt is computed",
+            lambda: cluster.trace("long").get("num_prefilled_tokens", 0) >= 5000,
+            "a part of the prompt is computed",  # what is read of it may be seconds behind
         )
         victim = cluster.trace("long")["prefill_pool"]
         cluster.kill_pool(victim)
