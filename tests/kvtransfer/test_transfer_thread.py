@@ -451,6 +451,10 @@ def test_a_silent_coordinator_is_given_up(cluster: Cluster) -> None:
     assert hello.coordinator_epoch == 1
     assert hello.endpoint == cluster.hellos[name].endpoint
     cluster.command(rank, SendControl(Released("r", 1)))
+    cluster.command(rank, ReportStatus(num_steps=3, step_started=None))  # commands keep their order
+    cluster.pump(
+        lambda: any(isinstance(m, Heartbeat) and m.num_steps == 3 for _, m in cluster.heard)
+    )
     cluster._router.send(f"{name}+1", _OUT.encode(Welcome(2, 99, GANG)))
 
     def told() -> list[ToCoordinator]:
