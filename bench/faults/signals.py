@@ -23,6 +23,7 @@ from bench.faults.workload import Mix, Workload
 COORDINATOR = "coordinator"
 POOLS = ("--prefill", "cp2", "--prefill", "cp1", "--decode", "tp2", "--decode", "tp1")
 STOP_S = (0.1, 1.5)
+TIRELESS = ("--set", "restart_budget=1000")  # far more deaths than in real life
 BACK_S = 40.0  # for a gang or a coordinator to serve again
 NOTICED_S = 20.0
 _LOOK_S = 0.02
@@ -90,7 +91,7 @@ async def kills(context: Context, num_kills: int) -> None:
     """Kill, or stop for good, one process after the other, on as many clusters as it takes."""
     num_left = num_kills
     while num_left > 0 and not context.is_late:
-        async with context.cluster(*SMALL, pools=POOLS) as (cluster, watch):
+        async with context.cluster(*SMALL, *TIRELESS, pools=POOLS) as (cluster, watch):
             killer = _Killer(context, cluster, watch)
             num_left -= await killer.run(num_left)
             if killer.is_whole or context.demand_survival:

@@ -30,6 +30,8 @@ SMALL, TINY = ("--kv-memory", "2MiB"), ("--kv-memory", "1MiB")
 POOLS = ("--prefill", "cp2", "--decode", "tp2")
 HANDOFF_FAILED = "error handoff_failed"
 LATE_S = 0.05
+# Each of many messages and reads goes wrong by chance: the default of 4 attempts is for real life.
+MANY_ATTEMPTS = ("--set", "coordinator.max_attempts=12")
 TOLD_TWICE = ("reserve", "prefill", "abort")  # by the coordinator
 DROPS_LEASE_S, DROPS_HANDOFF_S = 2.0, 2.0
 
@@ -183,6 +185,7 @@ async def drops(context: Context, num_requests: int) -> None:
     waits = (
         *("--set", f"prefill_pool.lease_s={DROPS_LEASE_S}"),
         *("--set", f"coordinator.handoff_timeout_s={DROPS_HANDOFF_S}"),
+        *MANY_ATTEMPTS,
     )
     flags = (*failpoints("prefill", *sources), *failpoints("decode", *targets), *waits)
     async with context.cluster(*SMALL, *flags) as (cluster, watch):
@@ -201,7 +204,8 @@ async def changed_bytes(context: Context, num_requests: int) -> None:
         f"transfer.read:fail%{seed()}:0.01",
         f"transfer.read:delay=0.1%{seed()}:0.03",
     )
-    async with context.cluster(*SMALL, *failpoints("decode", *faults)) as (cluster, watch):
+    flags = (*SMALL, *failpoints("decode", *faults), *MANY_ATTEMPTS)
+    async with context.cluster(*flags) as (cluster, watch):
         mix = context.mix(Mix(leave_share=0.2), HANDOFF_FAILED)
         load = Workload(cluster, context.oracle, context.rng, tally, mix)
         await load.run(until(context, load, num_requests))
