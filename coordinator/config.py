@@ -18,7 +18,7 @@ class ExpectedPool(msgspec.Struct, frozen=True):
     """A pool that has to serve before the cluster is ready."""
 
     pool_id: str
-    role: str  # "prefill" or "decode"
+    role: str  # "prefill", "decode" or "store"
     cp_size: int
     tp_size: int
 
@@ -67,6 +67,7 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     max_model_len: int | None = None
     api_keys: tuple[str, ...] = ()
     secret: str = ""  # salts every tenant's cache; "" takes the token
+    data_dir: str = ""  # of jobs and documents; "" keeps them while this process lives
     local_prefill_threshold: int = 128  # new tokens, up to which the decode pool computes them
     session_ttl_s: float = 3600.0
     ready_timeout_s: float = 600.0
@@ -86,6 +87,7 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     poison_deaths: int = 2  # pools that a request may take with it before it is quarantined
     quarantine_s: float = 3600.0
     num_tokenizer_threads: int = 2
+    background_chunk_tokens: int = 512  # of each rank, while somebody waits for answers
     limits: Limits = Limits()
     log_level: str = "INFO"
     failpoints: str = ""  # faults to inject, see protocol.failpoints; none by default

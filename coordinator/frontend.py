@@ -15,7 +15,7 @@ from starlette.requests import Request
 from coordinator.auth import SCOPE_TENANT, Tenant
 from coordinator.config import CoordinatorConfig
 from coordinator.control import ControlPlane
-from coordinator.delivery import Generation
+from coordinator.generation import Generation
 from coordinator.limits import SCOPE_CLIENT_REQUEST_ID, SCOPE_REQUEST_ID
 from coordinator.parameters import (
     Options,
