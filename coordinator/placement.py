@@ -97,8 +97,9 @@ class Placement:
             records: all there are, for the load.
         """
         if record.is_deposit:
-            store = self.store()
-            return None if store is None else store.pool_id
+            store = self.store()  # which is no use without somebody who computes
+            is_served = store is not None and bool(self._registry.serving("prefill"))
+            return store.pool_id if store is not None and is_served else None
         serving = [p for p in self._registry.serving("decode") if p.pool_id not in record.too_small]
         blameless = [pool for pool in serving if pool.pool_id not in record.blamed]
         everybody = list(records)

@@ -241,7 +241,7 @@ class Service:
         pool_id = self._placement.choose_prefill(record, self._records.values())
         record.timeline.mark(Event.PREFILL_SENT, self._clock())
         if pool_id is None and record.is_deposit:
-            self._lose(record, no_workers("prefill"))
+            self._lose(record, no_workers("prefill"), pause=True)
             return
         if pool_id is None:
             record.step(Step.COMPUTE_HERE)

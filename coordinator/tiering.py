@@ -74,7 +74,8 @@ class Tiering:
         """Whether a segment can be taken now."""
         if self._expects_store and self._placement.store() is None:
             return False
-        return bool(self._registry.serving("prefill") or self._registry.serving("decode"))
+        role = "prefill" if self._config_pools("prefill") else "decode"
+        return bool(self._registry.serving(role))
 
     @property
     def tiers(self) -> tuple[str, ...]:
