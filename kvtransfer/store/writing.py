@@ -177,11 +177,12 @@ class WriteBehind:
 
     def _retry(self, write: _Write, now: float) -> bool:
         """Once more, with something given up; False if there is nothing to give up."""
-        quota = self._index.quota_bytes
+        index = self._index
+        quota, reserved = index.quota_bytes, index.num_reserved_bytes
         # The disk holds less than the quota allows: what is there now is all that it takes.
-        self._index.quota_bytes = min(quota, self._index.num_bytes)
+        index.quota_bytes, index.num_reserved_bytes = min(quota, index.num_bytes), 0
         victims = self._make_room(write.num_bytes, now)
-        self._index.quota_bytes = quota
+        index.quota_bytes, index.num_reserved_bytes = quota, reserved
         if victims is None:
             return False
         write.is_retry = True
