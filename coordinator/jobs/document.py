@@ -80,7 +80,7 @@ class Document(msgspec.Struct, frozen=True, omit_defaults=True):
     form: str = CHAT
     system: tuple[SystemMessage, ...] = ()
     display_name: str = ""
-    metadata: dict[str, Any] = {}  # noqa: RUF012 - msgspec copies it
+    metadata: dict[str, Any] = {}
     priority: int = 0
     deadline: float | None = None  # Unix time
     ring_size: int = 0  # asked for; 0 is auto

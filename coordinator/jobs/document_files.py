@@ -9,15 +9,17 @@ of the database has is left from a process that was killed, and removed at the n
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
 import struct
 import sys
 from array import array
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
+from coordinator.jobs.database import insufficient_storage
 from protocol.errors import RequestError
 
 SOURCE, TEXT, TOKENS = "source", "text", "tokens"
@@ -44,14 +46,12 @@ class DocumentFiles:
         """Returns when the file is on the disk."""
         path = self.path(document_id, kind)
         new = path.with_name(f"{path.name}.new")
-        try:
+        with _counted_on(new):
             with new.open("wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             new.replace(path)
-        finally:
-            new.unlink(missing_ok=True)
         _sync_folder(self.folder)
 
     def adopt(self, document_id: str, path: Path) -> None:
@@ -63,11 +63,9 @@ class DocumentFiles:
     def copy(self, document_id: str, path: Path) -> None:
         """Keep another's file: nothing that happens to it afterwards is seen here."""
         new = self.path(document_id, "source.new")
-        try:
+        with _counted_on(new):
             shutil.copyfile(path, new)
             self.adopt(document_id, new)
-        finally:
-            new.unlink(missing_ok=True)
 
     def has(self, document_id: str, kind: str) -> bool:
         return self.path(document_id, kind).exists()
@@ -124,6 +122,19 @@ class DocumentFiles:
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
         return len(strangers) + len(unfinished)
+
+
+@contextlib.contextmanager
+def _counted_on(new: Path) -> Iterator[None]:
+    """``new`` has another name by the end, or is gone; a full disk is the request's failure."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise insufficient_storage("the disk is full") from error
+        raise
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def _sync_file(path: Path) -> None:

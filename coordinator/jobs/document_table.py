@@ -76,7 +76,7 @@ class DocumentTable:
         self.bell = events.Bell()
         self._database = database
         self._limits = limits
-        self._clock = clock
+        self.clock = clock
 
     # -- changing ----------------------------------------------------------------------------------
 
@@ -116,7 +116,7 @@ class DocumentTable:
                         idempotency.key,
                         idempotency.digest,
                         document.document_id,
-                        self._clock(),
+                        self.clock(),
                     ),
                 )
             self._tell(connection, Change(document, (state_event(document),)))
@@ -307,14 +307,14 @@ class DocumentTable:
         if change.events:
             document_id = change.document.document_id
             max_events = self._limits.max_events
-            events.append(connection, document_id, change.events, self._clock(), max_events)
+            events.append(connection, document_id, change.events, self.clock(), max_events)
 
     def _known(
         self, connection: sqlite3.Connection, tenant: str, idempotency: Idempotency
     ) -> Document | None:
         connection.execute(
             "DELETE FROM document_keys WHERE created_at < ?",
-            (self._clock() - self._limits.idempotency_s,),
+            (self.clock() - self._limits.idempotency_s,),
         )
         row = connection.execute(
             "SELECT request_digest, document_id FROM document_keys"

@@ -3,12 +3,13 @@
     python -P -m coordinator.jobs.parse MEDIA_TYPE MEMORY_BYTES CPU_S TEXT_BYTES < FILE > TEXT
 
 Standard input is the file, standard output a file that gets its text as UTF-8. Exit code 0: the
-text is whole. 3: the file cannot be read, and standard error says why in one line. Anything else,
-also a signal, is a crash, and its owner decides what that means. The process opens no other file
-for writing, no socket, and starts nothing.
+text is whole. 3: the file cannot be read, and standard error says why in one line. 4: there is no
+room for the text. Anything else, also a signal, is a crash, and its owner decides what that means.
+The process opens no other file for writing, no socket, and starts nothing.
 """
 
 import io
+import os
 import re
 import resource
 import signal
@@ -18,13 +19,14 @@ from typing import Any, NoReturn
 
 from coordinator.jobs.formats import HTML, PDF
 
-UNREADABLE = 3
+UNREADABLE, UNWRITABLE = 3, 4
 _TAIL_BYTES = 2048
-_BLOCKS = frozenset(
-    "address article aside blockquote body caption dd details div dl dt fieldset figcaption figure "
-    "footer form h1 h2 h3 h4 h5 h6 header hr html legend li main nav ol option p pre section "
-    "summary table tbody td tfoot th thead title tr ul".split()
-)
+_BLOCK_NAMES = """
+    address article aside blockquote body caption dd details div dl dt fieldset figcaption figure
+    footer form h1 h2 h3 h4 h5 h6 header hr html legend li main nav ol option p pre section
+    summary table tbody td tfoot th thead title tr ul
+"""
+_BLOCKS = frozenset(_BLOCK_NAMES.split())
 _UNSEEN = frozenset({"script", "style", "template", "noscript", "iframe", "object", "svg"})
 _DENIED_EVENTS = ("socket.", "subprocess.", "os.exec", "os.fork", "os.posix_spawn", "os.system")
 _SPACES = re.compile(r"[ \t\r\f\v\n]+")
@@ -70,7 +72,7 @@ def read_html(data: bytes) -> str:
 
 def _pieces(soup: Any) -> Iterator[tuple[str | None, bool]]:  # noqa: ANN401 - untyped tree
     """(text, whether it is verbatim) in order; None ends a line. Depth needs no stack of calls."""
-    from bs4 import CData, NavigableString, Tag
+    from bs4.element import CData, NavigableString, Tag
 
     todo: list[tuple[Any, bool]] = [(soup, False)]
     while todo:
@@ -134,8 +136,12 @@ def main(arguments: list[str]) -> int:
     except (Unreadable, RecursionError) as error:
         print(str(error)[:500].replace("\n", " "), file=sys.stderr)  # noqa: T201 - its one output
         return UNREADABLE
-    sys.stdout.buffer.write(encoded)
-    sys.stdout.buffer.flush()
+    try:
+        rest = memoryview(encoded)
+        while rest:
+            rest = rest[os.write(sys.stdout.fileno(), rest) :]
+    except OSError:
+        return UNWRITABLE
     return 0
 
 

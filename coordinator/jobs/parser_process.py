@@ -12,8 +12,9 @@ import sys
 from pathlib import Path
 
 from coordinator.config import JobLimits
+from coordinator.jobs.database import insufficient_storage
 from coordinator.jobs.formats import unprocessable
-from coordinator.jobs.parse import UNREADABLE
+from coordinator.jobs.parse import UNREADABLE, UNWRITABLE
 from protocol.errors import BatonError
 
 MAX_REASON_BYTES = 2000
@@ -38,7 +39,7 @@ async def extract(source: Path, text: Path, media_type: str, limits: JobLimits) 
     """
     new = text.with_name(f"{text.name}.new")
     try:
-        with source.open("rb") as input_, new.open("wb") as output:  # noqa: ASYNC230 - opening only
+        with source.open("rb") as input_, new.open("wb") as output:
             await _run(media_type, limits, input_.fileno(), output.fileno())
             await asyncio.to_thread(os.fsync, output.fileno())
         new.replace(text)
@@ -59,7 +60,9 @@ async def _run(media_type: str, limits: JobLimits, input_: int, output: int) -> 
     assert process.stderr is not None
     try:
         async with asyncio.timeout(limits.parse_timeout_s):
-            said = await process.stderr.read(1 << 20)
+            said = b""
+            while piece := await process.stderr.read(1 << 16):
+                said = (said + piece)[-MAX_REASON_BYTES:]
             code = await process.wait()
     except TimeoutError as error:
         raise ParserCrashed(f"no end after {limits.parse_timeout_s:.0f} s") from error
@@ -69,7 +72,9 @@ async def _run(media_type: str, limits: JobLimits, input_: int, output: int) -> 
                 process.kill()
             await process.wait()
     if code == UNREADABLE:
-        raise unprocessable(said.decode("utf-8", "replace").strip()[:MAX_REASON_BYTES])
+        raise unprocessable(said.decode("utf-8", "replace").strip())
+    if code == UNWRITABLE:
+        raise insufficient_storage("the disk is full")
     if code < 0:
         raise ParserCrashed(f"killed by signal {-code}")
     if code:
