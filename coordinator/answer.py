@@ -25,7 +25,7 @@ from coordinator.errors import error_response
 from coordinator.frontend import Asker, Choice, Frontend
 from coordinator.logprobs import CompletionLogprobs
 from coordinator.parameters import Options
-from coordinator.shapes import ChoiceState, Header, Shape, usage_of
+from coordinator.shapes import ChoiceState, Header, Shape, cache_miss_of, usage_of
 from coordinator.tokens import ChoiceText, Piece
 from coordinator.traces import Trace
 from protocol.errors import RequestError
@@ -144,7 +144,7 @@ class Answer(Response):
                 texts[state.choice.index].append(piece.text)
         joined = [(state, "".join(text)) for state, text in zip(self._states, texts, strict=True)]
         answer = self._shape.whole(self._header, joined, usage_of(self._states))
-        body = msgspec.json.encode(answer)
+        body = msgspec.json.encode({**answer, **cache_miss_of(self._states)})
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),
@@ -202,7 +202,8 @@ class Answer(Response):
         return sse.event(chunk)
 
     def _usage_chunk(self) -> dict[str, Any]:
-        return {**self._shape.chunk(self._header, []), "usage": usage_of(self._states)}
+        chunk = self._shape.chunk(self._header, [])
+        return {**chunk, "usage": usage_of(self._states), **cache_miss_of(self._states)}
 
     def _progress(self) -> tuple[int, int] | None:
         records = [state.record for state in self._states]

@@ -16,6 +16,8 @@ from coordinator.auth import SCOPE_TENANT, Tenant
 from coordinator.config import CoordinatorConfig
 from coordinator.control import ControlPlane
 from coordinator.generation import Generation
+from coordinator.jobs.context import Jobs
+from coordinator.jobs.questions import Attached
 from coordinator.limits import SCOPE_CLIENT_REQUEST_ID, SCOPE_REQUEST_ID
 from coordinator.parameters import (
     Options,
@@ -78,6 +80,7 @@ class Choice:
     prompt_number: int
     generation: Generation
     echoed: str = ""
+    attached: Attached | None = None  # the document that its prompt begins with
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +95,7 @@ class Frontend:
     tokenization: Tokenization
     traces: Traces
     started_at: int  # Unix time
+    jobs: Jobs | None = None  # documents, files and batches, where they are offered
 
     @property
     def max_model_len(self) -> int:
@@ -124,6 +128,7 @@ class Frontend:
         options: Options,
         encoders: Sequence[Callable[[TextTools], Sequence[int]]],
         param: str,
+        attached: Attached | None = None,
     ) -> list[Choice]:
         """Every choice of a request: ``options.num_choices`` for each prompt, in OpenAI's order.
 
@@ -131,6 +136,8 @@ class Frontend:
             RequestError: a prompt is empty, too long, or not of the model's tokens.
         """
         salt = asker.tenant.cache_salt(options.cache_salt)
+        if attached is not None:
+            salt, attached = attached.salted(salt, is_own=options.cache_salt is not None)
         fingerprint, block_size = self.model.fingerprint, self.config.block_size
 
         def work(tools: TextTools) -> list[Prompt]:
@@ -160,6 +167,7 @@ class Frontend:
                             cache_salt=salt,
                             session=(asker.tenant.name, session_id) if session_id else None,
                         ),
+                        attached=attached,
                     )
                 )
         return choices

@@ -29,9 +29,12 @@ from coordinator.connection import guarded
 from coordinator.control import ControlPlane, Owner
 from coordinator.faulty import FaultyControlPlane
 from coordinator.frontend import Frontend
+from coordinator.jobs.context import Jobs, Surroundings
+from coordinator.jobs.ingestor import Ingestor
 from coordinator.joining import Terms
 from coordinator.registry import Patience, Registry
 from coordinator.service import Service
+from coordinator.tiering import Tiering
 from coordinator.tokenizing import Tokenization
 from coordinator.traces import Traces
 from modeling.config import load_config
@@ -65,6 +68,7 @@ class Coordinator:
         on_control: called with (control address, HTTP URL) once both are bound.
         on_ready: called with the HTTP URL once the cluster answers.
         owner: told what happens to the pools, and when another coordinator has taken over.
+        ingestor: computes and keeps documents; None lets the pools and the store do it.
 
     Raises:
         ConfigError: a model or tokenizer that cannot be read, an address that is taken.
@@ -76,8 +80,10 @@ class Coordinator:
         on_control: Callable[[str, str], None],
         on_ready: Callable[[str], None],
         owner: Owner,
+        ingestor: Ingestor | None = None,
     ) -> None:
         self._config = config
+        self._ingestor = ingestor
         self._on_control = on_control
         self._on_ready = on_ready
         self._owner = owner
@@ -100,18 +106,21 @@ class Coordinator:
         async with self._control() as (control, registry, router):
             service = Service(self._config, registry, control.send, time.monotonic)
             control.attach(service)
-            http = self._http_server(control, registry, service)
+            jobs = self._jobs(registry, service, control)
+            http = self._http_server(control, registry, service, jobs)
             failure: StartFailed | None = None
             async with asyncio.TaskGroup() as tasks:
                 serving = tasks.create_task(http.serve(sockets=[self._socket]))
                 plane = tasks.create_task(control.run())
                 self._on_control(router.address, self.url)
                 try:
+                    await jobs.start()
                     await self._wait_ready(control, registry)
                     await self._stop.wait()
                 except StartFailed as error:
                     failure = error  # raised when everything has been put away
                 finally:
+                    await jobs.close()
                     service.shut_down()
                     http.should_exit = True
                     plane.cancel()
@@ -162,8 +171,24 @@ class Coordinator:
             )
         return ControlPlane(router, registry, owner, is_restart=is_restart)
 
+    def _jobs(self, registry: Registry, service: Service, control: ControlPlane) -> Jobs:
+        config, model = self._config, self._model
+        configured = config.max_model_len or model.max_model_len
+        ingestor = self._ingestor or Tiering(
+            config, registry, service, control.send, time.monotonic
+        )
+        return Jobs(
+            Surroundings(
+                config,
+                model,
+                self._tokenization,
+                ingestor,
+                lambda: registry.max_model_len(configured),
+            )
+        )
+
     def _http_server(
-        self, control: ControlPlane, registry: Registry, service: Service
+        self, control: ControlPlane, registry: Registry, service: Service, jobs: Jobs
     ) -> _HttpServer:
         frontend = Frontend(
             config=self._config,
@@ -174,6 +199,7 @@ class Coordinator:
             tokenization=self._tokenization,
             traces=Traces(),
             started_at=int(time.time()),
+            jobs=jobs,
         )
         tenants = Tenants(self._config.api_keys, self._config.secret or self._config.token)
         return _HttpServer(

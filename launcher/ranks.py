@@ -157,6 +157,7 @@ def coordinator_config(cluster: Cluster, where: dict[str, Any]) -> bytes:
         "parent_pid": os.getpid(),
         "secret": "" if cluster.data is None else cluster.data.secret,
         "data_dir": "" if cluster.data is None else str(cluster.data.folder),
+        "jobs": {"disk_quota_bytes": cluster.disk_quota_bytes},
     }
     return _encode("coordinator", CoordinatorConfig, fields | serve.coordinator | where)
 

@@ -1,0 +1,170 @@
+"""``/v1/documents``: paths to functions.
+
+A multipart upload is streamed to the disk by the code that reads files for ``/v1/files``; what
+arrives here is a file that is ours to move.
+"""
+
+import asyncio
+import math
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+
+from coordinator.auth import SCOPE_TENANT
+from coordinator.document_bodies import (
+    Asked,
+    DocumentBody,
+    UpdateBody,
+    Uploaded,
+    as_pin,
+    check_metadata,
+    read_request,
+)
+from coordinator.document_events import EventStream
+from coordinator.frontend import Frontend
+from coordinator.jobs.document import Document
+from coordinator.jobs.documents import Documents
+from coordinator.json_body import parse_json
+from coordinator.schemas import validate
+from protocol.errors import RequestError
+
+MAX_PAGE = 100
+DEFAULT_PAGE = 20
+MAX_SEQUENCE = 2**53
+
+
+def add_documents(app: FastAPI, frontend: Frontend) -> None:
+    """Add the routes, if this coordinator has jobs."""
+    if frontend.jobs is None:
+        return
+    documents = frontend.jobs.documents
+    _add_making(app, frontend, documents)
+    _add_looking(app, frontend, documents)
+    _add_steps(app, documents)
+
+
+def _tenant(request: Request) -> str:
+    name: str = request.scope[SCOPE_TENANT].name
+    return name
+
+
+async def _fields(request: Request, frontend: Frontend) -> dict[str, Any]:
+    return parse_json(await request.body(), frontend.config.limits)
+
+
+def _add_making(app: FastAPI, frontend: Frontend, documents: Documents) -> None:
+    @app.post("/v1/documents")
+    async def create(request: Request) -> Response:
+        return await create_document(frontend, request, await _fields(request, frontend), None)
+
+    @app.patch("/v1/documents/{document_id}")
+    async def update(request: Request, document_id: str) -> Response:
+        body = validate(UpdateBody, await _fields(request, frontend))
+        pin = None
+        if body.pin is not None:
+            pin = as_pin(body.pin, documents.limits, documents.tiers)
+        metadata = body.metadata
+        if metadata is not None:
+            check_metadata(metadata, frontend.config.limits.max_label_chars)
+        document = await documents.update(_tenant(request), document_id, pin, metadata)
+        return await _whole(documents, document)
+
+    @app.delete("/v1/documents/{document_id}")
+    async def delete(request: Request, document_id: str) -> Response:
+        await documents.delete(_tenant(request), document_id)
+        return JSONResponse({"id": document_id, "object": "document", "deleted": True})
+
+
+async def create_document(
+    frontend: Frontend, request: Request, fields: dict[str, Any], uploaded: Uploaded | None
+) -> Response:
+    """The answer to a POST, whose source is in the fields or in a file.
+
+    Raises:
+        RequestError: it cannot be accepted.
+    """
+    assert frontend.jobs is not None, "the route exists only with jobs"
+    body = validate(DocumentBody, fields)
+    tenant, key = request.scope[SCOPE_TENANT], request.headers.get("idempotency-key")
+    documents = frontend.jobs.documents
+    asked: Asked = await asyncio.to_thread(read_request, frontend, tenant, body, uploaded, key)
+    document, is_new = await documents.create(asked.document, asked.source, asked.idempotency)
+    return JSONResponse(documents.summarise(document), status_code=202 if is_new else 200)
+
+
+async def _whole(documents: Documents, document: Document, status: int = 200) -> Response:
+    return JSONResponse(await documents.describe(document), status_code=status)
+
+
+def _add_looking(app: FastAPI, frontend: Frontend, documents: Documents) -> None:
+    @app.get("/v1/documents")
+    async def page(request: Request) -> Response:
+        query = request.query_params
+        limit = int(_number(query.get("limit"), "limit", DEFAULT_PAGE, 1, MAX_PAGE))
+        order = query.get("order", "desc")
+        if order not in ("asc", "desc"):
+            raise _invalid("order", "order is asc or desc")
+        found, has_more = await documents.page(
+            _tenant(request), query.get("after"), limit, is_ascending=order == "asc"
+        )
+        return JSONResponse(
+            {
+                "object": "list",
+                "data": [documents.summarise(document) for document in found],
+                "first_id": found[0].document_id if found else None,
+                "last_id": found[-1].document_id if found else None,
+                "has_more": has_more,
+            }
+        )
+
+    @app.get("/v1/documents/{document_id}")
+    async def get(request: Request, document_id: str) -> Response:
+        wait_s = _number(request.query_params.get("wait"), "wait", 0, 0, math.inf)
+        document = await documents.wait(_tenant(request), document_id, wait_s)
+        return await _whole(documents, await documents.keeper.check_blocks(document))
+
+    @app.get("/v1/documents/{document_id}/events")
+    async def events(request: Request, document_id: str) -> Response:
+        document = await documents.get(_tenant(request), document_id)
+        given = request.query_params.get("starting_after") or request.headers.get("last-event-id")
+        after = int(_number(given, "starting_after", 0, 0, MAX_SEQUENCE))
+        return EventStream(documents, frontend.config, document.document_id, after)
+
+
+def _add_steps(app: FastAPI, documents: Documents) -> None:
+    @app.post("/v1/documents/{document_id}/cancel")
+    async def cancel(request: Request, document_id: str) -> Response:
+        document, was_running = await documents.cancel(_tenant(request), document_id)
+        return await _whole(documents, document, 202 if was_running else 200)
+
+    @app.post("/v1/documents/{document_id}/resume")
+    async def resume(request: Request, document_id: str) -> Response:
+        document = await documents.resume(_tenant(request), document_id)
+        return await _whole(documents, document, 202)
+
+    @app.post("/v1/documents/{document_id}/rewarm")
+    async def rewarm(request: Request, document_id: str) -> Response:
+        document = await documents.rewarm(_tenant(request), document_id)
+        return await _whole(documents, document, 202)
+
+
+def _number(given: str | None, param: str, default: float, least: float, most: float) -> float:
+    """A number from a query; too large a one is taken for the largest.
+
+    Raises:
+        RequestError: it is none, or too small.
+    """
+    if given is None:
+        return default
+    try:
+        value = float(given)
+    except ValueError as error:
+        raise _invalid(param, f"{param} must be a number") from error
+    if not value >= least:  # nor is nan
+        raise _invalid(param, f"{param} must be at least {least:g}")
+    return min(value, most)
+
+
+def _invalid(param: str, message: str) -> RequestError:
+    return RequestError(message, code="invalid_value", param=param)
