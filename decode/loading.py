@@ -28,7 +28,6 @@ from kvtransfer.events import (
 )
 from protocol.kv import BlockRef
 
-PIECE_BLOCKS = 128
 NUM_OPEN = 3
 LOAD_TIMEOUT_S = 30.0  # without anything arriving
 
@@ -90,10 +89,12 @@ class Loadings:
     Args:
         memory: the pool's blocks.
         min_tokens: fewer are not worth it.
+        piece_blocks: of one piece at most.
     """
 
-    def __init__(self, memory: SequenceMemory, min_tokens: int) -> None:
+    def __init__(self, memory: SequenceMemory, min_tokens: int, piece_blocks: int) -> None:
         self._memory = memory
+        self._piece_blocks = piece_blocks
         self._min_blocks = max(1, min_tokens // memory.block_size)
         self._loadings: dict[Key, _Loading] = {}  # by sequence
         self._by_piece: dict[Key, _Loading] = {}
@@ -114,8 +115,8 @@ class Loadings:
         sequence.advance(Change.LOAD)
         first, blocks = self._memory.begin_loading(sequence)
         pieces: list[Piece] = []
-        for start in range(0, len(blocks), PIECE_BLOCKS):
-            part = tuple(blocks[start : start + PIECE_BLOCKS])
+        for start in range(0, len(blocks), self._piece_blocks):
+            part = tuple(blocks[start : start + self._piece_blocks])
             logical = first + start
             hashes = tuple(sequence.block_hashes[logical : logical + len(part)])
             pieces.append(Piece(len(pieces), logical, part, hashes))

@@ -74,7 +74,8 @@ class DecodeScheduler:
         self._memory = SequenceMemory(pool, limits.watermark_blocks)
         self._batch = Batch(self._memory, limits)
         self._serving = Serving(pool)
-        self._loadings = Loadings(self._memory, limits.min_tokens_to_load)
+        pieces = (limits.min_tokens_to_load, limits.load_piece_blocks)
+        self._loadings = Loadings(self._memory, *pieces)
         self._model_fingerprint = model_fingerprint
         # The last token generated needs no slot: nothing follows it.
         self._max_len = min(limits.max_model_len, self._memory.num_slots + 1)
