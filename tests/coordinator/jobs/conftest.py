@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from coordinator.config import CoordinatorConfig, ExpectedPool
+from coordinator.config import CoordinatorConfig, ExpectedPool, JobLimits
 from coordinator.control import Owner
 from coordinator.jobs.ingestor import SimulatedIngestor
 from coordinator.server import Coordinator
@@ -70,7 +71,7 @@ class Running(threading.Thread):
         )
         await self.coordinator.run()
 
-    def _on_control(self, control: str, url: str) -> None:
+    def _on_control(self, control: str, _url: str) -> None:
         self.fake = self._fakes(control, POOLS)
         self.ingestor.fake = self.fake
         self.fake.start()
@@ -172,8 +173,6 @@ class Site:
 
 def parse_events(text: str) -> list[dict[str, Any]]:
     """The data of server-sent events, checked for their framing."""
-    import json
-
     events = []
     for frame in text.split("\n\n")[:-1]:
         lines = [line for line in frame.split("\n") if not line.startswith(":")]
@@ -198,7 +197,7 @@ def run_site(
     """A coordinator with jobs until the block ends."""
     jobs = {"segment_tokens": 256, "progress_interval_s": 0.01, "retry_s": 0.01, "max_wait_s": 30.0}
     jobs.update(fields.pop("jobs", {}))
-    config = msgspec_config(folder, jobs, fields)
+    config = config_of(folder, jobs, fields)
     ingestor = ingestor or FakeIngestor(BLOCK_SIZE, FINGERPRINT, chunk_tokens=64)
     running = Running(config, ingestor, fakes)
     running.begin()
@@ -211,9 +210,7 @@ def run_site(
         running.stop()
 
 
-def msgspec_config(folder: Path, jobs: dict[str, Any], fields: dict[str, Any]) -> CoordinatorConfig:
-    from coordinator.config import JobLimits
-
+def config_of(folder: Path, jobs: dict[str, Any], fields: dict[str, Any]) -> CoordinatorConfig:
     return CoordinatorConfig(
         token="secret-token",
         model="arithmetic",
