@@ -173,18 +173,18 @@ class Coordinator:
         return ControlPlane(router, registry, owner, is_restart=is_restart)
 
     def _jobs(self, registry: Registry) -> Jobs | None:
-        if self._ingestor is None:
-            return None
+        return None if self._ingestor is None else Jobs(self._surroundings(registry))
+
+    def _surroundings(self, registry: Registry) -> Surroundings:
+        assert self._ingestor is not None, "only where documents are offered"
         config, model = self._config, self._model
         configured = config.max_model_len or model.max_model_len
-        return Jobs(
-            Surroundings(
-                config,
-                model,
-                self._tokenization,
-                self._ingestor,
-                lambda: registry.max_model_len(configured),
-            )
+        return Surroundings(
+            config,
+            model,
+            self._tokenization,
+            self._ingestor,
+            lambda: registry.max_model_len(configured),
         )
 
     def _http_server(

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import threading
 import time
@@ -15,7 +16,9 @@ import pytest
 
 from coordinator.config import CoordinatorConfig, ExpectedPool, JobLimits
 from coordinator.control import Owner
+from coordinator.jobs.context import Jobs
 from coordinator.jobs.ingestor import SimulatedIngestor
+from coordinator.registry import Registry
 from coordinator.server import Coordinator
 from kvcache.prefix import block_salt, hash_blocks
 from modeling.config import load_config
@@ -44,11 +47,32 @@ class FakeIngestor(SimulatedIngestor):
             self.fake.do(tell)
 
 
+class _Coordinator(Coordinator):
+    """As it is, but for the disk space that is kept free."""
+
+    min_free_bytes = 0
+    jobs: Jobs | None = None
+
+    def _jobs(self, registry: Registry) -> Jobs | None:
+        surroundings = dataclasses.replace(
+            self._surroundings(registry), min_free_bytes=self.min_free_bytes
+        )
+        self.jobs = Jobs(surroundings)
+        return self.jobs
+
+
 class Running(threading.Thread):
     """A coordinator in a thread; ``do`` runs something in its event loop."""
 
-    def __init__(self, config: CoordinatorConfig, ingestor: FakeIngestor, fakes: Any) -> None:
+    def __init__(
+        self,
+        config: CoordinatorConfig,
+        ingestor: FakeIngestor,
+        fakes: Any,
+        min_free_bytes: int,
+    ) -> None:
         super().__init__(daemon=True)
+        self._min_free_bytes = min_free_bytes
         self.ingestor = ingestor
         self.url = ""
         self.failure: BaseException | None = None
@@ -66,13 +90,20 @@ class Running(threading.Thread):
 
     async def _serve(self) -> None:
         self.loop = asyncio.get_running_loop()
-        self.coordinator = Coordinator(
+        self.coordinator = _Coordinator(
             self._config, self._on_control, self._on_ready, Owner(), self.ingestor
         )
+        self.coordinator.min_free_bytes = self._min_free_bytes
         await self.coordinator.run()
+
+    @property
+    def jobs(self) -> Jobs:
+        assert self.coordinator.jobs is not None
+        return self.coordinator.jobs
 
     def _on_control(self, control: str, _url: str) -> None:
         self.fake = self._fakes(control, POOLS)
+        self.fake.config = load_config(self._config.model)
         self.ingestor.fake = self.fake
         self.fake.start()
 
@@ -192,14 +223,18 @@ def hashes_of(token_ids: Sequence[int], cache_salt: str) -> list[bytes]:
 
 @contextlib.contextmanager
 def run_site(
-    folder: Path, fakes: Any, ingestor: FakeIngestor | None = None, **fields: Any
+    folder: Path,
+    fakes: Any,
+    ingestor: FakeIngestor | None = None,
+    min_free_bytes: int = 1,
+    **fields: Any,
 ) -> Iterator[Site]:
     """A coordinator with jobs until the block ends."""
     jobs = {"segment_tokens": 256, "progress_interval_s": 0.01, "retry_s": 0.01, "max_wait_s": 30.0}
     jobs.update(fields.pop("jobs", {}))
     config = config_of(folder, jobs, fields)
     ingestor = ingestor or FakeIngestor(BLOCK_SIZE, FINGERPRINT, chunk_tokens=64)
-    running = Running(config, ingestor, fakes)
+    running = Running(config, ingestor, fakes, min_free_bytes)
     running.begin()
     try:
         key = config.api_keys[0] if config.api_keys else "none"
@@ -213,7 +248,6 @@ def run_site(
 def config_of(folder: Path, jobs: dict[str, Any], fields: dict[str, Any]) -> CoordinatorConfig:
     return CoordinatorConfig(
         token="secret-token",
-        model="arithmetic",
         pools=tuple(ExpectedPool(*pool) for pool in POOLS),
         control_listen=f"ipc://{folder}/c",
         port=0,
@@ -221,7 +255,7 @@ def config_of(folder: Path, jobs: dict[str, Any], fields: dict[str, Any]) -> Coo
         max_model_len=4096,
         log_level="WARNING",
         jobs=JobLimits(**jobs),
-        **fields,
+        **{"model": "arithmetic", **fields},
     )
 
 
@@ -262,5 +296,6 @@ def documents_vocabulary() -> Any:
             "parse_events": staticmethod(parse_events),
             "BLOCK_SIZE": BLOCK_SIZE,
             "FINGERPRINT": FINGERPRINT,
+            "fingerprint_of": staticmethod(lambda model: load_config(model).fingerprint),
         },
     )
