@@ -172,19 +172,20 @@ class Coordinator:
         return ControlPlane(router, registry, owner, is_restart=is_restart)
 
     def _jobs(self, registry: Registry, service: Service, control: ControlPlane) -> Jobs:
+        ingestor = self._ingestor or Tiering(
+            self._config, registry, service, control.send, time.monotonic
+        )
+        return Jobs(self._surroundings(registry, ingestor))
+
+    def _surroundings(self, registry: Registry, ingestor: Ingestor) -> Surroundings:
         config, model = self._config, self._model
         configured = config.max_model_len or model.max_model_len
-        ingestor = self._ingestor or Tiering(
-            config, registry, service, control.send, time.monotonic
-        )
-        return Jobs(
-            Surroundings(
-                config,
-                model,
-                self._tokenization,
-                ingestor,
-                lambda: registry.max_model_len(configured),
-            )
+        return Surroundings(
+            config,
+            model,
+            self._tokenization,
+            ingestor,
+            lambda: registry.max_model_len(configured),
         )
 
     def _http_server(

@@ -98,7 +98,7 @@ class Documents:
         self.table = parts.table
         self._files = parts.files
         self._ingestor = parts.ingestor
-        self._policy = parts.policy
+        self.policy = parts.policy
         self._max_tokens = parts.max_tokens
         self._min_free_bytes = parts.min_free_bytes
 
@@ -129,7 +129,7 @@ class Documents:
             kept, is_new = await self.table.insert(
                 document,
                 idempotency,
-                lambda pinned: self._policy.check(document.pin, num_tokens, pinned),
+                lambda pinned: self.policy.check(document.pin, num_tokens, pinned),
             )
         except RequestError:
             await asyncio.to_thread(self._files.remove, document.document_id)
@@ -322,7 +322,7 @@ class Documents:
         def check(following: Document, pinned: Pinned) -> None:
             is_more = following.pin.is_set and following.pin.mode != before.pin.mode
             if is_more or (following.pin.mode == HARD and before.pin.mode != HARD):
-                self._policy.check(following.pin, following.num_tokens, pinned)
+                self.policy.check(following.pin, following.num_tokens, pinned)
 
         document = await self.table.change(document_id, work, check)
         if pin is not None and document.state not in PENDING:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Protocol
 
 from kvcache.prefix import block_salt, hash_blocks
-from protocol.errors import RequestError
 
 # Of a segment, these say nothing about the document: it is tried again, for however long.
 TRY_AGAIN = frozenset(
@@ -145,7 +144,7 @@ class SimulatedIngestor:
         self.tiers: tuple[str, ...] = ("gpu",) if folder is None else ("gpu", "cpu", "disk")
         self.requests: list[IngestRequest] = []
         self.num_aborted = 0
-        self.failures: list[RequestError] = []  # raised by the next segments, halfway
+        self.failures: list[Exception] = []  # raised by the next segments, halfway
         self.gate = asyncio.Event()  # closed, a segment waits at its first chunk
         self.gate.set()
         self.stored: dict[bytes, None] = {}  # in the order of their coming

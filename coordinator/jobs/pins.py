@@ -14,7 +14,7 @@ from protocol.errors import RequestError
 
 MODES = (NO_PIN, SOFT, HARD)
 TIERS = ("gpu", "cpu", "disk", ANY_TIER)
-_DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,6})?)(s|m|h|d)")
+_DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,6})?)(s|m|h|d)")
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 
 
@@ -87,7 +87,7 @@ class PinPolicy:
     """
 
     def __init__(self, limits: JobLimits, bytes_per_token: int) -> None:
-        self._bytes_per_token = bytes_per_token
+        self.bytes_per_token = bytes_per_token
         self.max_bytes = int(limits.disk_quota_bytes * limits.pinned_share)
         self.max_hard_bytes = int(limits.disk_quota_bytes * limits.hard_pin_share)
 
@@ -98,11 +98,11 @@ class PinPolicy:
             RequestError: ``pin_quota_exceeded``, with both numbers.
         """
         if pin.mode == HARD:
-            needed = (pinned.num_hard_tokens + num_tokens) * self._bytes_per_token
+            needed = (pinned.num_hard_tokens + num_tokens) * self.bytes_per_token
             if needed > self.max_hard_bytes:
                 raise _exceeded("your hard pins", needed, self.max_hard_bytes)
         if pin.is_set:
-            needed = (pinned.num_tokens + num_tokens) * self._bytes_per_token
+            needed = (pinned.num_tokens + num_tokens) * self.bytes_per_token
             if needed > self.max_bytes:
                 raise _exceeded("all pins together", needed, self.max_bytes)
 

@@ -92,7 +92,7 @@ class Runner:
         try:
             while True:
                 self._wakeup.clear()
-                timeout_s = TICK_S if await self._dispatch() else None
+                timeout_s = await self._dispatch()
                 try:
                     async with asyncio.timeout(timeout_s):
                         await self._wakeup.wait()
@@ -111,14 +111,14 @@ class Runner:
             await asyncio.wait({task})
         self._forget(document_id)
 
-    async def _dispatch(self) -> bool:
-        """Begin what can begin now; whether something waits for a moment that is not told."""
+    async def _dispatch(self) -> float | None:
+        """Begin what can begin now; after how long to look again, if nobody will tell."""
         while self._buggy:
             await self._fail(self._buggy.pop(), Failure("internal_error", "internal error"))
         # One more than is computed: its source is read and encoded meanwhile.
         room = self._max_running + 1 - len(self._work)
         if room <= 0:
-            return False
+            return None
         # What could not be written when an attempt ended, for want of room on the disk.
         lost = [d for d in await self._table.with_states(states.WORKING) if self._is_idle(d)]
         for document in lost:
@@ -127,14 +127,17 @@ class Runner:
         queued = await self._table.with_states(frozenset({State.QUEUED}), limit=limit)
         queued = [document for document in queued if self._is_idle(document)]
         if not self._ingestor.is_ready:
-            return bool(queued or lost)
+            return TICK_S if queued or lost else None
         now = time.monotonic()
         due = [d for d in queued if self._not_before.get(d.document_id, 0.0) <= now]
         for document in due[:room]:
             name = document.document_id
             self._work[name] = task = asyncio.create_task(self._attempt(name), name=name)
             task.add_done_callback(self._ended)
-        return bool(lost) or len(due) < len(queued)
+        later = [self._not_before[d.document_id] for d in queued if d not in due]
+        if lost:
+            return TICK_S
+        return max(0.0, min(later) - now) if later else None
 
     def _is_idle(self, document: Document) -> bool:
         return document.document_id not in self._work

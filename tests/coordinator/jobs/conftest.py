@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import dataclasses
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,10 +14,13 @@ from typing import Any
 import httpx
 import pytest
 
-from coordinator.config import CoordinatorConfig, ExpectedPool
-from coordinator.control import Owner
+from coordinator.config import CoordinatorConfig, ExpectedPool, JobLimits
+from coordinator.control import ControlPlane, Owner
+from coordinator.jobs.context import Jobs
 from coordinator.jobs.ingestor import SimulatedIngestor
+from coordinator.registry import Registry
 from coordinator.server import Coordinator
+from coordinator.service import Service
 from kvcache.prefix import block_salt, hash_blocks
 from modeling.config import load_config
 from protocol.messages import CacheUpdate
@@ -43,11 +48,34 @@ class FakeIngestor(SimulatedIngestor):
             self.fake.do(tell)
 
 
+class _Coordinator(Coordinator):
+    """As it is, but for the disk space that is kept free."""
+
+    min_free_bytes = 0
+    jobs: Jobs | None = None
+
+    def _jobs(self, registry: Registry, service: Service, control: ControlPlane) -> Jobs:
+        del service, control  # the ingestor is a fake
+        assert self._ingestor is not None
+        surroundings = dataclasses.replace(
+            self._surroundings(registry, self._ingestor), min_free_bytes=self.min_free_bytes
+        )
+        self.jobs = Jobs(surroundings)
+        return self.jobs
+
+
 class Running(threading.Thread):
     """A coordinator in a thread; ``do`` runs something in its event loop."""
 
-    def __init__(self, config: CoordinatorConfig, ingestor: FakeIngestor, fakes: Any) -> None:
+    def __init__(
+        self,
+        config: CoordinatorConfig,
+        ingestor: FakeIngestor,
+        fakes: Any,
+        min_free_bytes: int,
+    ) -> None:
         super().__init__(daemon=True)
+        self._min_free_bytes = min_free_bytes
         self.ingestor = ingestor
         self.url = ""
         self.failure: BaseException | None = None
@@ -65,13 +93,20 @@ class Running(threading.Thread):
 
     async def _serve(self) -> None:
         self.loop = asyncio.get_running_loop()
-        self.coordinator = Coordinator(
+        self.coordinator = _Coordinator(
             self._config, self._on_control, self._on_ready, Owner(), self.ingestor
         )
+        self.coordinator.min_free_bytes = self._min_free_bytes
         await self.coordinator.run()
 
-    def _on_control(self, control: str, url: str) -> None:
+    @property
+    def jobs(self) -> Jobs:
+        assert self.coordinator.jobs is not None
+        return self.coordinator.jobs
+
+    def _on_control(self, control: str, _url: str) -> None:
         self.fake = self._fakes(control, POOLS)
+        self.fake.config = load_config(self._config.model)
         self.ingestor.fake = self.fake
         self.fake.start()
 
@@ -172,8 +207,6 @@ class Site:
 
 def parse_events(text: str) -> list[dict[str, Any]]:
     """The data of server-sent events, checked for their framing."""
-    import json
-
     events = []
     for frame in text.split("\n\n")[:-1]:
         lines = [line for line in frame.split("\n") if not line.startswith(":")]
@@ -193,14 +226,18 @@ def hashes_of(token_ids: Sequence[int], cache_salt: str) -> list[bytes]:
 
 @contextlib.contextmanager
 def run_site(
-    folder: Path, fakes: Any, ingestor: FakeIngestor | None = None, **fields: Any
+    folder: Path,
+    fakes: Any,
+    ingestor: FakeIngestor | None = None,
+    min_free_bytes: int = 1,
+    **fields: Any,
 ) -> Iterator[Site]:
     """A coordinator with jobs until the block ends."""
     jobs = {"segment_tokens": 256, "progress_interval_s": 0.01, "retry_s": 0.01, "max_wait_s": 30.0}
     jobs.update(fields.pop("jobs", {}))
-    config = msgspec_config(folder, jobs, fields)
+    config = config_of(folder, jobs, fields)
     ingestor = ingestor or FakeIngestor(BLOCK_SIZE, FINGERPRINT, chunk_tokens=64)
-    running = Running(config, ingestor, fakes)
+    running = Running(config, ingestor, fakes, min_free_bytes)
     running.begin()
     try:
         key = config.api_keys[0] if config.api_keys else "none"
@@ -211,12 +248,9 @@ def run_site(
         running.stop()
 
 
-def msgspec_config(folder: Path, jobs: dict[str, Any], fields: dict[str, Any]) -> CoordinatorConfig:
-    from coordinator.config import JobLimits
-
+def config_of(folder: Path, jobs: dict[str, Any], fields: dict[str, Any]) -> CoordinatorConfig:
     return CoordinatorConfig(
         token="secret-token",
-        model="arithmetic",
         pools=tuple(ExpectedPool(*pool) for pool in POOLS),
         control_listen=f"ipc://{folder}/c",
         port=0,
@@ -224,7 +258,7 @@ def msgspec_config(folder: Path, jobs: dict[str, Any], fields: dict[str, Any]) -
         max_model_len=4096,
         log_level="WARNING",
         jobs=JobLimits(**jobs),
-        **fields,
+        **{"model": "arithmetic", **fields},
     )
 
 
@@ -265,5 +299,6 @@ def documents_vocabulary() -> Any:
             "parse_events": staticmethod(parse_events),
             "BLOCK_SIZE": BLOCK_SIZE,
             "FINGERPRINT": FINGERPRINT,
+            "fingerprint_of": staticmethod(lambda model: load_config(model).fingerprint),
         },
     )

@@ -1,0 +1,240 @@
+"""Uploaded files: what they are, what they say, and what happens to one that kills its reader."""
+
+import asyncio
+import io
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pypdf
+import pytest
+
+from coordinator.config import JobLimits
+from coordinator.jobs import parse
+from coordinator.jobs.document import Document
+from coordinator.jobs.documents import Source, new_id
+from coordinator.jobs.formats import HTML, MARKDOWN, PDF, PLAIN, identify, plain_name
+from coordinator.jobs.parser_process import ParserCrashed, extract
+from protocol.errors import RequestError
+
+LIMITS = JobLimits(parse_timeout_s=20.0, parse_memory_bytes=1 << 30)
+
+
+def pdf_of(*pages: str) -> bytes:
+    """A PDF with a line of text on each page, by hand."""
+    objects = [b"<< /Type /Catalog /Pages 2 0 R >>", b""]
+    kids = []
+    for text in pages:
+        content = b"BT /F1 12 Tf 72 720 Td (" + text.encode("latin-1") + b") Tj ET"
+        packed = zlib.compress(content)
+        kids.append(b"%d 0 R" % (len(objects) + 1))
+        objects.append(
+            b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents %d 0 R"
+            b" /Resources << /Font << /F1 << /Type /Font /Subtype /Type1 /BaseFont /Helvetica"
+            b" >> >> >> >>" % (len(objects) + 2)
+        )
+        objects.append(
+            b"<< /Length %d /Filter /FlateDecode >>\nstream\n%s\nendstream" % (len(packed), packed)
+        )
+    objects[1] = b"<< /Type /Pages /Kids [%s] /Count %d >>" % (b" ".join(kids), len(kids))
+    data, offsets = b"%PDF-1.4\n", []
+    for number, body in enumerate(objects, 1):
+        offsets.append(len(data))
+        data += b"%d 0 obj\n%s\nendobj\n" % (number, body)
+    table = b"".join(b"%010d 00000 n \n" % offset for offset in offsets)
+    size = len(objects) + 1
+    return data + (
+        b"xref\n0 %d\n0000000000 65535 f \n%strailer << /Size %d /Root 1 0 R >>\n"
+        b"startxref\n%d\n%%%%EOF\n" % (size, table, size, len(data))
+    )
+
+
+def encrypted(data: bytes, password: str) -> bytes:
+    writer = pypdf.PdfWriter(clone_from=io.BytesIO(data))
+    writer.encrypt(password, algorithm="RC4-128")
+    out = io.BytesIO()
+    writer.write(out)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "kind"),
+    [
+        ("a.txt", b"hello", PLAIN),
+        ("", b"hello", PLAIN),
+        ("a.py", b"import os", PLAIN),
+        ("a.MD", b"# hello", MARKDOWN),
+        ("a.htm", b"<p>", HTML),
+        ("a.pdf", b"%PDF-1.7", PDF),
+        ("a", b"\n%PDF-1.7", PDF),
+        ("a.txt", b"\xff\xfeh\0i\0", PLAIN),
+    ],
+)
+def test_what_a_file_is(name: str, head: bytes, kind: str) -> None:
+    assert identify(name, head, len(head)) == kind
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "says"),
+    [
+        ("a.txt", b"", "0 bytes"),
+        ("a.pdf", b"", "0 bytes"),
+        ("a.pdf", b"<html>", "no PDF"),
+        ("a.txt", b"%PDF-1.7", "is a PDF"),
+        ("a.html", b"%PDF-1.7", "is a PDF"),
+        ("a.txt", b"PK\x03\x04....", "zip archive"),
+        ("a.docx", b"PK\x03\x04....", "zip archive"),
+        ("a.pdf", b"\x1f\x8b\x08", "gzip"),
+        ("a.md", b"abc\0def", "no text"),
+        ("a.png", b"\x89PNG\r\n", "image"),
+        ("a", b"\x7fELF", "program"),
+    ],
+)
+def test_what_a_file_is_not(name: str, head: bytes, says: str) -> None:
+    with pytest.raises(RequestError, match=says) as caught:
+        identify(name, head, len(head))
+    assert (caught.value.code, caught.value.status) == ("unprocessable_document", 422)
+
+
+def test_names_are_only_shown() -> None:
+    assert plain_name("../../etc/passwd") == "passwd"
+    assert plain_name("C:\\a\\b.pdf") == "b.pdf"
+    assert plain_name("a\x00\x1b[31m\nb.txt") == "a[31mb.txt"
+    assert len(plain_name("x" * 5000)) == 255
+
+
+def test_text() -> None:
+    assert parse.read_text("né\r\nb".encode()) == "né\nb"
+    assert parse.read_text(b"\xef\xbb\xbfa") == "a"
+    assert parse.read_text("né".encode("utf-16")) == "né"
+    for bad in (b"\xff\xff\xff", b"a\xe9b", b"a\0b"):
+        with pytest.raises(parse.Unreadable):
+            parse.read_text(bad)
+
+
+def test_html() -> None:
+    page = b"""<!doctype html><html><head><title>A  title</title><style>p { }</style>
+        <script>evil()</script></head><body><!-- no --><h1>One</h1>
+        <p>Two   <b>three</b>, <i>four</i>.<br>Five</p><ul><li>a</li><li>b</li></ul>
+        <pre>x = 1
+  y = 2</pre><template>hidden</template></body></html>"""
+    text = parse.read_html(page)
+    lines = [line for line in text.split("\n") if line]
+    assert lines == ["A title", "One", "Two three, four.", "Five", "a", "b", "x = 1", "  y = 2"]
+    assert parse.read_html('<meta charset="latin-1"><p>n\xe9'.encode("latin-1")) == "né"
+    deep = b"<div>" * 20_000 + b"deep"
+    assert parse.read_html(deep).strip() == "deep"
+
+
+def test_pdf() -> None:
+    data = pdf_of("First page", "Second page")
+    assert parse.read_pdf(data) == "First page\n\nSecond page"
+    for bad, says in (
+        (data[: len(data) // 2], "truncated"),
+        (b"%PDF-1.4 nothing %%EOF", "damaged"),
+        (encrypted(data, "secret"), "encrypted"),
+    ):
+        with pytest.raises(parse.Unreadable, match=says):
+            parse.read_pdf(bad)
+    assert parse.read_pdf(encrypted(data, "")) == "First page\n\nSecond page"
+
+
+def run_extract(folder: Path, data: bytes, media_type: str, limits: JobLimits = LIMITS) -> str:
+    """What the process makes of a file; nothing may be left of it."""
+    source, text = folder / "d.source", folder / "d.text"
+    source.write_bytes(data)
+    try:
+        asyncio.run(extract(source, text, media_type, limits))
+        return text.read_text()
+    finally:
+        assert {path.name for path in folder.iterdir()} <= {"d.source", "d.text"}
+
+
+def test_the_process(tmp_path: Path) -> None:
+    assert run_extract(tmp_path, pdf_of("In a process"), PDF) == "In a process"
+    assert run_extract(tmp_path, b"<p>one</p><p>two", HTML) == "one\n\ntwo"
+
+
+@pytest.mark.parametrize(
+    ("data", "media_type", "says"),
+    [
+        (b" \n ", PLAIN, "no text"),
+        (b"\xff\xff", PLAIN, "not UTF-8"),
+        (b"%PDF-1.4 \n", PDF, "truncated"),
+        (b"x" * 2000, PLAIN, "more than 1000"),
+    ],
+)
+def test_the_process_says_why(tmp_path: Path, data: bytes, media_type: str, says: str) -> None:
+    limits = JobLimits(max_text_bytes=1000)
+    with pytest.raises(RequestError, match=says) as caught:
+        run_extract(tmp_path, data, media_type, limits)
+    assert caught.value.code == "unprocessable_document"
+
+
+def test_a_bomb_kills_the_process_only(tmp_path: Path) -> None:
+    limits = JobLimits(parse_memory_bytes=100 << 20)
+    with pytest.raises(ParserCrashed):
+        run_extract(tmp_path, b"<p>a" * 400_000, HTML, limits)
+
+
+def test_a_process_that_does_not_end(tmp_path: Path) -> None:
+    limits = JobLimits(parse_timeout_s=0.01)
+    with pytest.raises(ParserCrashed, match="no end"):
+        run_extract(tmp_path, b"<p>a" * 100_000, HTML, limits)
+
+
+def test_the_process_is_confined() -> None:
+    for attempt in ("socket.socket()", "open('/tmp/x', 'w')", "os.system('true')"):
+        program = (
+            "import os, socket; from coordinator.jobs import parse; "
+            f"parse._confine(1 << 30, 5, 1000); {attempt}"
+        )
+        ended = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+        assert b"a parser does not do this" in ended.stderr, attempt
+
+
+def upload(site: Any, folder: Path, data: bytes, media_type: str) -> str:
+    """A document of a file, past the HTTP side."""
+    path = folder / "upload"
+    path.write_bytes(data)
+    documents = site.running.jobs.documents
+    document = Document(
+        new_id(), "default", "salt", documents.table.clock(), "file", media_type=media_type
+    )
+    made = asyncio.run_coroutine_threadsafe(
+        documents.create(document, Source(path=path, is_ours=False), None), site.running.loop
+    )
+    made.result(20)
+    return document.document_id
+
+
+def test_files_become_documents(site: Any, tmp_path: Path) -> None:
+    text = "A page of text. " * 30
+    document_id = upload(site, tmp_path, pdf_of(text), PDF)
+    found = site.wait(document_id)
+    assert found["source"] == {"type": "file", "media_type": "application/pdf"}
+    assert found["tokens"]["total"] == len(f"user: {text.strip()}")
+    answer = site.ask(document_id, "What?", return_token_ids=True)
+    assert b"A page of text." in bytes(answer["choices"][0]["prompt_token_ids"])
+    assert "cache_miss" not in answer
+    names = {p.name for p in (site.running.jobs.folder / "documents").glob(f"{document_id}*")}
+    assert names == {f"{document_id}.text", f"{document_id}.tokens"}
+
+
+def test_a_file_that_cannot_be_read_fails(site: Any, tmp_path: Path) -> None:
+    document_id = upload(site, tmp_path, encrypted(pdf_of("a"), "b"), PDF)
+    error = site.wait(document_id, "failed")["error"]
+    assert (error["code"], error["status"]) == ("unprocessable_document", 422)
+    assert "encrypted" in error["message"]
+
+
+def test_a_file_that_kills_its_reader_is_quarantined(start_site: Any, tmp_path: Path) -> None:
+    with start_site(tmp_path, jobs={"parse_memory_bytes": 100 << 20}) as site:
+        document_id = upload(site, tmp_path, b"<p>a" * 400_000, HTML)
+        found = site.wait(document_id, "failed")
+        assert found["error"]["code"] == "quarantined"
+        warnings = [e["code"] for e in site.events(document_id) if e["type"] == "warning"]
+        assert warnings == ["parser_crashed"] * 2
+        site.wait(site.ingest(text="Others go on.")["id"])
