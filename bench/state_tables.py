@@ -12,6 +12,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import coordinator.jobs.states
 import coordinator.records
 import decode.states
 import kvcache.blocks
@@ -35,6 +36,7 @@ def tables() -> dict[str, Ways]:
         "target": _flat(kvtransfer.states.TARGET_TABLE),
         "prefill": _nested(prefill.states.TABLE),
         "decode": _nested(decode.states.TABLE),
+        "document": _flat(coordinator.jobs.states.TABLE),
     }
 
 

@@ -13,8 +13,7 @@ from coordinator.auth import Tenant
 from coordinator.chat import read_messages
 from coordinator.config import JobLimits
 from coordinator.frontend import Frontend
-from coordinator.jobs.canonical import CHAT, TEXT
-from coordinator.jobs.document import Document, Pin, SystemMessage
+from coordinator.jobs.document import CHAT, TEXT, Document, Pin, SystemMessage
 from coordinator.jobs.document_table import Idempotency
 from coordinator.jobs.documents import Source, new_id
 from coordinator.jobs.formats import HEAD_BYTES, identify, plain_name, unprocessable
