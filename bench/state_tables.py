@@ -12,6 +12,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import coordinator.jobs.states
 import coordinator.records
 import decode.states
 import kvcache.blocks
@@ -38,6 +39,7 @@ def tables() -> dict[str, Ways]:
         "loan": _flat(kvtransfer.store.states.LOAN),
         "prefill": _nested(prefill.states.TABLE),
         "decode": _nested(decode.states.TABLE),
+        "document": _flat(coordinator.jobs.states.TABLE),
     }
 
 

@@ -13,8 +13,7 @@ from coordinator.auth import Tenant
 from coordinator.chat import read_messages
 from coordinator.config import JobLimits
 from coordinator.frontend import Frontend
-from coordinator.jobs.canonical import CHAT, TEXT
-from coordinator.jobs.document import Document, Pin, SystemMessage
+from coordinator.jobs.document import CHAT, TEXT, Document, Pin, SystemMessage
 from coordinator.jobs.document_table import Idempotency
 from coordinator.jobs.documents import Source, new_id
 from coordinator.jobs.formats import HEAD_BYTES, identify, plain_name, unprocessable
@@ -171,6 +170,8 @@ def _source(
     if given.messages is not None:
         text, system = _messages(frontend, given.messages)
         return "messages", Source(text=_checked_text(text)), system
+    if given.file_id is not None:
+        raise RequestError("no such file", code="file_not_found", param="source", status=404)
     return "text", Source(text=_checked_text(given.text or "")), ()
 
 

@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from coordinator.frontend import Asker, Frontend
-from coordinator.jobs.canonical import CHAT, TEXT
 from coordinator.jobs.context import Jobs
+from coordinator.jobs.document import CHAT, TEXT
 from coordinator.jobs.questions import Attached, chat_tokens, check_system, completion_tokens
 from coordinator.tokenizing import TextTools
 from protocol.errors import RequestError

@@ -113,13 +113,17 @@ class Coordinator:
                 serving = tasks.create_task(http.serve(sockets=[self._socket]))
                 plane = tasks.create_task(control.run())
                 self._on_control(router.address, self.url)
+                watching: asyncio.Task[None] | None = None
                 try:
                     await jobs.start()
+                    watching = tasks.create_task(jobs.watch())
                     await self._wait_ready(control, registry)
                     await self._stop.wait()
                 except StartFailed as error:
                     failure = error  # raised when everything has been put away
                 finally:
+                    if watching is not None:
+                        watching.cancel()
                     await jobs.close()
                     service.shut_down()
                     http.should_exit = True

@@ -10,12 +10,11 @@ encoded by itself. The place is found with a mark that occurs in no message.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from coordinator.jobs.document import TEXT
 from coordinator.tokenizing import TextTools
 from modeling.chat_template import RenderedChat
 from protocol.errors import RequestError
 
-CHAT, TEXT = "chat", "text"
-FORMS = (CHAT, TEXT)
 MARKS = range(0xF0000, 0xF0100)  # private use, apart from the template's own guards
 Messages = Sequence[Mapping[str, Any]]
 
@@ -26,7 +25,7 @@ def encode_document(tools: TextTools, text: str, form: str, system: Messages) ->
     Args:
         tools: of the model.
         text: the document.
-        form: one of ``FORMS``.
+        form: ``CHAT`` or ``TEXT``.
         system: the messages before the one that holds it; of *chat*.
 
     Raises:

@@ -110,8 +110,12 @@ class Jobs:
             asyncio.create_task(self.documents.runner.run()),
             asyncio.create_task(self.documents.keeper.run()),
         ]
-        for task in self._tasks:
-            task.add_done_callback(_raise_if_failed)
+
+    async def watch(self) -> None:
+        """Raises what a worker has died of: a bug, with which the process is to end."""
+        done, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
 
     async def close(self) -> None:
         """Abort what runs; it goes on when the next process starts. Idempotent."""
@@ -127,8 +131,3 @@ def kv_bytes_per_token(model: ModelConfig) -> int:
     """Of all layers, on all ranks together."""
     width = DTYPE_BYTES.get(model.dtype, 2)
     return 2 * model.num_layers * model.num_kv_heads * model.head_dim * width
-
-
-def _raise_if_failed(task: asyncio.Task[None]) -> None:
-    if not task.cancelled():
-        task.result()  # a bug: told to the event loop's handler

@@ -11,10 +11,10 @@ from typing import Any
 import msgspec
 
 from coordinator.jobs import states
-from coordinator.jobs.canonical import CHAT
 from coordinator.jobs.states import State, Step
 from protocol.errors import RequestError
 
+CHAT, TEXT = "chat", "text"  # forms: see canonical.py
 NO_PIN, SOFT, HARD = "none", "soft", "hard"
 ANY_TIER = "any"
 

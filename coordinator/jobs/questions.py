@@ -11,14 +11,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from coordinator.jobs.canonical import (
-    TEXT,
     encode_before,
     encode_document,
     encode_rest,
     first_user,
     joined,
 )
-from coordinator.jobs.document import Document
+from coordinator.jobs.document import TEXT, Document
 from coordinator.jobs.documents import Documents
 from coordinator.jobs.states import PENDING, USABLE, State
 from coordinator.tokenizing import TextTools, Tokenization
