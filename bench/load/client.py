@@ -12,7 +12,7 @@ import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import httptools
@@ -119,8 +119,7 @@ class _Connection(asyncio.Protocol):
     # asyncio's calls
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's has no such base
 
     def data_received(self, data: bytes) -> None:
         self._now = time.monotonic()
@@ -185,10 +184,10 @@ class _Connection(asyncio.Protocol):
         if not exchange.ended.done():
             exchange.ended.set_result(None)
 
-    def give_up(self, outcome: str) -> None:
+    def give_up(self, outcome: str, error_code: str = "") -> None:
         """Close the connection under a request that has not ended."""
         self._now = time.monotonic()
-        self._finish(outcome, "")
+        self._finish(outcome, error_code)
         self.abort()
 
 
@@ -205,6 +204,8 @@ class Client:
     headers: dict[str, str] = field(default_factory=dict)
     num_connections: int = 0
     _idle: list[_Connection] = field(default_factory=list)
+    _busy: set[_Connection] = field(default_factory=set)
+    _is_closed: bool = False
     _peer: tuple[str, int] | None = None
     _tls: dict[str, Any] = field(default_factory=dict)
 
@@ -281,9 +282,13 @@ class Client:
                 wait_s = limits.next_at(reply.last_byte_at) - now
                 exchange.timer = loop.call_later(wait_s, check)
 
+        self._busy.add(connection)
         connection.begin(exchange, payload)
+        if self._is_closed:
+            connection.give_up("timeout", "run_stopped")
         check()
         await exchange.ended
+        self._busy.discard(connection)
         return exchange
 
     async def _connect(self, reply: Reply, limits: Limits) -> _Connection | None:
@@ -309,7 +314,10 @@ class Client:
         return connection
 
     def close(self) -> None:
-        """Close what is idle."""
+        """Close every connection; requests that have not ended are given up."""
+        self._is_closed = True
+        for connection in self._busy:
+            connection.give_up("timeout", "run_stopped")
         for connection in self._idle:
             connection.abort()
         self._idle.clear()

@@ -54,6 +54,12 @@ class Pacer:
         self.at(when, lambda: None if reached.done() else reached.set_result(None))
         await reached
 
+    def flush(self) -> None:
+        """Call back everybody now."""
+        heap, self._heap = self._heap, []
+        for _, _, callback in heap:
+            callback()
+
     def close(self) -> None:
         """Forget what is left."""
         self._heap.clear()

