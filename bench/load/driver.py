@@ -12,7 +12,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from functools import partial
 from typing import IO, Literal
 
@@ -43,7 +42,6 @@ class Load(msgspec.Struct, frozen=True):
     Args:
         num_users: of the closed loop.
         duration_s: the closed loop begins no session after it.
-        max_missed: stop as soon as more requests than this have missed their objective.
     """
 
     target: Target
@@ -54,33 +52,58 @@ class Load(msgspec.Struct, frozen=True):
     num_users: int = 1
     duration_s: float | None = None
     slo: Slo | None = None
-    max_missed: int | None = None
 
 
-@dataclass(slots=True)
-class Tally:
-    """A run so far."""
+class Progress(msgspec.Struct):
+    """How far a run, or one process's share of it, has come."""
 
     num_planned: int = 0
     num_sent: int = 0
     num_in_flight: int = 0
     num_tokens: int = 0
     num_missed: int = 0
-    outcomes: Counter[str] = field(default_factory=Counter)
-    _area: float = 0.0
-    _since: float = 0.0
+    outcomes: dict[str, int] = {}
+    ttfts_s: list[float] = []
+    """Since the last report."""
+
+
+class Tally:
+    """Counts while it runs."""
+
+    def __init__(self, num_planned: int) -> None:
+        self.progress = Progress(num_planned)
+        self._outcomes: Counter[str] = Counter()
+        self._area = 0.0
+        self._since = 0.0
 
     def begin(self, now: float) -> None:
         self._since = now
 
     def count(self, change: int, now: float) -> None:
         """One more or one less in flight."""
-        self._area += self.num_in_flight * (now - self._since)
+        self._area += self.progress.num_in_flight * (now - self._since)
         self._since = now
-        self.num_in_flight += change
+        self.progress.num_in_flight += change
+        self.progress.num_sent += change > 0
 
     def mean_in_flight(self, span_s: float) -> float:
         return self._area / span_s if span_s > 0 else 0.0
+
+    def keep(self, record: RequestRecord, slo: Slo) -> None:
+        """A request has ended."""
+        progress = self.progress
+        self._outcomes[record.outcome] += 1
+        progress.num_tokens += record.num_output_tokens
+        if record.token_times_s:
+            progress.ttfts_s.append(record.token_times_s[0] - record.intended_s)
+        if record.outcome != CANCELLED and not slo.of(record.kind).met(record):
+            progress.num_missed += 1
+
+    def report(self) -> Progress:
+        """As it stands; the next one's TTFTs are those from here on."""
+        report = msgspec.structs.replace(self.progress, outcomes=dict(self._outcomes))
+        self.progress.ttfts_s = []
+        return report
 
 
 class Bodies:
@@ -227,7 +250,6 @@ class Driver:
         more = {"x-request-id": reply.request_id, "x-session-id": planned.session}
         payload = self._client.head(dialect.api.path, len(body), more) + body
         sent_at = time.monotonic()
-        self.tally.num_sent += 1
         self.tally.count(1, sent_at)
         cancel_at = None if planned.cancel_after_s is None else sent_at + planned.cancel_after_s
         await self._client.send(payload, reply, cancel_at)
@@ -269,15 +291,8 @@ class Driver:
         )
 
     def _keep(self, record: RequestRecord) -> None:
-        tally, load = self.tally, self._load
         self.records.append(record)
-        tally.outcomes[record.outcome] += 1
-        tally.num_tokens += record.num_output_tokens
-        slo = load.slo or Slo({})
-        if record.outcome != CANCELLED and not slo.of(record.kind).met(record):
-            tally.num_missed += 1
-            if load.max_missed is not None and tally.num_missed > load.max_missed:
-                self.stop()
+        self.tally.keep(record, self._load.slo or Slo({}))
 
     def _keep_unsent(self) -> None:
         """A record of every request that should have been and was not."""
