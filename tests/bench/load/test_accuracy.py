@@ -24,7 +24,7 @@ from bench.load.toy_server import ToyConfig
 from bench.load.workload import Segment, Turn
 
 START = Callable[..., str]
-ATTEMPTS = 6
+ATTEMPTS = 5
 SLO = Slo({"default": Objective(Deadline(0.04, 0.02), 0.011)})
 
 
