@@ -6,7 +6,8 @@
 It computes nothing. Of a request with n prompt tokens the first token leaves ``base + prefill * n``
 after its turn has come, each later event ``token_ms`` after the one before. With slots, requests
 take turns, first come, first served. In a stall the whole server stands still. Failures are drawn
-from the seed and the request's number. ``GET /toy/log`` tells when everything really left.
+from the seed and the request's number. ``GET /toy/log`` tells when everything really left, and
+``/toy/restart`` counts stalls and draws from then on.
 """
 
 import argparse
@@ -39,7 +40,7 @@ class ToyConfig(msgspec.Struct, frozen=True):
     num_slots: int = 0
     """0: as many as there are requests. A request holds its slot for its whole planned time."""
     stalls: tuple[Stall, ...] = ()
-    """(seconds after the server's start, seconds)."""
+    """(seconds after the server's start or restart, seconds)."""
     failure_rate: float = 0.0
     """Answered with status 500 at once."""
     error_rate: float = 0.0
@@ -103,11 +104,18 @@ class ToyServer:
 
     def __init__(self, config: ToyConfig) -> None:
         self.config = config
-        self.started = time.monotonic()
-        self.stalls = [(self.started + at, length_s) for at, length_s in config.stalls]
-        self.log: list[Served] = []
         self.pacer = Pacer()
-        self._slots = [0.0] * config.num_slots
+        self.log: list[Served] = []
+        self.stalls: list[Stall] = []
+        self._slots: list[float] = []
+        self.restart()
+
+    def restart(self) -> None:
+        """Count stalls, slots and draws from now on, as a server does that has just come up."""
+        now = time.monotonic()
+        self.stalls = [(now + at, length_s) for at, length_s in self.config.stalls]
+        self.log = []
+        self._slots = [0.0] * self.config.num_slots
 
     async def listen(self, host: str, port: int) -> asyncio.Server:
         return await asyncio.get_running_loop().create_server(
@@ -197,6 +205,9 @@ class _ToyConnection(asyncio.Protocol):
             self._answer(200, {"object": "list", "data": [model]})
         elif path == "/toy/log":
             self._answer(200, self.server.log)
+        elif path == "/toy/restart":
+            self.server.restart()
+            self._answer(200, {})
         elif path.startswith("/v1/requests/") and path.endswith("/timeline"):
             self._timeline(path.split("/")[3])
         else:

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
+from bench.load.driver import Progress
 from bench.load.metrics import summarise
 from bench.load.prompts import Dialect
 from bench.load.record import Manifest, RequestRecord, read_run, write_run
@@ -24,7 +25,7 @@ from bench.load.toy_server import ToyConfig
 from bench.load.workload import Segment, Turn
 
 START = Callable[..., str]
-ATTEMPTS = 5
+ATTEMPTS = 3
 SLO = Slo({"default": Objective(Deadline(0.04, 0.02), 0.011)})
 
 
@@ -101,6 +102,11 @@ def _toy_lag_s(url: str) -> float:
     )
 
 
+def _share_waiting(records: list[RequestRecord], seconds: float) -> float:
+    """Of all users, those who waited longer than this for a first token."""
+    return sum(r.token_times_s[0] - r.intended_s > seconds for r in records) / len(records)
+
+
 def test_every_metric_within_a_millisecond_or_a_percent(toy: START, tmp_path: Path) -> None:
     config = ToyConfig(base_s=0.02, prefill_s_per_1k=0.02, token_s=0.01)
     url = toy("--base-ms", "20", "--prefill-ms-per-1k", "20", "--token-ms", "10")
@@ -133,18 +139,26 @@ def test_every_metric_within_a_millisecond_or_a_percent(toy: START, tmp_path: Pa
 def test_a_stall_shows_and_a_closed_loop_hides_it(
     toy: START, stall_s: float, rate: float, length_s: float
 ) -> None:
-    flags = ("--base-ms", "10", "--prefill-ms-per-1k", "0", "--token-ms", "1")
-    stall = ("--stall", f"2.5:{stall_s}")
+    flags = ("--base-ms", "4", "--prefill-ms-per-1k", "0", "--token-ms", "1")
+    stall = ("--stall", f"0.8:{stall_s}")
 
     def run(**more: Any) -> tuple[Manifest, list[RequestRecord]]:
         target = discover(toy(*flags, *stall), Dialect(""))
+        restarts: list[httpx.Response] = []
+
+        def restart_once(progress: Progress) -> bool:
+            if not restarts and progress.num_sent:  # the stall is meant for this run
+                restarts.append(httpx.get(f"{target.url}/toy/restart"))
+            return False
+
         num = 20_000 if more else int(rate * length_s)
         schedule = _schedule(num, rate, 8, 3)
-        return execute(Plan(target, schedule, {}, {}, SLO, wants_timelines=False, **more))
+        plan = Plan(target, schedule, {}, {}, SLO, wants_timelines=False, **more)
+        return execute(plan, restart_once)
 
     with ThreadPoolExecutor() as pool:
         open_run = pool.submit(run)
-        closed_run = pool.submit(run, loop="closed", num_users=2, duration_s=length_s)
+        closed_run = pool.submit(run, loop="closed", num_users=3, duration_s=length_s)
     manifest, records = open_run.result()
     assert manifest.driver["loop"] == "open"
     # Users come evenly: of `length_s` seconds' users, those of `stall_s` seconds wait, the first
@@ -153,10 +167,12 @@ def test_a_stall_shows_and_a_closed_loop_hides_it(
     p99_s = summarise(records).metrics["ttft_s"].p99
     assert p99_s is not None
     assert 0.98 * true_p99_s < p99_s < true_p99_s + 1.0  # later only where the machine is busy
+    assert _share_waiting(records, stall_s / 2) > 0.8 * (stall_s / 2) / length_s
 
     manifest, records = closed_run.result()
     assert manifest.driver["loop"] == "closed"
     hidden_s = summarise(records).metrics["ttft_s"].p99
     assert hidden_s is not None
-    assert hidden_s < 0.25 * stall_s  # two of several hundred saw it
+    assert hidden_s < 0.75 * stall_s  # three of several hundred saw it
+    assert _share_waiting(records, stall_s / 2) < 0.02
     assert max(r.token_times_s[0] - r.intended_s for r in records) > 0.8 * stall_s
