@@ -1,0 +1,140 @@
+"""Where things stand in a drawing: margins from the width of labels, legends in rows, no overlap.
+
+Nothing here knows the reader's fonts: widths are estimated, generously, for a sans-serif of 12 px.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bench.load.report.plot import (
+    Dots,
+    LaneText,
+    Lanes,
+    Line,
+    Plot,
+    Spans,
+    legend,
+    x_values,
+    y_values,
+)
+from bench.load.report.scale import Scale, scale, tick_text, ticks
+
+FONT_PX = 12
+LINE_HEIGHT = 17
+KEY_WIDTH = 24  # of a legend's sample
+GAP = 18  # between two entries of a legend
+PLOT_HEIGHT = 240.0
+_NARROW_CHARACTERS = frozenset("iljtfr.,:;|!'()[] ")
+_BROAD_CHARACTERS = frozenset("mwMWGOQD%@#&")
+
+
+def text_width(text: str) -> float:
+    """Pixels, rather too many than too few."""
+    narrow = sum(character in _NARROW_CHARACTERS for character in text)
+    broad = sum(character in _BROAD_CHARACTERS for character in text)
+    wide = sum(ord(character) > 0x2E80 for character in text)
+    return 4.2 * narrow + 10.4 * broad + 12.5 * wide + 7.0 * (len(text) - narrow - broad - wide)
+
+
+def clip_text(text: str, width: float) -> str:
+    """With an ellipsis where it would be wider."""
+    if text_width(text) <= width:
+        return text
+    while text and text_width(text + "…") > width:
+        text = text[:-1]
+    return text + "…"
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """The rectangle that marks are drawn in, and the way from values to pixels."""
+
+    width: float
+    height: float
+    left: float
+    right: float
+    top: float
+    bottom: float
+    x: Scale
+    y: Scale
+    lane_height: float = 0.0
+
+    def lane(self, index: int) -> float:
+        """The middle of a lane."""
+        return self.top + (index + 0.5) * self.lane_height
+
+
+def frame_of(plot: Plot, width: int) -> Frame:
+    """The frame of a plot in a drawing of ``width`` pixels."""
+    num_rows = len(legend_rows(plot, width)) + bool(plot.ramp)
+    top = num_rows * LINE_HEIGHT + (30.0 if plot.y.label else 14.0)
+    lane_height = _lane_height(plot)
+    if isinstance(plot.y, Lanes):
+        height = max(1, len(plot.y.names)) * lane_height
+        y = Scale(0.0, 1.0, top + height, top)
+        names = max((text_width(name) for name in plot.y.names), default=0.0)
+        left = min(0.36 * width, names + 12)
+    else:
+        height = PLOT_HEIGHT if width > 500 else 0.85 * PLOT_HEIGHT
+        y = scale(plot.y, y_values(plot.layers), top + height, top)
+        values = ticks(y, max(3, int(height / 44)))
+        labels = [tick_text(value, plot.y.unit, values) for value in values]
+        left = max((text_width(label) for label in labels), default=0.0) + 12
+    right = width - _right_margin(plot, width)
+    x = scale(plot.x, x_values(plot.layers), left, right)
+    bottom = top + height
+    return Frame(width, bottom + 42, left, right, top, bottom, x, y, lane_height)
+
+
+def _lane_height(plot: Plot) -> float:
+    if not isinstance(plot.y, Lanes):
+        return 0.0
+    return 28.0 if len(plot.y.names) <= 20 else 11.0
+
+
+def _right_margin(plot: Plot, width: int) -> float:
+    texts = [
+        text for layer in plot.layers if isinstance(layer, LaneText) for _, _, text in layer.texts
+    ]
+    return min(0.4 * width, max((text_width(text) + 10 for text in texts), default=16.0))
+
+
+def legend_rows(plot: Plot, width: int) -> list[list[tuple[float, Line | Dots | Spans]]]:
+    """(x, entry) by row; none when there is only one thing to name."""
+    entries = legend(plot.layers)
+    if len(entries) < 2:
+        return []
+    rows: list[list[tuple[float, Line | Dots | Spans]]] = [[]]
+    x = 0.0
+    for entry in entries:
+        own = KEY_WIDTH + text_width(entry.name)
+        if rows[-1] and x + own > width:
+            rows.append([])
+            x = 0.0
+        rows[-1].append((x, entry))
+        x += own + GAP
+    return rows
+
+
+def spread(wanted: Sequence[float], gap: float, lowest: float) -> list[float]:
+    """Positions near the wanted ones, in the same order, at least ``gap`` apart."""
+    order = sorted(range(len(wanted)), key=lambda index: wanted[index])
+    placed = [0.0] * len(wanted)
+    at = lowest
+    for index in order:
+        placed[index] = max(at, wanted[index])
+        at = placed[index] + gap
+    return placed
+
+
+def thin_labels(labels: Sequence[tuple[float, str]], width: float) -> list[tuple[float, str]]:
+    """Without those that would touch the one before, and inside the drawing."""
+    kept: list[tuple[float, str]] = []
+    end = -1e9
+    for at, text in labels:
+        half = text_width(text) / 2
+        at = min(max(at, half), width - half)
+        if at - half >= end + 6:
+            kept.append((at, text))
+            end = at + half
+    return kept
