@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from bench.load.report.plot import (
     Dots,
-    LaneText,
     Lanes,
+    LaneText,
     Line,
     Plot,
     Spans,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Unit = Literal["", "s", "share", "tokens", "rate"]
+Dashes = Literal["", "dash", "dot"]
 NEUTRAL = -1  # a colour that belongs to no target
 
 
@@ -38,7 +39,7 @@ class Line:
     name: str
     color: int
     points: tuple[tuple[float, float], ...]
-    dashes: Literal["", "dash", "dot"] = ""
+    dashes: Dashes = ""
     steps: bool = False
     dots: bool = False
     tips: tuple[str, ...] = ()

@@ -23,8 +23,8 @@ from bench.load.report.plot import (
     NEUTRAL,
     Band,
     Dots,
-    LaneText,
     Lanes,
+    LaneText,
     Line,
     Plot,
     Rule,
@@ -45,7 +45,6 @@ class Canvas:
 
     def __init__(self, width: float, height: float, title: str) -> None:
         self.root = ElementTree.Element("svg")
-        self._stack = [self.root]
         for name, value in (
             ("viewBox", f"0 0 {width:g} {height:g}"),
             ("width", f"{width:g}"),
@@ -69,16 +68,13 @@ class Canvas:
     def text(self, x: float, y: float, text: str, class_: str, anchor: str = "start") -> None:
         self.add("text", text, x=x, y=y, class_=class_, text_anchor=anchor)
 
-    def __str__(self) -> str:
-        return ElementTree.tostring(self.root, encoding="unicode")
-
 
 def printable(text: str) -> str:
     """Without the characters that no XML document may hold."""
     return _NOT_XML.sub("\ufffd", text)
 
 
-def draw(plot: Plot, width: int = WIDE) -> str:
+def draw(plot: Plot, width: int = WIDE) -> ElementTree.Element:
     """The plot as one SVG element."""
     frame = frame_of(plot, width)
     canvas = Canvas(width, frame.height, plot.title)
@@ -103,7 +99,7 @@ def draw(plot: Plot, width: int = WIDE) -> str:
             case Rule():
                 pass
     _rules(canvas, plot, frame)
-    return str(canvas)
+    return canvas.root
 
 
 def color_class(color: int) -> str:
