@@ -45,7 +45,8 @@ def distributions(sides: Sequence[Side]) -> list[Plot]:
 
 def _ranked(side: Side, key: str) -> list[float]:
     name, _, read = METRICS[key]
-    values = sorted(at for record in side.records for at in read(record))
+    records = side.records if key in ("ttft", "itl") else side.answered
+    values = sorted(at for record in records for at in read(record))
     summary = side.summary.metrics.get(f"{name.lower()}_s")
     return values + [math.inf] * (summary.num_failed if summary is not None else 0)
 
