@@ -9,6 +9,7 @@ from bench.load.report.load_figures import attainment, goodput, pareto, send_lag
 from bench.load.report.phase_figures import decomposition, gantt, has_timelines, pools
 from bench.load.report.plot import Plot
 from bench.load.report.runs import Run, Side, focus, sides_of
+from bench.load.report.scale import compact
 from bench.load.report.slice_figures import slices
 from bench.load.report.table import Table
 from bench.load.report.tables import (
@@ -91,7 +92,8 @@ def _stripped(section: Section) -> Section:
 def _which(runs: Sequence[Run], detailed: Sequence[Side]) -> str:
     if len(runs) < 2 or not detailed:
         return ""
-    return f"Of the run {detailed[0].run.folder.name}. "
+    run = detailed[0].run
+    return f"Of the run {run.folder.name}, {compact(run.rate)} requests/s. "
 
 
 def _summary(runs: Sequence[Run], detailed: Sequence[Side]) -> Section:

@@ -57,7 +57,7 @@ def _cdf(key: str, found: Sequence[tuple[Side, list[float]]]) -> Plot:
     for side, ordered in found:
         values = [(percentile(ordered, share), share) for share in _shares(len(ordered))]
         points = tuple((at, share) for at, share in values if math.isfinite(at))
-        layers.append(Line(side.label, side.color, points))
+        layers.append(Line(side.name, side.color, points))
         layers.append(Dots("", side.color, _marks(side, ordered, tail=False)))
     return Plot(
         f"{key}-cdf",
@@ -80,7 +80,7 @@ def _tail(key: str, found: Sequence[tuple[Side, list[float]]]) -> Plot:
         ranks = [rank for rank in _tail_ranks(num) if math.isfinite(ordered[rank])]
         points = tuple((max(ordered[rank], LOG_FLOOR), (num - rank) / num) for rank in ranks)
         floor = min([floor, *(share for _, share in points)])
-        layers.append(Line(side.label, side.color, points))
+        layers.append(Line(side.name, side.color, points))
         layers.append(Dots("", side.color, _marks(side, ordered, tail=True)))
     return Plot(
         f"{key}-tail",
@@ -114,7 +114,7 @@ def _marks(side: Side, ordered: Sequence[float], *, tail: bool) -> tuple[Dot, ..
     for share in MARKED:
         if len(ordered) < min_samples(share) or math.isinf(at := percentile(ordered, share)):
             continue
-        tip = f"{side.label}: p{100 * share:g} = {seconds(at)}, n = {len(ordered)}"
+        tip = f"{side.name}: p{100 * share:g} = {seconds(at)}, n = {len(ordered)}"
         marks.append(Dot(max(at, LOG_FLOOR), 1 - share if tail else share, tip))
     return tuple(marks)
 
@@ -152,12 +152,12 @@ def _by_length(side: Side, max_dots: int, limits: tuple[float, float]) -> Plot:
         note += f" {left_out} of {len(answered)} requests are left out of the drawing, evenly."
     return Plot(
         f"ttft-length-{side.color}",
-        f"TTFT against prompt length: {side.label}",
+        f"TTFT against prompt length: {side.name}",
         Axis("prompt tokens", "tokens", log=True),
         Axis("time to first token", "s", log=True, low=limits[0], high=limits[1]),
         tuple(layers),
         note,
-        tab=side.label,
+        tab=side.name,
         ramp="share of the prompt found in a cache" if knows_cache else "",
     )
 

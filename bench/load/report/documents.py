@@ -23,7 +23,7 @@ def documents(sides: Sequence[Side]) -> Plot | None:
             continue
         for kind, records in own.items():
             dots = tuple(_dot(record, hollow=kind == QUESTION) for record in records)
-            layers.append(Dots(f"{side.label}, {kind}s", side.color, dots))
+            layers.append(Dots(f"{side.name}, {kind}s", side.color, dots))
         rows.append(_row(side, own[DOCUMENT], own[QUESTION]))
     if not layers:
         return None
@@ -59,7 +59,7 @@ def _row(
     took = sum(ttft_of(record) or 0.0 for record in cold)
     rate = sum(record.num_prompt_tokens for record in cold) / took if took else 0.0
     return (
-        side.label,
+        side.name,
         str(len(cold)),
         seconds(_median(cold)),
         f"{rate:,.0f}",

@@ -5,13 +5,16 @@ Nothing here knows the reader's fonts: widths are estimated, generously, for a s
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from bench.load.report.plot import (
     Dots,
     Lanes,
+    Layer,
     LaneText,
     Line,
     Plot,
+    Rule,
     Spans,
     legend,
     x_values,
@@ -33,7 +36,7 @@ def text_width(text: str) -> float:
     narrow = sum(character in _NARROW_CHARACTERS for character in text)
     broad = sum(character in _BROAD_CHARACTERS for character in text)
     wide = sum(ord(character) > 0x2E80 for character in text)
-    return 4.2 * narrow + 10.4 * broad + 12.5 * wide + 7.0 * (len(text) - narrow - broad - wide)
+    return 4.7 * narrow + 10.8 * broad + 12.5 * wide + 7.4 * (len(text) - narrow - broad - wide)
 
 
 def clip_text(text: str, width: float) -> str:
@@ -67,7 +70,7 @@ class Frame:
 def frame_of(plot: Plot, width: int) -> Frame:
     """The frame of a plot in a drawing of ``width`` pixels."""
     num_rows = len(legend_rows(plot, width)) + bool(plot.ramp)
-    top = num_rows * LINE_HEIGHT + (30.0 if plot.y.label else 14.0)
+    top = num_rows * LINE_HEIGHT + (34.0 if plot.y.label else 14.0)
     lane_height = _lane_height(plot)
     if isinstance(plot.y, Lanes):
         height = max(1, len(plot.y.names)) * lane_height
@@ -89,14 +92,20 @@ def frame_of(plot: Plot, width: int) -> Frame:
 def _lane_height(plot: Plot) -> float:
     if not isinstance(plot.y, Lanes):
         return 0.0
-    return 28.0 if len(plot.y.names) <= 20 else 11.0
+    return 28.0 if len(plot.y.names) <= 20 else 14.0
 
 
 def _right_margin(plot: Plot, width: int) -> float:
     texts = [
         text for layer in plot.layers if isinstance(layer, LaneText) for _, _, text in layer.texts
     ]
+    texts += [layer.label for layer in plot.layers if is_flat_rule(layer)]
     return min(0.4 * width, max((text_width(text) + 10 for text in texts), default=16.0))
+
+
+def is_flat_rule(layer: Layer) -> TypeGuard[Rule]:
+    """Whether it goes across: its label stands in the right margin."""
+    return isinstance(layer, Rule) and not layer.vertical
 
 
 def legend_rows(plot: Plot, width: int) -> list[list[tuple[float, Line | Dots | Spans]]]:

@@ -117,7 +117,7 @@ def pareto(sides: Sequence[Side]) -> Plot:
             throughput = side.summary.throughput.output_tokens / side.num_accelerators
             points.append((1.0 / tpot, throughput))
             tips.append(
-                f"{side.label}: {compact(throughput)} tokens/s per accelerator at "
+                f"{name} at {compact(side.run.rate)}/s: {compact(throughput)} tokens/s per accelerator at "
                 f"{compact(1 / tpot)} tokens/s per reader"
             )
             cells = (compact(side.run.rate), compact(throughput), compact(1 / tpot), seconds(tpot))
@@ -202,7 +202,7 @@ def send_lag(sides: Sequence[Side]) -> Plot:
         late = sorted(max(0.0, r.sent_s - r.intended_s) for r in side.records)
         points = tuple(((index + 1) / len(late), at) for index, at in enumerate(late))
         kept = points[:: max(1, len(points) // 200)]
-        layers.append(Line(side.label, side.color, (*kept, *points[-1:])))
+        layers.append(Line(side.name, side.color, (*kept, *points[-1:])))
     return Plot(
         "send-lag",
         "How late the driver sent",

@@ -17,7 +17,7 @@ from bench.load.report.svg import NARROW, WIDE, draw, printable
 from bench.load.report.table import Cell, Table
 
 HERE = Path(__file__).parent
-LONG_BELOW = 28  # characters: a longer remark may break
+LONG_BELOW = 16  # characters: a longer remark may break
 
 
 def node(tag: str, *children: Element | str, **attributes: str) -> Element:

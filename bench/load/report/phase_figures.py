@@ -30,9 +30,18 @@ from bench.load.report.scale import seconds
 MAX_LANES = 40
 TAIL_SHARE = 0.01
 MIN_TAIL = 3  # requests: fewer say nothing about a tail
-COLORS = {name: index for index, name in enumerate(PHASES)} | {
+COLORS = {
+    "client lag": 3,
+    "admission": 4,
+    "prefill queue": 1,
+    "prefill compute": 0,
+    "queue and prefill": 5,
+    "hand-off": 6,
+    "network and HTTP": 7,
+    "KV transfer not hidden": 2,
+    "decode queue and step": 8,
     DECODE: NEUTRAL,
-    UNTIL_FIRST: 3,
+    UNTIL_FIRST: 5,
     AFTER_FIRST: NEUTRAL,
 }
 
@@ -45,7 +54,7 @@ def decomposition(sides: Sequence[Side]) -> Plot:
     groups: list[tuple[str, dict[str, float]]] = []
     for side in sides:
         for group, records in _groups(side):
-            groups.append((f"{side.label}, {group}", _mean_phases(records)))
+            groups.append((f"{side.name}, {group}", _mean_phases(records)))
     for lane, (name, means) in enumerate(groups):
         names.append(name)
         at = 0.0
@@ -121,13 +130,13 @@ def gantt(side: Side) -> Plot:
     ]
     return Plot(
         f"gantt-{side.color}",
-        f"Requests around the slowest one: {side.label}",
+        f"Requests around the slowest one: {side.name}",
         Axis(f"seconds after {seconds(start)} of the run", "s", low=0.0),
         Lanes(tuple(names)),
         (*layers, LaneText(tuple(texts))),
         f"{len(shown)} of {len(side.records)} requests. The server's events are laid from the "
         "moment of sending: the way there is counted as admission.",
-        tab=side.label,
+        tab=side.name,
     )
 
 
@@ -163,12 +172,12 @@ def pools(side: Side) -> Plot:
         layers.append(Line(pool, number, _counts(steps), steps=True))
     return Plot(
         f"pools-{side.color}",
-        f"Requests in each pool: {side.label}",
+        f"Requests in each pool: {side.name}",
         Axis("seconds of the run", "s", low=0.0),
         Axis("requests at once", low=0.0),
         tuple(layers),
         "Queued and computed ones, by the server's time lines.",
-        tab=side.label,
+        tab=side.name,
     )
 
 

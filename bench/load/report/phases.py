@@ -11,15 +11,16 @@ from typing import Any
 
 from bench.load.record import RequestRecord
 
-PHASES = (  # in the order of a request's life; the index is the colour
+PHASES = (  # in the order of a request's life
     "client lag",
     "admission",
     "prefill queue",
     "prefill compute",
+    "queue and prefill",
     "hand-off",
     "network and HTTP",
     "KV transfer not hidden",
-    "first decode step",
+    "decode queue and step",
 )
 DECODE = "decode"
 UNTIL_FIRST, AFTER_FIRST = "until the first token", "after the first token"
@@ -73,11 +74,11 @@ def phases_of(record: RequestRecord) -> list[Phase]:
         walk.to("prefill compute", walk.at + compute_s, prefill_pool)
         walk.until("hand-off", sent, events.get("first_token"))
     else:
-        walk.until("prefill compute", sent, events.get("first_token"), prefill_pool)
+        walk.until("queue and prefill", sent, events.get("first_token"), prefill_pool)
     if record.token_times_s:
         walk.to("network and HTTP", record.token_times_s[0] - record.intended_s)
     walk.until("KV transfer not hidden", sent, events.get("committed"), decode_pool)
-    walk.until("first decode step", sent, events.get("first_decode"), decode_pool)
+    walk.until("decode queue and step", sent, events.get("first_decode"), decode_pool)
     if record.finished_s is not None:
         walk.to(DECODE, record.finished_s - record.intended_s, decode_pool)
     return walk.phases

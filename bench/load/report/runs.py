@@ -9,7 +9,6 @@ import msgspec
 
 from bench.load.metrics import Summary, summarise
 from bench.load.record import MANIFEST_FILE, Manifest, RequestRecord, read_run
-from bench.load.report.scale import compact
 from bench.load.slo import Slo, parse_slo
 from protocol.errors import ConfigError
 
@@ -44,8 +43,6 @@ class Side:
     run: Run
     name: str
     color: int
-    label: str
-    """Its name, with the rate where the report holds several."""
     records: Sequence[RequestRecord]
     slo: Slo | None
     summary: Summary
@@ -105,10 +102,9 @@ def sides_of(runs: Sequence[Run]) -> list[Side]:
     for run in runs:
         for name, records in _by_target(run).items():
             color = colors.setdefault(name, len(colors))
-            label = name if len(runs) == 1 else f"{name} @ {compact(run.rate)}/s"
             slo = slo_of(run.manifest)
             summary = summarise(records, slo)
-            sides.append(Side(run, name, color, label, records, slo, summary))
+            sides.append(Side(run, name, color, records, slo, summary))
     return sides
 
 
@@ -130,11 +126,16 @@ def _by_target(run: Run) -> dict[str, list[RequestRecord]]:
 
 
 def focus(sides: Sequence[Side]) -> list[Side]:
-    """The sides of the one run that detailed plots show: the fastest valid one, else the fastest.
+    """The sides of the one run that detailed plots show: of a sweep, the fastest that a target met.
 
-    A sweep's plots of single requests would be unreadable with all of its rates in them.
+    Plots of single requests would be unreadable with all rates in them. A valid run is preferred;
+    where no target met its objectives anywhere it is the slowest run, and without objectives the
+    fastest.
     """
     if not sides:
         return []
-    valid = [side.run for side in sides if side.run.manifest.valid] or [sides[-1].run]
-    return [side for side in sides if side.run is valid[-1]]
+    known = [side for side in sides if side.run.manifest.valid] or list(sides)
+    attaining = [side for side in known if side.summary.attains]
+    if not attaining:
+        attaining = known[-1:] if known[0].slo is None else known[:1]
+    return [side for side in sides if side.run is attaining[-1].run]

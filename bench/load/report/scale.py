@@ -179,3 +179,14 @@ def number(value: float | None, unit: Unit) -> str:
         if abs(value) < 100
         else f"{value:,.0f}"
     )
+
+
+def between(low: float, high: float, unit: Unit) -> str:
+    """An interval, the unit once where both ends have the same; an end that is not known is "?"."""
+    ends = [number(end, unit) if math.isfinite(end) else "?" for end in (low, high)]
+    first, _, first_unit = ends[0].partition(" ")
+    if first_unit and ends[1].partition(" ")[2] == first_unit:
+        return f"{first} to {ends[1]}"
+    if unit == "share" and "?" not in ends:
+        return f"{ends[0].removesuffix('%')} to {ends[1]}"
+    return f"{ends[0]} to {ends[1]}"

@@ -18,8 +18,8 @@ def slices(sides: Sequence[Side]) -> list[Plot]:
     first, flight, tokens = [], [], []
     for side in sides:
         first += _first_tokens(side, width_s)
-        flight.append(Line(side.label, side.color, _in_flight(side, width_s), steps=True))
-        tokens.append(Line(side.label, side.color, _tokens(side, width_s), steps=True))
+        flight.append(Line(side.name, side.color, _in_flight(side, width_s), steps=True))
+        tokens.append(Line(side.name, side.color, _tokens(side, width_s), steps=True))
     return [
         Plot(
             "slices-ttft",
@@ -68,8 +68,8 @@ def _first_tokens(side: Side, width_s: float) -> list[Layer]:
         middle.append((at, sorted(values)[len(values) // 2]))
         worst.append((at, max(values)))
     return [
-        Line(side.label, side.color, tuple(middle)),
-        Line(f"{side.label}, slowest", side.color, tuple(worst), "dot"),
+        Line(side.name, side.color, tuple(middle)),
+        Line(f"{side.name}, slowest", side.color, tuple(worst), "dot"),
     ]
 
 

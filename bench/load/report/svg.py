@@ -14,6 +14,7 @@ from bench.load.report.layout import (
     Frame,
     clip_text,
     frame_of,
+    is_flat_rule,
     legend_rows,
     spread,
     text_width,
@@ -34,6 +35,7 @@ from bench.load.report.plot import (
 from bench.load.report.scale import LOG_FLOOR, tick_text, ticks
 
 WIDE, NARROW = 720, 360
+NUM_COLORS = 9
 NUM_RAMP_COLORS = 5
 BAR_SHARE = 0.62  # of a lane's height
 _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -103,7 +105,7 @@ def draw(plot: Plot, width: int = WIDE) -> ElementTree.Element:
 
 
 def color_class(color: int) -> str:
-    return "cn" if color == NEUTRAL else f"c{color % 8}"
+    return "cn" if color == NEUTRAL else f"c{color % NUM_COLORS}"
 
 
 def _legend(canvas: Canvas, plot: Plot, width: int) -> None:
@@ -138,7 +140,9 @@ def _key(canvas: Canvas, entry: Line | Dots | Spans, x: float, y: float) -> None
                 stroke_dasharray=_DASHES[entry.dashes],
             )
         case Dots():
-            canvas.add("circle", cx=x + 9, cy=y - 4, r=3.5, class_=f"dot {color}")
+            hollow = bool(entry.dots) and all(dot.hollow for dot in entry.dots)
+            kind = "ring" if hollow else "dot"
+            canvas.add("circle", cx=x + 9, cy=y - 4, r=3.6, class_=f"{kind} {color}")
         case Spans():
             canvas.add("rect", x=x + 3, y=y - 10, width=12, height=11, rx=2, class_=f"bar {color}")
 
@@ -167,7 +171,7 @@ def _axes(canvas: Canvas, plot: Plot, frame: Frame) -> None:
     )
     canvas.text(frame.right, frame.bottom + 34, plot.x.label, "label", "end")
     if plot.y.label:
-        canvas.text(0, frame.top - 10, plot.y.label, "label")
+        canvas.text(0, frame.top - 14, plot.y.label, "label")
 
 
 def _band(canvas: Canvas, band: Band, frame: Frame) -> None:
@@ -241,12 +245,12 @@ def _whiskers(canvas: Canvas, whiskers: Whiskers, frame: Frame) -> None:
 
 def _rules(canvas: Canvas, plot: Plot, frame: Frame) -> None:
     """Rules lie over the marks, and their labels keep apart from each other."""
-    flat = [layer for layer in plot.layers if isinstance(layer, Rule) and not layer.vertical]
-    wanted = [frame.y(rule.at) - 5 for rule in flat]
-    for rule, y in zip(flat, spread(wanted, LINE_HEIGHT, frame.top + 10), strict=True):
+    flat = [layer for layer in plot.layers if is_flat_rule(layer)]
+    wanted = [frame.y(rule.at) + 4 for rule in flat]
+    for rule, y in zip(flat, spread(wanted, LINE_HEIGHT, 0.0), strict=True):
         at = frame.y(rule.at)
         canvas.add("line", x1=frame.left, x2=frame.right, y1=at, y2=at, class_="rule")
-        canvas.text(frame.right - 4, y, rule.label, "rule-text", "end")
+        canvas.text(frame.right + 5, y, rule.label, "rule-text")
     upright = [layer for layer in plot.layers if isinstance(layer, Rule) and layer.vertical]
     for row, rule in enumerate(upright):
         at, y = frame.x(rule.at), frame.top + 12 + row * LINE_HEIGHT

@@ -1,7 +1,7 @@
 """The tables of a report: metrics with their intervals, runs at a glance, and single requests."""
 
-import math
 from collections.abc import Sequence
+from math import inf
 from typing import Any
 
 from bench.load.intervals import Share
@@ -9,7 +9,7 @@ from bench.load.metrics import Distribution, e2e_of, ttft_of
 from bench.load.record import OK, RequestRecord
 from bench.load.report.plot import Unit
 from bench.load.report.runs import Run, Side
-from bench.load.report.scale import compact, number, seconds
+from bench.load.report.scale import between, compact, number, seconds
 from bench.load.report.table import Cell, Table, Tone
 
 NAMES = {
@@ -41,11 +41,11 @@ def metrics_table(side: Side) -> Table:
     ]
     return Table(
         f"metrics-{side.color}",
-        side.label,
+        side.name,
         ("metric", "n", "mean", *PERCENTILES),
         tuple(rows),
         "Below a percentile: its 95 % interval, for the effective number of independent values.",
-        tab=side.label,
+        tab=side.name,
     )
 
 
@@ -61,9 +61,8 @@ def _percentile(found: Distribution, name: str, unit: Unit) -> Cell:
     if name in found.refused:
         return Cell("–", found.refused[name], "dim")  # noqa: RUF001 - an en dash
     value: float | None = getattr(found, name)
-    low, high = found.interval.get(name, (-math.inf, math.inf))
-    ends = [number(end, unit) if math.isfinite(end) else "?" for end in (low, high)]
-    return Cell(number(value, unit), f"{ends[0]} to {ends[1]}")
+    low, high = found.interval.get(name, (-inf, inf))
+    return Cell(number(value, unit), between(low, high, unit))
 
 
 def load_table(sides: Sequence[Side]) -> Table:
@@ -74,7 +73,7 @@ def load_table(sides: Sequence[Side]) -> Table:
         good = throughput.good_requests
         rows.append(
             (
-                Cell(side.label, _accelerators(side)),
+                Cell(side.name, _accelerators(side)),
                 Cell(f"{len(side.records):,}", _outcomes(side.summary.outcomes)),
                 Cell(f"{throughput.offered_requests:.3g}/s"),
                 Cell(f"{throughput.completed_requests:.3g}/s"),
@@ -88,9 +87,9 @@ def load_table(sides: Sequence[Side]) -> Table:
         "requests",
         "offered",
         "answered",
-        "within SLO",
-        "output tokens",
-        "SLO attainment",
+        "in SLO",
+        "tokens out",
+        "attainment",
     )
     return Table("load", "Load and outcome", head, tuple(rows))
 
@@ -100,7 +99,11 @@ def _accelerators(side: Side) -> str:
 
 
 def _outcomes(outcomes: dict[str, int]) -> str:
-    others = [f"{count} {name}" for name, count in sorted(outcomes.items()) if name != OK]
+    others = [
+        f"{count} {name.replace('_', ' ')}"
+        for name, count in sorted(outcomes.items())
+        if name != OK
+    ]
     return ", ".join([f"{outcomes.get(OK, 0):,} ok", *others])
 
 
@@ -108,8 +111,8 @@ def _attainment(share: Share | None, *, attains: bool | None) -> Cell:
     if share is None or not share.num:
         return Cell("–", "no SLO", "dim")  # noqa: RUF001
     tone: Tone = "good" if attains else "bad"
-    word = "meets it" if attains else "misses it"
-    return Cell(f"{share.share:.1%}", f"{share.low:.1%} to {share.high:.1%}, {word}", tone)
+    sign = "✓" if attains else "✗"
+    return Cell(f"{sign} {share.share:.1%}", between(share.low, share.high, "share"), tone)
 
 
 def runs_table(runs: Sequence[Run]) -> Table:
@@ -144,7 +147,7 @@ def worst_table(sides: Sequence[Side]) -> Table:
         text = f"{record.outcome} {record.status or ''} {record.error_code}" if failed else "ok"
         rows.append(
             (
-                Cell(str(record.index), side.label),
+                Cell(str(record.index), side.name),
                 Cell(record.kind),
                 Cell(seconds(record.intended_s)),
                 Cell(f"{record.num_prompt_tokens:,}"),
@@ -176,8 +179,8 @@ def kinds_table(side: Side) -> Table:
                 Cell("–" if summary.target is None else f"{summary.target:.0%}"),  # noqa: RUF001
             )
         )
-    head = ("kind", "requests", "TTFT p50", "TTFT p90", "TTFT p99", "SLO attainment", "target")
-    return Table(f"kinds-{side.color}", side.label, head, tuple(rows), tab=side.label)
+    head = ("kind", "requests", "TTFT p50", "TTFT p90", "TTFT p99", "attainment", "target")
+    return Table(f"kinds-{side.color}", side.name, head, tuple(rows), tab=side.name)
 
 
 def _kind_percentile(found: Distribution | None, name: str) -> Cell:
