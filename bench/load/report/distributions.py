@@ -158,7 +158,7 @@ def _by_length(side: Side, max_dots: int, limits: tuple[float, float]) -> Plot:
         tuple(layers),
         note,
         tab=side.name,
-        ramp="share of the prompt found in a cache" if knows_cache else "",
+        ramp="share of the prompt cached" if knows_cache else "",
     )
 
 

@@ -10,8 +10,8 @@ from typing import TypeGuard
 from bench.load.report.plot import (
     Dots,
     Lanes,
-    Layer,
     LaneText,
+    Layer,
     Line,
     Plot,
     Rule,
@@ -27,6 +27,7 @@ LINE_HEIGHT = 17
 KEY_WIDTH = 24  # of a legend's sample
 GAP = 18  # between two entries of a legend
 PLOT_HEIGHT = 240.0
+MAX_TALL_LANES = 20
 _NARROW_CHARACTERS = frozenset("iljtfr.,:;|!'()[] ")
 _BROAD_CHARACTERS = frozenset("mwMWGOQD%@#&")
 
@@ -61,22 +62,25 @@ class Frame:
     x: Scale
     y: Scale
     lane_height: float = 0.0
+    names_above: bool = False
+    """Whether a lane's name stands over its bar, where it is too wide to stand before it."""
 
     def lane(self, index: int) -> float:
         """The middle of a lane."""
-        return self.top + (index + 0.5) * self.lane_height
+        share = 0.7 if self.names_above else 0.5
+        return self.top + (index + share) * self.lane_height
 
 
 def frame_of(plot: Plot, width: int) -> Frame:
     """The frame of a plot in a drawing of ``width`` pixels."""
     num_rows = len(legend_rows(plot, width)) + bool(plot.ramp)
     top = num_rows * LINE_HEIGHT + (34.0 if plot.y.label else 14.0)
-    lane_height = _lane_height(plot)
+    names_above = _has_names_above(plot, width)
+    lane_height = _lane_height(plot, names_above=names_above)
     if isinstance(plot.y, Lanes):
         height = max(1, len(plot.y.names)) * lane_height
         y = Scale(0.0, 1.0, top + height, top)
-        names = max((text_width(name) for name in plot.y.names), default=0.0)
-        left = min(0.36 * width, names + 12)
+        left = 2.0 if names_above else min(0.4 * width, _names_width(plot.y))
     else:
         height = PLOT_HEIGHT if width > 500 else 0.85 * PLOT_HEIGHT
         y = scale(plot.y, y_values(plot.layers), top + height, top)
@@ -86,13 +90,25 @@ def frame_of(plot: Plot, width: int) -> Frame:
     right = width - _right_margin(plot, width)
     x = scale(plot.x, x_values(plot.layers), left, right)
     bottom = top + height
-    return Frame(width, bottom + 42, left, right, top, bottom, x, y, lane_height)
+    return Frame(width, bottom + 42, left, right, top, bottom, x, y, lane_height, names_above)
 
 
-def _lane_height(plot: Plot) -> float:
+def _names_width(lanes: Lanes) -> float:
+    return max((text_width(name) for name in lanes.names), default=0.0) + 12
+
+
+def _has_names_above(plot: Plot, width: int) -> bool:
+    if not isinstance(plot.y, Lanes) or len(plot.y.names) > MAX_TALL_LANES:
+        return False
+    return _names_width(plot.y) > 0.36 * width
+
+
+def _lane_height(plot: Plot, *, names_above: bool) -> float:
     if not isinstance(plot.y, Lanes):
         return 0.0
-    return 28.0 if len(plot.y.names) <= 20 else 14.0
+    if names_above:
+        return 46.0
+    return 28.0 if len(plot.y.names) <= MAX_TALL_LANES else 14.0
 
 
 def _right_margin(plot: Plot, width: int) -> float:

@@ -117,8 +117,8 @@ def pareto(sides: Sequence[Side]) -> Plot:
             throughput = side.summary.throughput.output_tokens / side.num_accelerators
             points.append((1.0 / tpot, throughput))
             tips.append(
-                f"{name} at {compact(side.run.rate)}/s: {compact(throughput)} tokens/s per accelerator at "
-                f"{compact(1 / tpot)} tokens/s per reader"
+                f"{name} at {compact(side.run.rate)}/s: {compact(throughput)} tokens/s per "
+                f"accelerator at {compact(1 / tpot)} tokens/s per reader"
             )
             cells = (compact(side.run.rate), compact(throughput), compact(1 / tpot), seconds(tpot))
             rows.append((name, *cells))

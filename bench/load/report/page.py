@@ -9,12 +9,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from xml.etree.ElementTree import Element, tostring
 
+from bench.load.record import Manifest
 from bench.load.report.build import Item, Report, Section
 from bench.load.report.plot import Plot
-from bench.load.report.runs import Run
+from bench.load.report.runs import Run, slo_of
 from bench.load.report.scale import seconds
 from bench.load.report.svg import NARROW, WIDE, draw, printable
 from bench.load.report.table import Cell, Table
+from bench.load.slo import Objective
 
 HERE = Path(__file__).parent
 LONG_BELOW = 16  # characters: a longer remark may break
@@ -107,7 +109,7 @@ def _fact_values(runs: Sequence[Run]) -> Iterator[tuple[str, list[str]]]:
     yield "targets", [_target(target) for one in manifests for target in one.targets]
     yield "workload", [_described(one.workload) for one in manifests]
     yield "arrivals", [_described(one.arrival) for one in manifests]
-    yield "objectives", ["none" if one.slo is None else _described(one.slo) for one in manifests]
+    yield "objectives", [line for one in manifests for line in _objectives(one)]
     yield "command", [one.command for one in manifests]
     yield "seed", [str(one.seed) for one in manifests]
     yield "machine", [_machine(one.environment) for one in manifests]
@@ -133,6 +135,27 @@ def _described(values: dict[str, object]) -> str:
         inner = f"({_described(value)})" if isinstance(value, dict) else str(value)
         parts.append(f"{key} {inner}")
     return ", ".join(parts)
+
+
+def _objectives(manifest: Manifest) -> list[str]:
+    """One line per kind of request."""
+    slo = slo_of(manifest)
+    return ["none"] if slo is None else [_objective(*pair) for pair in slo.objectives.items()]
+
+
+def _objective(kind: str, objective: Objective) -> str:
+    parts = []
+    for name, deadline in (("TTFT", objective.ttft), ("E2E", objective.e2e)):
+        if deadline is not None:
+            text = seconds(deadline.base_s)
+            if deadline.per_1k_tokens_s:
+                text += f" + {seconds(deadline.per_1k_tokens_s)} per 1k tokens"
+            if deadline.per_1k2_s:
+                text += f" + {seconds(deadline.per_1k2_s)} per (1k tokens)²"
+            parts.append(f"{name} ≤ {text}")
+    if objective.tpot_s is not None:
+        parts.append(f"TPOT ≤ {seconds(objective.tpot_s)}")
+    return f"{kind}: {', '.join(parts) or 'success'}, for {100 * objective.target:.4g} %"
 
 
 def _machine(environment: dict[str, str]) -> str:

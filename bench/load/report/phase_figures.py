@@ -167,13 +167,14 @@ def pools(side: Side) -> Plot:
                 own = changes.setdefault(phase.pool, [])
                 own.append((record.intended_s + phase.start_s, 1))
                 own.append((record.intended_s + phase.end_s, -1))
+    end_s = max((at for steps in changes.values() for at, _ in steps), default=1.0)
     layers: list[Layer] = []
     for number, (pool, steps) in enumerate(sorted(changes.items())):
         layers.append(Line(pool, number, _counts(steps), steps=True))
     return Plot(
         f"pools-{side.color}",
         f"Requests in each pool: {side.name}",
-        Axis("seconds of the run", "s", low=0.0),
+        Axis("seconds of the run", "s", low=0.0, high=end_s),
         Axis("requests at once", low=0.0),
         tuple(layers),
         "Queued and computed ones, by the server's time lines.",

@@ -125,7 +125,7 @@ def _seconds_tick(value: float, others: Sequence[float]) -> str:
         return "0"
     largest = max((abs(other) for other in others), default=value)
     smallest = min((abs(other) for other in others if other), default=value)
-    mixed = largest / smallest >= 1000.0  # a logarithmic axis over several units
+    mixed = largest / smallest >= 30.0  # a logarithmic axis over several units
     pivot = abs(value) if mixed else largest
     if pivot < 1e-3:
         return f"{1e6 * value:.6g} µs"

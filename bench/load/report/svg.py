@@ -150,6 +150,10 @@ def _key(canvas: Canvas, entry: Line | Dots | Spans, x: float, y: float) -> None
 def _axes(canvas: Canvas, plot: Plot, frame: Frame) -> None:
     if isinstance(plot.y, Lanes):
         for lane, name in enumerate(plot.y.names):
+            if frame.names_above:
+                shown = clip_text(name, frame.width - frame.left)
+                canvas.text(frame.left, frame.lane(lane) - 15, shown, "tick")
+                continue
             shown = clip_text(name, frame.left - 10)
             canvas.text(frame.left - 8, frame.lane(lane) + 4, shown, "tick", "end")
     else:
@@ -221,7 +225,7 @@ def _dots(canvas: Canvas, dots: Dots, frame: Frame) -> None:
 
 
 def _spans(canvas: Canvas, spans: Spans, frame: Frame) -> None:
-    height = frame.lane_height * BAR_SHARE
+    height = min(18.0, frame.lane_height * BAR_SHARE)
     for span in spans.spans:
         start, end = frame.x(span.start), frame.x(span.end)
         canvas.add(

@@ -41,7 +41,7 @@ def metrics_table(side: Side) -> Table:
     ]
     return Table(
         f"metrics-{side.color}",
-        side.name,
+        f"Metrics: {side.name}",
         ("metric", "n", "mean", *PERCENTILES),
         tuple(rows),
         "Below a percentile: its 95 % interval, for the effective number of independent values.",
@@ -59,7 +59,8 @@ def _failed(found: Distribution) -> str:
 
 def _percentile(found: Distribution, name: str, unit: Unit) -> Cell:
     if name in found.refused:
-        return Cell("–", found.refused[name], "dim")  # noqa: RUF001 - an en dash
+        remark = found.refused[name].replace(" of ", "\u00a0of\u00a0")
+        return Cell("–", remark, "dim")  # noqa: RUF001 - an en dash
     value: float | None = getattr(found, name)
     low, high = found.interval.get(name, (-inf, inf))
     return Cell(number(value, unit), between(low, high, unit))
@@ -180,7 +181,7 @@ def kinds_table(side: Side) -> Table:
             )
         )
     head = ("kind", "requests", "TTFT p50", "TTFT p90", "TTFT p99", "attainment", "target")
-    return Table(f"kinds-{side.color}", side.name, head, tuple(rows), tab=side.name)
+    return Table(f"kinds-{side.color}", f"By kind: {side.name}", head, tuple(rows), tab=side.name)
 
 
 def _kind_percentile(found: Distribution | None, name: str) -> Cell:
