@@ -145,7 +145,8 @@ def _by_length(side: Side, max_dots: int, limits: tuple[float, float]) -> Plot:
     if side.slo is not None and answered:
         lengths = sorted({record.num_prompt_tokens for record in answered})
         kinds = {record.kind for record in answered}
-        layers += _deadlines(side, sorted(kinds), lengths[0], lengths[-1])
+        curves = _deadlines(side, sorted(kinds), (lengths[0], lengths[-1]))
+        layers += [_below(curve, limits[1]) for curve in curves]
     left_out = len(answered) - len(shown)
     note = "From the intended time; both axes are logarithmic. Hollow dots missed their deadline."
     if left_out:
@@ -193,19 +194,26 @@ def _thinned(records: Sequence[RequestRecord], limit: int) -> list[RequestRecord
     return [ordered[index] for index in sorted(kept)]
 
 
-def _deadlines(side: Side, kinds: Sequence[str], low: int, high: int) -> list[Layer]:
+def _deadlines(side: Side, kinds: Sequence[str], ends: tuple[int, int]) -> list[Line]:
     """The deadline's curve, one per distinct objective."""
     assert side.slo is not None
     found: dict[tuple[float, ...], list[str]] = {}
+    low, high = ends
     lengths = [low * (max(high, low + 1) / low) ** (index / 40) for index in range(41)]
     for kind in kinds:
         deadline = side.slo.of(kind).ttft
         if deadline is not None:
             curve = tuple(deadline.at(int(length)) for length in lengths)
             found.setdefault(curve, []).append(kind)
-    curves: list[Layer] = []
+    curves: list[Line] = []
     for number, (curve, of) in enumerate(found.items()):
         name = "deadline" if len(found) == 1 else f"deadline, {', '.join(of)}"
         points = tuple(zip(lengths, curve, strict=True))
         curves.append(Line(name, NEUTRAL, points, STYLES[number % len(STYLES)]))
     return curves
+
+
+def _below(line: Line, limit: float) -> Line:
+    """The part of a deadline that the drawing has room for: requests say how much that is."""
+    points = tuple(point for point in line.points if point[1] <= limit)
+    return Line(line.name, line.color, points, line.dashes)

@@ -59,7 +59,13 @@ def write_pngs(plots: list[Plot], folder: Path) -> list[Path]:
         lanes = len(plot.y.names) if isinstance(plot.y, Lanes) else 0
         figure = Figure(figsize=(8.0, max(4.2, 1.6 + 0.19 * lanes)), layout="constrained")
         FigureCanvasAgg(figure)  # no window system is asked for
-        _draw(plot, figure.add_subplot())
+        axes = figure.add_subplot()
+        _draw(plot, axes)
+        if plot.ramp:
+            for color, share in ((RAMP[0], "0 %"), (RAMP[-1], "100 %")):
+                axes.scatter([], [], s=14, color=color, label=f"{plot.ramp}: {share}")
+        if plot.ramp or len(legend(plot.layers)) > 1:
+            figure.legend(loc="outside lower left", fontsize=8, frameon=False, ncols=3)
         path = folder / f"{plot.key}.png"
         figure.savefig(path, dpi=DPI)
         written.append(path)
@@ -81,8 +87,6 @@ def _draw(plot: Plot, axes: "Axes") -> None:
         axes.grid(visible=False, axis="y")
     else:
         _axis(axes, "y", plot.y, y_values(plot.layers))
-    if len(legend(plot.layers)) > 1:
-        axes.legend(fontsize=8, frameon=False, ncols=2)
 
 
 def plain(text: str) -> str:
@@ -174,4 +178,5 @@ def _axis(axes: "Axes", which: str, axis: Axis, values: list[float]) -> None:
         axes.set_ylim(limits.low, limits.high)
         axes.set_ylabel(plain(axis.label))
     own = axes.xaxis if which == "x" else axes.yaxis
-    own.set_major_formatter(lambda value, _: tick_text(value, axis.unit, [limits.high]))
+    ends = [limits.low, limits.high] if axis.log else [limits.high]
+    own.set_major_formatter(lambda value, _: tick_text(value, axis.unit, ends))

@@ -8,6 +8,7 @@ from bench.load.report.plot import Axis, Unit
 
 STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
 SECOND_STEPS = (1.0, 2.0, 5.0, 10.0)
+NO_BREAK = "\u00a0"
 LOG_FLOOR = 1e-6  # nothing that is drawn on a logarithmic axis is smaller: a microsecond
 
 
@@ -186,7 +187,7 @@ def between(low: float, high: float, unit: Unit) -> str:
     ends = [number(end, unit) if math.isfinite(end) else "?" for end in (low, high)]
     first, _, first_unit = ends[0].partition(" ")
     if first_unit and ends[1].partition(" ")[2] == first_unit:
-        return f"{first} to {ends[1]}"
-    if unit == "share" and "?" not in ends:
-        return f"{ends[0].removesuffix('%')} to {ends[1]}"
-    return f"{ends[0]} to {ends[1]}"
+        ends[0] = first
+    elif unit == "share" and "?" not in ends:
+        ends[0] = ends[0].removesuffix("%")
+    return " to ".join(end.replace(" ", NO_BREAK) for end in ends)

@@ -214,6 +214,9 @@ def _comparison_row(row: dict[str, Any]) -> tuple[Cell, ...]:
     else:
         low, high = row["low"], row["high"]
         ratio_cell = Cell(f"{ratio:.3f}", f"{low:.3f} to {high:.3f}")
+        if row.get("is_difference"):
+            points = [f"{100 * value:+.1f}" for value in (ratio, low, high)]
+            ratio_cell = Cell(f"{points[0]} points", f"{points[1]} to {points[2]}")
     return (
         Cell(str(row.get("name", ""))),
         Cell(number(row.get("base"), unit)),
