@@ -19,6 +19,11 @@ from bench.load.report.table import Cell, Table
 from bench.load.slo import Objective
 
 HERE = Path(__file__).parent
+WORDS = {
+    "VALID": "The driver kept its schedule, and every check of the run passed.",
+    "INVALID": "Do not quote these figures:",
+    "UNAUDITED": "Made by another harness; nothing is known of how it kept its schedule.",
+}
 LONG_BELOW = 16  # characters: a longer remark may break
 
 
@@ -78,12 +83,8 @@ def _header(report: Report, title: str) -> Element:
 
 def _verdict(report: Report) -> Element:
     verdict = report.verdict
-    kind = "panel verdict" if verdict.is_valid else "panel verdict invalid"
-    words = (
-        "The driver kept its schedule, and every check of the run passed."
-        if verdict.is_valid
-        else "Do not quote these figures:"
-    )
+    kind = f"panel verdict {verdict.word.lower()}"
+    words = WORDS[verdict.word]
     children = [node("div", node("span", verdict.word, class_="badge"), words)]
     if verdict.reasons:
         children.append(node("ul", *(node("li", reason) for reason in verdict.reasons)))

@@ -11,6 +11,7 @@ from bench.load.report.plot import Unit
 from bench.load.report.runs import Run, Side
 from bench.load.report.scale import between, compact, number, seconds
 from bench.load.report.table import Cell, Table, Tone
+from bench.load.report.verdict import judge
 
 NAMES = {
     "ttft_s": "TTFT, from the intended time",
@@ -26,6 +27,7 @@ NAMES = {
 }
 PERCENTILES = ("p50", "p90", "p99")
 NUM_WORST = 12
+TONES: dict[str, Tone] = {"VALID": "good", "INVALID": "bad", "UNAUDITED": "dim"}
 
 
 def metrics_table(side: Side) -> Table:
@@ -126,7 +128,7 @@ def runs_table(runs: Sequence[Run]) -> Table:
             Cell(f"{len(run.records):,}"),
             Cell(seconds(run.manifest.duration_s)),
             Cell(str(run.manifest.seed)),
-            Cell("valid" if run.manifest.valid else "invalid", "", _tone(run)),
+            Cell(judge([run]).word.lower(), "", _tone(run)),
         )
         for run in runs
     ]
@@ -135,7 +137,7 @@ def runs_table(runs: Sequence[Run]) -> Table:
 
 
 def _tone(run: Run) -> Tone:
-    return "good" if run.manifest.valid else "bad"
+    return TONES[judge([run]).word]
 
 
 def worst_table(sides: Sequence[Side]) -> Table:

@@ -15,7 +15,7 @@ SECTIONS = ("summary", "comparison")
 def show(console: Console, report: Report) -> None:
     """The verdict and the tables; plots are for the page."""
     verdict = report.verdict
-    color = "green" if verdict.is_valid else "red"
+    color = {"VALID": "green", "INVALID": "red"}.get(verdict.word, "yellow")
     console.print(f"[bold {color}]{verdict.word}[/]", highlight=False)
     for line in (*verdict.reasons, *verdict.notes):
         console.print(f"  {escape(line)}", highlight=False)

@@ -12,14 +12,18 @@ class Verdict:
 
     reasons: tuple[str, ...]
     notes: tuple[str, ...]
+    is_audited: bool = True
+    """False where a run is of another harness, which has not told how it kept its schedule."""
 
     @property
     def is_valid(self) -> bool:
-        return not self.reasons
+        return not self.reasons and self.is_audited
 
     @property
     def word(self) -> str:
-        return "VALID" if self.is_valid else "INVALID"
+        if self.reasons:
+            return "INVALID"
+        return "VALID" if self.is_audited else "UNAUDITED"
 
 
 def judge(runs: Sequence[Run]) -> Verdict:
@@ -33,13 +37,14 @@ def judge(runs: Sequence[Run]) -> Verdict:
     versions = sorted({run.manifest.metrics_version for run in runs})
     if len(versions) > 1:
         reasons.append(f"metrics of versions {', '.join(versions)} cannot be compared")
-    return Verdict(tuple(_grouped(reasons, len(runs))), tuple(notes))
+    is_audited = not any(_is_imported(run) for run in runs)
+    return Verdict(tuple(_grouped(reasons, len(runs))), tuple(notes), is_audited)
 
 
 def _reasons(run: Run) -> list[str]:
     manifest = run.manifest
-    found = list(manifest.invalid_reasons)
-    if not manifest.valid and not found:
+    found = [] if _is_imported(run) else list(manifest.invalid_reasons)
+    if not manifest.valid and not found and not _is_imported(run):
         found.append("the run was marked invalid without a reason")
     if not run.records:
         found.append("no request was recorded")
@@ -49,6 +54,8 @@ def _reasons(run: Run) -> list[str]:
 def _notes(run: Run) -> list[str]:
     found: list[str] = []
     driver = run.manifest.driver
+    if _is_imported(run):
+        found += run.manifest.invalid_reasons
     if driver.get("loop") == "closed":
         found.append(
             "Closed loop: a slow server is sent less, so its stalls are understated. These figures "
@@ -59,6 +66,10 @@ def _notes(run: Run) -> list[str]:
     if run.manifest.slo is None:
         found.append("No SLO was given: attainment and goodput are not reported.")
     return found
+
+
+def _is_imported(run: Run) -> bool:
+    return "imported_from" in run.manifest.driver
 
 
 def _grouped(reasons: Sequence[str], num_runs: int) -> list[str]:
