@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from bench.load.intervals import Share
+from bench.load.report.load_points import LoadPoint, load_points
 from bench.load.report.plot import (
     Axis,
     Band,
@@ -18,60 +18,31 @@ from bench.load.report.plot import (
     Whiskers,
 )
 from bench.load.report.runs import Side
-from bench.load.report.scale import compact, seconds
+from bench.load.report.scale import between, compact, seconds
 
 PARTS: tuple[tuple[str, Dashes], ...] = (("TTFT", "dash"), ("TPOT", "dot"))
 RATE_LABEL = "offered requests/s per accelerator"
-
-
-def by_target(sides: Sequence[Side]) -> dict[str, list[Side]]:
-    """Sides by the target's name, each by rising rate."""
-    found: dict[str, list[Side]] = {}
-    for side in sorted(sides, key=lambda side: side.rate_per_accelerator):
-        found.setdefault(side.name, []).append(side)
-    return found
-
-
-def joint_of(side: Side) -> Share:
-    """How many requests met all of their objectives at once."""
-    assert side.summary.attainment is not None
-    return side.summary.attainment
-
-
-def parts_of(side: Side) -> dict[str, Share]:
-    """How many met each of the two alone."""
-    first, following = side.summary.attainment_ttft, side.summary.attainment_tpot
-    assert first is not None
-    assert following is not None
-    return {"TTFT": first, "TPOT": following}
-
-
-def target_of(side: Side) -> float:
-    """The share that has to meet its objectives: the strictest kind's."""
-    assert side.summary.target is not None
-    return side.summary.target
+Rows = list[tuple[str, ...]]
 
 
 def attainment(sides: Sequence[Side]) -> Plot:
     """Share of all requests that met their objectives, against the offered rate."""
     layers: list[Layer] = []
-    rows: list[tuple[str, ...]] = [
-        ("target", "rate per accelerator", "joint", "95 % interval", "TTFT only", "TPOT only")
-    ]
-    judged = _judged(sides)
-    for name, own in by_target(judged).items():
-        color = own[0].color
-        joint = [(side.rate_per_accelerator, joint_of(side)) for side in own]
+    rows: Rows = [("target", "rate per accelerator", "joint", "interval", "TTFT only", "TPOT only")]
+    judged = load_points([side for side in sides if side.slo is not None])
+    for name, points in judged.items():
+        color = points[0].color
+        joint = [(point.rate_per_accelerator, point.share("joint")) for point in points]
         layers.append(Band(color, tuple((x, share.low, share.high) for x, share in joint)))
-        points = tuple((x, share.share) for x, share in joint)
+        line = tuple((x, share.share) for x, share in joint)
         tips = tuple(f"{name} at {compact(x)}/s per accelerator: {share}" for x, share in joint)
-        layers.append(Line(f"{name}, joint", color, points, dots=True, tips=tips))
+        layers.append(Line(f"{name}, joint", color, line, dots=True, tips=tips))
         for part, dashes in PARTS:
-            alone = tuple((s.rate_per_accelerator, parts_of(s)[part].share) for s in own)
-            layers.append(Line(f"{name}, {part} only", color, alone, dashes, dots=len(own) == 1))
-        rows += [_attainment_row(side) for side in own]
-    for target in sorted({target_of(side) for side in judged}):
-        layers.append(Rule(target, f"target {target:.0%}"))
+            alone = tuple((p.rate_per_accelerator, p.share(part).share) for p in points)
+            layers.append(Line(f"{name}, {part} only", color, alone, dashes, dots=len(points) == 1))
+        rows += [_attainment_row(point) for point in points]
+    for target in sorted({point.target for points in judged.values() for point in points}):
+        layers.append(Rule(target, f"target {100 * target:.4g} %"))
     return Plot(
         "attainment",
         "SLO attainment against rate",
@@ -84,47 +55,40 @@ def attainment(sides: Sequence[Side]) -> Plot:
     )
 
 
-def _judged(sides: Sequence[Side]) -> list[Side]:
-    return [side for side in sides if side.slo is not None and side.records]
-
-
-def _attainment_row(side: Side) -> tuple[str, ...]:
-    joint = joint_of(side)
+def _attainment_row(point: LoadPoint) -> tuple[str, ...]:
+    joint = point.share("joint")
     return (
-        side.name,
-        compact(side.rate_per_accelerator),
+        point.name,
+        compact(point.rate_per_accelerator),
         f"{joint.share:.1%}",
-        f"{joint.low:.1%} to {joint.high:.1%}",
-        f"{parts_of(side)['TTFT'].share:.1%}",
-        f"{parts_of(side)['TPOT'].share:.1%}",
+        between(joint.low, joint.high, "share"),
+        f"{point.share('TTFT').share:.1%}",
+        f"{point.share('TPOT').share:.1%}",
     )
 
 
 def pareto(sides: Sequence[Side]) -> Plot:
     """Output tokens per second and accelerator, against how fast one reader's tokens come."""
     layers: list[Layer] = []
-    rows: list[tuple[str, ...]] = [
+    rows: Rows = [
         ("target", "rate", "tokens/s per accelerator", "tokens/s per reader", "median TPOT")
     ]
-    for name, own in by_target(sides).items():
-        points: list[tuple[float, float]] = []
+    for name, points in load_points(sides).items():
+        line: list[tuple[float, float]] = []
         tips: list[str] = []
-        for side in own:
-            found = side.summary.metrics.get("tpot_s")
-            if found is None or not found.p50:
+        for point in points:
+            tpot_s = point.median_tpot_s
+            if not tpot_s:
                 continue
-            tpot = found.p50
-            throughput = side.summary.throughput.output_tokens / side.num_accelerators
-            points.append((1.0 / tpot, throughput))
+            line.append((1.0 / tpot_s, point.tokens_per_s))
+            both = (compact(point.tokens_per_s), compact(1.0 / tpot_s))
             tips.append(
-                f"{name} at {compact(side.run.rate)}/s: {compact(throughput)} tokens/s per "
-                f"accelerator at {compact(1 / tpot)} tokens/s per reader"
+                f"{name} at {compact(point.rate)}/s: {both[0]} tokens/s per accelerator at "
+                f"{both[1]} tokens/s per reader"
             )
-            cells = (compact(side.run.rate), compact(throughput), compact(1 / tpot), seconds(tpot))
-            rows.append((name, *cells))
-        if points:
-            line = Line(name, own[0].color, tuple(points), dots=True, tips=tuple(tips))
-            layers.append(line)
+            rows.append((name, compact(point.rate), *both, seconds(tpot_s)))
+        if line:
+            layers.append(Line(name, points[0].color, tuple(line), dots=True, tips=tuple(tips)))
     return Plot(
         "pareto",
         "Throughput against interactivity",
@@ -139,21 +103,17 @@ def pareto(sides: Sequence[Side]) -> Plot:
 
 def goodput(sides: Sequence[Side]) -> Plot:
     """The highest measured rate at which the target's share was met, with what is not excluded."""
-    names: list[str] = []
     bars: list[Spans] = []
     whiskers: list[tuple[int, float, float]] = []
     texts: list[tuple[int, float, str]] = []
-    rows: list[tuple[str, ...]] = [
-        ("target", "goodput per accelerator", "surely at least", "at most")
-    ]
-    judged = _judged(sides)
-    for lane, (name, own) in enumerate(by_target(judged).items()):
-        best, low, high = goodput_range(own)
-        names.append(name)
+    rows: Rows = [("target", "goodput per accelerator", "surely at least", "at most")]
+    judged = load_points([side for side in sides if side.slo is not None])
+    for lane, (name, points) in enumerate(judged.items()):
+        best, low, high = goodput_range(points)
         tip = f"{name}: {compact(best)} requests/s per accelerator"
-        bars.append(Spans("", own[0].color, (Span(lane, 0.0, best, tip),)))
+        bars.append(Spans("", points[0].color, (Span(lane, 0.0, best, tip),)))
         whiskers.append((lane, low, high))
-        is_open = high >= own[-1].rate_per_accelerator and best == high
+        is_open = best == high == points[-1].rate_per_accelerator
         texts.append((lane, max(best, high), f"{'≥ ' if is_open else ''}{compact(best)}/s"))
         at_most = "above all that was measured" if is_open else compact(high)
         rows.append((name, compact(best), compact(low), at_most))
@@ -161,38 +121,29 @@ def goodput(sides: Sequence[Side]) -> Plot:
         "goodput",
         "Goodput per accelerator",
         Axis(RATE_LABEL, "rate", low=0.0),
-        Lanes(tuple(names)),
+        Lanes(tuple(judged)),
         (*bars, Whiskers(tuple(whiskers)), LaneText(tuple(texts))),
-        "The highest rate of this report at which the target's share was met. The whisker goes "
-        "from the highest rate whose whole interval meets it to the highest whose interval still "
-        "holds it.",
+        "The highest rate of this report at which every kind of request met its target. The "
+        "whisker goes from the highest rate whose intervals all lie above the target to the "
+        "highest whose intervals still hold it.",
         table=tuple(rows) if len(rows) > 1 else (),
     )
 
 
-def goodput_range(own: Sequence[Side]) -> tuple[float, float, float]:
-    """(measured, surely, perhaps): rates per accelerator of one target's sides, by rising rate.
+def goodput_range(points: Sequence[LoadPoint]) -> tuple[float, float, float]:
+    """(measured, surely, perhaps): rates per accelerator of one target, which come in rising order.
 
     A rate counts only if all lower ones do: attainment that comes back is luck.
     """
-    found = [0.0, 0.0, 0.0]
-    for index in range(3):
-        for side in own:
-            if not _attains(side, index):
+    found = []
+    for end in ("share", "low", "high"):
+        best = 0.0
+        for point in points:
+            if not point.attains(end):
                 break
-            found[index] = side.rate_per_accelerator
+            best = point.rate_per_accelerator
+        found.append(best)
     return found[0], found[1], found[2]
-
-
-def _attains(side: Side, index: int) -> bool:
-    """Whether every kind's share, or the low or high end of its interval, meets its target."""
-    for kind in side.summary.by_kind.values():
-        share, target = kind.attainment, kind.target
-        if share is None or target is None or not share.num:
-            continue
-        if (share.share, share.low, share.high)[index] < target:
-            return False
-    return True
 
 
 def send_lag(sides: Sequence[Side]) -> Plot:

@@ -129,9 +129,9 @@ def _target(target: dict[str, object]) -> str:
 
 def _described(values: dict[str, object]) -> str:
     """``name a 1, b 2``: nested ones in brackets."""
-    parts = [str(values["name"])] if "name" in values else []
+    parts = [str(values[key]) for key in ("name", "kind") if key in values]
     for key, value in values.items():
-        if key == "name" or value is None or value == {} or value == []:
+        if key in ("name", "kind") or value is None or value == {} or value == []:
             continue
         inner = f"({_described(value)})" if isinstance(value, dict) else str(value)
         parts.append(f"{key} {inner}")

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from bench.load.record import FORMAT_VERSION, Manifest, RequestRecord, write_run
+from bench.load.record import FORMAT_VERSION, Manifest, RequestRecord
+from bench.load.report.runs import Run
 
 PREFILL_S_PER_TOKEN = 5e-5
 STEP_S = 0.016
@@ -172,8 +173,6 @@ def sample_run(
     return manifest, records
 
 
-def write_sample(folder: Path, seed: int = 0, rates: tuple[float, ...] = (2, 5, 8, 11, 14)) -> None:
-    """A sweep: one run's folder per rate."""
-    for rate in rates:
-        manifest, records = sample_run(seed, rate)
-        write_run(folder / f"rate-{rate:g}", manifest, records)
+def sample_runs(seed: int = 0, rates: tuple[float, ...] = (2, 5, 8, 11, 14)) -> list[Run]:
+    """A sweep: one run per rate."""
+    return [Run(Path(f"rate-{rate:g}"), *sample_run(seed, rate)) for rate in rates]

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from bench.load.report.runs import Run
 
+STOPPED = "it was stopped before its end"
+
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
@@ -44,7 +46,9 @@ def judge(runs: Sequence[Run]) -> Verdict:
 def _reasons(run: Run) -> list[str]:
     manifest = run.manifest
     found = [] if _is_imported(run) else list(manifest.invalid_reasons)
-    if not manifest.valid and not found and not _is_imported(run):
+    if _is_cut_short(run):
+        found.remove(STOPPED)
+    if not manifest.valid and not manifest.invalid_reasons:
         found.append("the run was marked invalid without a reason")
     if not run.records:
         found.append("no request was recorded")
@@ -54,6 +58,11 @@ def _reasons(run: Run) -> list[str]:
 def _notes(run: Run) -> list[str]:
     found: list[str] = []
     driver = run.manifest.driver
+    if _is_cut_short(run):
+        found.append(
+            "Rounds whose target was out of reach were ended early; what they had not sent counts "
+            "as missed."
+        )
     if _is_imported(run):
         found += run.manifest.invalid_reasons
     if driver.get("loop") == "closed":
@@ -70,6 +79,11 @@ def _notes(run: Run) -> list[str]:
 
 def _is_imported(run: Run) -> bool:
     return "imported_from" in run.manifest.driver
+
+
+def _is_cut_short(run: Run) -> bool:
+    """A sweep ends a round as soon as it has failed, which is no fault of the driver."""
+    return run.sweep is not None and STOPPED in run.manifest.invalid_reasons
 
 
 def _grouped(reasons: Sequence[str], num_runs: int) -> list[str]:
