@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 import msgspec
 
+from launcher.bench_commands import add_bench, run_bench
 from launcher.config import resolve
 from protocol.errors import ConfigError
 from protocol.logs import configure_logging
@@ -47,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--keep", action="store_true", help="leave the cluster running")
     demo.add_argument("--tokens", type=int, default=32_768, metavar="N", help="of the document")
     demo.add_argument("--seed", type=int, default=0, metavar="N", help="of the document")
+    add_bench(commands)
     return parser
 
 
@@ -87,13 +89,13 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the process's exit code."""
     arguments = build_parser().parse_args(argv)
     try:
-        return _run(arguments)
+        return _run(arguments, argv)
     except ConfigError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace, argv: list[str] | None) -> int:
     if arguments.command == "serve":
         from launcher.serve import serve
 
@@ -108,6 +110,8 @@ def _run(arguments: argparse.Namespace) -> int:
         from launcher.doctor import doctor
 
         return doctor(as_json=arguments.json)
+    if arguments.command == "bench":
+        return run_bench(arguments, argv)
     from launcher.demo import demo
 
     logging.getLogger().setLevel("WARNING")

@@ -1,4 +1,4 @@
-"""From what an operator writes to a ``Plan``: the flags of ``baton bench``, before anything runs."""
+"""From what an operator writes to a ``Plan``: the flags of ``baton bench``, read and checked."""
 
 import hashlib
 from dataclasses import dataclass

@@ -16,13 +16,14 @@ from bench.load.process import OnProgress
 from bench.load.record import Manifest, RequestRecord, write_run
 from bench.load.run import execute
 from bench.load.slo import Slo
+from bench.load.validity import NOT_THE_DRIVERS, STOPPED
 from protocol.errors import ConfigError
 
 SWEEP_FILE = "sweep.json"
 
 
 class InvalidRunError(RuntimeError):
-    """The driver could not keep up, so the search would measure it instead of the server."""
+    """The driver could not keep up, or was stopped: going on would not measure the server."""
 
 
 class SweepRecord(msgspec.Struct, frozen=True):
@@ -68,41 +69,30 @@ class Sweep:
         rounds: list[list[RequestRecord]] = []
         folders: list[str] = []
         verdict: Verdict | None = None
-        while verdict is None:
+        is_lost = False
+        while verdict is None and not is_lost:
             seed = self.recipe.options.seed + len(rounds)
             records, is_lost = self._round(rate, seed, num_requests, folders)
             rounds.append(records)
-            verdict = judge(
-                rounds,
-                self.slo,
-                max_rounds=self.num_rounds,
-                min_requests=self._least_of_a_kind(rounds),
-            )
-            if verdict is not None or is_lost:
-                break
-        if verdict is None:  # stopped because the targets were out of reach
+            verdict = judge(rounds, self.slo, max_rounds=self.num_rounds)
+        if verdict is None or is_lost:  # ended early: the targets were out of reach
             final = judge(rounds, self.slo, max_rounds=len(rounds))
             assert final is not None
-            verdict = Verdict(False, final.is_sure, final.shares)
+            verdict = Verdict(False, True, final.shares)
         return Point(rate, verdict, len(rounds), tuple(folders))
-
-    def _least_of_a_kind(self, rounds: Sequence[Sequence[RequestRecord]]) -> int:
-        """Where kinds are mixed, the rarest one decides how sure a pass is, not this number."""
-        num_kinds = len({record.kind for records in rounds for record in records})
-        return max(1, self.min_requests // max(1, num_kinds) // 2)
 
     def _round(
         self, rate: float, seed: int, num_requests: int, folders: list[str]
     ) -> tuple[list[RequestRecord], bool]:
         schedule = self.recipe.schedule(seed, rate, num_requests)
         most = most_missed(self.slo, num_requests * self.num_rounds)
-        is_lost = False
+        is_lost = is_stopped = False
 
         def watch(progress: Progress) -> bool:
-            nonlocal is_lost
+            nonlocal is_lost, is_stopped
             is_lost = is_lost or progress.num_missed > most
-            asked = self.on_progress is not None and self.on_progress(progress)
-            return is_lost or asked
+            is_stopped = self.on_progress is not None and self.on_progress(progress)
+            return is_lost or is_stopped
 
         plan = self.recipe.plan(self.target, self.command, schedule, rate)
         manifest, records = execute(plan, watch)
@@ -111,8 +101,11 @@ class Sweep:
         folders.append(name)
         if self.on_run is not None:
             self.on_run(rate, manifest, records)
-        if not manifest.valid and not is_lost:
-            raise InvalidRunError("; ".join(manifest.invalid_reasons))
+        if is_stopped:
+            raise InvalidRunError(STOPPED)
+        against = [why for why in manifest.invalid_reasons if why not in NOT_THE_DRIVERS]
+        if against:
+            raise InvalidRunError("; ".join(against))
         return records, is_lost
 
 

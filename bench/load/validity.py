@@ -15,6 +15,11 @@ MAX_LAG_SHARE = 0.05
 MIN_LAG_LIMIT_S = 0.005
 MAX_LITTLE_ERROR = 0.05
 
+STOPPED = "it was stopped before its end"
+NO_SUCCESS = "not one request succeeded"
+NOT_THE_DRIVERS = frozenset((STOPPED, NO_SUCCESS))
+"""Reasons that say nothing against the driver."""
+
 
 class Audit(msgspec.Struct, frozen=True):
     """What a driver's process knows of itself after a run."""
@@ -56,7 +61,9 @@ def invalid_reasons(
     if len(records) != num_planned:
         reasons.append(f"{len(records)} records of {num_planned} requests")
     if not any(record.outcome == OK for record in records):
-        reasons.append("not one request succeeded")
+        reasons.append(NO_SUCCESS)
+    if any(audit.is_stopped for audit in audits):
+        reasons.append(STOPPED)
     return reasons
 
 
