@@ -5,11 +5,19 @@ import contextlib
 import importlib.util
 import re
 import shlex
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.bench_flags import EXIT_INVALID, EXIT_MISSED, add_load_flags, dialect_of, options_of
+from launcher.bench_flags import (
+    EXIT_INVALID,
+    EXIT_MISSED,
+    add_dialect_flags,
+    add_load_flags,
+    options_of,
+    target_of,
+)
 from protocol.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -55,12 +63,8 @@ def _add_compare(kinds: Any) -> None:  # noqa: ANN401
     add("--blocks", type=int, default=6, metavar="N", help="turns of each target")
     add("--gate", action="append", default=[], metavar="METRIC.STATISTIC=LIMIT", help="exit 4 if")
     add("--strict", action="store_true", help="exit 4 also where a gate is unclear")
-    add("--model", default="", help="asked for when not named")
-    add("--api", default="tokens", metavar="tokens|text|chat", help="how prompts are sent")
-    add("--plain", action="store_true", help="send no field that is not OpenAI's")
-    add("--api-key", default="", metavar="KEY")
-    add("--vocabulary", metavar="LOW:HIGH", help="token ids of prompts, LOW <= id < HIGH")
     add("--output", type=Path, required=True, metavar="DIR", help="run, compare.json, report.html")
+    add_dialect_flags(compare)
     add_load_flags(compare)
     compare.set_defaults(start=_compare)
 
@@ -122,7 +126,7 @@ def _import(arguments: argparse.Namespace, _command: str) -> int:
 
     manifest, records = _read(arguments.format, arguments.path)
     write_run(arguments.output, manifest, records)
-    print(f"{len(records)} requests: {arguments.output}")
+    sys.stdout.write(f"{len(records)} requests: {arguments.output}\n")
     return 0
 
 
@@ -146,7 +150,7 @@ def _export(arguments: argparse.Namespace, _command: str) -> int:
             path = arguments.output / f"profile_export-{name}.jsonl"
             lines = [msgspec.json.encode(row) for row in export_aiperf(manifest, own)]
             path.write_bytes(b"".join(line + b"\n" for line in lines))
-        print(path)
+        sys.stdout.write(f"{path}\n")
     return 0
 
 
@@ -203,7 +207,7 @@ def _contest(
                 flags = shlex.split(where.removeprefix("local:"))
                 log = arguments.output / f"cluster-{number}.log"
                 where = stack.enter_context(local_cluster(flags, log))
-            targets.append(_discover(arguments, name, where))
+            targets.append(target_of(arguments, where, name))
         counts = {target.name: num_accelerators(target) for target in targets}
 
         def on_turn(block: int, name: str, manifest: "Manifest") -> None:
@@ -231,10 +235,3 @@ def _named(text: str) -> tuple[str, str]:
     if not text.startswith(("http://", "https://")):
         raise ConfigError(f"target {text!r}: {TARGET_HELP}")
     return text.split("://")[1].rstrip("/"), text
-
-
-def _discover(arguments: argparse.Namespace, name: str, url: str) -> "Target":
-    from bench.load.target import discover
-
-    dialect = dialect_of(arguments)
-    return discover(url, dialect, name=name, api_key=arguments.api_key, plain=arguments.plain)
