@@ -202,11 +202,11 @@ def _latency_rows(metric: str, sides: Sides, draws: _Draws) -> list[Row]:
 
     def paired(counts: Counts) -> float:
         own = counts[positive]
-        return math.exp(float(own @ logs) / own.sum()) if own.sum() else math.nan
+        return math.exp(float(own @ logs) / float(own.sum())) if own.any() else math.nan
 
     def mean(column: _Column, counts: Counts) -> float:
         own = counts[both]
-        return float(own @ column.values[both]) / own.sum() if own.sum() else math.nan
+        return float(own @ column.values[both]) / float(own.sum()) if own.any() else math.nan
 
     num = int(both.sum())
     found = [
@@ -246,7 +246,7 @@ class _Ratio(msgspec.Struct, frozen=True):
         row = Row(self.name, metric, self.statistic, "s", shown[0], shown[1], num_pairs=num)
         if num < self.min_pairs:
             why = f"n too small: {num} of {self.min_pairs}"
-            return msgspec.structs.replace(row, refused=why)
+            return msgspec.structs.replace(row, base=None, target=None, refused=why)
         interval = draws.interval(lambda counts: _quotient(*self.values(counts)))
         ratio = _quotient(base, target)
         if interval is None or not math.isfinite(ratio):

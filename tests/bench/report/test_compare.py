@@ -3,6 +3,7 @@
 import math
 from random import Random
 
+import msgspec
 import pytest
 
 from bench.load.compare import Pair, Row, Settings, compare, conclude, judge, parse_gate
@@ -130,6 +131,11 @@ def test_a_small_sample_has_no_p99() -> None:
     row = _row(pair, "ttft_s", "p99")
     assert row.ratio is None
     assert row.refused == "n too small: 120 of 299"
+
+
+def test_every_figure_can_be_written_down() -> None:
+    pairs = compare(_both(0, 1.0, 2), ["a", "b"], _starts(2), settings=FEW)
+    assert msgspec.json.decode(msgspec.json.encode(pairs), type=list[Pair]) == pairs
 
 
 def test_nothing_at_all_is_refused_and_does_not_crash() -> None:
