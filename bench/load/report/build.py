@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from bench.load.report.compare_figures import ratio_plots
 from bench.load.report.distributions import distributions, first_token_by_length
 from bench.load.report.documents import documents
 from bench.load.report.load_figures import attainment, goodput, pareto, send_lag
@@ -108,11 +109,12 @@ def _summary(runs: Sequence[Run], detailed: Sequence[Side]) -> Section:
 
 
 def _comparison(runs: Sequence[Run]) -> Section:
-    tables = [
-        table for run in runs if run.comparison for table in comparison_tables(run.comparison)
-    ]
+    made = [run.comparison for run in runs if run.comparison]
+    items: list[Item] = []
+    for comparison in made:
+        items += [*ratio_plots(comparison), *comparison_tables(comparison)]
     lead = "The same requests were sent to the targets in alternation, and are compared pairwise."
-    return Section("comparison", "Comparison", lead, (tuple(tables),))
+    return Section("comparison", "Comparison", lead, (tuple(items),))
 
 
 def _load(sides: Sequence[Side]) -> Section:

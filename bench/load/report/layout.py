@@ -27,7 +27,8 @@ LINE_HEIGHT = 17
 KEY_WIDTH = 24  # of a legend's sample
 GAP = 18  # between two entries of a legend
 PLOT_HEIGHT = 240.0
-MAX_TALL_LANES = 20
+MAX_TALL_LANES = 24
+ABOVE_SHARE = 0.7  # of a lane's height, where its bar is below its name
 _NARROW_CHARACTERS = frozenset("iljtfr.,:;|!'()[] ")
 _BROAD_CHARACTERS = frozenset("mwMWGOQD%@#&")
 
@@ -67,8 +68,7 @@ class Frame:
 
     def lane(self, index: int) -> float:
         """The middle of a lane."""
-        share = 0.7 if self.names_above else 0.5
-        return self.top + (index + share) * self.lane_height
+        return self.y(float(index))
 
 
 def frame_of(plot: Plot, width: int) -> Frame:
@@ -79,7 +79,8 @@ def frame_of(plot: Plot, width: int) -> Frame:
     lane_height = _lane_height(plot, names_above=names_above)
     if isinstance(plot.y, Lanes):
         height = max(1, len(plot.y.names)) * lane_height
-        y = Scale(0.0, 1.0, top + height, top)
+        share = ABOVE_SHARE if names_above else 0.5
+        y = Scale(-share, max(1, len(plot.y.names)) - share, top, top + height)
         left = 2.0 if names_above else min(0.4 * width, _names_width(plot.y))
     else:
         height = PLOT_HEIGHT if width > 500 else 0.85 * PLOT_HEIGHT

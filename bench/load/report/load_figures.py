@@ -30,6 +30,8 @@ def attainment(sides: Sequence[Side]) -> Plot:
     layers: list[Layer] = []
     rows: Rows = [("target", "rate per accelerator", "joint", "interval", "TTFT only", "TPOT only")]
     judged = load_points([side for side in sides if side.slo is not None])
+    if all(len(points) == 1 for points in judged.values()):
+        return _attainment_bars([points[0] for points in judged.values()])
     for name, points in judged.items():
         color = points[0].color
         joint = [(point.rate_per_accelerator, point.share("joint")) for point in points]
@@ -52,6 +54,33 @@ def attainment(sides: Sequence[Side]) -> Plot:
         "A failed request is a miss. The band is the 95 % interval of the joint share (Wilson, for "
         "the effective number of independent requests).",
         table=tuple(rows),
+    )
+
+
+def _attainment_bars(points: Sequence[LoadPoint]) -> Plot:
+    """The same at one rate: there is nothing to see along an axis of rates."""
+    names: list[str] = []
+    bars: list[Spans] = []
+    whiskers: list[tuple[int, float, float]] = []
+    for point in points:
+        spans = []
+        for part, words in (("joint", "all"), ("TTFT", "TTFT only"), ("TPOT", "TPOT only")):
+            share = point.share(part)
+            lane = len(names)
+            names.append(f"{point.name}, {words}")
+            spans.append(Span(lane, 0.0, share.share, f"{names[-1]}: {share}"))
+            whiskers.append((lane, share.low, share.high))
+        bars.append(Spans("", point.color, tuple(spans)))
+    targets = sorted({point.target for point in points})
+    rules = [Rule(target, f"target {100 * target:.4g} %", vertical=True) for target in targets]
+    return Plot(
+        "attainment",
+        "SLO attainment",
+        Axis("share of requests within their objectives", "share", low=0.0, high=1.0),
+        Lanes(tuple(names)),
+        (*bars, Whiskers(tuple(whiskers)), *rules),
+        "A failed request is a miss. Whiskers are 95 % intervals (Wilson, for the effective number "
+        "of independent requests).",
     )
 
 
@@ -108,6 +137,8 @@ def goodput(sides: Sequence[Side]) -> Plot:
     texts: list[tuple[int, float, str]] = []
     rows: Rows = [("target", "goodput per accelerator", "surely at least", "at most")]
     judged = load_points([side for side in sides if side.slo is not None])
+    if all(len(points) == 1 for points in judged.values()):
+        judged = {}  # one rate says nothing of where the limit is
     for lane, (name, points) in enumerate(judged.items()):
         best, low, high = goodput_range(points)
         tip = f"{name}: {compact(best)} requests/s per accelerator"

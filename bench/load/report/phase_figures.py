@@ -33,6 +33,7 @@ MIN_TAIL = 3  # requests: fewer say nothing about a tail
 COLORS = {
     "client lag": 3,
     "admission": 4,
+    "decode reservation": 9,
     "prefill queue": 1,
     "prefill compute": 0,
     "queue and prefill": 5,
@@ -185,17 +186,24 @@ def pools(side: Side) -> Plot:
 def _counts(
     steps: Sequence[tuple[float, int]], max_points: int = 500
 ) -> tuple[tuple[float, float], ...]:
+    changes: dict[float, int] = {}
+    for at, change in steps:
+        changes[at] = changes.get(at, 0) + change
     held = 0
     points: list[tuple[float, float]] = []
-    for at, change in sorted(steps):
-        held += change
-        points.append((at, float(held)))
+    for at, change in sorted(changes.items()):
+        if change:
+            held += change
+            points.append((at, float(held)))
     if len(points) <= max_points:
         return tuple(points)
-    width = -(-len(points) // max_points)
-    # the largest of each piece: a peak must not vanish with its neighbours
-    pieces = [points[index : index + width] for index in range(0, len(points), width)]
-    return tuple(max(piece, key=lambda point: point[1]) for piece in pieces)
+    width = -(-2 * len(points) // max_points)
+    kept: list[tuple[float, float]] = []
+    for first in range(0, len(points), width):
+        piece = points[first : first + width]
+        peak = max(piece, key=lambda point: point[1])  # must not vanish with its neighbours
+        kept += [peak] if peak == piece[-1] else [peak, piece[-1]]
+    return tuple(kept)
 
 
 def has_timelines(side: Side) -> bool:

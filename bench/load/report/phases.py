@@ -14,6 +14,7 @@ from bench.load.record import RequestRecord
 PHASES = (  # in the order of a request's life
     "client lag",
     "admission",
+    "decode reservation",
     "prefill queue",
     "prefill compute",
     "queue and prefill",
@@ -65,8 +66,8 @@ def phases_of(record: RequestRecord) -> list[Phase]:
     events = told["events"]
     prefill_pool = str(told.get("prefill_pool") or told.get("decode_pool") or "")
     decode_pool = str(told.get("decode_pool") or "")
-    placed = events.get("prefill_sent", events.get("reserved", events.get("tokenized")))
-    walk.until("admission", sent, placed)
+    walk.until("admission", sent, events.get("tokenized"))
+    walk.until("decode reservation", sent, events.get("prefill_sent", events.get("reserved")))
     prefill = told.get("prefill") or {}
     queue_s, compute_s = prefill.get("queue_s"), prefill.get("compute_s")
     if queue_s is not None and compute_s is not None:

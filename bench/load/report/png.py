@@ -36,6 +36,7 @@ COLORS = (  # of the page's light theme
     "#7a4a2b",
     "#4d7a1e",
     "#1c8798",
+    "#9b5468",
 )
 GREY, INK, GRID = "#8b94a3", "#1c2430", "#e6e4df"
 RAMP = ("#8c2d04", "#d9772b", "#9a9a52", "#4a9a8f", "#0b5fa5")

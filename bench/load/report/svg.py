@@ -35,7 +35,7 @@ from bench.load.report.plot import (
 from bench.load.report.scale import LOG_FLOOR, tick_text, ticks
 
 WIDE, NARROW = 720, 360
-NUM_COLORS = 9
+NUM_COLORS = 10
 NUM_RAMP_COLORS = 5
 BAR_SHARE = 0.62  # of a lane's height
 _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")

@@ -202,7 +202,7 @@ def comparison_tables(comparison: dict[str, Any]) -> list[Table]:
             f"intervals by bootstrap over {comparison.get('num_blocks', '?')} blocks in "
             "alternation and the paired requests in them."
         )
-        tables.append(Table(f"compare-{number_of}", title, head, rows, note, tab=title))
+        tables.append(Table(f"compare-{number_of}", title, head, rows, note, f"table: {title}"))
     return tables
 
 
