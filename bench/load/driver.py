@@ -18,6 +18,7 @@ from typing import IO, Literal
 import msgspec
 
 from bench.load.client import Address, Budgets, Client
+from bench.load.intervals import percentile
 from bench.load.pacer import Pacer
 from bench.load.prompts import Api, Conversation, Dialect
 from bench.load.record import CANCELLED, OK, RequestRecord
@@ -25,6 +26,8 @@ from bench.load.reply import Reply
 from bench.load.schedule import Planned, Schedule
 from bench.load.slo import Slo
 from bench.load.validity import CPU_WINDOW_S, Audit, largest_share
+
+_TICK_S = 0.01
 
 
 class Target(msgspec.Struct, frozen=True):
@@ -148,6 +151,7 @@ class Driver:
         self._over: asyncio.Future[None] | None = None
         self._is_stopped = False
         self._cpu: list[tuple[float, float]] = []
+        self._loop_lags_s: list[float] = []
 
     def prepare(self) -> None:
         """Everything that would cost time later."""
@@ -167,10 +171,11 @@ class Driver:
         self.tally.begin(start_at)
         try:
             async with asyncio.TaskGroup() as group:
-                watch = group.create_task(self._watch_cpu())
+                watches = [group.create_task(w) for w in (self._watch_cpu(), self._watch_loop())]
                 self._schedule_all(group)
                 await self._over
-                watch.cancel()
+                for watch in watches:
+                    watch.cancel()
         finally:
             self._pacer.close()
             self._client.close()
@@ -319,6 +324,14 @@ class Driver:
             self._sample_cpu()
             await asyncio.sleep(CPU_WINDOW_S / 10)
 
+    async def _watch_loop(self) -> None:
+        """Whoever wakes up late for this has been late for tokens too."""
+        assert self._pacer is not None
+        while not self._is_stopped:
+            due = time.monotonic() + _TICK_S
+            await self._pacer.until(due)
+            self._loop_lags_s.append(time.monotonic() - due)
+
     def _sample_cpu(self) -> None:
         self._cpu.append((time.monotonic(), time.process_time()))
 
@@ -328,6 +341,7 @@ class Driver:
         return Audit(
             span_s=span_s,
             cpu_share=largest_share(self._cpu, CPU_WINDOW_S),
+            loop_lag_s=percentile(sorted(self._loop_lags_s), 0.99) if self._loop_lags_s else 0.0,
             mean_in_flight=self.tally.mean_in_flight(span_s),
             num_connections=self._client.num_connections,
             is_stopped=self._is_stopped,

@@ -77,7 +77,7 @@ def judge(
     targets = {kind: slo.of(kind).target for kind in shares}
     if any(share.high < targets[kind] for kind, share in shares.items()):
         return Verdict(False, True, shares)
-    is_large = all(share.num >= min_requests for share in shares.values())
+    is_large = bool(shares) and all(share.num >= min_requests for share in shares.values())
     if is_large and all(share.low >= targets[kind] for kind, share in shares.items()):
         return Verdict(True, True, shares)
     if len(rounds) < max_rounds:

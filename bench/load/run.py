@@ -142,6 +142,7 @@ def _manifest(
             "num_users": plan.num_users if plan.loop == "closed" else None,
             "num_processes": len(audits),
             "cpu_share": max((audit.cpu_share for audit in audits), default=0.0),
+            "loop_lag_s": max((audit.loop_lag_s for audit in audits), default=0.0),
             "mean_in_flight": in_flight_s / span_s if span_s else 0.0,
             "num_connections": sum(audit.num_connections for audit in audits),
             "budgets": msgspec.to_builtins(plan.budgets),

@@ -1,7 +1,7 @@
 """Workloads and arrivals as one writes them: ``documents:document=8192,questions=3``, or YAML."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import yaml
@@ -21,7 +21,7 @@ def workload_of(spec: str) -> Workload:
     try:
         workload: Workload = msgspec.convert(fields, Workload, strict=False)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"workload {spec!r}: {error}") from error
+        raise ConfigError(f"workload {spec!r}: {error}; {_kinds(Workload)}") from error
     _refuse_unknown(fields, workload, spec)
     return check_workload(workload)
 
@@ -44,7 +44,7 @@ def arrival_of(spec: str, rate: float | None) -> Arrival:
     try:
         arrival: Arrival = msgspec.convert(fields, Arrival, strict=False)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"arrival {spec!r}: {error}") from error
+        raise ConfigError(f"arrival {spec!r}: {error}; {_kinds(Arrival)}") from error
     _refuse_unknown(fields, arrival, spec)
     return check_arrival(arrival)
 
@@ -95,6 +95,10 @@ def _refuse_unknown(fields: dict[str, Any], found: Workload | Arrival, spec: str
     if unknown:
         known = ", ".join(found.__struct_fields__)
         raise ConfigError(f"{spec!r}: no {sorted(unknown)[0]!r} here; there are {known}")
+
+
+def _kinds(union: object) -> str:
+    return f"kinds: {', '.join(kind.__struct_config__.tag for kind in get_args(union))}"
 
 
 def _stage(text: str) -> tuple[float, float, float]:

@@ -16,6 +16,7 @@ from protocol.errors import ConfigError
 
 _TIMEOUT_S = 60.0
 _NUM_AT_ONCE = 8
+_NUM_TRIES = 5
 _MAX_MISSING = (
     64  # a server remembers its latest requests: so many unknown in a row, and it is over
 )
@@ -41,10 +42,10 @@ def discover(
         try:
             model = dialect.model or _only_model(client)
             dialect = msgspec.structs.replace(dialect, model=model, extensions=not plain)
-            refusal = _try(client, dialect)
-            if refusal is not None and dialect.extensions:
+            refusal, is_invalid = _try(client, dialect)
+            if is_invalid and dialect.extensions:
                 dialect = msgspec.structs.replace(dialect, extensions=False)
-                refusal = _try(client, dialect)
+                refusal, _ = _try(client, dialect)
         except httpx.HTTPError as error:
             raise ConfigError(f"{url}: {error or type(error).__name__}") from error
     if refusal is not None:
@@ -71,15 +72,19 @@ def _only_model(client: httpx.Client) -> str:
         raise ConfigError(f"{reply.url} names no model: name it with --model") from error
 
 
-def _try(client: httpx.Client, dialect: Dialect) -> str | None:
-    """What the server has against it; None when it answers."""
+def _try(client: httpx.Client, dialect: Dialect) -> tuple[str | None, bool]:
+    """What the server has against it, None when it answers; and whether it is about the fields."""
     turn = Turn("probe", (Segment("probe", 8),), 2)
     body = Conversation(dialect, 0).ask(turn, "baton-bench-probe")
     headers = {"content-type": "application/json"}
-    reply = client.post(dialect.api.path, content=body, headers=headers)
-    if reply.status_code == 200:
-        return None
-    return f"status {reply.status_code}: {reply.text[:200]}"
+    for _ in range(_NUM_TRIES):  # a server that fails now and then can be measured all the same
+        reply = client.post(dialect.api.path, content=body, headers=headers)
+        if reply.status_code == 200:
+            return None, False
+        if reply.status_code < 500 and reply.status_code != 429:
+            break
+    refusal = f"status {reply.status_code}: {reply.text[:200]}"
+    return refusal, reply.status_code in (400, 422)
 
 
 def num_accelerators(target: Target) -> int | None:

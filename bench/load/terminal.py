@@ -14,7 +14,7 @@ from rich.table import Table
 
 from bench.load.driver import Progress as RunProgress
 from bench.load.goodput import Goodput, Point
-from bench.load.intervals import percentile
+from bench.load.intervals import min_samples, percentile
 from bench.load.metrics import Distribution, Summary
 from bench.load.process import OnProgress
 from bench.load.record import Manifest
@@ -90,8 +90,8 @@ def show_run(console: Console, manifest: Manifest, summary: Summary) -> None:
     if not manifest.valid:
         console.print("[bold red]INVALID RUN[/bold red]")
     console.print(_headline(manifest, summary))
-    kinds = summary.by_kind if len(summary.by_kind) > 1 else {}
-    for name, part in [("", summary), *kinds.items()]:
+    parts = list(summary.by_kind.items())  # only of a kind it can be said whether it was met
+    for name, part in [("all", summary), *parts] if len(parts) > 1 else parts:
         console.print(_table(name, part))
     for reason in manifest.invalid_reasons:
         console.print(f"[bold red]invalid:[/bold red] {escape(reason)}")
@@ -115,7 +115,7 @@ def _headline(manifest: Manifest, summary: Summary) -> str:
 
 
 def _table(name: str, summary: Summary) -> Table:
-    table = Table(title=name or None, title_justify="left", box=None, pad_edge=False)
+    table = Table(title=name, title_justify="left", box=None, pad_edge=False)
     for column in ("", "n", "mean", "p50", "p90", "p99", "95 % of p99"):
         table.add_column(column, justify="left" if not column else "right")
     for metric in _SHOWN:
@@ -126,19 +126,29 @@ def _table(name: str, summary: Summary) -> Table:
         ("  TTFT alone", summary.attainment_ttft),
         ("  TPOT alone", summary.attainment_tpot),
     ):
-        if share is not None:
-            verdict = {True: "[green]met[/green]", False: "[red]missed[/red]", None: ""}
-            target = f"target {summary.target:.0%}" if label == "attainment" else ""
-            met = verdict[summary.attains] if label == "attainment" else ""
-            low_high = f"{share.low:.2%} - {share.high:.2%}" if share.num else ""
-            value = f"{share.share:.2%}" if share.num else "-"
-            table.add_row(label, str(share.num), value, low_high, target, met, "")
+        if share is not None and share.num:
+            table.add_row(
+                label,
+                str(share.num),
+                f"{share.share:.2%}",
+                *_verdict(summary, is_joint=label == "attainment"),
+                f"{share.low:.2%} - {share.high:.2%}",
+            )
     return table
+
+
+def _verdict(summary: Summary, *, is_joint: bool) -> tuple[str, str, str]:
+    if not is_joint or summary.target is None or summary.by_kind:
+        return "", "", ""
+    verdict = {True: "[green]met[/green]", False: "[red]missed[/red]", None: ""}
+    return f"of {summary.target:.0%}", verdict[summary.attains], ""
 
 
 def _row(name: str, values: Distribution) -> tuple[str, ...]:
     low, high = values.interval.get("p99", (math.nan, math.nan))
     refused = values.refused.get("p99", "")
+    if refused.startswith("n too small"):
+        refused = f"n < {min_samples(0.99)}"
     return (
         name.removesuffix("_s"),
         str(values.count + values.num_failed),

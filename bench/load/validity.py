@@ -27,6 +27,8 @@ class Audit(msgspec.Struct, frozen=True):
     span_s: float
     cpu_share: float
     """The largest share of a core over any ``CPU_WINDOW_S``."""
+    loop_lag_s: float
+    """p99 of how late its event loop woke up: so late may it have seen tokens."""
     mean_in_flight: float
     num_connections: int
     is_stopped: bool
@@ -46,6 +48,12 @@ def invalid_reasons(
         reasons.append(
             f"the driver was late: p99 of send lag {lag['p99'] * 1e3:.1f} ms, over "
             f"{limit * 1e3:.1f} ms; use more processes or a quieter machine"
+        )
+    loop_lag_s = max((audit.loop_lag_s for audit in audits), default=0.0)
+    if loop_lag_s > limit:
+        reasons.append(
+            f"the driver was not looking: p99 of its event loop's lag {loop_lag_s * 1e3:.1f} ms, "
+            f"over {limit * 1e3:.1f} ms; use more processes or a quieter machine"
         )
     busiest = max((audit.cpu_share for audit in audits), default=0.0)
     if busiest > MAX_CPU_SHARE:
