@@ -195,6 +195,7 @@ def _contest(
     from bench.load.local_cluster import local_cluster
     from bench.load.planning import recipe_of
     from bench.load.target import num_accelerators
+    from bench.load.terminal import watched
 
     recipe = recipe_of(options_of(arguments))
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -221,6 +222,7 @@ def _contest(
             arguments.blocks,
             command,
             {name: count for name, count in counts.items() if count},
+            on_progress=stack.enter_context(watched(console, "requests")),
             on_turn=on_turn,
         )
 

@@ -28,7 +28,7 @@ from bench.load.driver import Target
 from bench.load.planning import Recipe
 from bench.load.process import OnProgress
 from bench.load.record import Manifest, RequestRecord
-from bench.load.run import execute
+from bench.load.run import STOPPED, execute
 from protocol.errors import ConfigError
 
 SEEDS_PER_RUN = 1000  # the blocks of a run with another seed share none with this one's
@@ -73,6 +73,8 @@ def order_of(targets: Sequence[Target], block: int) -> list[Target]:
 def alternate(contest: Contest) -> tuple[Manifest, list[RequestRecord]]:
     """Run all blocks; one manifest and all records, indexed through.
 
+    A turn that was stopped from outside is the last one.
+
     Raises:
         DriverError: a driver's process has died.
     """
@@ -82,7 +84,10 @@ def alternate(contest: Contest) -> tuple[Manifest, list[RequestRecord]]:
     reasons: list[str] = []
     first_index, first_s = 0, 0.0
     options = contest.recipe.options
+    is_stopped = False
     for block in range(contest.num_blocks):
+        if is_stopped:
+            break
         schedule = contest.recipe.schedule(SEEDS_PER_RUN * options.seed + block)
         starts.append(first_index)
         end_s = first_s
@@ -98,6 +103,9 @@ def alternate(contest: Contest) -> tuple[Manifest, list[RequestRecord]]:
             end_s = max([end_s, *(record.finished_s or record.intended_s for record in moved)])
             if contest.on_turn is not None:
                 contest.on_turn(block, target.name, manifest)
+            is_stopped = STOPPED in manifest.invalid_reasons
+            if is_stopped:
+                break
         first_index += len(schedule.requests)
         first_s = end_s + contest.pause_s
     records.sort(key=lambda record: (record.target, record.index))

@@ -27,6 +27,8 @@ from bench.load.slo import Slo
 from bench.load.target import join_timelines
 from bench.load.validity import Audit, invalid_reasons, send_lag
 
+STOPPED = "it was stopped before its end"
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:

@@ -74,6 +74,7 @@ class Frame:
 def frame_of(plot: Plot, width: int) -> Frame:
     """The frame of a plot in a drawing of ``width`` pixels."""
     num_rows = len(legend_rows(plot, width)) + bool(plot.ramp)
+    num_rows += len(upright_rules(plot))
     top = num_rows * LINE_HEIGHT + (34.0 if plot.y.label else 14.0)
     names_above = _has_names_above(plot, width)
     lane_height = _lane_height(plot, names_above=names_above)
@@ -118,6 +119,11 @@ def _right_margin(plot: Plot, width: int) -> float:
     ]
     texts += [layer.label for layer in plot.layers if is_flat_rule(layer)]
     return min(0.4 * width, max((text_width(text) + 10 for text in texts), default=16.0))
+
+
+def upright_rules(plot: Plot) -> list[Rule]:
+    """Each has a row of its own above the frame for its label."""
+    return [layer for layer in plot.layers if isinstance(layer, Rule) and layer.vertical]
 
 
 def is_flat_rule(layer: Layer) -> TypeGuard[Rule]:

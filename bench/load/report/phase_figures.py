@@ -163,11 +163,15 @@ def pools(side: Side) -> Plot:
     """How many requests each pool holds at once, over the run."""
     changes: dict[str, list[tuple[float, int]]] = {}
     for record in side.records:
+        held: dict[str, tuple[float, float]] = {}
         for phase in phases_of(record):
             if phase.pool:
-                own = changes.setdefault(phase.pool, [])
-                own.append((record.intended_s + phase.start_s, 1))
-                own.append((record.intended_s + phase.end_s, -1))
+                start_s, _ = held.setdefault(phase.pool, (phase.start_s, phase.end_s))
+                held[phase.pool] = start_s, phase.end_s
+        for pool, (start_s, end_s) in held.items():
+            own = changes.setdefault(pool, [])
+            own.append((record.intended_s + start_s, 1))
+            own.append((record.intended_s + end_s, -1))
     end_s = max((at for steps in changes.values() for at, _ in steps), default=1.0)
     layers: list[Layer] = []
     for number, (pool, steps) in enumerate(sorted(changes.items())):

@@ -19,6 +19,7 @@ from bench.load.report.layout import (
     spread,
     text_width,
     thin_labels,
+    upright_rules,
 )
 from bench.load.report.plot import (
     NEUTRAL,
@@ -175,7 +176,8 @@ def _axes(canvas: Canvas, plot: Plot, frame: Frame) -> None:
     )
     canvas.text(frame.right, frame.bottom + 34, plot.x.label, "label", "end")
     if plot.y.label:
-        canvas.text(0, frame.top - 14, plot.y.label, "label")
+        above = LINE_HEIGHT * len(upright_rules(plot))
+        canvas.text(0, frame.top - 14 - above, plot.y.label, "label")
 
 
 def _band(canvas: Canvas, band: Band, frame: Frame) -> None:
@@ -255,10 +257,9 @@ def _rules(canvas: Canvas, plot: Plot, frame: Frame) -> None:
         at = frame.y(rule.at)
         canvas.add("line", x1=frame.left, x2=frame.right, y1=at, y2=at, class_="rule")
         canvas.text(frame.right + 5, y, rule.label, "rule-text")
-    upright = [layer for layer in plot.layers if isinstance(layer, Rule) and layer.vertical]
-    for row, rule in enumerate(upright):
-        at, y = frame.x(rule.at), frame.top + 12 + row * LINE_HEIGHT
-        canvas.add("line", x1=at, x2=at, y1=frame.top, y2=frame.bottom, class_="rule")
-        fits = at + 6 + text_width(rule.label) <= frame.right
-        x, anchor = (at + 5, "start") if fits else (at - 5, "end")
-        canvas.text(x, y, rule.label, "rule-text", anchor)
+    for row, rule in enumerate(upright_rules(plot)):
+        at, y = frame.x(rule.at), frame.top - 6 - row * LINE_HEIGHT
+        canvas.add("line", x1=at, x2=at, y1=y + 2, y2=frame.bottom, class_="rule")
+        half = text_width(rule.label) / 2
+        middle = min(max(at, half), frame.width - half)
+        canvas.text(middle, y, rule.label, "rule-text", "middle")

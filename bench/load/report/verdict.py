@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bench.load.report.runs import Run
-
-STOPPED = "it was stopped before its end"
+from bench.load.run import STOPPED
 
 
 @dataclass(frozen=True, slots=True)

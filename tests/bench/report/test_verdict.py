@@ -7,7 +7,8 @@ import msgspec
 
 from bench.load.report.runs import Run
 from bench.load.report.sample import sample_run
-from bench.load.report.verdict import STOPPED, judge
+from bench.load.report.verdict import judge
+from bench.load.run import STOPPED
 from bench.load.sweep import SweepRecord
 
 
