@@ -28,7 +28,8 @@ from bench.load.driver import Target
 from bench.load.planning import Recipe
 from bench.load.process import OnProgress
 from bench.load.record import Manifest, RequestRecord
-from bench.load.run import STOPPED, execute
+from bench.load.run import execute
+from bench.load.validity import STOPPED
 from protocol.errors import ConfigError
 
 SEEDS_PER_RUN = 1000  # the blocks of a run with another seed share none with this one's

@@ -22,12 +22,10 @@ from bench.load.driver import Load, Target
 from bench.load.metrics import METRICS_VERSION
 from bench.load.process import OnProgress, drive, num_processes_for
 from bench.load.record import FORMAT_VERSION, Manifest, RequestRecord
-from bench.load.schedule import Schedule
+from bench.load.schedule import Schedule, ideal_cached_share
 from bench.load.slo import Slo
 from bench.load.target import join_timelines
 from bench.load.validity import Audit, invalid_reasons, send_lag
-
-STOPPED = "it was stopped before its end"
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +144,7 @@ def _manifest(
             "cpu_share": max((audit.cpu_share for audit in audits), default=0.0),
             "loop_lag_s": max((audit.loop_lag_s for audit in audits), default=0.0),
             "mean_in_flight": in_flight_s / span_s if span_s else 0.0,
+            "ideal_cached_share": ideal_cached_share(plan.schedule),
             "num_connections": sum(audit.num_connections for audit in audits),
             "budgets": msgspec.to_builtins(plan.budgets),
         },

@@ -7,9 +7,10 @@ from bench.load.report.compare_figures import ratio_plots
 from bench.load.report.distributions import distributions, first_token_by_length
 from bench.load.report.documents import documents
 from bench.load.report.load_figures import attainment, goodput, pareto, send_lag
+from bench.load.report.load_points import focus
 from bench.load.report.phase_figures import decomposition, gantt, has_timelines, pools
 from bench.load.report.plot import Plot
-from bench.load.report.runs import Run, Side, focus, sides_of
+from bench.load.report.runs import Run, Side, sides_of
 from bench.load.report.scale import compact
 from bench.load.report.slice_figures import slices
 from bench.load.report.table import Table

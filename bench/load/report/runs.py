@@ -162,19 +162,3 @@ def _by_target(run: Run) -> dict[str, list[RequestRecord]]:
     for record in run.records:
         found.setdefault(record.target, []).append(record)
     return found
-
-
-def focus(sides: Sequence[Side]) -> list[Side]:
-    """The sides of the one run that detailed plots show: of a sweep, the fastest that a target met.
-
-    Plots of single requests would be unreadable with all rates in them. A valid run is preferred;
-    where no target met its objectives anywhere it is the slowest run, and without objectives the
-    fastest.
-    """
-    if not sides:
-        return []
-    known = [side for side in sides if side.run.manifest.valid] or list(sides)
-    attaining = [side for side in known if side.summary.attains]
-    if not attaining:
-        attaining = known[-1:] if known[0].slo is None else known[:1]
-    return [side for side in sides if side.run is attaining[-1].run]

@@ -85,6 +85,10 @@ def ticks(scale: Scale, num_ticks: int) -> list[float]:
     """About ``num_ticks`` round values inside the scale."""
     if scale.log:
         return _log_ticks(scale, num_ticks)
+    return _even_ticks(scale, num_ticks)
+
+
+def _even_ticks(scale: Scale, num_ticks: int) -> list[float]:
     step = _step(scale.high - scale.low, num_ticks)
     first = math.ceil(scale.low / step - 1e-9)
     last = math.floor(scale.high / step + 1e-9)
@@ -92,6 +96,8 @@ def ticks(scale: Scale, num_ticks: int) -> list[float]:
 
 
 def _log_ticks(scale: Scale, num_ticks: int) -> list[float]:
+    if scale.high < 10.0 * scale.low:
+        return _even_ticks(scale, num_ticks)  # a decade has too few round values
     first = math.floor(math.log10(scale.low) + 1e-9)
     last = math.ceil(math.log10(scale.high) - 1e-9)
     choices = ((1.0, 2.0, 5.0), (1.0, 3.0), (1.0,))

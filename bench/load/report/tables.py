@@ -65,7 +65,8 @@ def _percentile(found: Distribution, name: str, unit: Unit) -> Cell:
         return Cell("–", remark, "dim")  # noqa: RUF001 - an en dash
     value: float | None = getattr(found, name)
     low, high = found.interval.get(name, (-inf, inf))
-    return Cell(number(value, unit), between(low, high, unit))
+    is_open = low == -inf and high == inf
+    return Cell(number(value, unit), "no interval" if is_open else between(low, high, unit))
 
 
 def load_table(sides: Sequence[Side]) -> Table:
@@ -150,7 +151,7 @@ def worst_table(sides: Sequence[Side]) -> Table:
         text = f"{record.outcome} {record.status or ''} {record.error_code}" if failed else "ok"
         rows.append(
             (
-                Cell(str(record.index), side.name),
+                Cell(str(record.index), side.name if len(sides) > 1 else ""),
                 Cell(record.kind),
                 Cell(seconds(record.intended_s)),
                 Cell(f"{record.num_prompt_tokens:,}"),

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bench.load.report.runs import Run
-from bench.load.run import STOPPED
+from bench.load.validity import NOT_THE_DRIVERS, STOPPED
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +45,8 @@ def judge(runs: Sequence[Run]) -> Verdict:
 def _reasons(run: Run) -> list[str]:
     manifest = run.manifest
     found = [] if _is_imported(run) else list(manifest.invalid_reasons)
-    if _is_cut_short(run):
-        found.remove(STOPPED)
+    if run.sweep is not None:  # it may overload the server, and end a round that is lost
+        found = [reason for reason in found if reason not in NOT_THE_DRIVERS]
     if not manifest.valid and not manifest.invalid_reasons:
         found.append("the run was marked invalid without a reason")
     if not run.records:
@@ -81,7 +81,6 @@ def _is_imported(run: Run) -> bool:
 
 
 def _is_cut_short(run: Run) -> bool:
-    """A sweep ends a round as soon as it has failed, which is no fault of the driver."""
     return run.sweep is not None and STOPPED in run.manifest.invalid_reasons
 
 

@@ -14,9 +14,9 @@ from bench.load.record import write_run
 from bench.load.report.build import build_report
 from bench.load.report.files import write_report
 from bench.load.report.load_figures import attainment, goodput
-from bench.load.report.load_points import load_points
+from bench.load.report.load_points import focus, load_points
 from bench.load.report.plot import Line
-from bench.load.report.runs import focus, load_runs, sides_of, write_comparison
+from bench.load.report.runs import load_runs, sides_of, write_comparison
 from bench.load.report.sample import sample_run, sample_runs
 from bench.load.report.terminal import show
 from bench.load.sweep import SWEEP_FILE, SweepRecord

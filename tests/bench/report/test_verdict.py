@@ -8,8 +8,8 @@ import msgspec
 from bench.load.report.runs import Run
 from bench.load.report.sample import sample_run
 from bench.load.report.verdict import judge
-from bench.load.run import STOPPED
 from bench.load.sweep import SweepRecord
+from bench.load.validity import STOPPED
 
 
 def _run(name: str = "run", sweep: SweepRecord | None = None, **changes: Any) -> Run:
