@@ -52,6 +52,8 @@ class Throughput(msgspec.Struct, frozen=True):
     """Those that met their objective; None without an SLO."""
     prompt_tokens: float
     output_tokens: float
+    cached_share: float | None = None
+    """Of the prompt tokens, where the server told; not a rate."""
 
 
 class Summary(msgspec.Struct, frozen=True):
@@ -278,7 +280,14 @@ def _throughput(records: Sequence[RequestRecord], slo: Slo | None) -> Throughput
         None if good is None else good * per_s,
         sum(record.num_prompt_tokens for record in done) * per_s,
         sum(record.num_output_tokens for record in records) * per_s,
+        _cached_share(done),
     )
+
+
+def _cached_share(records: Sequence[RequestRecord]) -> float | None:
+    told = [(r.num_cached_tokens, r.num_prompt_tokens) for r in records if r.num_prompt_tokens]
+    known = [(cached, num) for cached, num in told if cached is not None]
+    return sum(cached for cached, _ in known) / sum(num for _, num in known) if known else None
 
 
 def littles_law_error(

@@ -9,6 +9,7 @@
 """
 
 import asyncio
+import contextlib
 import gc
 import signal
 import sys
@@ -213,7 +214,8 @@ async def _child(records_path: Path) -> None:
 def main() -> None:
     """Be one driver."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
-    run(_child(Path(sys.argv[1])))
+    with contextlib.suppress(BrokenPipeError):  # our parent has died, and nobody wants to know
+        run(_child(Path(sys.argv[1])))
 
 
 if __name__ == "__main__":

@@ -104,12 +104,16 @@ def _headline(manifest: Manifest, summary: Summary) -> str:
     label = f"CLOSED loop of {manifest.driver.get('num_users')} users" if is_closed else "open loop"
     outcomes = ", ".join(f"{n} {name}" for name, n in sorted(summary.outcomes.items()))
     target = manifest.targets[0]
+    cached = ""
+    if rates.cached_share is not None:
+        ideal = manifest.driver.get("ideal_cached_share", math.nan)
+        cached = f", cached {rates.cached_share:.1%} of prompts (shared {ideal:.1%})"
     return (
         f"{escape(str(target['name']))} at {target['url']}, {label}, seed {manifest.seed}, "
         f"{manifest.duration_s:.1f} s\n"
         f"{outcomes}\n"
         f"offered {rates.offered_requests:.2f}/s, completed {rates.completed_requests:.2f}/s, "
-        f"prompt {rates.prompt_tokens:.0f} tok/s, output {rates.output_tokens:.0f} tok/s; "
+        f"prompt {rates.prompt_tokens:.0f} tok/s, output {rates.output_tokens:.0f} tok/s{cached}; "
         f"send lag p99 {seconds(manifest.send_lag['p99'])}"
     )
 

@@ -13,7 +13,6 @@ from typing import Any
 import httpx
 import pytest
 
-from bench.load.intervals import percentile
 from bench.load.metrics import summarise
 from bench.load.prompts import Dialect
 from bench.load.record import Manifest, RequestRecord, read_run, write_run
@@ -25,7 +24,7 @@ from bench.load.toy_server import ToyConfig
 from bench.load.workload import Segment, Turn
 
 START = Callable[..., str]
-ATTEMPTS = 6
+ATTEMPTS = 5
 SLO = Slo({"default": Objective(Deadline(0.04, 0.02), 0.011)})
 
 
@@ -93,14 +92,13 @@ def _errors(records: list[RequestRecord], config: ToyConfig) -> list[str]:
 
 
 def _toy_lag_s(url: str) -> float:
-    """How late the toy's events left, p99 over all that it has ever served."""
+    """How late an event of the toy's has left at the most."""
     served = httpx.get(f"{url}/toy/log").json()
-    lags = [
+    return max(
         left - due
         for entry in served
         for left, due in zip(entry["left"], entry["due"], strict=True)
-    ]
-    return percentile(sorted(lags), 0.99)
+    )
 
 
 def test_every_metric_within_a_millisecond_or_a_percent(toy: START, tmp_path: Path) -> None:

@@ -196,6 +196,9 @@ def test_throughput() -> None:
     assert rates.completed_requests == pytest.approx(11 / 15)
     assert rates.prompt_tokens == pytest.approx(11 * 2000 / 15)
     assert rates.output_tokens == pytest.approx(11 * 7 / 15)
+    assert rates.cached_share is None
+    cached = [_change(num_cached_tokens=500), _change(num_cached_tokens=0), ONE]
+    assert summarise(cached).throughput.cached_share == pytest.approx(500 / 4000)
     assert rates.good_requests == pytest.approx(1 / 15)  # only the last one's TTFT is 2 s
 
 
