@@ -13,7 +13,7 @@ from random import Random
 from bench.load.record import FORMAT_VERSION, Manifest, RequestRecord
 from bench.load.report.runs import Run
 
-PREFILL_S_PER_TOKEN = 5e-5
+PREFILL_S_PER_TOKEN = 3e-5
 STEP_S = 0.016
 SLO = {
     "short": {"ttft_ms": {"base": 350, "per_1k_tokens": 120}, "tpot_ms": 30, "target": 0.9},
@@ -50,7 +50,7 @@ class _Server:
             if self.is_colocated and random.random() < 0.03:
                 step += random.expovariate(1 / 0.11)
             times.append(times[-1] + step + (transfer if number == 1 else 0.0))
-        if random.random() < 0.006:
+        if random.random() < 0.004:
             return _failed(asked, self.name)
         queue = start - ready
         return RequestRecord(

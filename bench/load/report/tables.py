@@ -148,7 +148,7 @@ def worst_table(sides: Sequence[Side]) -> Table:
     rows = []
     for side, record in found[:NUM_WORST]:
         failed = record.outcome != OK
-        text = f"{record.outcome} {record.status or ''} {record.error_code}" if failed else "ok"
+        why = f"{record.status or ''} {record.error_code}".strip()
         rows.append(
             (
                 Cell(str(record.index), side.name if len(sides) > 1 else ""),
@@ -157,7 +157,11 @@ def worst_table(sides: Sequence[Side]) -> Table:
                 Cell(f"{record.num_prompt_tokens:,}"),
                 Cell(seconds(ttft_of(record))),
                 Cell(seconds(e2e_of(record))),
-                Cell(" ".join(text.split()), record.request_id, "bad" if failed else ""),
+                Cell(
+                    record.outcome.replace("_", " "),
+                    why if failed and why else record.request_id,
+                    "bad" if failed else "",
+                ),
             )
         )
     head = ("request", "kind", "intended at", "prompt tokens", "TTFT", "E2E", "outcome")
