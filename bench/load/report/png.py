@@ -20,7 +20,7 @@ from bench.load.report.plot import (
     x_values,
     y_values,
 )
-from bench.load.report.scale import LOG_FLOOR, scale, tick_text
+from bench.load.report.scale import LOG_FLOOR, scale, tick_text, ticks
 from protocol.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ GREY, INK, GRID = "#8b94a3", "#1c2430", "#e6e4df"
 RAMP = ("#8c2d04", "#d9772b", "#9a9a52", "#4a9a8f", "#0b5fa5")
 DASHES = {"": "-", "dash": "--", "dot": ":"}
 DPI = 144
+NUM_TICKS = 7
 
 
 def write_pngs(plots: list[Plot], folder: Path) -> list[Path]:
@@ -74,7 +75,9 @@ def write_pngs(plots: list[Plot], folder: Path) -> list[Path]:
 
 
 def _draw(plot: Plot, axes: "Axes") -> None:
-    axes.set_title(plain(plot.title), loc="left", fontsize=11, fontweight="bold", color=INK)
+    has_upright = any(isinstance(layer, Rule) and layer.vertical for layer in plot.layers)
+    title = axes.set_title(plain(plot.title), loc="left", pad=20 if has_upright else 8)
+    title.set(fontsize=11, fontweight="bold", color=INK)
     axes.grid(visible=True, color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
@@ -161,9 +164,14 @@ def _rule(axes: "Axes", rule: Rule) -> None:
     line = axes.axvline if rule.vertical else axes.axhline
     line(rule.at, color=INK, linewidth=1.0, linestyle=(0, (2, 3)))
     at = (rule.at, 1.0) if rule.vertical else (1.0, rule.at)
-    frame = axes.get_xaxis_transform() if rule.vertical else axes.get_yaxis_transform()
     axes.annotate(
-        plain(rule.label), at, (3, 0), xycoords=frame, textcoords="offset points", va="center"
+        plain(rule.label),
+        at,
+        (0, 3) if rule.vertical else (3, 0),
+        xycoords=axes.get_xaxis_transform() if rule.vertical else axes.get_yaxis_transform(),
+        textcoords="offset points",
+        ha="center" if rule.vertical else "left",
+        va="bottom" if rule.vertical else "center",
     )
 
 
@@ -179,5 +187,6 @@ def _axis(axes: "Axes", which: str, axis: Axis, values: list[float]) -> None:
         axes.set_ylim(limits.low, limits.high)
         axes.set_ylabel(plain(axis.label))
     own = axes.xaxis if which == "x" else axes.yaxis
-    ends = [limits.low, limits.high] if axis.log else [limits.high]
-    own.set_major_formatter(lambda value, _: tick_text(value, axis.unit, ends))
+    marks = ticks(limits, NUM_TICKS)
+    own.set_ticks(marks, [tick_text(mark, axis.unit, marks) for mark in marks])
+    own.set_ticks([], minor=True)

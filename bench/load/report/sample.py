@@ -13,7 +13,7 @@ from random import Random
 from bench.load.record import FORMAT_VERSION, Manifest, RequestRecord
 from bench.load.report.runs import Run
 
-PREFILL_S_PER_TOKEN = 3e-5
+PREFILL_S_PER_TOKEN = 4e-5
 STEP_S = 0.016
 SLO = {
     "short": {"ttft_ms": {"base": 350, "per_1k_tokens": 120}, "tpot_ms": 30, "target": 0.9},
@@ -173,6 +173,6 @@ def sample_run(
     return manifest, records
 
 
-def sample_runs(seed: int = 0, rates: tuple[float, ...] = (2, 5, 8, 11, 14)) -> list[Run]:
+def sample_runs(seed: int = 0, rates: tuple[float, ...] = (2, 6, 10, 14, 18)) -> list[Run]:
     """A sweep: one run per rate."""
     return [Run(Path(f"rate-{rate:g}"), *sample_run(seed, rate)) for rate in rates]

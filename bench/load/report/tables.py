@@ -82,7 +82,7 @@ def load_table(sides: Sequence[Side]) -> Table:
                 Cell(f"{throughput.offered_requests:.3g}/s"),
                 Cell(f"{throughput.completed_requests:.3g}/s"),
                 Cell("–" if good is None else f"{good:.3g}/s"),  # noqa: RUF001
-                Cell(f"{throughput.output_tokens:,.0f}/s"),
+                Cell(f"{throughput.output_tokens:,.0f}/s", _cached(side)),
                 _attainment(attainment, attains=side.summary.attains),
             )
         )
@@ -100,6 +100,16 @@ def load_table(sides: Sequence[Side]) -> Table:
 
 def _accelerators(side: Side) -> str:
     return f"{side.num_accelerators} accelerators" if side.num_accelerators > 1 else ""
+
+
+def _cached(side: Side) -> str:
+    """How much of the prompts was cached, beside what a cache without limits would have had."""
+    share = side.summary.throughput.cached_share
+    if share is None:
+        return ""
+    ideal = side.run.manifest.driver.get("ideal_cached_share")
+    told = f"{share:.0%} of prompts cached"
+    return f"{told}, {ideal:.0%} shared" if isinstance(ideal, int | float) else told
 
 
 def _outcomes(outcomes: dict[str, int]) -> str:
