@@ -4,20 +4,21 @@ import argparse
 import shlex
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.config import default_url
+from launcher.bench_flags import (
+    EXIT_INVALID,
+    EXIT_MISSED,
+    add_load_flags,
+    add_target_flags,
+    options_of,
+    target_of,
+)
+from launcher.bench_reports import add_reports
 from protocol.errors import ConfigError
 
 if TYPE_CHECKING:
-    from bench.load.driver import Target
     from bench.load.planning import Options
-
-EXIT_INVALID = 3  # the run was made, and must not be believed
-EXIT_MISSED = 4  # the objectives were not attained
-
-_SUPPRESS = argparse.SUPPRESS
 
 
 def add_bench(commands: Any) -> None:  # noqa: ANN401 - argparse's class for this is private
@@ -25,13 +26,13 @@ def add_bench(commands: Any) -> None:  # noqa: ANN401 - argparse's class for thi
     bench = commands.add_parser("bench", help="measure a server against latency objectives")
     kinds = bench.add_subparsers(dest="bench_command", required=True, parser_class=type(bench))
     run = kinds.add_parser("run", help="one run at one load")
-    _add_target_flags(run)
-    _add_load_flags(run)
+    add_target_flags(run)
+    add_load_flags(run)
     run.add_argument("--check", action="store_true", help="exit 4 if the SLO is missed")
     run.set_defaults(start=_run)
     sweep = kinds.add_parser("sweep", help="many rates, or a search for goodput")
-    _add_target_flags(sweep)
-    _add_load_flags(sweep)
+    add_target_flags(sweep)
+    add_load_flags(sweep)
     add = sweep.add_argument
     add("--rates", metavar="R,R,...", help="these rates; without them, search for goodput")
     add("--lowest", type=float, default=0.01, metavar="R", help="of the search")
@@ -41,39 +42,7 @@ def add_bench(commands: Any) -> None:  # noqa: ANN401 - argparse's class for thi
     add("--rounds", type=int, default=3, metavar="N", help="seeds of each rate")
     add("--accelerators", type=int, metavar="N", help="all of them, prefill and decode")
     sweep.set_defaults(start=_sweep)
-
-
-def _add_target_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--url", help="of any OpenAI-compatible server")
-    add("--model", default="", help="asked for when not named")
-    add("--api", default="tokens", metavar="tokens|text|chat", help="how prompts are sent")
-    add("--plain", action="store_true", help="send no field that is not OpenAI's")
-    add("--api-key", default="", metavar="KEY")
-    add("--vocabulary", metavar="LOW:HIGH", help="token ids of prompts, LOW <= id < HIGH")
-    add("--output", type=Path, metavar="DIR", help="where to leave manifest and records")
-
-
-def _add_load_flags(parser: argparse.ArgumentParser) -> None:
-    def add(flag: str, kind: Callable[[str], Any], metavar: str, about: str) -> None:
-        parser.add_argument(flag, type=kind, metavar=metavar, help=about, default=_SUPPRESS)
-
-    add("--workload", str, "KIND[:NAME=VALUE,...]", "lengths, prefix_tree, documents, ...; or YAML")
-    add("--arrival", str, "KIND[:NAME=VALUE,...]", "poisson, gamma, constant, on_off, ramp")
-    add("--rate", float, "R", "requests, or sessions, per second")
-    add("--duration", float, "SECONDS", "users come until then")
-    add("--requests", int, "N", "at most so many")
-    add("--seed", int, "N", "decides everything")
-    add("--cancel", str, "SHARE[:SECONDS]", "users who go away early")
-    add("--users", int, "N", "a CLOSED loop of so many, which hides stalls")
-    add("--trace", str, "FILE", "of Mooncake, Azure or BurstGPT")
-    add("--speed", float, "X", "of the trace")
-    add("--jitter", float, "SECONDS", "spreads the trace's stamps; default: their grid, if any")
-    add("--scale", float, "X", "of the trace's lengths")
-    add("--block-size", int, "TOKENS", "behind each of the trace's hash ids")
-    add("--slo", str, "FILE|PRESET", "objectives")
-    add("--timeout", float, "SECONDS", "of each request")
-    add("--processes", int, "N", "of the driver")
+    add_reports(kinds)
 
 
 def run_bench(arguments: argparse.Namespace, argv: list[str] | None) -> int:
@@ -94,29 +63,6 @@ def _without_secrets(argv: list[str]) -> list[str]:
     return kept
 
 
-def _options(arguments: argparse.Namespace) -> "Options":
-    from bench.load.planning import Options
-
-    renamed = {"duration": "duration_s", "timeout": "timeout_s", "jitter": "jitter_s"}
-    given = {renamed.get(name, name): value for name, value in vars(arguments).items()}
-    return Options(**{name: given[name] for name in Options.__struct_fields__ if name in given})
-
-
-def _target(arguments: argparse.Namespace) -> "Target":
-    from bench.load.prompts import DEFAULT_VOCABULARY, Dialect
-    from bench.load.target import api_of, discover
-
-    vocabulary = DEFAULT_VOCABULARY
-    if arguments.vocabulary:
-        low, _, high = arguments.vocabulary.partition(":")
-        if not (low.isdigit() and high.isdigit() and int(low) < int(high)):
-            raise ConfigError(f"--vocabulary is LOW:HIGH, not {arguments.vocabulary!r}")
-        vocabulary = int(low), int(high)
-    dialect = Dialect(arguments.model, api_of(arguments.api), vocabulary=vocabulary)
-    url = arguments.url or default_url()
-    return discover(url, dialect, api_key=arguments.api_key, plain=arguments.plain)
-
-
 def _run(arguments: argparse.Namespace, command: str) -> int:
     from rich.console import Console
 
@@ -127,9 +73,9 @@ def _run(arguments: argparse.Namespace, command: str) -> int:
     from bench.load.terminal import show_run, watched
 
     console = Console()
-    recipe = recipe_of(_options(arguments))
+    recipe = recipe_of(options_of(arguments))
     schedule = recipe.schedule(recipe.options.seed)
-    target = _target(arguments)
+    target = target_of(arguments)
     with watched(console, target.name) as on_progress:
         plan = recipe.plan(target, command, schedule, None)
         manifest, records = execute(plan, on_progress)
@@ -154,12 +100,12 @@ def _sweep(arguments: argparse.Namespace, command: str) -> int:
     if arguments.output is None:
         raise ConfigError("a sweep needs --output DIR")
     rates = _rates(arguments.rates)
-    options = _options(arguments)
+    options = options_of(arguments)
     start = rates[0] if rates else options.rate or 1.0
     recipe = recipe_of(_with_rate(options, start, arguments.min_requests))
     if recipe.slo is None:
         raise ConfigError("a sweep needs --slo: a file, or the name of a preset")
-    target = _target(arguments)
+    target = target_of(arguments)
     num = arguments.accelerators or num_accelerators(target) or 1
     console = Console()
     with watched(console, target.name) as on_progress:
