@@ -85,7 +85,7 @@ class Tiering:
     def max_tokens(self) -> int:
         """What the largest prefill pool, and the largest decode pool, can hold of one prompt."""
         largest = [
-            max((_num_tokens(pool, self._config.block_size) for pool in pools), default=0)
+            max((_num_tokens(pool) for pool in pools), default=0)
             for role in ("prefill", "decode")
             if (pools := self._registry.serving(role))
         ]
@@ -239,12 +239,10 @@ class Tiering:
                     done.set_exception(error)
 
 
-def _num_tokens(pool: Pool, block_size: int) -> int:
-    """What a pool holds in all."""
-    leader = pool.ranks.get(0)
-    if leader is None or leader.heartbeat is None:
-        return 0
-    return sum(counts.total for counts in leader.heartbeat.blocks) * block_size
+def _num_tokens(pool: Pool) -> int:
+    """What a pool holds in all: each cp rank has blocks of its own."""
+    layouts = [rank.hello.endpoint.layout for rank in pool.ranks.values()]
+    return sum(layout.num_blocks * layout.block_size for layout in layouts if layout.tp_rank == 0)
 
 
 def _result(record: Record, seconds: float) -> IngestResult:

@@ -157,9 +157,10 @@ def coordinator_config(cluster: Cluster, where: dict[str, Any]) -> bytes:
         "parent_pid": os.getpid(),
         "secret": "" if cluster.data is None else cluster.data.secret,
         "data_dir": "" if cluster.data is None else str(cluster.data.folder),
-        "jobs": {"disk_quota_bytes": cluster.disk_quota_bytes},
+        "jobs": {"disk_quota_bytes": cluster.disk_quota_bytes} | serve.coordinator.get("jobs", {}),
     }
-    return _encode("coordinator", CoordinatorConfig, fields | serve.coordinator | where)
+    settings = {name: value for name, value in serve.coordinator.items() if name != "jobs"}
+    return _encode("coordinator", CoordinatorConfig, fields | settings | where)
 
 
 def _encode(table: str, kind: type[Any], fields: dict[str, Any]) -> bytes:
