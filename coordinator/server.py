@@ -125,7 +125,7 @@ class Coordinator:
                     if watching is not None:
                         watching.cancel()
                     if jobs is not None:
-                        await jobs.close()
+                        await jobs.stop()
                     service.shut_down()
                     http.should_exit = True
                     plane.cancel()
@@ -133,6 +133,8 @@ class Coordinator:
                     with contextlib.suppress(TimeoutError):
                         await asyncio.wait_for(asyncio.shield(serving), STOP_BUDGET_S)
                     serving.cancel()
+                    if jobs is not None:
+                        await jobs.close()
             if failure is not None:
                 raise failure
 
