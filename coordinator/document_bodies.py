@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -261,3 +262,29 @@ def _contents(source: Source) -> Sequence[bytes]:
 
 def _invalid(param: str, message: str) -> RequestError:
     return RequestError(message, code="invalid_value", param=param)
+
+
+def fields_of_form(form: Mapping[str, str]) -> dict[str, Any]:
+    """The fields of a multipart upload as the JSON body has them.
+
+    Raises:
+        RequestError: one that must be JSON is none.
+    """
+    fields: dict[str, Any] = dict(form)
+    for name in ("pin", "metadata"):
+        if name in fields:
+            fields[name] = _json_of(name, form[name])
+    for name in ("priority", "deadline"):
+        text = fields.get(name, "")
+        if re.fullmatch(r"-?[0-9]{1,15}", text):
+            fields[name] = int(text)
+        elif name == "deadline" and re.fullmatch(r"[0-9]{1,15}\.[0-9]{1,9}", text):
+            fields[name] = float(text)
+    return fields
+
+
+def _json_of(name: str, text: str) -> Any:  # noqa: ANN401 - a caller's JSON value
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _invalid(name, f"{name} must be JSON: {error}") from error

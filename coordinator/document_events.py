@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 from coordinator import sse
 from coordinator.config import CoordinatorConfig
 from coordinator.connection import SCOPE_ABORT
-from coordinator.jobs.documents import Documents
+from coordinator.jobs.documents import Documents, shutting_down
 from coordinator.jobs.events import WrittenEvent
 
 
@@ -61,6 +61,9 @@ class EventStream(Response):
     async def _stream(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": sse.HEADERS})
         while True:
+            if self._documents.table.bell.is_closed:  # no [DONE]: there may be more to come
+                await self._send(send, sse.error_event(shutting_down()), is_last=True)
+                return
             news = self._documents.table.bell.ticket(self._document_id)
             events, may_come = await self._documents.events(self._document_id, self._last)
             if events:

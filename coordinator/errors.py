@@ -16,11 +16,12 @@ ERROR_TYPES = {
     404: "not_found_error",
     405: "invalid_request_error",
     408: "invalid_request_error",
+    409: "conflict_error",
     429: "rate_limit_error",
     500: "server_error",
     503: "server_error",
-    507: "server_error",
     504: "server_error",
+    507: "server_error",
 }
 RETRY_AFTER_S = 1
 

@@ -124,7 +124,7 @@ class Coordinator:
                 finally:
                     if watching is not None:
                         watching.cancel()
-                    await jobs.close()
+                    await jobs.stop()
                     service.shut_down()
                     http.should_exit = True
                     plane.cancel()
@@ -132,6 +132,7 @@ class Coordinator:
                     with contextlib.suppress(TimeoutError):
                         await asyncio.wait_for(asyncio.shield(serving), STOP_BUDGET_S)
                     serving.cancel()
+                    await jobs.close()
             if failure is not None:
                 raise failure
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from coordinator.config import CoordinatorConfig
 from coordinator.jobs.database import Database
 from coordinator.jobs.document_files import DocumentFiles
-from coordinator.jobs.document_table import SCHEMA as DOCUMENT_SCHEMA
+from coordinator.jobs.document_rows import SCHEMA as DOCUMENT_SCHEMA
 from coordinator.jobs.document_table import DocumentTable
 from coordinator.jobs.documents import Documents, Parts
 from coordinator.jobs.ingestor import Ingestor
@@ -31,6 +31,7 @@ from modeling.config import ModelConfig
 
 DATABASE_NAME = "jobs.sqlite"
 DTYPE_BYTES = {"float32": 4}  # else two
+NUM_THREADS = 2
 ROOM_TO_ASK = 1  # tokens that must fit behind a document
 
 
@@ -64,10 +65,12 @@ class Jobs:
             temporary = tempfile.TemporaryDirectory(prefix="baton-jobs-")
             self.folder = Path(self._leftovers.enter_context(temporary))
         path = self.folder / DATABASE_NAME if config.data_dir else None
+        if path is not None:
+            path.touch(mode=0o600, exist_ok=True)  # it holds the tenants' salts
         self.database = Database(path, DOCUMENT_SCHEMA)
         self._leftovers.callback(self.database.close)
         self.documents = self._documents(surroundings)
-        self.questions = Questions(self.documents, surroundings.tokenization)
+        self.questions = Questions(self.documents)
         self._tasks: list[asyncio.Task[None]] = []
 
     def _documents(self, surroundings: Surroundings) -> Documents:
@@ -80,7 +83,10 @@ class Jobs:
         facts = ModelFacts(config.model_name, model.fingerprint, config.block_size)
         num_prefill_pools = sum(pool.role == "prefill" for pool in config.pools)
         files = DocumentFiles(self.folder / "documents")
-        library = Library(files, surroundings.tokenization, facts)
+        # A long document is encoded for seconds: requests have other threads.
+        tokenization = surroundings.tokenization.aside(NUM_THREADS)
+        self._leftovers.callback(tokenization.close)
+        library = Library(files, tokenization, facts)
         policy = PinPolicy(limits, kv_bytes_per_token(model))
         table = DocumentTable(self.database, limits, surroundings.clock)
         preparing = Preparing(table, files, library, limits, max_tokens)
@@ -104,6 +110,7 @@ class Jobs:
 
     async def start(self) -> None:
         """Put right what an earlier process has left, and go on with it."""
+        await self.documents.table.claim()
         await self.documents.keeper.recover()
         await self.documents.runner.recover()
         self._tasks = [
@@ -117,13 +124,18 @@ class Jobs:
         for task in done:
             task.result()
 
-    async def close(self) -> None:
-        """Abort what runs; it goes on when the next process starts. Idempotent."""
+    async def stop(self) -> None:
+        """Abort what runs; it goes on when the next process starts. Who waits is told."""
+        self.documents.table.bell.close()
         for task in self._tasks:
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
         self._tasks = []
+
+    async def close(self) -> None:
+        """Stop, and close the database: nothing may be asked afterwards. Idempotent."""
+        await self.stop()
         self._leftovers.close()
 
 

@@ -8,51 +8,18 @@ has made impossible raises ``IllegalTransition`` and changes nothing.
 import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass
-
-import msgspec
+from typing import TypeVar
 
 from coordinator.config import JobLimits
+from coordinator.jobs import document_rows as rows
 from coordinator.jobs import events
 from coordinator.jobs.database import Database
-from coordinator.jobs.document import HARD, NO_PIN, Change, Document, state_event
+from coordinator.jobs.document import NO_PIN, Change, Document, state_event
 from coordinator.jobs.pins import Pinned
 from coordinator.jobs.states import PENDING, State
 from protocol.errors import RequestError
 
-SCHEMA = (
-    """CREATE TABLE IF NOT EXISTS documents (
-        number INTEGER PRIMARY KEY AUTOINCREMENT,
-        document_id TEXT NOT NULL UNIQUE,
-        tenant TEXT NOT NULL,
-        status TEXT NOT NULL,
-        priority INTEGER NOT NULL,
-        deadline REAL,
-        pin_mode TEXT NOT NULL,
-        pin_expires_at REAL NOT NULL,
-        num_tokens INTEGER NOT NULL,
-        first_hash TEXT NOT NULL,
-        body BLOB NOT NULL
-    )""",
-    "CREATE INDEX IF NOT EXISTS documents_by_tenant ON documents (tenant, number)",
-    "CREATE INDEX IF NOT EXISTS documents_by_status ON documents (status, priority, number)",
-    "CREATE INDEX IF NOT EXISTS documents_by_first_hash ON documents (first_hash)",
-    """CREATE TABLE IF NOT EXISTS document_keys (
-        tenant TEXT NOT NULL,
-        idempotency_key TEXT NOT NULL,
-        request_digest BLOB NOT NULL,
-        document_id TEXT NOT NULL REFERENCES documents (document_id) ON DELETE CASCADE,
-        created_at REAL NOT NULL,
-        PRIMARY KEY (tenant, idempotency_key)
-    ) WITHOUT ROWID""",
-    """CREATE TABLE IF NOT EXISTS deleted_documents (
-        document_id TEXT PRIMARY KEY,
-        body BLOB NOT NULL
-    ) WITHOUT ROWID""",
-    *events.SCHEMA,
-)
-_PENDING = ", ".join(f"'{state.value}'" for state in sorted(PENDING, key=lambda s: s.value))
-_ENCODER = msgspec.json.Encoder()
-_DECODER = msgspec.json.Decoder(Document)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +42,20 @@ class DocumentTable:
     def __init__(self, database: Database, limits: JobLimits, clock: Callable[[], float]) -> None:
         self.bell = events.Bell()
         self._database = database
+        self._epoch = 0  # before ``claim``
         self._limits = limits
         self.clock = clock
+
+    async def claim(self) -> None:
+        """Be the one process that writes, from now on: an older one that is still there is not."""
+        self._epoch = await self._database.write(rows.claim)
+
+    async def _write(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        def transaction(connection: sqlite3.Connection) -> T:
+            rows.check_owner(connection, self._epoch)
+            return work(connection)
+
+        return await self._database.write(transaction)
 
     # -- changing ----------------------------------------------------------------------------------
 
@@ -102,11 +81,11 @@ class DocumentTable:
                 if known is not None:
                     return known, False
             self._check_number(connection, document.tenant)
-            check_pin(_pinned(connection, document))
+            check_pin(rows.pinned(connection, document))
             connection.execute(
                 "INSERT INTO documents (document_id, tenant, status, priority, deadline, pin_mode,"
                 " pin_expires_at, num_tokens, first_hash, body) VALUES (?,?,?,?,?,?,?,?,?,?)",
-                (document.document_id, document.tenant, *_columns(document)),
+                (document.document_id, document.tenant, *rows.columns(document)),
             )
             if idempotency is not None:
                 connection.execute(
@@ -122,7 +101,7 @@ class DocumentTable:
             self._tell(connection, Change(document, (state_event(document),)))
             return document, True
 
-        return await self._database.write(work)
+        return await self._write(work)
 
     async def change(
         self,
@@ -143,23 +122,23 @@ class DocumentTable:
         """
 
         def transaction(connection: sqlite3.Connection) -> Document:
-            document = _find(connection, document_id)
+            document = rows.find(connection, document_id)
             if document is None:
-                raise not_found()
+                raise rows.not_found()
             change = work(document)
             if check_pin is not None:
-                check_pin(change.document, _pinned(connection, change.document))
+                check_pin(change.document, rows.pinned(connection, change.document))
             if change.document != document:
                 connection.execute(
                     "UPDATE documents SET status = ?, priority = ?, deadline = ?, pin_mode = ?,"
                     " pin_expires_at = ?, num_tokens = ?, first_hash = ?, body = ?"
                     " WHERE document_id = ?",
-                    (*_columns(change.document), document_id),
+                    (*rows.columns(change.document), document_id),
                 )
             self._tell(connection, change)
             return change.document
 
-        following = await self._database.write(transaction)
+        following = await self._write(transaction)
         self.bell.ring(document_id)
         return following
 
@@ -171,17 +150,17 @@ class DocumentTable:
         """
 
         def work(connection: sqlite3.Connection) -> Document:
-            document = _find(connection, document_id)
+            document = rows.find(connection, document_id)
             if document is None:
-                raise not_found()
+                raise rows.not_found()
             connection.execute(
                 "INSERT INTO deleted_documents VALUES (?, ?)",
-                (document_id, _ENCODER.encode(document)),
+                (document_id, rows.encode(document)),
             )
             connection.execute("DELETE FROM documents WHERE document_id = ?", (document_id,))
             return document
 
-        document = await self._database.write(work)
+        document = await self._write(work)
         self.bell.ring(document_id)
         return document
 
@@ -193,12 +172,12 @@ class DocumentTable:
                 "DELETE FROM deleted_documents WHERE document_id = ?", (document_id,)
             )
 
-        await self._database.write(work)
+        await self._write(work)
 
     # -- looking -----------------------------------------------------------------------------------
 
     async def find(self, document_id: str) -> Document | None:
-        return await self._database.read(lambda connection: _find(connection, document_id))
+        return await self._database.read(lambda connection: rows.find(connection, document_id))
 
     async def page(
         self, tenant: str, after: str | None, limit: int, *, is_ascending: bool
@@ -211,14 +190,15 @@ class DocumentTable:
 
         def work(connection: sqlite3.Connection) -> tuple[list[Document], bool]:
             comparison, order = (">", "ASC") if is_ascending else ("<", "DESC")
-            place = _number(connection, tenant, after) if after is not None else None
-            where = "" if place is None else f" AND number {comparison} {place}"
-            rows = connection.execute(
+            where = ""
+            if after is not None:
+                where = f" AND number {comparison} {rows.number(connection, tenant, after)}"
+            found = connection.execute(
                 f"SELECT body FROM documents WHERE tenant = ?{where}"
                 f" ORDER BY number {order} LIMIT ?",
                 (tenant, limit + 1),
             ).fetchall()
-            return [_DECODER.decode(body) for (body,) in rows[:limit]], len(rows) > limit
+            return [rows.decode(body) for (body,) in found[:limit]], len(found) > limit
 
         return await self._database.read(work)
 
@@ -232,16 +212,16 @@ class DocumentTable:
             limit: no more than these.
             after: the ids above this one, in the order of ids: for going through them in turns.
         """
-        names = ", ".join(f"'{state.value}'" for state in states)
         order = "document_id" if after else "priority DESC, number"
 
         def work(connection: sqlite3.Connection) -> list[Document]:
-            rows = connection.execute(
-                f"SELECT body FROM documents WHERE status IN ({names}) AND document_id > ?"
+            found = connection.execute(
+                "SELECT body FROM documents"
+                f" WHERE status IN ({rows.named(states)}) AND document_id > ?"
                 f" ORDER BY {order} LIMIT ?",
                 (after, limit),
             )
-            return [_DECODER.decode(body) for (body,) in rows]
+            return [rows.decode(body) for (body,) in found]
 
         return await self._database.read(work)
 
@@ -249,12 +229,12 @@ class DocumentTable:
         """Documents whose pin or whose deadline is over."""
 
         def work(connection: sqlite3.Connection) -> list[Document]:
-            rows = connection.execute(
+            found = connection.execute(
                 f"SELECT body FROM documents WHERE (pin_expires_at > 0 AND pin_expires_at <= ?)"
-                f" OR (status IN ({_PENDING}) AND deadline <= ?)",
+                f" OR (status IN ({rows.named(PENDING)}) AND deadline <= ?)",
                 (now, now),
             )
-            return [_DECODER.decode(body) for (body,) in rows]
+            return [rows.decode(body) for (body,) in found]
 
         return await self._database.read(work)
 
@@ -268,8 +248,8 @@ class DocumentTable:
 
     async def _select(self, condition: str, value: str) -> list[Document]:
         def work(connection: sqlite3.Connection) -> list[Document]:
-            rows = connection.execute(f"SELECT body FROM documents WHERE {condition}", (value,))
-            return [_DECODER.decode(body) for (body,) in rows]
+            found = connection.execute(f"SELECT body FROM documents WHERE {condition}", (value,))
+            return [rows.decode(body) for (body,) in found]
 
         return await self._database.read(work)
 
@@ -277,10 +257,10 @@ class DocumentTable:
         """Of all documents, deleted ones that are not put away yet included."""
 
         def work(connection: sqlite3.Connection) -> set[str]:
-            rows = connection.execute(
+            found = connection.execute(
                 "SELECT document_id FROM documents UNION SELECT document_id FROM deleted_documents"
             )
-            return {document_id for (document_id,) in rows}
+            return {document_id for (document_id,) in found}
 
         return await self._database.read(work)
 
@@ -288,8 +268,8 @@ class DocumentTable:
         """Deleted documents whose KV and files are still to be removed."""
 
         def work(connection: sqlite3.Connection) -> list[Document]:
-            rows = connection.execute("SELECT body FROM deleted_documents")
-            return [_DECODER.decode(body) for (body,) in rows]
+            found = connection.execute("SELECT body FROM deleted_documents")
+            return [rows.decode(body) for (body,) in found]
 
         return await self._database.read(work)
 
@@ -331,7 +311,7 @@ class DocumentTable:
                 param="idempotency_key",
                 status=409,
             )
-        return _find(connection, document_id)
+        return rows.find(connection, document_id)
 
     def _check_number(self, connection: sqlite3.Connection, tenant: str) -> None:
         everybody, own = connection.execute(
@@ -344,51 +324,3 @@ class DocumentTable:
                 code="too_many_documents",
                 status=429,
             )
-
-
-def _columns(document: Document) -> tuple[object, ...]:
-    """What is looked for, beside the whole."""
-    return (
-        document.status,
-        document.priority,
-        document.deadline,
-        document.pin.mode,
-        document.pin.expires_at,
-        document.num_tokens,
-        document.first_hash,
-        _ENCODER.encode(document),
-    )
-
-
-def _find(connection: sqlite3.Connection, document_id: str) -> Document | None:
-    row = connection.execute(
-        "SELECT body FROM documents WHERE document_id = ?", (document_id,)
-    ).fetchone()
-    return None if row is None else _DECODER.decode(row[0])
-
-
-def _number(connection: sqlite3.Connection, tenant: str, document_id: str) -> int:
-    row = connection.execute(
-        "SELECT number FROM documents WHERE document_id = ? AND tenant = ?", (document_id, tenant)
-    ).fetchone()
-    if row is None:
-        raise not_found("after")
-    number: int = row[0]
-    return number
-
-
-def _pinned(connection: sqlite3.Connection, document: Document) -> Pinned:
-    """What other documents have pinned; ended ones hold nothing."""
-    ended = f"'{State.FAILED.value}', '{State.CANCELLED.value}', '{State.EXPIRED.value}'"
-    everybody, hard = connection.execute(
-        "SELECT COALESCE(SUM(num_tokens), 0), COALESCE(SUM(num_tokens)"
-        " FILTER (WHERE pin_mode = ? AND tenant = ?), 0) FROM documents"
-        f" WHERE pin_mode != ? AND status NOT IN ({ended}) AND document_id != ?",
-        (HARD, document.tenant, NO_PIN, document.document_id),
-    ).fetchone()
-    return Pinned(everybody, hard)
-
-
-def not_found(param: str | None = None) -> RequestError:
-    """Of an id that is unknown, malformed or another tenant's: nobody learns which."""
-    return RequestError("no such document", code="document_not_found", param=param, status=404)

@@ -26,7 +26,8 @@ from coordinator.jobs.document import (
     stepped,
 )
 from coordinator.jobs.document_files import TEXT, DocumentFiles
-from coordinator.jobs.document_table import DocumentTable, Idempotency, not_found
+from coordinator.jobs.document_rows import not_found
+from coordinator.jobs.document_table import DocumentTable, Idempotency
 from coordinator.jobs.events import WrittenEvent
 from coordinator.jobs.ingestor import Ingestor, IngestRequest
 from coordinator.jobs.keeper import Keeper
@@ -118,6 +119,7 @@ class Documents:
         Raises:
             RequestError: it cannot be accepted.
         """
+        await self.keeper.recovered.wait()  # files without a document are removed until then
         size_bytes = await asyncio.to_thread(lambda: source.size_bytes)
         check_space(self._files.folder, 3 * size_bytes, min_free_bytes=self._min_free_bytes)
         self._check_size(source, size_bytes)
@@ -185,6 +187,8 @@ class Documents:
         """The document when nothing is to be done for it any more, or after a time."""
         deadline = time.monotonic() + min(seconds, self.limits.max_wait_s)
         while True:
+            if self.table.bell.is_closed:
+                raise shutting_down()
             news = self.table.bell.ticket(document_id)
             document = await self.get(tenant, document_id)
             left_s = deadline - time.monotonic()
@@ -348,6 +352,11 @@ class Documents:
     async def _let_go(self, document_id: str) -> None:
         await self.runner.abort(document_id)
         self._ingestor.unpin(document_id)
+
+
+def shutting_down() -> RequestError:
+    """Nothing more is told by this process."""
+    return RequestError("the server is shutting down", code="shutting_down", status=503)
 
 
 def _conflict(code: str, document: Document, why: str) -> RequestError:

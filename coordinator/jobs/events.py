@@ -84,7 +84,13 @@ class Bell:
     """Wakes whoever waits for news of a document."""
 
     def __init__(self) -> None:
+        self.is_closed = False
         self._waiting: dict[str, asyncio.Event] = {}
+
+    @property
+    def num_waiting(self) -> int:
+        """Documents of which somebody waits for news."""
+        return len(self._waiting)
 
     def ticket(self, document_id: str) -> asyncio.Event:
         """Set at the next news. Take it before looking, so that nothing falls in between."""
@@ -94,3 +100,9 @@ class Bell:
         waiting = self._waiting.pop(document_id, None)
         if waiting is not None:
             waiting.set()
+
+    def close(self) -> None:
+        """There will be no more news: wakes everybody."""
+        self.is_closed = True
+        for document_id in list(self._waiting):
+            self.ring(document_id)

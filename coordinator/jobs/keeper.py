@@ -50,6 +50,7 @@ class Keeper:
         self._library = library
         self._ingestor = ingestor
         self._runner = runner
+        self.recovered = asyncio.Event()
         self._last_seen = ""
         self._wakeup = asyncio.Event()
 
@@ -67,6 +68,7 @@ class Keeper:
         for document in await self._table.pinned_documents():
             if document.state in USABLE:
                 await self.tell_pin(document)
+        self.recovered.set()
 
     async def run(self) -> None:
         """Until cancelled."""

@@ -5,7 +5,9 @@ and the latest few are kept.
 """
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from coordinator.jobs.canonical import encode_document
 from coordinator.jobs.document import Document
@@ -14,7 +16,8 @@ from coordinator.jobs.formats import unprocessable
 from coordinator.tokenizing import Prompt, TextTools, Tokenization, as_prompt
 from protocol.errors import RequestError
 
-MAX_KEPT_TOKENS = 4 << 20
+T = TypeVar("T")
+MAX_KEPT_TOKENS = 2 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +108,10 @@ class Library:
         return await self._tokenization.run(
             lambda _tools: self._files.read_text(document.document_id)
         )
+
+    async def run(self, work: Callable[[TextTools], T]) -> T:
+        """``work`` in a thread of the documents."""
+        return await self._tokenization.run(work)
 
     def forget(self, document_id: str) -> None:
         self._kept.pop(document_id, None)

@@ -20,7 +20,7 @@ from coordinator.jobs.canonical import (
 from coordinator.jobs.document import TEXT, Document
 from coordinator.jobs.documents import Documents
 from coordinator.jobs.states import PENDING, USABLE, State
-from coordinator.tokenizing import TextTools, Tokenization
+from coordinator.tokenizing import TextTools
 from modeling.chat_template import encode_chat
 from protocol.errors import RequestError
 
@@ -68,12 +68,10 @@ class Questions:
 
     Args:
         documents: all of them.
-        tokenization: of the model.
     """
 
-    def __init__(self, documents: Documents, tokenization: Tokenization) -> None:
+    def __init__(self, documents: Documents) -> None:
         self._documents = documents
-        self._tokenization = tokenization
 
     async def open(self, tenant: str, document_id: str, form: str, param: str) -> Opened:
         """A document for a question in ``form``.
@@ -117,7 +115,7 @@ class Questions:
             return form == TEXT  # in a completion they are taken as they are
         token_ids = (await self._documents.library.prompt(document)).token_ids
         text = await self._documents.library.text(document)
-        return await self._tokenization.run(
+        return await self._documents.library.run(
             lambda tools: tuple(encode_document(tools, text, form, ())) == token_ids
         )
 

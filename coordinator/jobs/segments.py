@@ -173,6 +173,7 @@ class _Run:
 
     async def _written(self, end: int, result: IngestResult) -> None:
         num_computed = result.num_computed_tokens
+        progress = self._progress(result.ring_size)
 
         def work(found: Document) -> Change:
             if found.state is not State.PREFILLING:
@@ -185,7 +186,7 @@ class _Run:
                 used_ring_size=result.ring_size,
                 compute_s=found.compute_s + result.compute_s,
             )
-            return Change(following, (self._progress(result.ring_size),))
+            return Change(following, (progress,))
 
         self._document = await self._segments.table.change(self._document.document_id, work)
 

@@ -59,7 +59,7 @@ async def finish(documents: Documents) -> None:
     for document in found:
         while document.state in PENDING:
             document = await documents.wait("tenant", document.document_id, 60)
-        events, _ = await documents.events(document.document_id, 0)
+        events = await documents.table.events(document.document_id, 0, 10_000)
         say(
             id=document.document_id,
             key=document.display_name,
@@ -74,7 +74,15 @@ async def finish(documents: Documents) -> None:
 async def serve(folder: Path) -> None:
     """Until standard input ends."""
     model = load_config("arithmetic")
-    limits = JobLimits(segment_tokens=64, progress_interval_s=0.01, retry_s=0.01, max_crashes=10**6)
+    limits = JobLimits(
+        max_documents=10**6,
+        max_tenant_documents=10**6,
+        max_events=10**6,
+        max_crashes=10**6,
+        segment_tokens=64,
+        progress_interval_s=0.01,
+        retry_s=0.01,
+    )
     config = CoordinatorConfig(
         token="token",
         model="arithmetic",

@@ -12,6 +12,7 @@ import pypdf
 import pytest
 
 from coordinator.config import JobLimits
+from coordinator.document_bodies import DocumentBody, fields_of_form
 from coordinator.jobs import parse
 from coordinator.jobs.document import Document
 from coordinator.jobs.documents import Source, new_id
@@ -238,3 +239,21 @@ def test_a_file_that_kills_its_reader_is_quarantined(start_site: Any, tmp_path: 
         warnings = [e["code"] for e in site.events(document_id) if e["type"] == "warning"]
         assert warnings == ["parser_crashed"] * 2
         site.wait(site.ingest(text="Others go on.")["id"])
+
+
+def test_the_fields_of_a_form() -> None:
+    form = {
+        "pin": '{"mode": "soft", "ttl": "2h"}',
+        "metadata": '{"a": "1"}',
+        "priority": "-3",
+        "deadline": "10m",
+        "cp": "2",
+        "display_name": "5",
+    }
+    body = DocumentBody.model_validate(fields_of_form(form))
+    assert body.pin is not None and body.pin.mode == "soft"
+    assert (body.metadata, body.priority, body.deadline) == ({"a": "1"}, -3, "10m")
+    assert (body.cp, body.display_name) == ("2", "5")
+    assert fields_of_form({"deadline": "1795000000"}) == {"deadline": 1795000000}
+    with pytest.raises(RequestError, match="metadata must be JSON"):
+        fields_of_form({"metadata": "{"})

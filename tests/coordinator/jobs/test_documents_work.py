@@ -1,7 +1,10 @@
 """What the runner does with what goes wrong, and what is left after a restart."""
 
+import asyncio
 import os
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coordinator.config import JobLimits
+from coordinator.jobs.database import Database
+from coordinator.jobs.document import Document, stepped
 from coordinator.jobs.document_files import DocumentFiles
+from coordinator.jobs.document_rows import SCHEMA, Superseded
+from coordinator.jobs.document_table import DocumentTable
 from coordinator.jobs.segments import segment_ends
+from coordinator.jobs.states import Step
 from protocol.errors import RequestError
 
 TEXT = "Prefill runs the first leg. " * 40  # five segments of 256 tokens
@@ -209,6 +218,67 @@ def test_a_full_disk_is_told_before(start_site: Any, tmp_path: Path) -> None:
         assert (reply.status_code, reply.json()["error"]["code"]) == (507, "insufficient_storage")
         assert site.client.get("/v1/documents").json()["data"] == []
         assert site.client.post("/v1/completions", json={"prompt": "a"}).status_code == 200
+
+
+def test_a_disk_that_fills_up(start_site: Any, tmp_path: Path) -> None:
+    with start_site(tmp_path, data_dir=str(tmp_path / "data")) as site:
+        site.close_gate()
+        document_id = site.ingest(text=f"Fills up. {TEXT}")["id"]
+        site.until(lambda: site.get(document_id)["status"] == "prefilling")
+        pragma(site, "max_page_count = 1")  # taken as: no more than there are
+        site.open_gate()
+        reply = site.until(
+            lambda: (r := site.post(source={"text": "x" * 3000})).status_code != 202 and r
+        )
+        assert (reply.status_code, reply.json()["error"]["code"]) == (507, "insufficient_storage")
+        assert site.client.post("/v1/completions", json={"prompt": "a"}).status_code == 200
+        pragma(site, "max_page_count = 1000000")
+        site.wait(document_id)
+        for document in site.client.get("/v1/documents").json()["data"]:
+            site.wait(document["id"])
+
+
+def pragma(site: Any, text: str) -> None:
+    """Change something of the database's connection."""
+    database = site.running.jobs.database
+    work = database.read(lambda connection: connection.execute(f"PRAGMA {text}").fetchall())
+    asyncio.run_coroutine_threadsafe(work, site.running.loop).result(20)
+
+
+def test_who_waits_is_told_of_the_end(start_site: Any, tmp_path: Path) -> None:
+    with start_site(tmp_path) as site:
+        site.close_gate()
+        document_id = site.ingest(text=TEXT)["id"]
+        site.until(lambda: site.get(document_id)["status"] == "prefilling")
+        path = f"/v1/documents/{document_id}"
+        with ThreadPoolExecutor(2) as pool:
+            waiting = pool.submit(site.client.get, path, params={"wait": 20})
+            streaming = pool.submit(site.client.get, f"{path}/events")
+            bell = site.running.jobs.documents.table.bell
+            site.until(lambda: bell.num_waiting)
+            site.running.loop.call_soon_threadsafe(site.running.coordinator.stop)
+            assert waiting.result(20).json()["error"]["code"] == "shutting_down"
+            text = streaming.result(20).text
+        assert "shutting_down" in text and "[DONE]" not in text
+
+
+def test_only_one_process_writes(tmp_path: Path) -> None:
+    async def work() -> None:
+        path = tmp_path / "jobs.sqlite"
+        old = DocumentTable(Database(path, SCHEMA), JobLimits(), time.time)
+        new = DocumentTable(Database(path, SCHEMA), JobLimits(), time.time)
+        document = Document("doc_a", "tenant", "", 0.0, "text")
+        await old.claim()
+        await old.insert(document, None, lambda _: None)
+        await new.claim()
+        with pytest.raises(Superseded):
+            await old.change("doc_a", lambda found: stepped(found, Step.START))
+        assert (await new.change("doc_a", lambda d: stepped(d, Step.CANCEL))).status == "cancelled"
+        assert (await old.find("doc_a")) is not None
+        old._database.close()
+        new._database.close()
+
+    asyncio.run(work())
 
 
 def test_damaged_tokens_are_made_again(start_site: Any, tmp_path: Path) -> None:
