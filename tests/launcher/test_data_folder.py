@@ -21,13 +21,13 @@ def test_a_folder_is_made_and_found_again(tmp_path: Path) -> None:
 
 
 def test_two_clusters_do_not_share_one(tmp_path: Path) -> None:
-    with open_data_folder(str(tmp_path)).lock:
-        with pytest.raises(ConfigError, match="another cluster runs on it"):
-            open_data_folder(str(tmp_path))
+    lock = open_data_folder(str(tmp_path)).lock
+    with lock, pytest.raises(ConfigError, match="another cluster runs on it"):
+        open_data_folder(str(tmp_path))
     open_data_folder(str(tmp_path)).lock.close()
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="--data-dir .*file"):
+    with pytest.raises(ConfigError, match="--data-dir "):
         open_data_folder(str(tmp_path / "file"))
