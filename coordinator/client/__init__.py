@@ -40,9 +40,9 @@ from coordinator.client.types import (
 
 __all__ = [
     "AsyncClient",
+    "Batch",
     "BatonAPIError",
     "BatonConnectionError",
-    "Batch",
     "ChatChunk",
     "ChatCompletion",
     "Client",

@@ -73,15 +73,45 @@ class Budget:
         if self.left_s <= 0:
             raise self.timeout()
 
-    def afford(self, seconds: float) -> float:
-        """``seconds``, to be slept.
-
-        Raises:
-            WaitTimeout: there is less left than that.
-        """
-        if seconds >= self.left_s:
-            raise self.timeout()
-        return seconds
-
     def timeout(self) -> WaitTimeout:
         return WaitTimeout(f"{self._what}: not done after {self._seconds:.0f} s")
+
+
+class Patience:
+    """How failures are borne by a call that outlives connections, and restarts of the server.
+
+    A server that has never answered is given up like any other call's; one that has is waited for
+    as long as the budget lasts.
+    """
+
+    def __init__(self, retry: Retry, budget: Budget, random: Random) -> None:
+        self.budget = budget
+        self._retry = retry
+        self._random = random
+        self._has_answered = False
+        self._num_failures = 0
+
+    def answered(self) -> None:
+        """The server is there."""
+        self._has_answered = True
+
+    def got_on(self) -> None:
+        """Something came of it: the next failure is a first one."""
+        self._has_answered = True
+        self._num_failures = 0
+
+    def delay_s(self, error: ClientError) -> float:
+        """The pause after a failure.
+
+        Raises:
+            ClientError: ``error``, which is final.
+            WaitTimeout: the budget is spent.
+        """
+        self._num_failures += 1
+        is_hopeless = not self._has_answered and self._num_failures >= self._retry.max_attempts
+        if is_hopeless or not is_temporary(error):
+            raise error
+        delay = self._retry.pause_s(self._num_failures, error, self._random)
+        if delay >= self.budget.left_s:
+            raise self.budget.timeout() from error
+        return delay
