@@ -1,7 +1,6 @@
 """The client for an event loop: sync_client.py with ``await``."""
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from random import Random
 from types import TracebackType
 from typing import Self, Unpack
 
@@ -133,7 +132,7 @@ class AsyncDocuments:
         """
 
         async def look(budget: Budget) -> Document:
-            wait_s = max(0.0, min(POLL_S, budget.left_s))
+            wait_s = max(0.0, min(self._sender.settings.poll_s, budget.left_s))
             call = get(path_of("documents", document_id), wait=wait_s)
             return decode(await self._sender.once(call, budget), Document)
 
@@ -233,6 +232,7 @@ class AsyncClient:
         url: of the server.
         api_key: the tenant's, if the server asks for one.
         timeout_s: of each call with all of its attempts; waits have their own.
+        poll_s: between two looks at a job.
         retry: when a call is tried again.
         transport: httpx's, in place of a plain connection: for proxies and certificates.
     """
@@ -243,10 +243,11 @@ class AsyncClient:
         *,
         api_key: str | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
+        poll_s: float = POLL_S,
         retry: Retry | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        settings = Settings(url, api_key, timeout_s, retry or Retry(), Random())
+        settings = Settings(url, api_key, timeout_s, poll_s, retry or Retry())
         self._sender = AsyncSender(settings, transport)
         self.documents = AsyncDocuments(self._sender)
         self.files = AsyncFiles(self._sender)

@@ -11,7 +11,6 @@ import httpx
 from coordinator.client.budget import Budget, Patience
 from coordinator.client.errors import BatonAPIError, BatonConnectionError
 from coordinator.client.exchange import (
-    POLL_S,
     SILENCE_S,
     Settings,
     T,
@@ -44,6 +43,7 @@ class AsyncSender:
             headers=settings.headers,
             transport=transport,
             trust_env=False,
+            verify=settings.is_secure,
         )
 
     async def close(self) -> None:
@@ -165,7 +165,7 @@ class AsyncSender:
                 on_progress(job)
             if not is_pending(job):
                 return job
-            pause = POLL_S - (budget.clock() - looked)
+            pause = self.settings.poll_s - (budget.clock() - looked)
             await asyncio.sleep(max(0.0, min(pause, budget.left_s)))
 
 

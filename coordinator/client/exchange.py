@@ -34,12 +34,15 @@ class Settings:
         url: of the server.
         api_key: the tenant's, if the server asks for one.
         timeout_s: of each call, with all of its attempts; waits have their own.
+        poll_s: between two looks at a job.
         retry: when a call is tried again.
+        random: shortens the pauses.
     """
 
     url: str
     api_key: str | None
     timeout_s: float
+    poll_s: float
     retry: Retry
     random: Random = field(default_factory=Random)
 
@@ -60,6 +63,11 @@ class Settings:
     @property
     def base_url(self) -> str:
         return self.url.rstrip("/")
+
+    @property
+    def is_secure(self) -> bool:
+        """Certificates are of use; else the system's need not be loaded, which takes a while."""
+        return httpx.URL(self.url).scheme == "https"
 
     def budget(self, call: Call, timeout_s: float | None) -> Budget:
         seconds = self.timeout_s if timeout_s is None else timeout_s

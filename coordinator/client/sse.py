@@ -33,7 +33,8 @@ class Comment:
 class EventParser:
     """Feed it bytes, cut anywhere; it gives the events and comments that have become whole."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_bytes: int = MAX_BUFFERED_BYTES) -> None:
+        self._max_bytes = max_bytes
         self._rest = b""
         self._is_first = True
         self._data: list[str] = []
@@ -51,8 +52,8 @@ class EventParser:
             item = self._take(line)
             if item is not None:
                 found.append(item)
-        if len(self._rest) + self._num_bytes > MAX_BUFFERED_BYTES:
-            raise BatonConnectionError(f"an event of more than {MAX_BUFFERED_BYTES} bytes")
+        if len(self._rest) + self._num_bytes > self._max_bytes:
+            raise BatonConnectionError(f"an event of more than {self._max_bytes} bytes")
         return found
 
     def _lines(self, data: bytes) -> list[bytes]:

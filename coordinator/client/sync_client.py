@@ -1,7 +1,6 @@
 """The blocking client."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from random import Random
 from types import TracebackType
 from typing import Self, Unpack
 
@@ -133,7 +132,7 @@ class Documents:
         """
 
         def look(budget: Budget) -> Document:
-            wait_s = max(0.0, min(POLL_S, budget.left_s))
+            wait_s = max(0.0, min(self._sender.settings.poll_s, budget.left_s))
             call = get(path_of("documents", document_id), wait=wait_s)
             return decode(self._sender.once(call, budget), Document)
 
@@ -233,6 +232,7 @@ class Client:
         url: of the server.
         api_key: the tenant's, if the server asks for one.
         timeout_s: of each call with all of its attempts; waits have their own.
+        poll_s: between two looks at a job.
         retry: when a call is tried again.
         transport: httpx's, in place of a plain connection: for proxies and certificates.
     """
@@ -243,10 +243,11 @@ class Client:
         *,
         api_key: str | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
+        poll_s: float = POLL_S,
         retry: Retry | None = None,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        settings = Settings(url, api_key, timeout_s, retry or Retry(), Random())
+        settings = Settings(url, api_key, timeout_s, poll_s, retry or Retry())
         self._sender = Sender(settings, transport)
         self.documents = Documents(self._sender)
         self.files = Files(self._sender)
