@@ -113,10 +113,14 @@ def get(path: str, **query: str | float | None) -> Call:
 
 
 def path_of(collection: str, object_id: str, *rest: str) -> str:
-    """The path of one object; an id never leaves its place in it."""
-    if not object_id:
-        raise ConfigError("an empty id")
-    return "/".join((f"/v1/{collection}", quote(object_id, safe=""), *rest))
+    """The path of one object; an id never leaves its place in it.
+
+    Raises:
+        ConfigError: no id.
+    """
+    if object_id in ("", ".", ".."):  # which would be another path
+        raise ConfigError(f"{object_id!r} is not an id")
+    return "/".join((f"/v1/{collection}", quote(object_id, safe="", errors="replace"), *rest))
 
 
 # -- documents -------------------------------------------------------------------------------------
