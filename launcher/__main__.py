@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import msgspec
 
 from launcher.bench_commands import add_bench, run_bench
+from launcher.client_flags import CLIENT_COMMANDS, add_client_flags
 from launcher.config import resolve
 from protocol.errors import ConfigError
 from protocol.logs import configure_logging
@@ -49,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--tokens", type=int, default=32_768, metavar="N", help="of the document")
     demo.add_argument("--seed", type=int, default=0, metavar="N", help="of the document")
     add_bench(commands)
+    add_client_flags(commands)
     return parser
 
 
@@ -98,6 +100,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace, argv: list[str] | None) -> int:
+    if arguments.command in CLIENT_COMMANDS:
+        from launcher.job_commands import run
+
+        return run(arguments)
     if arguments.command == "serve":
         from launcher.serve import serve
 

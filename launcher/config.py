@@ -182,7 +182,12 @@ def runtime_root() -> Path:
 
 def default_url() -> str:
     """The server that the client commands talk to."""
-    return os.environ.get("BATON_URL", "http://127.0.0.1:8000")
+    return os.environ.get("BATON_URL") or "http://127.0.0.1:8000"
+
+
+def default_api_key() -> str | None:
+    """The key that the client commands show it; never a flag, which every process could see."""
+    return os.environ.get("BATON_API_KEY") or None
 
 
 def num_cores() -> int:
