@@ -16,6 +16,7 @@ from coordinator.auth import SCOPE_TENANT, Tenant
 from coordinator.config import CoordinatorConfig
 from coordinator.control import ControlPlane
 from coordinator.delivery import Generation
+from coordinator.jobs.batches import Batches
 from coordinator.jobs.files import Files
 from coordinator.limits import SCOPE_CLIENT_REQUEST_ID, SCOPE_REQUEST_ID
 from coordinator.parameters import (
@@ -94,6 +95,7 @@ class Frontend:
     traces: Traces
     started_at: int  # Unix time
     files: Files | None = None  # where they are offered
+    batches: Batches | None = None
 
     @property
     def max_model_len(self) -> int:
