@@ -13,11 +13,13 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 from coordinator.auth import SCOPE_TENANT, AuthMiddleware, Tenants
+from coordinator.batches_api import add_batches
 from coordinator.chat import chat, encode_messages, read_messages
 from coordinator.cluster import describe_cluster, version_info
 from coordinator.completions import complete
 from coordinator.documents_api import add_documents
 from coordinator.errors import error_response
+from coordinator.files_api import add_files
 from coordinator.frontend import Asker, Frontend
 from coordinator.json_body import parse_json
 from coordinator.limits import LimitsMiddleware
@@ -42,6 +44,8 @@ def build_app(frontend: Frontend, tenants: Tenants) -> FastAPI:
     _add_text(app, frontend)
     _add_state(app, frontend)
     add_documents(app, frontend)
+    add_files(app, frontend)
+    add_batches(app, frontend)
     return app
 
 

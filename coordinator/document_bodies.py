@@ -171,8 +171,6 @@ def _source(
     if given.messages is not None:
         text, system = _messages(frontend, given.messages)
         return "messages", Source(text=_checked_text(text)), system
-    if given.file_id is not None:
-        raise RequestError("no such file", code="file_not_found", param="source", status=404)
     return "text", Source(text=_checked_text(given.text or "")), ()
 
 

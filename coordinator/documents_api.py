@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
-from coordinator.auth import SCOPE_TENANT
+from coordinator.auth import SCOPE_TENANT, Tenant
 from coordinator.document_bodies import (
     Asked,
     DocumentBody,
@@ -19,19 +19,24 @@ from coordinator.document_bodies import (
     Uploaded,
     as_pin,
     check_metadata,
+    fields_of_form,
     read_request,
 )
 from coordinator.document_events import EventStream
 from coordinator.frontend import Frontend
 from coordinator.jobs.document import Document
 from coordinator.jobs.documents import Documents
+from coordinator.jobs.states import PENDING
 from coordinator.json_body import parse_json
+from coordinator.limits import SCOPE_IS_UPLOAD
 from coordinator.schemas import validate
+from coordinator.uploads import receive_upload
 from protocol.errors import RequestError
 
 MAX_PAGE = 100
 DEFAULT_PAGE = 20
 MAX_SEQUENCE = 2**53
+LINE_WAIT_S = 60.0
 
 
 def add_documents(app: FastAPI, frontend: Frontend) -> None:
@@ -56,7 +61,16 @@ async def _fields(request: Request, frontend: Frontend) -> dict[str, Any]:
 def _add_making(app: FastAPI, frontend: Frontend, documents: Documents) -> None:
     @app.post("/v1/documents")
     async def create(request: Request) -> Response:
-        return await create_document(frontend, request, await _fields(request, frontend), None)
+        tenant, key = request.scope[SCOPE_TENANT], request.headers.get("idempotency-key")
+        if not request.scope.get(SCOPE_IS_UPLOAD):
+            fields = await _fields(request, frontend)
+            return _created(documents, await create_document(frontend, tenant, fields, key))
+        limits, min_free_bytes = frontend.config.limits, documents.min_free_bytes
+        async with receive_upload(request, documents.folder, limits, min_free_bytes) as upload:
+            uploaded = Uploaded(upload.path, upload.file_name, is_ours=True)
+            fields = fields_of_form(upload.fields)
+            made = await create_document(frontend, tenant, fields, key, uploaded)
+            return _created(documents, made)
 
     @app.patch("/v1/documents/{document_id}")
     async def update(request: Request, document_id: str) -> Response:
@@ -77,19 +91,46 @@ def _add_making(app: FastAPI, frontend: Frontend, documents: Documents) -> None:
 
 
 async def create_document(
-    frontend: Frontend, request: Request, fields: dict[str, Any], uploaded: Uploaded | None
-) -> Response:
-    """The answer to a POST, whose source is in the fields or in a file.
+    frontend: Frontend,
+    tenant: Tenant,
+    fields: dict[str, Any],
+    key: str | None,
+    uploaded: Uploaded | None = None,
+) -> tuple[Document, bool]:
+    """A document whose source is in the fields or in a file, and whether it is a new one.
+
+    Args:
+        key: of an ``Idempotency-Key`` header.
+        uploaded: with the request.
 
     Raises:
         RequestError: it cannot be accepted.
     """
     assert frontend.jobs is not None, "the route exists only with jobs"
     body = validate(DocumentBody, fields)
-    tenant, key = request.scope[SCOPE_TENANT], request.headers.get("idempotency-key")
+    if uploaded is None and body.source is not None and body.source.file_id is not None:
+        file = await frontend.jobs.files.get(tenant.name, body.source.file_id, "source")
+        path = frontend.jobs.files.path(file.file_id)
+        uploaded = Uploaded(path, file.file_name, is_ours=False)
     documents = frontend.jobs.documents
     asked: Asked = await asyncio.to_thread(read_request, frontend, tenant, body, uploaded, key)
-    document, is_new = await documents.create(asked.document, asked.source, asked.idempotency)
+    return await documents.create(asked.document, asked.source, asked.idempotency)
+
+
+async def finished_document(
+    frontend: Frontend, tenant: Tenant, fields: dict[str, Any]
+) -> dict[str, Any]:
+    """As ``create_document``, for a line of a batch: waits until it is ready, or has failed."""
+    assert frontend.jobs is not None, "lines are answered only with jobs"
+    documents = frontend.jobs.documents
+    document, _ = await create_document(frontend, tenant, fields, None)
+    while document.state in PENDING:
+        document = await documents.wait(tenant.name, document.document_id, LINE_WAIT_S)
+    return documents.summarise(document)
+
+
+def _created(documents: Documents, made: tuple[Document, bool]) -> Response:
+    document, is_new = made
     return JSONResponse(documents.summarise(document), status_code=202 if is_new else 200)
 
 

@@ -18,6 +18,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 
 import uvicorn
 import zmq.asyncio
@@ -27,11 +28,13 @@ from coordinator.auth import Tenants
 from coordinator.config import CoordinatorConfig
 from coordinator.connection import guarded
 from coordinator.control import ControlPlane, Owner
+from coordinator.documents_api import finished_document
 from coordinator.faulty import FaultyControlPlane
 from coordinator.frontend import Frontend
 from coordinator.jobs.context import Jobs, Surroundings
 from coordinator.jobs.ingestor import Ingestor
 from coordinator.joining import Terms
+from coordinator.line_server import LineServer
 from coordinator.registry import Patience, Registry
 from coordinator.service import Service
 from coordinator.tiering import Tiering
@@ -206,8 +209,11 @@ class Coordinator:
             traces=Traces(),
             started_at=int(time.time()),
             jobs=jobs,
+            files=jobs.files,
+            batches=jobs.batches,
         )
         tenants = Tenants(self._config.api_keys, self._config.secret or self._config.token)
+        jobs.attach(LineServer(frontend, tenants, partial(finished_document, frontend)))
         return _HttpServer(
             uvicorn.Config(
                 build_app(frontend, tenants),

@@ -13,11 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coordinator.config import CoordinatorConfig
+from coordinator.jobs.batch_input import Inputs
+from coordinator.jobs.batch_runner import BatchRunner, LineServer
+from coordinator.jobs.batch_table import SCHEMA as BATCH_SCHEMA
+from coordinator.jobs.batch_table import BatchTable
+from coordinator.jobs.batches import Batches
 from coordinator.jobs.database import Database
 from coordinator.jobs.document_files import DocumentFiles
 from coordinator.jobs.document_rows import SCHEMA as DOCUMENT_SCHEMA
 from coordinator.jobs.document_table import DocumentTable
 from coordinator.jobs.documents import Documents, Parts
+from coordinator.jobs.files import SCHEMA as FILE_SCHEMA
+from coordinator.jobs.files import Files
 from coordinator.jobs.ingestor import Ingestor
 from coordinator.jobs.keeper import Keeper
 from coordinator.jobs.library import Library, ModelFacts
@@ -67,10 +74,15 @@ class Jobs:
         path = self.folder / DATABASE_NAME if config.data_dir else None
         if path is not None:
             path.touch(mode=0o600, exist_ok=True)  # it holds the tenants' salts
-        self.database = Database(path, DOCUMENT_SCHEMA)
+        self.database = Database(path, (*DOCUMENT_SCHEMA, *FILE_SCHEMA, *BATCH_SCHEMA))
         self._leftovers.callback(self.database.close)
         self.documents = self._documents(surroundings)
         self.questions = Questions(self.documents)
+        limits, clock = config.batches, surroundings.clock
+        self.files = Files(self.database, self.folder / "files", limits, clock)
+        inputs = Inputs(self.folder / "batches", limits, config.limits)
+        self.batches = Batches(BatchTable(self.database, clock), self.files, inputs, limits)
+        self._batch_runner: BatchRunner | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
     def _documents(self, surroundings: Surroundings) -> Documents:
@@ -108,15 +120,22 @@ class Jobs:
             )
         )
 
+    def attach(self, server: LineServer) -> None:
+        """Who answers the lines of batches."""
+        self._batch_runner = BatchRunner(self.batches, server)
+
     async def start(self) -> None:
         """Put right what an earlier process has left, and go on with it."""
         await self.documents.table.claim()
         await self.documents.keeper.recover()
         await self.documents.runner.recover()
+        await self.files.recover()
         self._tasks = [
             asyncio.create_task(self.documents.runner.run()),
             asyncio.create_task(self.documents.keeper.run()),
         ]
+        if self._batch_runner is not None:
+            self._tasks.append(asyncio.create_task(self._batch_runner.run()))
 
     async def watch(self) -> None:
         """Raises what a worker has died of: a bug, with which the process is to end."""

@@ -101,7 +101,8 @@ class Documents:
         self._ingestor = parts.ingestor
         self.policy = parts.policy
         self._max_tokens = parts.max_tokens
-        self._min_free_bytes = parts.min_free_bytes
+        self.min_free_bytes = parts.min_free_bytes
+        self.folder = parts.files.folder
 
     async def create(
         self, document: Document, source: Source, idempotency: Idempotency | None
@@ -121,7 +122,7 @@ class Documents:
         """
         await self.keeper.recovered.wait()  # files without a document are removed until then
         size_bytes = await asyncio.to_thread(lambda: source.size_bytes)
-        check_space(self._files.folder, 3 * size_bytes, min_free_bytes=self._min_free_bytes)
+        check_space(self._files.folder, 3 * size_bytes, min_free_bytes=self.min_free_bytes)
         self._check_size(source, size_bytes)
         if source.token_ids:
             document = await self._with_tokens(document, source.token_ids)
