@@ -18,6 +18,7 @@ from coordinator.cluster import describe_cluster, version_info
 from coordinator.completions import complete
 from coordinator.documents_api import add_documents
 from coordinator.errors import error_response
+from coordinator.files_api import add_files
 from coordinator.frontend import Asker, Frontend
 from coordinator.json_body import parse_json
 from coordinator.limits import LimitsMiddleware
@@ -42,6 +43,7 @@ def build_app(frontend: Frontend, tenants: Tenants) -> FastAPI:
     _add_text(app, frontend)
     _add_state(app, frontend)
     add_documents(app, frontend)
+    add_files(app, frontend)
     return app
 
 

@@ -47,6 +47,29 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_logit_bias: int = 1024
     max_requests: int = 4096  # sequences in the cluster at one time, waiting ones included
     max_label_chars: int = 4096  # user, and each value of metadata
+    max_upload_bytes: int = 512 << 20  # a multipart body, where files are uploaded
+    upload_timeout_s: float = 3600.0
+    max_upload_fields: int = 32  # beside the file
+    max_upload_field_bytes: int = 64 << 10  # of all fields together
+
+
+class BatchLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What files and batches may take, and when batches may run."""
+
+    min_free_bytes: int = 512 << 20  # on the disk, below which nothing is accepted
+    max_files: int = 10_000  # of one tenant
+    file_ttl_s: float = 30 * 86_400.0  # of a batch's input and output, if no other was asked for
+    max_lines: int = 50_000  # of one batch
+    max_batch_bytes: int = 200 << 20
+    max_open: int = 64  # batches of one tenant that have not ended
+    max_errors: int = 100  # wrong lines that a refused batch lists
+    window_s: float = 86_400.0  # after which a batch expires
+    keep_s: float = 30 * 86_400.0  # how long an ended batch can be looked at
+    max_running: int = 4  # lines that are computed at one time, of all batches
+    max_interactive: int = 4  # sequences of other callers, above which no line is begun
+    retry_s: float = 0.5  # before a line is tried again that the cluster had no room for; doubled
+    max_retry_s: float = 30.0
+    max_crashes: int = 16  # of this process, while it had the same line in work each time
 
 
 class JobLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -54,7 +77,6 @@ class JobLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     max_documents: int = 10_000  # of all tenants, ended ones included
     max_tenant_documents: int = 1_000
-    max_upload_bytes: int = 512 << 20
     max_running: int = 0  # documents that are computed at one time; 0 takes one per prefill pool
     segment_tokens: int = 8192  # a document goes on from the last whole segment
     max_events: int = 1_000  # of one document that are kept, the newest
@@ -117,6 +139,7 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     limits: Limits = Limits()
     data_dir: str = ""  # what must survive a restart: jobs, documents; "" forgets them at the end
     jobs: JobLimits = JobLimits()
+    batches: BatchLimits = BatchLimits()
     log_level: str = "INFO"
     failpoints: str = ""  # faults to inject, see protocol.failpoints; none by default
     parent_pid: int = 0  # end when this process ends; 0 outlives it

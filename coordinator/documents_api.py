@@ -15,18 +15,23 @@ from coordinator.auth import SCOPE_TENANT
 from coordinator.document_bodies import (
     Asked,
     DocumentBody,
+    SourceBody,
     UpdateBody,
     Uploaded,
     as_pin,
     check_metadata,
+    fields_of_form,
     read_request,
 )
 from coordinator.document_events import EventStream
 from coordinator.frontend import Frontend
 from coordinator.jobs.document import Document
 from coordinator.jobs.documents import Documents
+from coordinator.jobs.files import Files
 from coordinator.json_body import parse_json
+from coordinator.limits import SCOPE_IS_UPLOAD
 from coordinator.schemas import validate
+from coordinator.uploads import receive_upload
 from protocol.errors import RequestError
 
 MAX_PAGE = 100
@@ -56,7 +61,14 @@ async def _fields(request: Request, frontend: Frontend) -> dict[str, Any]:
 def _add_making(app: FastAPI, frontend: Frontend, documents: Documents) -> None:
     @app.post("/v1/documents")
     async def create(request: Request) -> Response:
-        return await create_document(frontend, request, await _fields(request, frontend), None)
+        if not request.scope.get(SCOPE_IS_UPLOAD):
+            return await _create(frontend, request, await _fields(request, frontend), None)
+        assert frontend.jobs is not None, "the route exists only with jobs"
+        await documents.keeper.recovered.wait()  # until then, strangers' files are removed
+        limits, min_free_bytes = frontend.config.limits, frontend.jobs.min_free_bytes
+        async with receive_upload(request, documents.folder, limits, min_free_bytes) as upload:
+            uploaded = Uploaded(upload.path, upload.file_name, is_ours=True)
+            return await _create(frontend, request, fields_of_form(upload.fields), uploaded)
 
     @app.patch("/v1/documents/{document_id}")
     async def update(request: Request, document_id: str) -> Response:
@@ -76,7 +88,7 @@ def _add_making(app: FastAPI, frontend: Frontend, documents: Documents) -> None:
         return JSONResponse({"id": document_id, "object": "document", "deleted": True})
 
 
-async def create_document(
+async def _create(
     frontend: Frontend, request: Request, fields: dict[str, Any], uploaded: Uploaded | None
 ) -> Response:
     """The answer to a POST, whose source is in the fields or in a file.
@@ -88,9 +100,19 @@ async def create_document(
     body = validate(DocumentBody, fields)
     tenant, key = request.scope[SCOPE_TENANT], request.headers.get("idempotency-key")
     documents = frontend.jobs.documents
+    if uploaded is None and body.source is not None and body.source.file_id is not None:
+        uploaded = await _stored(frontend.jobs.files, tenant.name, body.source)
     asked: Asked = await asyncio.to_thread(read_request, frontend, tenant, body, uploaded, key)
     document, is_new = await documents.create(asked.document, asked.source, asked.idempotency)
     return JSONResponse(documents.summarise(document), status_code=202 if is_new else 200)
+
+
+async def _stored(files: Files, tenant: str, source: SourceBody) -> Uploaded:
+    assert source.file_id is not None, "the caller has looked"
+    if len(source.model_dump(exclude={"type"}, exclude_none=True)) > 1:
+        raise _invalid("source", "source needs one of text, messages, token_ids and file_id")
+    file = await files.get(tenant, source.file_id, "source")
+    return Uploaded(files.path(file.file_id), file.file_name, is_ours=False)
 
 
 async def _whole(documents: Documents, document: Document, status: int = 200) -> Response:

@@ -17,6 +17,7 @@ from coordinator.config import CoordinatorConfig
 from coordinator.control import ControlPlane
 from coordinator.generation import Generation
 from coordinator.jobs.context import Jobs
+from coordinator.jobs.files import Files
 from coordinator.jobs.questions import Attached
 from coordinator.limits import SCOPE_CLIENT_REQUEST_ID, SCOPE_REQUEST_ID
 from coordinator.parameters import (
@@ -96,6 +97,7 @@ class Frontend:
     traces: Traces
     started_at: int  # Unix time
     jobs: Jobs | None = None  # documents, files and batches, where they are offered
+    files: Files | None = None
 
     @property
     def max_model_len(self) -> int:

@@ -206,6 +206,7 @@ class Coordinator:
             traces=Traces(),
             started_at=int(time.time()),
             jobs=jobs,
+            files=jobs.files,
         )
         tenants = Tenants(self._config.api_keys, self._config.secret or self._config.token)
         return _HttpServer(

@@ -18,6 +18,8 @@ from coordinator.jobs.document_files import DocumentFiles
 from coordinator.jobs.document_rows import SCHEMA as DOCUMENT_SCHEMA
 from coordinator.jobs.document_table import DocumentTable
 from coordinator.jobs.documents import Documents, Parts
+from coordinator.jobs.files import SCHEMA as FILE_SCHEMA
+from coordinator.jobs.files import Files
 from coordinator.jobs.ingestor import Ingestor
 from coordinator.jobs.keeper import Keeper
 from coordinator.jobs.library import Library, ModelFacts
@@ -25,7 +27,6 @@ from coordinator.jobs.pins import PinPolicy
 from coordinator.jobs.preparing import Preparing
 from coordinator.jobs.questions import Questions
 from coordinator.jobs.runner import Runner
-from coordinator.jobs.space import MIN_FREE_BYTES
 from coordinator.tokenizing import Tokenization
 from modeling.config import ModelConfig
 
@@ -45,7 +46,7 @@ class Surroundings:
     ingestor: Ingestor
     max_model_len: Callable[[], int]  # of a request, now
     clock: Callable[[], float] = time.time  # Unix time, as callers see it
-    min_free_bytes: int = MIN_FREE_BYTES
+    min_free_bytes: int = 0  # 0 takes what is configured
 
 
 class Jobs:
@@ -67,8 +68,11 @@ class Jobs:
         path = self.folder / DATABASE_NAME if config.data_dir else None
         if path is not None:
             path.touch(mode=0o600, exist_ok=True)  # it holds the tenants' salts
-        self.database = Database(path, DOCUMENT_SCHEMA)
+        self.database = Database(path, (*DOCUMENT_SCHEMA, *FILE_SCHEMA))
         self._leftovers.callback(self.database.close)
+        self.min_free_bytes = surroundings.min_free_bytes or config.batches.min_free_bytes
+        clock = surroundings.clock
+        self.files = Files(self.database, self.folder / "files", config.batches, clock)
         self.documents = self._documents(surroundings)
         self.questions = Questions(self.documents)
         self._tasks: list[asyncio.Task[None]] = []
@@ -104,13 +108,14 @@ class Jobs:
                 keeper=keeper,
                 limits=limits,
                 max_tokens=max_tokens,
-                min_free_bytes=surroundings.min_free_bytes,
+                min_free_bytes=self.min_free_bytes,
             )
         )
 
     async def start(self) -> None:
         """Put right what an earlier process has left, and go on with it."""
         await self.documents.table.claim()
+        await self.files.recover()
         await self.documents.keeper.recover()
         await self.documents.runner.recover()
         self._tasks = [

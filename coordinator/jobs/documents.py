@@ -97,6 +97,7 @@ class Documents:
         self.runner = parts.runner
         self.keeper = parts.keeper
         self.table = parts.table
+        self.folder = parts.files.folder
         self._files = parts.files
         self._ingestor = parts.ingestor
         self.policy = parts.policy

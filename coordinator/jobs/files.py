@@ -1,0 +1,222 @@
+"""Files of callers, and those that batches leave: bytes in a folder, rows in SQLite.
+
+1. ``add`` moves a file that has arrived into the folder, syncs it, then writes the row: what has
+   been acknowledged has both.
+2. ``delete`` takes the row away, then the file.
+3. A file without a row is what a crash left in between: ``recover`` removes it.
+"""
+
+import asyncio
+import os
+import secrets
+import sqlite3
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from coordinator.config import BatchLimits
+from coordinator.jobs.database import Database
+from protocol.errors import RequestError
+
+ID_PREFIX = "file-"
+BATCH, BATCH_OUTPUT = "batch", "batch_output"
+SWEEP_S = 60.0
+SCHEMA = (
+    """CREATE TABLE IF NOT EXISTS file (
+        sequence INTEGER PRIMARY KEY AUTOINCREMENT,
+        file_id TEXT NOT NULL UNIQUE,
+        tenant TEXT NOT NULL,
+        purpose TEXT NOT NULL,
+        file_name TEXT NOT NULL,
+        size_bytes INTEGER NOT NULL,
+        created_at INTEGER NOT NULL,
+        expires_at INTEGER
+    )""",
+    "CREATE INDEX IF NOT EXISTS file_of_tenant ON file (tenant, sequence)",
+    "CREATE INDEX IF NOT EXISTS file_expiry ON file (expires_at) WHERE expires_at IS NOT NULL",
+)
+_COLUMNS = "file_id, tenant, purpose, file_name, size_bytes, created_at, expires_at"
+
+
+class StoredFile(msgspec.Struct, frozen=True):
+    """A file, but for its bytes. Times are Unix seconds."""
+
+    file_id: str
+    tenant: str
+    purpose: str
+    file_name: str
+    size_bytes: int
+    created_at: int
+    expires_at: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FilePage:
+    """Which files of a tenant to list."""
+
+    after: str | None = None
+    limit: int = 10_000
+    is_ascending: bool = False
+    purpose: str | None = None
+
+
+class Files:
+    """All files.
+
+    Args:
+        database: made with ``SCHEMA``.
+        folder: for their bytes alone; made if it is not there.
+        limits: how many there may be.
+        clock: Unix time.
+    """
+
+    def __init__(
+        self, database: Database, folder: Path, limits: BatchLimits, clock: Callable[[], float]
+    ) -> None:
+        self.folder = folder
+        self.limits = limits
+        self.clock = clock
+        self._database = database
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def path(self, file_id: str) -> Path:
+        """Where the bytes of a file that is known are."""
+        return self.folder / file_id
+
+    async def add(self, file: StoredFile, arrived: Path) -> StoredFile:
+        """Take over ``arrived``, which is synced and on the same disk. Returns when it is durable.
+
+        Raises:
+            RequestError: the tenant has too many files, or the disk is full.
+        """
+        path = self.path(file.file_id)
+        await asyncio.to_thread(move_durably, arrived, path)
+
+        def work(connection: sqlite3.Connection) -> None:
+            query = "SELECT count(*) FROM file WHERE tenant = ?"
+            (count,) = connection.execute(query, (file.tenant,)).fetchone()
+            if count >= self.limits.max_files:
+                raise RequestError(
+                    f"{count} files are kept already: delete some",
+                    code="too_many_files",
+                    status=429,
+                )
+            insert_file(connection, file)
+
+        try:
+            await self._database.write(work)
+        except RequestError:
+            await asyncio.to_thread(path.unlink)
+            raise
+        return file
+
+    async def get(self, tenant: str, file_id: str, param: str | None = None) -> StoredFile:
+        """A file of the tenant's.
+
+        Raises:
+            RequestError: there is none (404).
+        """
+
+        def work(connection: sqlite3.Connection) -> StoredFile | None:
+            query = f"SELECT {_COLUMNS} FROM file WHERE file_id = ? AND tenant = ?"
+            row = connection.execute(query, (file_id, tenant)).fetchone()
+            return None if row is None else StoredFile(*row)
+
+        file = await self._database.read(work)
+        if file is None or self._is_expired(file):
+            raise RequestError("no such file", code="file_not_found", param=param, status=404)
+        return file
+
+    async def page(self, tenant: str, page: FilePage) -> tuple[list[StoredFile], bool]:
+        """Files of the tenant's, and whether there are more.
+
+        Raises:
+            RequestError: the file to go on after is not there.
+        """
+        order, compares = ("ASC", ">") if page.is_ascending else ("DESC", "<")
+        conditions = ["tenant = :tenant", "coalesce(expires_at, :now + 1) > :now"]
+        if page.purpose is not None:
+            conditions.append("purpose = :purpose")
+        if page.after is not None:
+            of_after = "SELECT sequence FROM file WHERE file_id = :after AND tenant = :tenant"
+            conditions.append(f"sequence {compares} ({of_after})")
+            await self.get(tenant, page.after, "after")
+        query = (
+            f"SELECT {_COLUMNS} FROM file WHERE {' AND '.join(conditions)} "
+            f"ORDER BY sequence {order} LIMIT :limit"
+        )
+        values = {
+            "tenant": tenant,
+            "now": int(self.clock()),
+            "purpose": page.purpose,
+            "after": page.after,
+            "limit": page.limit + 1,
+        }
+        rows = await self._database.read(lambda c: c.execute(query, values).fetchall())
+        return [StoredFile(*row) for row in rows[: page.limit]], len(rows) > page.limit
+
+    async def delete(self, tenant: str, file_id: str) -> None:
+        """Forget a file. A batch that was made of it goes on: it has a link of its own.
+
+        Raises:
+            RequestError: there is none (404).
+        """
+        await self.get(tenant, file_id)
+        await self._database.write(
+            lambda c: c.execute("DELETE FROM file WHERE file_id = ?", (file_id,))
+        )
+        await asyncio.to_thread(self.path(file_id).unlink, missing_ok=True)
+
+    async def recover(self) -> None:
+        """Remove what no row tells of. Before anything is uploaded or written."""
+        rows = await self._database.read(lambda c: c.execute("SELECT file_id FROM file").fetchall())
+        await asyncio.to_thread(_remove_strangers, self.folder, {name for (name,) in rows})
+
+    async def remove_expired(self) -> None:
+        """Forget the files whose time is over."""
+        now = int(self.clock())
+
+        def work(connection: sqlite3.Connection) -> list[str]:
+            query = "DELETE FROM file WHERE expires_at <= ? RETURNING file_id"
+            return [file_id for (file_id,) in connection.execute(query, (now,)).fetchall()]
+
+        for file_id in await self._database.write(work):
+            await asyncio.to_thread(self.path(file_id).unlink, missing_ok=True)
+
+    def _is_expired(self, file: StoredFile) -> bool:
+        return file.expires_at is not None and file.expires_at <= self.clock()
+
+
+def new_file_id() -> str:
+    """An id that nobody guesses."""
+    return f"{ID_PREFIX}{secrets.token_hex(16)}"
+
+
+def insert_file(connection: sqlite3.Connection, file: StoredFile) -> None:
+    """Write the row, inside of a transaction."""
+    connection.execute(
+        f"INSERT INTO file ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)", msgspec.structs.astuple(file)
+    )
+
+
+def move_durably(source: Path, target: Path) -> None:
+    """Give a synced file its name, so that it has it after a crash, too. Blocks."""
+    source.replace(target)
+    sync_folder(target.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make names durable that have come or gone. Blocks."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_strangers(folder: Path, known: set[str]) -> None:
+    for path in folder.iterdir():
+        if path.name not in known:
+            path.unlink()

@@ -1,0 +1,126 @@
+"""The database of the jobs, and the room that is asked for before anything is accepted."""
+
+import asyncio
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from coordinator.jobs.database import Database
+from coordinator.jobs.space import check_space
+from protocol.errors import ConfigError, RequestError
+
+SCHEMA = (
+    "CREATE TABLE IF NOT EXISTS item (name TEXT PRIMARY KEY, value BLOB)",
+    "CREATE TABLE IF NOT EXISTS part (item TEXT REFERENCES item(name) ON DELETE CASCADE)",
+)
+
+
+def names(connection: sqlite3.Connection) -> list[str]:
+    return [name for (name,) in connection.execute("SELECT name FROM item ORDER BY name")]
+
+
+async def write(database: Database, name: str, size: int = 1) -> None:
+    await database.write(
+        lambda connection: connection.execute(
+            "INSERT INTO item VALUES (?, zeroblob(?))", (name, size)
+        )
+    )
+
+
+def test_what_was_written_is_there_after_a_restart(tmp_path: Path) -> None:
+    async def run() -> None:
+        first = Database(tmp_path / "jobs.sqlite", SCHEMA)
+        await write(first, "a")
+        first.close()
+        first.close()
+        second = Database(tmp_path / "jobs.sqlite", SCHEMA)
+        assert await second.read(names) == ["a"]
+        second.close()
+
+    asyncio.run(run())
+
+
+def test_it_is_durable_and_checks_its_references(tmp_path: Path) -> None:
+    async def pragma(database: Database, name: str) -> object:
+        return await database.read(lambda c: c.execute(f"PRAGMA {name}").fetchone()[0])
+
+    async def run() -> None:
+        database = Database(tmp_path / "jobs.sqlite", SCHEMA)
+        assert await pragma(database, "journal_mode") == "wal"
+        assert await pragma(database, "synchronous") == 2
+        with pytest.raises(sqlite3.IntegrityError):
+            await database.write(lambda c: c.execute("INSERT INTO part VALUES ('nobody')"))
+        database.close()
+
+    asyncio.run(run())
+
+
+def test_a_transaction_is_whole_or_nothing() -> None:
+    async def run() -> None:
+        database = Database(None, SCHEMA)
+
+        def half(connection: sqlite3.Connection) -> None:
+            connection.execute("INSERT INTO item VALUES ('half', x'')")
+            raise RequestError("no", code="no")
+
+        with pytest.raises(RequestError):
+            await database.write(half)
+        assert await database.read(names) == []
+        await write(database, "next")
+        assert await database.read(names) == ["next"]
+        database.close()
+
+    asyncio.run(run())
+
+
+def test_writes_are_one_after_another() -> None:
+    async def run() -> None:
+        database = Database(None, SCHEMA)
+        await asyncio.gather(*(write(database, f"{n:03}") for n in range(100)))
+        assert await database.read(names) == [f"{n:03}" for n in range(100)]
+        database.close()
+
+    asyncio.run(run())
+
+
+def test_a_write_whose_asker_is_gone_is_ended_all_the_same() -> None:
+    async def run() -> None:
+        database = Database(None, SCHEMA)
+        asked = asyncio.create_task(write(database, "a"))
+        await asyncio.sleep(0)
+        asked.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+        assert await database.read(names) == ["a"]
+        database.close()
+
+    asyncio.run(run())
+
+
+def test_a_full_disk_is_507_and_what_was_there_stays(tmp_path: Path) -> None:
+    async def run() -> None:
+        database = Database(tmp_path / "jobs.sqlite", SCHEMA)
+        await write(database, "before")
+        await database.read(lambda c: c.execute("PRAGMA max_page_count = 10").fetchone())
+        with pytest.raises(RequestError) as refused:
+            await write(database, "large", 1 << 20)
+        assert (refused.value.status, refused.value.code) == (507, "insufficient_storage")
+        assert await database.read(names) == ["before"]
+        await write(database, "small")
+        database.close()
+
+    asyncio.run(run())
+
+
+def test_a_file_that_is_no_database_is_said_in_a_line(tmp_path: Path) -> None:
+    (tmp_path / "jobs.sqlite").write_bytes(b"not a database, but long enough to be looked at" * 99)
+    with pytest.raises(ConfigError, match="not a database"):
+        Database(tmp_path / "jobs.sqlite", SCHEMA)
+
+
+def test_room_is_kept_free(tmp_path: Path) -> None:
+    check_space(tmp_path, 0, min_free_bytes=1)
+    with pytest.raises(RequestError) as refused:
+        check_space(tmp_path, 1 << 60)
+    assert (refused.value.status, refused.value.code) == (507, "insufficient_storage")
