@@ -4,7 +4,8 @@
 2. Whole: everything is gathered, then sent. Streamed: headers wait for the first token for a
    moment, so that an early failure still is a plain error with a status; then event by event, with
    a comment when nothing has happened for a while.
-3. A caller who disconnects, or reads nothing, ends the answer; in every case what still runs of it
+3. ``gather`` is the same for a line of a batch, whose answer is not sent.
+4. A caller who disconnects, or reads nothing, ends the answer; in every case what still runs of it
    is aborted, in one place.
 """
 
@@ -21,7 +22,7 @@ from starlette.types import Receive, Scope, Send
 from coordinator import sse
 from coordinator.connection import SCOPE_ABORT
 from coordinator.delivery import Delivery
-from coordinator.errors import error_response
+from coordinator.errors import error_object, error_response
 from coordinator.frontend import Asker, Choice, Frontend
 from coordinator.logprobs import CompletionLogprobs
 from coordinator.parameters import Options
@@ -60,6 +61,21 @@ class Answer(Response):
         self._delivery = Delivery()
         self._states: list[ChoiceState] = []
 
+    @property
+    def num_choices(self) -> int:
+        """Sequences that it is made of."""
+        return len(self._choices)
+
+    async def gather(self) -> tuple[int, dict[str, Any]]:
+        """Status and body, sent to nobody. Cancelling it ends the answer."""
+        try:
+            self._submit()
+            return 200, await self._whole()
+        except RequestError as error:
+            return error.status, error_object(error)
+        finally:
+            self._abort()
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         work = asyncio.create_task(self._answer(scope, send))
         watcher = asyncio.create_task(_until_disconnect(receive))
@@ -88,8 +104,11 @@ class Answer(Response):
             if abort is not None:
                 abort()
         finally:
-            for state in self._states:
-                self._frontend.service.abort(state.record)
+            self._abort()
+
+    def _abort(self) -> None:
+        for state in self._states:
+            self._frontend.service.abort(state.record)
 
     def _submit(self) -> None:
         trace = Trace(
@@ -137,14 +156,17 @@ class Answer(Response):
 
     # -- whole -------------------------------------------------------------------------------------
 
-    async def _send_whole(self, send: Send) -> None:
+    async def _whole(self) -> dict[str, Any]:
         texts = [[choice.echoed] for choice in self._choices]
         while not self._is_finished:
             for state, piece in self._take(await self._delivery.take()):
                 texts[state.choice.index].append(piece.text)
         joined = [(state, "".join(text)) for state, text in zip(self._states, texts, strict=True)]
         answer = self._shape.whole(self._header, joined, usage_of(self._states))
-        body = msgspec.json.encode({**answer, **cache_miss_of(self._states)})
+        return {**answer, **cache_miss_of(self._states)}
+
+    async def _send_whole(self, send: Send) -> None:
+        body = msgspec.json.encode(await self._whole())
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),

@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 from coordinator.auth import SCOPE_TENANT, AuthMiddleware, Tenants
+from coordinator.batches_api import add_batches
 from coordinator.chat import chat, encode_messages, read_messages
 from coordinator.cluster import describe_cluster, version_info
 from coordinator.completions import complete
@@ -44,6 +45,7 @@ def build_app(frontend: Frontend, tenants: Tenants) -> FastAPI:
     _add_state(app, frontend)
     add_documents(app, frontend)
     add_files(app, frontend)
+    add_batches(app, frontend)
     return app
 
 

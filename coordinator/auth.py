@@ -70,6 +70,12 @@ class Tenants:
     def has_keys(self) -> bool:
         return bool(self._by_hash)
 
+    def named(self, name: str) -> Tenant | None:
+        """The tenant of that name, while it has a key."""
+        if not self._by_hash:
+            return self._anybody if name == ANYBODY else None
+        return next((tenant for tenant in self._by_hash.values() if tenant.name == name), None)
+
     def identify(self, headers: Iterable[tuple[bytes, bytes]]) -> Tenant:
         """The tenant that a request's headers show.
 

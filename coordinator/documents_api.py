@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
-from coordinator.auth import SCOPE_TENANT
+from coordinator.auth import SCOPE_TENANT, Tenant
 from coordinator.document_bodies import (
     Asked,
     DocumentBody,
@@ -24,10 +24,12 @@ from coordinator.document_bodies import (
     read_request,
 )
 from coordinator.document_events import EventStream
+from coordinator.document_parts import jobs_of
 from coordinator.frontend import Frontend
 from coordinator.jobs.document import Document
 from coordinator.jobs.documents import Documents
 from coordinator.jobs.files import Files
+from coordinator.jobs.states import FINAL, PENDING
 from coordinator.json_body import parse_json
 from coordinator.limits import SCOPE_IS_UPLOAD
 from coordinator.schemas import validate
@@ -64,7 +66,7 @@ def _add_making(app: FastAPI, frontend: Frontend, documents: Documents) -> None:
         if not request.scope.get(SCOPE_IS_UPLOAD):
             return await _create(frontend, request, await _fields(request, frontend), None)
         assert frontend.jobs is not None, "the route exists only with jobs"
-        await documents.keeper.recovered.wait()  # until then, strangers' files are removed
+        await documents.keeper.wait_recovered()
         limits, min_free_bytes = frontend.config.limits, frontend.jobs.min_free_bytes
         async with receive_upload(request, documents.folder, limits, min_free_bytes) as upload:
             uploaded = Uploaded(upload.path, upload.file_name, is_ours=True)
@@ -91,20 +93,45 @@ def _add_making(app: FastAPI, frontend: Frontend, documents: Documents) -> None:
 async def _create(
     frontend: Frontend, request: Request, fields: dict[str, Any], uploaded: Uploaded | None
 ) -> Response:
-    """The answer to a POST, whose source is in the fields or in a file.
+    """The answer to a POST, whose source is in the fields or in a file."""
+    assert frontend.jobs is not None, "the route exists only with jobs"
+    tenant, key = request.scope[SCOPE_TENANT], request.headers.get("idempotency-key")
+    document, is_new = await _accept(frontend, tenant, fields, uploaded, key)
+    summary = frontend.jobs.documents.summarise(document)
+    return JSONResponse(summary, status_code=202 if is_new else 200)
+
+
+async def _accept(
+    frontend: Frontend,
+    tenant: Tenant,
+    fields: dict[str, Any],
+    uploaded: Uploaded | None,
+    key: str | None,
+) -> tuple[Document, bool]:
+    jobs = jobs_of(frontend)
+    body = validate(DocumentBody, fields)
+    if uploaded is None and body.source is not None and body.source.file_id is not None:
+        uploaded = await _stored(jobs.files, tenant.name, body.source)
+    asked: Asked = await asyncio.to_thread(read_request, frontend, tenant, body, uploaded, key)
+    return await jobs.documents.create(asked.document, asked.source, asked.idempotency)
+
+
+async def make_document(
+    frontend: Frontend, tenant: Tenant, fields: dict[str, Any]
+) -> dict[str, Any]:
+    """A document of a line of a batch, when nothing is to be done for it any more.
 
     Raises:
-        RequestError: it cannot be accepted.
+        RequestError: it cannot be accepted, or has been ended before it was ready.
     """
-    assert frontend.jobs is not None, "the route exists only with jobs"
-    body = validate(DocumentBody, fields)
-    tenant, key = request.scope[SCOPE_TENANT], request.headers.get("idempotency-key")
-    documents = frontend.jobs.documents
-    if uploaded is None and body.source is not None and body.source.file_id is not None:
-        uploaded = await _stored(frontend.jobs.files, tenant.name, body.source)
-    asked: Asked = await asyncio.to_thread(read_request, frontend, tenant, body, uploaded, key)
-    document, is_new = await documents.create(asked.document, asked.source, asked.idempotency)
-    return JSONResponse(documents.summarise(document), status_code=202 if is_new else 200)
+    document, _ = await _accept(frontend, tenant, fields, None, None)
+    documents = jobs_of(frontend).documents
+    while document.state in PENDING:
+        wait_s = documents.limits.max_wait_s
+        document = await documents.wait(tenant.name, document.document_id, wait_s)
+    if document.state in FINAL and document.error is None:
+        raise RequestError(f"the document is {document.status}", code="document_not_usable")
+    return documents.summarise(document)
 
 
 async def _stored(files: Files, tenant: str, source: SourceBody) -> Uploaded:

@@ -16,6 +16,7 @@ from coordinator.auth import SCOPE_TENANT, Tenant
 from coordinator.config import CoordinatorConfig
 from coordinator.control import ControlPlane
 from coordinator.generation import Generation
+from coordinator.jobs.batches import Batches
 from coordinator.jobs.context import Jobs
 from coordinator.jobs.files import Files
 from coordinator.jobs.questions import Attached
@@ -96,8 +97,9 @@ class Frontend:
     tokenization: Tokenization
     traces: Traces
     started_at: int  # Unix time
-    jobs: Jobs | None = None  # documents, files and batches, where they are offered
+    jobs: Jobs | None = None  # where documents are offered; these two as well
     files: Files | None = None
+    batches: Batches | None = None
 
     @property
     def max_model_len(self) -> int:

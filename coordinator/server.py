@@ -18,6 +18,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 
 import uvicorn
 import zmq.asyncio
@@ -27,11 +28,13 @@ from coordinator.auth import Tenants
 from coordinator.config import CoordinatorConfig
 from coordinator.connection import guarded
 from coordinator.control import ControlPlane, Owner
+from coordinator.documents_api import make_document
 from coordinator.faulty import FaultyControlPlane
 from coordinator.frontend import Frontend
 from coordinator.jobs.context import Jobs, Surroundings
 from coordinator.jobs.ingestor import Ingestor
 from coordinator.joining import Terms
+from coordinator.line_server import LineServer
 from coordinator.registry import Patience, Registry
 from coordinator.service import Service
 from coordinator.tiering import Tiering
@@ -109,21 +112,19 @@ class Coordinator:
             jobs = self._jobs(registry, service, control)
             http = self._http_server(control, registry, service, jobs)
             failure: StartFailed | None = None
+            await jobs.start()
             async with asyncio.TaskGroup() as tasks:
+                watching = tasks.create_task(jobs.watch())
                 serving = tasks.create_task(http.serve(sockets=[self._socket]))
                 plane = tasks.create_task(control.run())
                 self._on_control(router.address, self.url)
-                watching: asyncio.Task[None] | None = None
                 try:
-                    await jobs.start()
-                    watching = tasks.create_task(jobs.watch())
                     await self._wait_ready(control, registry)
                     await self._stop.wait()
                 except StartFailed as error:
                     failure = error  # raised when everything has been put away
                 finally:
-                    if watching is not None:
-                        watching.cancel()
+                    watching.cancel()
                     await jobs.stop()
                     service.shut_down()
                     http.should_exit = True
@@ -207,8 +208,10 @@ class Coordinator:
             started_at=int(time.time()),
             jobs=jobs,
             files=jobs.files,
+            batches=jobs.batches,
         )
         tenants = Tenants(self._config.api_keys, self._config.secret or self._config.token)
+        jobs.attach(LineServer(frontend, tenants, partial(make_document, frontend)))
         return _HttpServer(
             uvicorn.Config(
                 build_app(frontend, tenants),

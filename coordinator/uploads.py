@@ -7,11 +7,10 @@
 """
 
 import asyncio
-import errno
 import os
 import secrets
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -21,8 +20,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect, Request
 
 from coordinator.config import Limits
-from coordinator.jobs.database import insufficient_storage
-from coordinator.jobs.space import check_space
+from coordinator.jobs.space import check_space, told_when_full
 from coordinator.limits import SCOPE_IS_UPLOAD
 from protocol.errors import RequestError
 
@@ -62,7 +60,7 @@ async def receive_upload(
     declared = request.headers.get("content-length", "0")
     await asyncio.to_thread(check_space, folder, int(declared), min_free_bytes=min_free_bytes)
     try:
-        with _told_when_full(), path.open("xb") as file:
+        with told_when_full(), path.open("xb") as file:
             size_bytes = 0
             async for piece in request.stream():
                 form.feed(piece)
@@ -214,16 +212,6 @@ def _boundary(request: Request) -> bytes:
 
 def _malformed(why: str) -> RequestError:
     return RequestError(f"the body is not a usable form: {why[:200]}", code="invalid_multipart")
-
-
-@contextmanager
-def _told_when_full() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise insufficient_storage("the disk is full") from error
-        raise
 
 
 def _write(file: BinaryIO, pieces: list[bytes]) -> int:

@@ -6,6 +6,7 @@ is gone at the end.
 
 import asyncio
 import contextlib
+import logging
 import tempfile
 import time
 from collections.abc import Callable
@@ -13,6 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coordinator.config import CoordinatorConfig
+from coordinator.jobs.batch_input import Inputs
+from coordinator.jobs.batch_runner import BatchRunner, LineServer
+from coordinator.jobs.batch_table import SCHEMA as BATCH_SCHEMA
+from coordinator.jobs.batch_table import BatchTable
+from coordinator.jobs.batches import Batches
 from coordinator.jobs.database import Database
 from coordinator.jobs.document_files import DocumentFiles
 from coordinator.jobs.document_rows import SCHEMA as DOCUMENT_SCHEMA
@@ -29,10 +35,14 @@ from coordinator.jobs.questions import Questions
 from coordinator.jobs.runner import Runner
 from coordinator.tokenizing import Tokenization
 from modeling.config import ModelConfig
+from protocol.errors import RequestError
+
+_log = logging.getLogger(__name__)
 
 DATABASE_NAME = "jobs.sqlite"
 DTYPE_BYTES = {"float32": 4}  # else two
 NUM_THREADS = 2
+RECOVERY_PAUSE_S = 1.0
 ROOM_TO_ASK = 1  # tokens that must fit behind a document
 
 
@@ -68,11 +78,15 @@ class Jobs:
         path = self.folder / DATABASE_NAME if config.data_dir else None
         if path is not None:
             path.touch(mode=0o600, exist_ok=True)  # it holds the tenants' salts
-        self.database = Database(path, (*DOCUMENT_SCHEMA, *FILE_SCHEMA))
+        self.database = Database(path, (*DOCUMENT_SCHEMA, *FILE_SCHEMA, *BATCH_SCHEMA))
         self._leftovers.callback(self.database.close)
         self.min_free_bytes = surroundings.min_free_bytes or config.batches.min_free_bytes
         clock = surroundings.clock
         self.files = Files(self.database, self.folder / "files", config.batches, clock)
+        inputs = Inputs(self.folder / "batches", config.batches, config.limits)
+        table = BatchTable(self.database, clock)
+        self.batches = Batches(table, self.files, inputs, config.batches)
+        self._batch_runner: BatchRunner | None = None
         self.documents = self._documents(surroundings)
         self.questions = Questions(self.documents)
         self._tasks: list[asyncio.Task[None]] = []
@@ -112,16 +126,35 @@ class Jobs:
             )
         )
 
+    def attach(self, server: LineServer) -> None:
+        """Who answers the lines of batches; before ``start``."""
+        self._batch_runner = BatchRunner(self.batches, server)
+
     async def start(self) -> None:
-        """Put right what an earlier process has left, and go on with it."""
-        await self.documents.table.claim()
+        """Go on with what an earlier process has left; before anything is taken in."""
         await self.files.recover()
-        await self.documents.keeper.recover()
-        await self.documents.runner.recover()
-        self._tasks = [
-            asyncio.create_task(self.documents.runner.run()),
-            asyncio.create_task(self.documents.keeper.run()),
-        ]
+        self._tasks = [asyncio.create_task(self._work())]
+        if self._batch_runner is not None:
+            self._tasks.append(asyncio.create_task(self._batch_runner.run()))
+
+    async def _work(self) -> None:
+        await self._recover()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.documents.runner.run())
+            tasks.create_task(self.documents.keeper.run())
+
+    async def _recover(self) -> None:
+        documents = self.documents
+        while True:
+            try:
+                await documents.table.claim()
+                await documents.keeper.recover()
+                await documents.keeper.tell_pins()
+                await documents.runner.recover()
+                return
+            except RequestError as error:  # a full disk: requests are served nevertheless
+                _log.error("documents wait: %s", error)
+                await asyncio.sleep(RECOVERY_PAUSE_S)
 
     async def watch(self) -> None:
         """Raises what a worker has died of: a bug, with which the process is to end."""

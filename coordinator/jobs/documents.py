@@ -120,7 +120,7 @@ class Documents:
         Raises:
             RequestError: it cannot be accepted.
         """
-        await self.keeper.recovered.wait()  # files without a document are removed until then
+        await self.keeper.wait_recovered()
         size_bytes = await asyncio.to_thread(lambda: source.size_bytes)
         check_space(self._files.folder, 3 * size_bytes, min_free_bytes=self._min_free_bytes)
         self._check_size(source, size_bytes)

@@ -22,7 +22,6 @@ from protocol.errors import RequestError
 
 ID_PREFIX = "file-"
 BATCH, BATCH_OUTPUT = "batch", "batch_output"
-SWEEP_S = 60.0
 SCHEMA = (
     """CREATE TABLE IF NOT EXISTS file (
         sequence INTEGER PRIMARY KEY AUTOINCREMENT,

@@ -1,6 +1,9 @@
 """Whether there is room on a disk, asked before anything is accepted."""
 
+import errno
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from coordinator.jobs.database import insufficient_storage
@@ -23,3 +26,14 @@ def check_space(folder: Path, needed_bytes: int, *, min_free_bytes: int = MIN_FR
         raise insufficient_storage(
             f"{usage.free} bytes are free, {needed_bytes} are needed and {reserve} are kept free"
         )
+
+
+@contextmanager
+def told_when_full() -> Iterator[None]:
+    """What the operating system says of a full disk, said to the caller."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise insufficient_storage("the disk is full") from error
+        raise

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,14 +16,20 @@ import pytest
 import uvicorn
 
 from coordinator.api import build_app
-from coordinator.auth import Tenants
+from coordinator.auth import Tenant, Tenants
 from coordinator.config import BatchLimits, CoordinatorConfig, ExpectedPool, Limits
 from coordinator.connection import guarded
 from coordinator.control import ControlPlane, Owner
 from coordinator.frontend import Frontend
+from coordinator.jobs.batch_input import Inputs
+from coordinator.jobs.batch_runner import BatchRunner
+from coordinator.jobs.batch_table import SCHEMA as BATCH_SCHEMA
+from coordinator.jobs.batch_table import BatchTable
+from coordinator.jobs.batches import Batches
 from coordinator.jobs.database import Database
 from coordinator.jobs.files import SCHEMA as FILE_SCHEMA
 from coordinator.jobs.files import Files
+from coordinator.line_server import LineServer
 from coordinator.registry import Registry
 from coordinator.server import Coordinator
 from coordinator.service import Service
@@ -43,8 +50,40 @@ class Clock:
         return time.time() + self.offset_s
 
 
-class WithFiles(Coordinator):
-    """A coordinator that offers files in ``folder``."""
+class Library:
+    """Makes documents for lines: each once, ready when ``gate`` is open."""
+
+    def __init__(self) -> None:
+        self.made: dict[str, dict[str, Any]] = {}
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    async def create(self, tenant: Tenant, fields: dict[str, Any]) -> dict[str, Any]:
+        document = self.made.setdefault(
+            fields["idempotency_key"],
+            {"id": f"doc_{len(self.made)}", "object": "document", "tenant": tenant.name},
+        )
+        await self.gate.wait()
+        has_failed = fields["source"].get("text") == "bad"
+        error = {"code": "unprocessable_document", "message": "it is bad"} if has_failed else None
+        return {**document, "status": "failed" if error else "ready", "error": error}
+
+
+class Server(LineServer):
+    """Notes which lines it was asked for; fails as a test has told it."""
+
+    def __init__(self, *collaborators: Any) -> None:
+        super().__init__(*collaborators)
+        self.asked: list[dict[str, Any]] = []
+        self.failures: list[tuple[int, dict[str, Any]]] = []
+
+    async def serve(self, *asked: Any) -> tuple[int, dict[str, Any]]:
+        self.asked.append(asked[2])
+        return self.failures.pop() if self.failures else await super().serve(*asked)
+
+
+class WithBatches(Coordinator):
+    """A coordinator that offers files and batches, in ``folder``."""
 
     folder: Path
     clock: Callable[[], float] = time.time
@@ -52,9 +91,12 @@ class WithFiles(Coordinator):
     def _http_server(
         self, control: ControlPlane, registry: Registry, service: Service, *_others: Any
     ) -> Any:
-        config = self._config
-        self.database = Database(self.folder / "jobs.sqlite", FILE_SCHEMA)
-        self.files = Files(self.database, self.folder / "files", config.batches, self.clock)
+        config, limits = self._config, self._config.batches
+        self.database = Database(self.folder / "jobs.sqlite", FILE_SCHEMA + BATCH_SCHEMA)
+        self.files = Files(self.database, self.folder / "files", limits, self.clock)
+        inputs = Inputs(self.folder / "batches", limits, config.limits)
+        table = BatchTable(self.database, self.clock)
+        self.batches = Batches(table, self.files, inputs, limits)
         frontend = Frontend(
             config=config,
             model=self._model,
@@ -65,8 +107,15 @@ class WithFiles(Coordinator):
             traces=Traces(),
             started_at=int(time.time()),
             files=self.files,
+            batches=self.batches,
         )
-        app = build_app(frontend, Tenants(config.api_keys, "secret"))
+        self.service = service
+        tenants = Tenants(config.api_keys, "secret")
+        self.library = Library()
+        self.server = Server(frontend, tenants, self.library.create)
+        self.runner = BatchRunner(self.batches, self.server)
+        self.work = asyncio.create_task(self._run_batches())
+        app = build_app(frontend, tenants)
         server = uvicorn.Server(
             uvicorn.Config(
                 app, http=guarded(config.limits), ws="none", lifespan="off", log_config=None
@@ -75,11 +124,19 @@ class WithFiles(Coordinator):
         server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]
         return server
 
+    async def _run_batches(self) -> None:
+        await self.files.recover()
+        await self.runner.run()
+
     async def run(self) -> None:
         try:
             await super().run()
         finally:
+            self.work.cancel()
+            await asyncio.wait({self.work})
             self.database.close()
+            if not self.work.cancelled():
+                self.work.result()
 
 
 class Running(threading.Thread):
@@ -105,7 +162,7 @@ class Running(threading.Thread):
 
     async def _serve(self) -> None:
         self.loop = asyncio.get_running_loop()
-        self.coordinator = WithFiles(self._config, self._on_control, self._on_ready, Owner())
+        self.coordinator = WithBatches(self._config, self._on_control, self._on_ready, Owner())
         self.coordinator.folder = self._folder
         self.coordinator.clock = self._clock
         await self.coordinator.run()
@@ -153,6 +210,43 @@ class Site:
     def stored(self) -> list[str]:
         """Names in the folder of files."""
         return sorted(path.name for path in (self.folder / "files").iterdir())
+
+    @property
+    def coordinator(self) -> WithBatches:
+        return self.running.coordinator
+
+    def batch(self, *lines: Any, endpoint: str = "/v1/completions", **fields: Any) -> Any:
+        """A new batch of lines: objects, or texts as they are."""
+        text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+        file = self.openai.files.create(file=("in.jsonl", text.encode()), purpose="batch")
+        return self.openai.batches.create(
+            input_file_id=file.id,
+            endpoint=endpoint,  # type: ignore[arg-type]
+            completion_window="24h",
+            **fields,
+        )
+
+    def wait(self, batch_id: str, *statuses: str) -> Any:
+        """The batch when it has ended, in one of these states; else completed."""
+        ends = ("completed", "failed", "expired", "cancelled")
+
+        def ended() -> Any:
+            batch = self.openai.batches.retrieve(batch_id)
+            return batch if batch.status in ends else None
+
+        batch = self.until(ended, f"{batch_id} ends")
+        assert batch.status in (statuses or ("completed",)), batch
+        return batch
+
+    def results(self, batch: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """What lies in its output file and its error file."""
+        return self.read(batch.output_file_id), self.read(batch.error_file_id)
+
+    def read(self, file_id: str | None) -> list[dict[str, Any]]:
+        if file_id is None:
+            return []
+        text = self.openai.files.content(file_id).text
+        return [json.loads(line) for line in text.splitlines()]
 
     def until(self, condition: Callable[[], Any], what: str = "") -> Any:
         """Ask again and again until something is so."""

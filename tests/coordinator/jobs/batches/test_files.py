@@ -1,4 +1,4 @@
-"""``/v1/files`` over real HTTP: what is stored, what is refused, and that nothing is left behind."""
+"""``/v1/files`` over real HTTP: what is stored, what is refused, and that nothing is left over."""
 
 import io
 import random

@@ -1,0 +1,160 @@
+"""The input of a batch: a link to the uploaded file, read line by line.
+
+1. At the batch's creation the file is linked, so that its deletion takes nothing from the batch.
+2. ``read_lines`` checks every line and notes where it is; nothing of its body is kept.
+3. ``read_body`` reads one line again, when its turn has come.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from coordinator.config import BatchLimits, Limits
+from coordinator.jobs.batch import DOCUMENTS, Line, LineError
+from coordinator.jobs.files import sync_folder
+from coordinator.json_body import parse_json
+from protocol.errors import RequestError
+
+CUSTOM = "custom:"  # a document_id that begins so names a line of the same batch
+MAX_CUSTOM_ID_CHARS = 512
+
+
+class Inputs:
+    """The inputs of all batches that are not over. Its methods block: call them in a thread.
+
+    Args:
+        folder: for them alone; made if it is not there.
+        limits: of one batch.
+        json_limits: of the body of one line, as of a request.
+    """
+
+    def __init__(self, folder: Path, limits: BatchLimits, json_limits: Limits) -> None:
+        self.folder = folder
+        self._limits = limits
+        self._json_limits = json_limits
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def add(self, batch_id: str, source: Path) -> None:
+        """Keep a file, on the same disk, as the input of a batch until ``remove``."""
+        os.link(source, self._path(batch_id))
+        sync_folder(self.folder)
+
+    def remove(self, batch_id: str) -> None:
+        self._path(batch_id).unlink(missing_ok=True)
+
+    def keep_only(self, batch_ids: set[str]) -> None:
+        """Remove the inputs of all other batches."""
+        for path in self.folder.iterdir():
+            if path.name not in batch_ids:
+                path.unlink()
+
+    def read_lines(self, batch_id: str, endpoint: str) -> tuple[list[Line], list[LineError]]:
+        """All lines, and what is wrong with them; one of both is empty."""
+        reader = _Reader(endpoint, self._limits, self._json_limits)
+        with self._path(batch_id).open("rb") as file:
+            reader.read(file)
+        return ([], reader.errors) if reader.errors else (reader.lines, [])
+
+    def read_body(self, batch_id: str, line: Line, document_id: str | None) -> dict[str, Any]:
+        """The request of a line, with the id of the document that it names by a line's."""
+        with self._path(batch_id).open("rb") as file:
+            file.seek(line.offset)
+            data = file.read(line.size)
+        body: dict[str, Any] = parse_json(data, self._json_limits)["body"]
+        for holder in _references(body):
+            holder["document_id"] = document_id
+        return body
+
+    def _path(self, batch_id: str) -> Path:
+        return self.folder / batch_id
+
+
+class _Reader:
+    """Reads one input. ``errors`` has the first of them."""
+
+    def __init__(self, endpoint: str, limits: BatchLimits, json_limits: Limits) -> None:
+        self.lines: list[Line] = []
+        self.errors: list[LineError] = []
+        self._urls = {endpoint, DOCUMENTS}
+        self._limits = limits
+        self._json_limits = json_limits
+        self._by_custom_id: dict[str, Line] = {}
+
+    def read(self, file: BinaryIO) -> None:
+        offset = 0
+        most = self._json_limits.max_body_bytes
+        for number, data in enumerate(iter(lambda: file.readline(most + 1), b""), 1):
+            if len(data) > most:
+                return self._refuse("line_too_long", f"longer than {most} bytes", number)
+            if len(self.lines) >= self._limits.max_lines and data.strip():
+                return self._refuse("too_many_lines", f"more than {self._limits.max_lines}", number)
+            try:
+                if data.strip():
+                    self._take(self._line(number, offset, data))
+            except RequestError as error:
+                self._refuse(error.code, error.message, number, error.param)
+            if len(self.errors) >= self._limits.max_errors:
+                return None
+            offset += len(data)
+        if not self.lines and not self.errors:
+            self._refuse("empty_file", "the file has no lines")
+        return None
+
+    def _take(self, line: Line) -> None:
+        self._by_custom_id[line.custom_id] = line
+        self.lines.append(line)
+
+    def _line(self, number: int, offset: int, data: bytes) -> Line:
+        fields = parse_json(data, self._json_limits)
+        custom_id, url = fields.get("custom_id"), fields.get("url")
+        if not isinstance(custom_id, str) or not 0 < len(custom_id) <= MAX_CUSTOM_ID_CHARS:
+            raise _wrong("custom_id", f"must be a text of 1 to {MAX_CUSTOM_ID_CHARS} characters")
+        if custom_id in self._by_custom_id:
+            raise RequestError(
+                f"custom_id {custom_id[:64]!r} is that of an earlier line, too",
+                code="duplicate_custom_id",
+                param="custom_id",
+            )
+        if fields.get("method") != "POST":
+            raise _wrong("method", "must be POST")
+        if not isinstance(url, str) or url not in self._urls:
+            raise _wrong("url", f"must be the batch's endpoint, or {DOCUMENTS}")
+        body = fields.get("body")
+        if not isinstance(body, dict):
+            raise _wrong("body", "must be an object")
+        if body.get("stream"):
+            raise _wrong("stream", "cannot be true in a batch")
+        depends_on = self._dependency(body)
+        return Line(number, offset, len(data), custom_id, url, depends_on)
+
+    def _dependency(self, body: dict[str, Any]) -> int | None:
+        named = {holder["document_id"].removeprefix(CUSTOM) for holder in _references(body)}
+        if not named:
+            return None
+        made_by = self._by_custom_id.get(named.pop())
+        if named or made_by is None or made_by.url != DOCUMENTS:
+            raise _wrong("document_id", f"names a line of this batch: one earlier, to {DOCUMENTS}")
+        return made_by.number
+
+    def _refuse(
+        self, code: str, message: str, number: int | None = None, param: str | None = None
+    ) -> None:
+        self.errors.append(LineError(code, message, number, param))
+
+
+def _references(body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Objects of a request whose ``document_id`` names a line of the batch."""
+    candidates: list[Any] = [body]
+    messages = body.get("messages")
+    for message in messages if isinstance(messages, list) else []:
+        content = message.get("content") if isinstance(message, dict) else None
+        candidates += content if isinstance(content, list) else []
+    for candidate in candidates:
+        given = candidate.get("document_id") if isinstance(candidate, dict) else None
+        if isinstance(given, str) and given.startswith(CUSTOM):
+            yield candidate
+
+
+def _wrong(param: str, what: str) -> RequestError:
+    return RequestError(f"{param} {what}", code="invalid_value", param=param)

@@ -1,0 +1,59 @@
+"""The states of a batch. Pure; the table is all there is.
+
+VALIDATING --valid--> IN_PROGRESS --done--> FINALIZING --written--> COMPLETED
+VALIDATING --refuse--> FAILED. Until the last line is done a batch may be cancelled, or expire: what
+has been answered by then is written, and what has not is named in the error file.
+"""
+
+import enum
+
+from protocol.errors import IllegalTransition
+
+
+class State(enum.Enum):
+    VALIDATING = "validating"
+    IN_PROGRESS = "in_progress"
+    FINALIZING = "finalizing"
+    EXPIRING = "expiring"  # callers see it as finalizing
+    CANCELLING = "cancelling"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    EXPIRED = "expired"
+    CANCELLED = "cancelled"
+
+
+class Step(enum.Enum):
+    VALID = "valid"
+    REFUSE = "refuse"
+    DONE = "done"
+    WRITTEN = "written"
+    EXPIRE = "expire"
+    CANCEL = "cancel"
+
+
+RUNNING = frozenset({State.VALIDATING, State.IN_PROGRESS})
+WRITING = frozenset({State.FINALIZING, State.EXPIRING, State.CANCELLING})
+OPEN = RUNNING | WRITING  # something is still to be done
+
+TABLE: dict[tuple[State, Step], State] = {
+    (State.VALIDATING, Step.VALID): State.IN_PROGRESS,
+    (State.VALIDATING, Step.REFUSE): State.FAILED,
+    (State.IN_PROGRESS, Step.DONE): State.FINALIZING,
+    **{(state, Step.EXPIRE): State.EXPIRING for state in State if state in RUNNING},
+    **{(state, Step.CANCEL): State.CANCELLING for state in State if state in RUNNING},
+    (State.FINALIZING, Step.WRITTEN): State.COMPLETED,
+    (State.EXPIRING, Step.WRITTEN): State.EXPIRED,
+    (State.CANCELLING, Step.WRITTEN): State.CANCELLED,
+}
+
+
+def advance(state: State, step: Step) -> State:
+    """The state after ``step``.
+
+    Raises:
+        IllegalTransition: the table does not have it.
+    """
+    following = TABLE.get((state, step))
+    if following is None:
+        raise IllegalTransition(f"a batch: {step.value} while {state.value}")
+    return following
