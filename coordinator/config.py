@@ -77,7 +77,6 @@ class JobLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     max_documents: int = 10_000  # of all tenants, ended ones included
     max_tenant_documents: int = 1_000
-    max_upload_bytes: int = 512 << 20
     max_running: int = 0  # documents that are computed at one time; 0 takes one per prefill pool
     segment_tokens: int = 8192  # a document goes on from the last whole segment
     max_events: int = 1_000  # of one document that are kept, the newest

@@ -127,7 +127,7 @@ def read_request(
         model=frontend.config.model_name,
         fingerprint=frontend.model.fingerprint,
     )
-    return Asked(document, source, _idempotency(body, source, header_key))
+    return Asked(document, source, _idempotency(body, source, name, header_key))
 
 
 def as_pin(body: PinBody, limits: JobLimits, tiers: tuple[str, ...]) -> Pin:
@@ -203,9 +203,14 @@ def _checked_text(text: str) -> str:
 
 
 def _media_type(name: str, path: Path) -> str:
-    with path.open("rb") as file:
-        head = file.read(HEAD_BYTES)
-    return identify(name, head, path.stat().st_size)
+    try:
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+        return identify(name, head, path.stat().st_size)
+    except FileNotFoundError as error:  # deleted in this moment
+        raise RequestError(
+            "no such file", code="file_not_found", param="source", status=404
+        ) from error
 
 
 def _priority(priority: int, limits: JobLimits) -> int:
@@ -232,7 +237,9 @@ def _ring_size(given: str | int | None) -> int:
     return size
 
 
-def _idempotency(body: DocumentBody, source: Source, header: str | None) -> Idempotency | None:
+def _idempotency(
+    body: DocumentBody, source: Source, file_name: str, header: str | None
+) -> Idempotency | None:
     if header is not None and body.idempotency_key not in (None, header):
         raise _invalid("idempotency_key", "Idempotency-Key and idempotency_key differ")
     key = header or body.idempotency_key
@@ -242,6 +249,7 @@ def _idempotency(body: DocumentBody, source: Source, header: str | None) -> Idem
         raise _invalid("idempotency_key", "an idempotency key is 1 to 256 printable characters")
     digest = hashlib.sha256()
     asked = body.model_dump(exclude={"source", "idempotency_key"}, exclude_none=True)
+    asked["file_name"] = file_name
     asked["messages"] = None if body.source is None else body.source.messages
     digest.update(json.dumps(asked, sort_keys=True).encode("utf-8", "surrogatepass"))
     for piece in _contents(source):

@@ -21,9 +21,8 @@ def jobs_of(frontend: Frontend, param: str | None = None) -> Jobs:
         RequestError: this cluster offers none.
     """
     if frontend.jobs is None:
-        raise RequestError(
-            "documents are not offered by this server", code="unsupported_parameter", param=param
-        )
+        code = "unsupported_content" if param == MESSAGES else "unsupported_parameter"
+        raise RequestError("documents are not offered by this server", code=code, param=param)
     return frontend.jobs
 
 

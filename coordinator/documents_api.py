@@ -15,6 +15,7 @@ from coordinator.auth import SCOPE_TENANT, Tenant
 from coordinator.document_bodies import (
     Asked,
     DocumentBody,
+    SourceBody,
     UpdateBody,
     Uploaded,
     as_pin,
@@ -23,10 +24,12 @@ from coordinator.document_bodies import (
     read_request,
 )
 from coordinator.document_events import EventStream
+from coordinator.document_parts import jobs_of
 from coordinator.frontend import Frontend
 from coordinator.jobs.document import Document
 from coordinator.jobs.documents import Documents
-from coordinator.jobs.states import PENDING
+from coordinator.jobs.files import Files
+from coordinator.jobs.states import FINAL, PENDING
 from coordinator.json_body import parse_json
 from coordinator.limits import SCOPE_IS_UPLOAD
 from coordinator.schemas import validate
@@ -36,7 +39,6 @@ from protocol.errors import RequestError
 MAX_PAGE = 100
 DEFAULT_PAGE = 20
 MAX_SEQUENCE = 2**53
-LINE_WAIT_S = 60.0
 
 
 def add_documents(app: FastAPI, frontend: Frontend) -> None:
@@ -61,16 +63,14 @@ async def _fields(request: Request, frontend: Frontend) -> dict[str, Any]:
 def _add_making(app: FastAPI, frontend: Frontend, documents: Documents) -> None:
     @app.post("/v1/documents")
     async def create(request: Request) -> Response:
-        tenant, key = request.scope[SCOPE_TENANT], request.headers.get("idempotency-key")
         if not request.scope.get(SCOPE_IS_UPLOAD):
-            fields = await _fields(request, frontend)
-            return _created(documents, await create_document(frontend, tenant, fields, key))
-        limits, min_free_bytes = frontend.config.limits, documents.min_free_bytes
+            return await _create(frontend, request, await _fields(request, frontend), None)
+        assert frontend.jobs is not None, "the route exists only with jobs"
+        await documents.keeper.wait_recovered()
+        limits, min_free_bytes = frontend.config.limits, frontend.jobs.min_free_bytes
         async with receive_upload(request, documents.folder, limits, min_free_bytes) as upload:
             uploaded = Uploaded(upload.path, upload.file_name, is_ours=True)
-            fields = fields_of_form(upload.fields)
-            made = await create_document(frontend, tenant, fields, key, uploaded)
-            return _created(documents, made)
+            return await _create(frontend, request, fields_of_form(upload.fields), uploaded)
 
     @app.patch("/v1/documents/{document_id}")
     async def update(request: Request, document_id: str) -> Response:
@@ -90,48 +90,56 @@ def _add_making(app: FastAPI, frontend: Frontend, documents: Documents) -> None:
         return JSONResponse({"id": document_id, "object": "document", "deleted": True})
 
 
-async def create_document(
+async def _create(
+    frontend: Frontend, request: Request, fields: dict[str, Any], uploaded: Uploaded | None
+) -> Response:
+    """The answer to a POST, whose source is in the fields or in a file."""
+    assert frontend.jobs is not None, "the route exists only with jobs"
+    tenant, key = request.scope[SCOPE_TENANT], request.headers.get("idempotency-key")
+    document, is_new = await _accept(frontend, tenant, fields, uploaded, key)
+    summary = frontend.jobs.documents.summarise(document)
+    return JSONResponse(summary, status_code=202 if is_new else 200)
+
+
+async def _accept(
     frontend: Frontend,
     tenant: Tenant,
     fields: dict[str, Any],
+    uploaded: Uploaded | None,
     key: str | None,
-    uploaded: Uploaded | None = None,
 ) -> tuple[Document, bool]:
-    """A document whose source is in the fields or in a file, and whether it is a new one.
-
-    Args:
-        key: of an ``Idempotency-Key`` header.
-        uploaded: with the request.
-
-    Raises:
-        RequestError: it cannot be accepted.
-    """
-    assert frontend.jobs is not None, "the route exists only with jobs"
+    jobs = jobs_of(frontend)
     body = validate(DocumentBody, fields)
     if uploaded is None and body.source is not None and body.source.file_id is not None:
-        file = await frontend.jobs.files.get(tenant.name, body.source.file_id, "source")
-        path = frontend.jobs.files.path(file.file_id)
-        uploaded = Uploaded(path, file.file_name, is_ours=False)
-    documents = frontend.jobs.documents
+        uploaded = await _stored(jobs.files, tenant.name, body.source)
     asked: Asked = await asyncio.to_thread(read_request, frontend, tenant, body, uploaded, key)
-    return await documents.create(asked.document, asked.source, asked.idempotency)
+    return await jobs.documents.create(asked.document, asked.source, asked.idempotency)
 
 
-async def finished_document(
+async def make_document(
     frontend: Frontend, tenant: Tenant, fields: dict[str, Any]
 ) -> dict[str, Any]:
-    """As ``create_document``, for a line of a batch: waits until it is ready, or has failed."""
-    assert frontend.jobs is not None, "lines are answered only with jobs"
-    documents = frontend.jobs.documents
-    document, _ = await create_document(frontend, tenant, fields, None)
+    """A document of a line of a batch, when nothing is to be done for it any more.
+
+    Raises:
+        RequestError: it cannot be accepted, or has been ended before it was ready.
+    """
+    document, _ = await _accept(frontend, tenant, fields, None, None)
+    documents = jobs_of(frontend).documents
     while document.state in PENDING:
-        document = await documents.wait(tenant.name, document.document_id, LINE_WAIT_S)
+        wait_s = documents.limits.max_wait_s
+        document = await documents.wait(tenant.name, document.document_id, wait_s)
+    if document.state in FINAL and document.error is None:
+        raise RequestError(f"the document is {document.status}", code="document_not_usable")
     return documents.summarise(document)
 
 
-def _created(documents: Documents, made: tuple[Document, bool]) -> Response:
-    document, is_new = made
-    return JSONResponse(documents.summarise(document), status_code=202 if is_new else 200)
+async def _stored(files: Files, tenant: str, source: SourceBody) -> Uploaded:
+    assert source.file_id is not None, "the caller has looked"
+    if len(source.model_dump(exclude={"type"}, exclude_none=True)) > 1:
+        raise _invalid("source", "source needs one of text, messages, token_ids and file_id")
+    file = await files.get(tenant, source.file_id, "source")
+    return Uploaded(files.path(file.file_id), file.file_name, is_ours=False)
 
 
 async def _whole(documents: Documents, document: Document, status: int = 200) -> Response:

@@ -97,8 +97,8 @@ class Frontend:
     tokenization: Tokenization
     traces: Traces
     started_at: int  # Unix time
-    jobs: Jobs | None = None  # documents, files and batches, where they are offered
-    files: Files | None = None  # where they are offered
+    jobs: Jobs | None = None  # where documents are offered; these two as well
+    files: Files | None = None
     batches: Batches | None = None
 
     @property

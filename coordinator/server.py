@@ -28,7 +28,7 @@ from coordinator.auth import Tenants
 from coordinator.config import CoordinatorConfig
 from coordinator.connection import guarded
 from coordinator.control import ControlPlane, Owner
-from coordinator.documents_api import finished_document
+from coordinator.documents_api import make_document
 from coordinator.faulty import FaultyControlPlane
 from coordinator.frontend import Frontend
 from coordinator.jobs.context import Jobs, Surroundings
@@ -112,21 +112,19 @@ class Coordinator:
             jobs = self._jobs(registry, service, control)
             http = self._http_server(control, registry, service, jobs)
             failure: StartFailed | None = None
+            await jobs.start()
             async with asyncio.TaskGroup() as tasks:
+                watching = tasks.create_task(jobs.watch())
                 serving = tasks.create_task(http.serve(sockets=[self._socket]))
                 plane = tasks.create_task(control.run())
                 self._on_control(router.address, self.url)
-                watching: asyncio.Task[None] | None = None
                 try:
-                    await jobs.start()
-                    watching = tasks.create_task(jobs.watch())
                     await self._wait_ready(control, registry)
                     await self._stop.wait()
                 except StartFailed as error:
                     failure = error  # raised when everything has been put away
                 finally:
-                    if watching is not None:
-                        watching.cancel()
+                    watching.cancel()
                     await jobs.stop()
                     service.shut_down()
                     http.should_exit = True
@@ -213,7 +211,7 @@ class Coordinator:
             batches=jobs.batches,
         )
         tenants = Tenants(self._config.api_keys, self._config.secret or self._config.token)
-        jobs.attach(LineServer(frontend, tenants, partial(finished_document, frontend)))
+        jobs.attach(LineServer(frontend, tenants, partial(make_document, frontend)))
         return _HttpServer(
             uvicorn.Config(
                 build_app(frontend, tenants),

@@ -6,6 +6,7 @@ is gone at the end.
 
 import asyncio
 import contextlib
+import logging
 import tempfile
 import time
 from collections.abc import Callable
@@ -32,13 +33,16 @@ from coordinator.jobs.pins import PinPolicy
 from coordinator.jobs.preparing import Preparing
 from coordinator.jobs.questions import Questions
 from coordinator.jobs.runner import Runner
-from coordinator.jobs.space import MIN_FREE_BYTES
 from coordinator.tokenizing import Tokenization
 from modeling.config import ModelConfig
+from protocol.errors import RequestError
+
+_log = logging.getLogger(__name__)
 
 DATABASE_NAME = "jobs.sqlite"
 DTYPE_BYTES = {"float32": 4}  # else two
 NUM_THREADS = 2
+RECOVERY_PAUSE_S = 1.0
 ROOM_TO_ASK = 1  # tokens that must fit behind a document
 
 
@@ -52,7 +56,7 @@ class Surroundings:
     ingestor: Ingestor
     max_model_len: Callable[[], int]  # of a request, now
     clock: Callable[[], float] = time.time  # Unix time, as callers see it
-    min_free_bytes: int = MIN_FREE_BYTES
+    min_free_bytes: int = 0  # 0 takes what is configured
 
 
 class Jobs:
@@ -76,13 +80,15 @@ class Jobs:
             path.touch(mode=0o600, exist_ok=True)  # it holds the tenants' salts
         self.database = Database(path, (*DOCUMENT_SCHEMA, *FILE_SCHEMA, *BATCH_SCHEMA))
         self._leftovers.callback(self.database.close)
+        self.min_free_bytes = surroundings.min_free_bytes or config.batches.min_free_bytes
+        clock = surroundings.clock
+        self.files = Files(self.database, self.folder / "files", config.batches, clock)
+        inputs = Inputs(self.folder / "batches", config.batches, config.limits)
+        table = BatchTable(self.database, clock)
+        self.batches = Batches(table, self.files, inputs, config.batches)
+        self._batch_runner: BatchRunner | None = None
         self.documents = self._documents(surroundings)
         self.questions = Questions(self.documents)
-        limits, clock = config.batches, surroundings.clock
-        self.files = Files(self.database, self.folder / "files", limits, clock)
-        inputs = Inputs(self.folder / "batches", limits, config.limits)
-        self.batches = Batches(BatchTable(self.database, clock), self.files, inputs, limits)
-        self._batch_runner: BatchRunner | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
     def _documents(self, surroundings: Surroundings) -> Documents:
@@ -116,26 +122,39 @@ class Jobs:
                 keeper=keeper,
                 limits=limits,
                 max_tokens=max_tokens,
-                min_free_bytes=surroundings.min_free_bytes,
+                min_free_bytes=self.min_free_bytes,
             )
         )
 
     def attach(self, server: LineServer) -> None:
-        """Who answers the lines of batches."""
+        """Who answers the lines of batches; before ``start``."""
         self._batch_runner = BatchRunner(self.batches, server)
 
     async def start(self) -> None:
-        """Put right what an earlier process has left, and go on with it."""
-        await self.documents.table.claim()
-        await self.documents.keeper.recover()
-        await self.documents.runner.recover()
+        """Go on with what an earlier process has left; before anything is taken in."""
         await self.files.recover()
-        self._tasks = [
-            asyncio.create_task(self.documents.runner.run()),
-            asyncio.create_task(self.documents.keeper.run()),
-        ]
+        self._tasks = [asyncio.create_task(self._work())]
         if self._batch_runner is not None:
             self._tasks.append(asyncio.create_task(self._batch_runner.run()))
+
+    async def _work(self) -> None:
+        await self._recover()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.documents.runner.run())
+            tasks.create_task(self.documents.keeper.run())
+
+    async def _recover(self) -> None:
+        documents = self.documents
+        while True:
+            try:
+                await documents.table.claim()
+                await documents.keeper.recover()
+                await documents.keeper.tell_pins()
+                await documents.runner.recover()
+                return
+            except RequestError as error:  # a full disk: requests are served nevertheless
+                _log.error("documents wait: %s", error)
+                await asyncio.sleep(RECOVERY_PAUSE_S)
 
     async def watch(self) -> None:
         """Raises what a worker has died of: a bug, with which the process is to end."""

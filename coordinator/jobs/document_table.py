@@ -51,6 +51,9 @@ class DocumentTable:
         self._epoch = await self._database.write(rows.claim)
 
     async def _write(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        if not self._epoch:
+            raise RequestError("the server is starting", code="starting", status=503)
+
         def transaction(connection: sqlite3.Connection) -> T:
             rows.check_owner(connection, self._epoch)
             return work(connection)

@@ -97,6 +97,7 @@ class Documents:
         self.runner = parts.runner
         self.keeper = parts.keeper
         self.table = parts.table
+        self.folder = parts.files.folder
         self._files = parts.files
         self._ingestor = parts.ingestor
         self.policy = parts.policy
@@ -120,7 +121,7 @@ class Documents:
         Raises:
             RequestError: it cannot be accepted.
         """
-        await self.keeper.recovered.wait()  # files without a document are removed until then
+        await self.keeper.wait_recovered()
         size_bytes = await asyncio.to_thread(lambda: source.size_bytes)
         check_space(self._files.folder, 3 * size_bytes, min_free_bytes=self.min_free_bytes)
         self._check_size(source, size_bytes)

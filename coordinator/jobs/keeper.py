@@ -21,6 +21,7 @@ from coordinator.jobs.states import PENDING, USABLE, State, Step
 from protocol.errors import IllegalTransition, RequestError
 
 TICK_S = 1.0
+RECOVERY_S = 5.0  # that a caller waits for it
 NUM_LOOKED_AT = 8  # ready documents at each tick
 
 _log = logging.getLogger(__name__)
@@ -59,16 +60,31 @@ class Keeper:
         self._wakeup.set()
 
     async def recover(self) -> None:
-        """After a start: pins are told again, strangers' files and other models' KV given up."""
+        """After a start: strangers' files and other models' KV are given up."""
         known = await self._table.ids()
         await asyncio.to_thread(self._files.sweep, known)
         for document in await self._table.with_states(frozenset({State.READY})):
             if not self._library.is_current(document):
                 await self._evict(document, "model_changed")
+        self.recovered.set()
+
+    async def wait_recovered(self) -> None:
+        """Nothing may be taken in before: its files would be taken for strangers'.
+
+        Raises:
+            RequestError: ``starting``, when it takes too long.
+        """
+        try:
+            async with asyncio.timeout(RECOVERY_S):
+                await self.recovered.wait()
+        except TimeoutError as error:
+            raise RequestError("the server is starting", code="starting", status=503) from error
+
+    async def tell_pins(self) -> None:
+        """After a start: what is pinned is kept from the beginning."""
         for document in await self._table.pinned_documents():
             if document.state in USABLE:
                 await self.tell_pin(document)
-        self.recovered.set()
 
     async def run(self) -> None:
         """Until cancelled."""

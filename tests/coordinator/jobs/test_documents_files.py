@@ -8,14 +8,13 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pypdf
 import pytest
 
 from coordinator.config import JobLimits
 from coordinator.document_bodies import DocumentBody, fields_of_form
 from coordinator.jobs import parse
-from coordinator.jobs.document import Document
-from coordinator.jobs.documents import Source, new_id
 from coordinator.jobs.formats import HTML, MARKDOWN, PDF, PLAIN, identify, plain_name
 from coordinator.jobs.parser_process import ParserCrashed, extract
 from protocol.errors import RequestError
@@ -196,26 +195,24 @@ def test_the_process_is_confined() -> None:
         assert b"a parser does not do this" in ended.stderr, attempt
 
 
-def upload(site: Any, folder: Path, data: bytes, media_type: str) -> str:
-    """A document of a file, past the HTTP side."""
-    path = folder / "upload"
-    path.write_bytes(data)
-    documents = site.running.jobs.documents
-    document = Document(
-        new_id(), "default", "salt", documents.table.clock(), "file", media_type=media_type
-    )
-    made = asyncio.run_coroutine_threadsafe(
-        documents.create(document, Source(path=path, is_ours=False), None), site.running.loop
-    )
-    made.result(20)
-    return document.document_id
+def post_file(site: Any, name: str, data: bytes, **fields: str) -> httpx.Response:
+    return site.client.post("/v1/documents", files={"file": (name, data)}, data=fields)
 
 
-def test_files_become_documents(site: Any, tmp_path: Path) -> None:
+def upload(site: Any, name: str, data: bytes, **fields: str) -> str:
+    """A document of an uploaded file."""
+    reply = post_file(site, name, data, **fields)
+    assert reply.status_code == 202, reply.text
+    document_id: str = reply.json()["id"]
+    return document_id
+
+
+def test_files_become_documents(site: Any) -> None:
     text = "A page of text. " * 30
-    document_id = upload(site, tmp_path, pdf_of(text), PDF)
+    document_id = upload(site, "../a report.pdf", pdf_of(text))
     found = site.wait(document_id)
     assert found["source"] == {"type": "file", "media_type": "application/pdf"}
+    assert found["display_name"] == "a report.pdf"
     assert found["tokens"]["total"] == len(f"user: {text.strip()}")
     answer = site.ask(document_id, "What?", return_token_ids=True)
     assert b"A page of text." in bytes(answer["choices"][0]["prompt_token_ids"])
@@ -224,8 +221,8 @@ def test_files_become_documents(site: Any, tmp_path: Path) -> None:
     assert names == {f"{document_id}.text", f"{document_id}.tokens"}
 
 
-def test_a_file_that_cannot_be_read_fails(site: Any, tmp_path: Path) -> None:
-    document_id = upload(site, tmp_path, encrypted(pdf_of("a"), "b"), PDF)
+def test_a_file_that_cannot_be_read_fails(site: Any) -> None:
+    document_id = upload(site, "a.pdf", encrypted(pdf_of("a"), "b"))
     error = site.wait(document_id, "failed")["error"]
     assert (error["code"], error["status"]) == ("unprocessable_document", 422)
     assert "encrypted" in error["message"]
@@ -233,12 +230,62 @@ def test_a_file_that_cannot_be_read_fails(site: Any, tmp_path: Path) -> None:
 
 def test_a_file_that_kills_its_reader_is_quarantined(start_site: Any, tmp_path: Path) -> None:
     with start_site(tmp_path, jobs={"parse_memory_bytes": 100 << 20}) as site:
-        document_id = upload(site, tmp_path, b"a" * (60 << 20), PLAIN)
+        document_id = upload(site, "a.txt", b"a" * (60 << 20))
         found = site.wait(document_id, "failed")
         assert found["error"]["code"] == "quarantined"
         warnings = [e["code"] for e in site.events(document_id) if e["type"] == "warning"]
         assert warnings == ["parser_crashed"] * 2
         site.wait(site.ingest(text="Others go on.")["id"])
+
+
+def test_uploads_take_the_same_fields(site: Any) -> None:
+    fields = {"display_name": "mine", "pin": '{"mode": "soft"}', "metadata": '{"a": 1}'}
+    document_id = upload(site, "a.md", b"# A title\n" * 50, priority="3", **fields)
+    found = site.wait(document_id)
+    assert (found["display_name"], found["metadata"], found["priority"]) == ("mine", {"a": 1}, 3)
+    assert (found["pin"]["mode"], found["source"]["media_type"]) == ("soft", "text/markdown")
+    once = {"idempotency_key": "upload"}
+    first, again = (post_file(site, "b.txt", b"the same", **once) for _ in range(2))
+    assert (first.status_code, again.status_code) == (202, 200)
+    assert first.json()["id"] == again.json()["id"]
+    for name, data in (("c.txt", b"the same"), ("b.txt", b"another")):
+        assert post_file(site, name, data, **once).status_code == 409
+    site.wait(first.json()["id"])
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "fields", "status", "code"),
+    [
+        ("a.zip", b"PK\x03\x04" + bytes(100), {}, 422, "unprocessable_document"),
+        ("a.pdf", b"not one", {}, 422, "unprocessable_document"),
+        ("a.txt", b"", {}, 422, "unprocessable_document"),
+        ("a.txt", b"a", {"pin": "{"}, 400, "invalid_value"),
+        ("a.txt", b"a", {"priority": "high"}, 400, "invalid_type"),
+        ("a.txt", b"a", {"source": "b"}, 400, "invalid_type"),
+    ],
+)
+def test_bad_uploads(
+    site: Any, name: str, data: bytes, fields: dict[str, str], status: int, code: str
+) -> None:
+    before = {path.name for path in (site.running.jobs.folder / "documents").iterdir()}
+    reply = post_file(site, name, data, **fields)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (status, code)
+    assert {p.name for p in (site.running.jobs.folder / "documents").iterdir()} == before
+
+
+def test_a_file_that_was_uploaded_before(site: Any) -> None:
+    text = b"Kept for later. " * 30
+    form = {"file": ("kept.txt", text)}
+    file_id = site.client.post("/v1/files", files=form, data={"purpose": "user_data"}).json()["id"]
+    document_id = site.ingest(file_id=file_id)["id"]
+    assert site.client.delete(f"/v1/files/{file_id}").status_code == 200
+    found = site.wait(document_id)
+    assert found["display_name"] == "kept.txt"
+    assert found["tokens"]["total"] == len("user: ") + len(text)
+    gone = site.post(source={"file_id": file_id}).json()["error"]
+    assert (gone["code"], gone["param"]) == ("file_not_found", "source")
+    both = site.post(source={"file_id": file_id, "text": "a"}).json()["error"]
+    assert both["code"] == "invalid_value"
 
 
 def test_the_fields_of_a_form() -> None:

@@ -253,3 +253,47 @@ def test_a_pool_that_is_lost_is_the_reason() -> None:
         "reason": "worker_lost",
         "missed_tokens": 32,
     }
+
+
+def test_a_batch_makes_a_document_and_asks_about_it(site: Any) -> None:
+    part = {"type": "document", "document_id": "custom:book"}
+    question = [{"role": "user", "content": [part, {"type": "text", "text": "Who?"}]}]
+    lines = [
+        {
+            "custom_id": "book",
+            "method": "POST",
+            "url": "/v1/documents",
+            "body": {"source": {"text": "A book in a batch. " * 40}},
+        },
+        {
+            "custom_id": "ask",
+            "method": "POST",
+            "url": "/v1/chat/completions",
+            "body": {"messages": question, "max_tokens": 3},
+        },
+        {
+            "custom_id": "bad",
+            "method": "POST",
+            "url": "/v1/documents",
+            "body": {"source": {"text": ""}},
+        },
+    ]
+    data = "\n".join(json.dumps(line) for line in lines).encode()
+    form = {"file": ("lines.jsonl", data)}
+    file_id = site.client.post("/v1/files", files=form, data={"purpose": "batch"}).json()["id"]
+    body = {"input_file_id": file_id, "completion_window": "24h"}
+    body["endpoint"] = "/v1/chat/completions"
+    made = site.client.post("/v1/batches", json=body).json()
+    ended = site.until(
+        lambda: (
+            (b := site.client.get(f"/v1/batches/{made['id']}").json())["status"]
+            in ("completed", "failed")
+            and b
+        )
+    )
+    assert ended["request_counts"] == {"total": 3, "completed": 2, "failed": 1}, ended["errors"]
+    text = site.client.get(f"/v1/files/{ended['output_file_id']}/content").text
+    results = {line["custom_id"]: line for line in map(json.loads, text.splitlines())}
+    assert results["book"]["response"]["body"]["status"] == "ready"
+    usage = results["ask"]["response"]["body"]["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] >= full_blocks(40 * 19)
