@@ -120,7 +120,8 @@ def test_every_wrong_line_is_named_and_nothing_is_begun(site: Any) -> None:
     batch = site.wait(made.id, "failed")
     assert batch.failed_at is not None
     errors = [(error.line, error.code, error.param) for error in batch.errors.data]
-    assert errors == [(n, code, param) for n, (_, code, param) in enumerate(WRONG, 3)]
+    expected = [(number, code, param) for number, (_, code, param) in enumerate(WRONG, 3)]
+    assert errors == expected
     assert all(error.message for error in batch.errors.data)
     assert (batch.output_file_id, batch.error_file_id) == (None, None)
     assert len(site.coordinator.server.asked) == asked
@@ -129,14 +130,15 @@ def test_every_wrong_line_is_named_and_nothing_is_begun(site: Any) -> None:
 def test_inputs_that_are_no_batch(start_batches: Any, tmp_path: Path) -> None:
     limits = {"max_lines": 3, "max_errors": 2}
     with start_batches(tmp_path, batches=limits, limits={"max_body_bytes": 1000}) as site:
-        for lines, line_, code in [
+        cases: list[tuple[list[Any], int | None, str]] = [
             ([], None, "empty_file"),
             (["", "  "], None, "empty_file"),
             (prompts(4), 4, "too_many_lines"),
             ([*prompts(1), "x" * 2000, "{"], 2, "line_too_long"),
-        ]:
+        ]
+        for lines, number, code in cases:
             batch = site.wait(site.batch(*lines).id, "failed")
-            assert [(e.line, e.code) for e in batch.errors.data] == [(line_, code)]
+            assert [(e.line, e.code) for e in batch.errors.data] == [(number, code)]
         batch = site.wait(site.batch("{", "{", "{", "{").id, "failed")
         assert [error.line for error in batch.errors.data] == [1, 2]
         assert not list((tmp_path / "batches").iterdir())
@@ -180,8 +182,6 @@ def test_what_is_refused_at_once(start_batches: Any, tmp_path: Path) -> None:
 def test_cancelling_keeps_what_is_answered(site: Any, helpers: Any) -> None:
     hold(site, helpers, 99)
     made = site.batch(*prompts(5), line("held", {"prompt": [99], "max_tokens": 3}), *prompts(9)[5:])
-    held = 4 * 2  # more lines than there are slots are behind it
-    assert held
     site.until(
         lambda: site.openai.batches.retrieve(made.id).request_counts.completed == 9, "the others"
     )
@@ -260,7 +260,8 @@ def test_lines_wait_while_others_ask(start_batches: Any, tmp_path: Path, helpers
         hold(site, helpers, 77)
         stream = {"prompt": [77], "max_tokens": 3, "stream": True}
         with site.http.stream("POST", COMPLETIONS, json=stream) as reply:
-            next(reply.iter_bytes())
+            pieces = reply.iter_bytes()
+            next(pieces)
             made = site.batch(*prompts(9))
             site.until(lambda: site.openai.batches.retrieve(made.id).status == "in_progress")
             assert site.http.get("/health").status_code == 200
@@ -320,7 +321,7 @@ def test_tenants_and_limits(start_batches: Any, tmp_path: Path, helpers: Any) ->
         with pytest.raises(openai.NotFoundError):
             other.batches.create(
                 input_file_id=made.input_file_id,
-                endpoint=COMPLETIONS,  # type: ignore[arg-type]
+                endpoint=COMPLETIONS,
                 completion_window="24h",
             )
         site.running.fake.release([97])

@@ -1,0 +1,127 @@
+"""Lives of a coordinator that makes batches and works on them, each a process of its own.
+
+Started with a folder; then for each line on standard input: ``live`` begins a life and prints its
+process id; the next line is read when it has ended. ``drain`` is a life that makes nothing new, and
+ends when everything is done. Everything is imported once: a life is a fork.
+"""
+
+import asyncio
+import itertools
+import json
+import os
+import secrets
+import sys
+from pathlib import Path
+from typing import Any
+
+from coordinator.control import Owner
+from coordinator.jobs.batches import BatchRequest
+from coordinator.jobs.files import BATCH, StoredFile, new_file_id
+from tests.coordinator.conftest import FakeCluster
+from tests.coordinator.jobs.batches.composition import (
+    POOLS,
+    Server,
+    WithBatches,
+    config_of,
+)
+
+NUM_LINES = 40
+NUM_OPEN = 2
+TENANT = "default"
+
+
+def input_of(seed: int) -> list[dict[str, Any]]:
+    """Lines of every kind; those that ask differently are answered differently."""
+    lines = []
+    for number in range(NUM_LINES):
+        url, body = "/v1/completions", {"prompt": [seed % 200 + 1, number + 1], "max_tokens": 3}
+        if number % 10 == 3:
+            body = {"prompt": [], "max_tokens": 3}  # an error
+        if number % 10 == 4:
+            url, body = "/v1/documents", {"source": {"text": "good"}}
+        if number % 10 == 5:
+            body["metadata"] = {"after": "a document"}
+        lines.append({"custom_id": f"{seed}-{number}", "method": "POST", "url": url, "body": body})
+    return lines
+
+
+class Noting(Server):
+    """Writes down each line before it is answered."""
+
+    log: int
+
+    async def serve(self, *asked: Any) -> tuple[int, dict[str, Any]]:
+        os.write(self.log, b"x\n")
+        return await super().serve(*asked)
+
+
+class Life(WithBatches):
+    """A coordinator that keeps itself busy."""
+
+    server_kind = Noting
+    is_draining = False
+
+    async def _run_batches(self) -> None:
+        self.server.log = os.open(self.folder / "asked", os.O_APPEND | os.O_CREAT | os.O_WRONLY)  # type: ignore[attr-defined]
+        await asyncio.gather(super()._run_batches(), self._make())
+
+    async def _make(self) -> None:
+        acknowledged = os.open(self.folder / "acked", os.O_APPEND | os.O_CREAT | os.O_WRONLY)
+        for pause in itertools.repeat(0.005):
+            open_ids = await self.batches.table.open_ids()
+            if len(open_ids) < NUM_OPEN and not self.is_draining:
+                seed = secrets.randbelow(10**9)
+                batch_id = await self._make_one(seed)
+                os.write(acknowledged, f"{batch_id} {seed}\n".encode())
+            if not open_ids and self.is_draining and not await self._is_left():
+                self.stop()
+                return
+            await asyncio.sleep(pause)
+
+    async def _is_left(self) -> bool:
+        return bool(await self.batches.table.leftovers()) or any(
+            self.batches.inputs.folder.iterdir()
+        )
+
+    async def _make_one(self, seed: int) -> str:
+        text = "\n".join(json.dumps(line) for line in input_of(seed))
+        arrived = self.files.folder / f"{seed}.upload"
+        arrived.write_text(text)
+        file_id, now = new_file_id(), int(self.clock())
+        file = StoredFile(file_id, TENANT, BATCH, "in", len(text), now)
+        await self.files.add(file, arrived)
+        asked = BatchRequest(TENANT, "arithmetic", file_id, "/v1/completions", "24h")
+        batch = await self.batches.create(asked)
+        await self.files.delete(TENANT, file_id)
+        return batch.batch_id
+
+
+async def live(folder: Path, *, is_draining: bool) -> None:
+    def on_control(control: str, _url: str) -> None:
+        FakeCluster(control, POOLS).start()
+
+    config = config_of(folder, {"batches": {"max_crashes": 1000}})
+    life = Life(config, on_control, lambda _url: None, Owner())
+    life.folder, life.is_draining = folder, is_draining
+    await life.run()
+
+
+def _say(number: int) -> None:
+    sys.stdout.write(f"{number}\n")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    for command in sys.stdin:
+        pid = os.fork()
+        if pid == 0:
+            asyncio.run(live(folder, is_draining=command.strip() == "drain"))
+            os._exit(0)
+        _say(pid)
+        _, status = os.waitpid(pid, 0)
+        _say(os.waitstatus_to_exitcode(status))
+
+
+if __name__ == "__main__":
+    main()
