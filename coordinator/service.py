@@ -133,6 +133,12 @@ class Service:
     def num_active(self) -> int:
         return sum(record.is_active for record in self._records.values())
 
+    @property
+    def num_interactive(self) -> int:
+        """Of those, how many somebody waits for."""
+        records = self._records.values()
+        return sum(record.is_active and record.priority == 0 for record in records)
+
     def num_leaked(self, now: float) -> int:
         """Ended requests for which a pool still holds blocks, long after it should not."""
         return sum(

@@ -247,7 +247,7 @@ def test_documents_are_made_before_the_lines_that_name_them(site: Any) -> None:
     codes = [(e["custom_id"], e["response"]["body"]["error"]["code"]) for e in errors]
     # This coordinator has no documents of its own: what counts is what the question asked for.
     assert codes == [
-        ("ask", "unsupported_parameter"),
+        ("ask", "unsupported_content"),
         ("broken", "unprocessable_document"),
         ("vain", "dependency_failed"),
     ]
