@@ -103,6 +103,11 @@ def _pool_lines(pool: Pool) -> list[str]:
     heartbeat = pool.ranks[0].heartbeat if 0 in pool.ranks else None
     if heartbeat is None:
         return lines
+    lines += [
+        f'baton_{name}{{pool="{pool.pool_id}"}} {value:g}'
+        for name, value in sorted(heartbeat.counters.items())
+        if name.startswith("store_")
+    ]
     for space, counts in enumerate(heartbeat.blocks):
         lines += [
             f'baton_blocks{{pool="{pool.pool_id}",space="{space}",state="{state}"}} '

@@ -111,6 +111,7 @@ class Record:
     is_deposit: bool = False  # for a store, which takes the place of its decode pool
     priority: int = 0
     chunk_tokens: int = 0
+    ring_size: int = 0
     timeline: TimeLine = field(default_factory=TimeLine)
     state: State = State.NEW
     decode_pool: str = ""
@@ -163,6 +164,7 @@ class Record:
             is_deposit=generation.is_deposit,
             priority=generation.priority,
             chunk_tokens=generation.chunk_tokens,
+            ring_size=generation.ring_size,
         )
 
     def forget_prompt(self) -> None:
@@ -235,6 +237,7 @@ class Record:
             self.num_replayed_tokens,
             self.priority,
             self.chunk_tokens,
+            self.ring_size,
         )
 
     @property

@@ -149,6 +149,7 @@ class Tiering:
             is_deposit=is_deposit,
             priority=BACKGROUND,
             chunk_tokens=self._config.background_chunk_tokens if is_busy else 0,
+            ring_size=request.ring_size,
         )
         record = self._service.submit(generation, delivery, 0, now)
         try:

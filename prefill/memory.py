@@ -51,6 +51,8 @@ class RequestMemory:
             num_missed = self._facts.num_blocks_to_fetch(request.message, len(cached))
             if num_missed:
                 options = options_for(num_fetched_blocks=num_missed) + options
+        if request.message.ring_size:  # stable: the best of each kind stays in front
+            options.sort(key=lambda option: len(option.ring) != request.message.ring_size)
         for option in options:
             prefix = cached[: option.num_cached_blocks]
             if self._blocks.share(prefix, option.demand):
