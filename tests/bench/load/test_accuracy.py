@@ -1,7 +1,7 @@
 """Against a server with known behaviour: what is reported is what happened.
 
 Runs are real: a toy server in one process, the driver in another. A machine that is busy elsewhere
-spoils a run, never in the harness's favour, so a figure may be taken again; it must be right once.
+spoils a run, never in the harness's favour, and both processes measure how late they were.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from bench.load.toy_server import ToyConfig
 from bench.load.workload import Segment, Turn
 
 START = Callable[..., str]
-ATTEMPTS = 3
+ATTEMPTS = 8
 SLO = Slo({"default": Objective(Deadline(0.04, 0.02), 0.011)})
 
 
@@ -107,26 +107,35 @@ def _share_waiting(records: list[RequestRecord], seconds: float) -> float:
     return sum(r.token_times_s[0] - r.intended_s > seconds for r in records) / len(records)
 
 
-def test_every_metric_within_a_millisecond_or_a_percent(toy: START, tmp_path: Path) -> None:
+def _measure(toy: START) -> tuple[list[str], float, Manifest, list[RequestRecord]]:
+    """(figures that are off, how late anybody was at the most, manifest, records) of one run."""
     config = ToyConfig(base_s=0.02, prefill_s_per_1k=0.02, token_s=0.01)
     url = toy("--base-ms", "20", "--prefill-ms-per-1k", "20", "--token-ms", "10")
-    target = discover(url, Dialect(""))
     schedule = _schedule(320, 200.0, 1000, 12)
-    for _ in range(ATTEMPTS):
-        manifest, records = execute(Plan(target, schedule, {}, {}, SLO, wants_timelines=False))
-        assert {record.outcome for record in records} == {"ok"}
-        wrong = _errors(records, config)
-        if not wrong:
-            break
-        disturbance_s = max(
-            manifest.send_lag["max"], manifest.driver["loop_lag_s"], _toy_lag_s(url)
-        )
-        assert disturbance_s > 1e-3, wrong  # nothing else excuses a wrong figure
-    if wrong:
-        pytest.skip(f"this machine is too busy: {ATTEMPTS} runs, none of them undisturbed")
+    plan = Plan(discover(url, Dialect("")), schedule, {}, {}, SLO, wants_timelines=False)
+    manifest, records = execute(plan)
+    assert {record.outcome for record in records} == {"ok"}
+    late_s = max(manifest.send_lag["max"], manifest.driver["loop_lag_s"], _toy_lag_s(url))
+    return _errors(records, config), late_s, manifest, records
+
+
+def test_a_figure_that_is_off_has_a_cause_that_was_measured(toy: START, tmp_path: Path) -> None:
+    """On an idle machine that is: no figure is off by more than a millisecond or a percent."""
+    wrong, late_s, manifest, records = _measure(toy)
+    assert not wrong or late_s > 1e-3, wrong
     assert summarise(records).metrics["ttft_s"].p99 is not None
     write_run(tmp_path, manifest, records)
     assert summarise(read_run(tmp_path)[1], SLO) == summarise(records, SLO)
+
+
+@pytest.mark.slow
+def test_every_metric_within_a_millisecond_or_a_percent(toy: START) -> None:
+    for _ in range(ATTEMPTS):
+        wrong, late_s, _, _ = _measure(toy)
+        if not wrong:
+            return
+        assert late_s > 1e-3, wrong
+    pytest.fail(f"not once in {ATTEMPTS} runs was this machine idle: {wrong}")
 
 
 @pytest.mark.parametrize(
