@@ -12,10 +12,12 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import coordinator.jobs.states
 import coordinator.records
 import decode.states
 import kvcache.blocks
 import kvtransfer.states
+import kvtransfer.store.states
 import prefill.states
 
 PLACE = re.compile(r"(<!-- table: (?P<name>[a-z ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -33,8 +35,11 @@ def tables() -> dict[str, Ways]:
         ],
         "source": _flat(kvtransfer.states.SOURCE_TABLE),
         "target": _flat(kvtransfer.states.TARGET_TABLE),
+        "deposit": _flat(kvtransfer.store.states.DEPOSIT),
+        "loan": _flat(kvtransfer.store.states.LOAN),
         "prefill": _nested(prefill.states.TABLE),
         "decode": _nested(decode.states.TABLE),
+        "document": _flat(coordinator.jobs.states.TABLE),
     }
 
 

@@ -26,7 +26,7 @@ from coordinator.errors import error_object, error_response
 from coordinator.frontend import Asker, Choice, Frontend
 from coordinator.logprobs import CompletionLogprobs
 from coordinator.parameters import Options
-from coordinator.shapes import ChoiceState, Header, Shape, usage_of
+from coordinator.shapes import ChoiceState, Header, Shape, cache_miss_of, usage_of
 from coordinator.tokens import ChoiceText, Piece
 from coordinator.traces import Trace
 from protocol.errors import RequestError
@@ -162,7 +162,8 @@ class Answer(Response):
             for state, piece in self._take(await self._delivery.take()):
                 texts[state.choice.index].append(piece.text)
         joined = [(state, "".join(text)) for state, text in zip(self._states, texts, strict=True)]
-        return self._shape.whole(self._header, joined, usage_of(self._states))
+        answer = self._shape.whole(self._header, joined, usage_of(self._states))
+        return {**answer, **cache_miss_of(self._states)}
 
     async def _send_whole(self, send: Send) -> None:
         body = msgspec.json.encode(await self._whole())
@@ -223,7 +224,8 @@ class Answer(Response):
         return sse.event(chunk)
 
     def _usage_chunk(self) -> dict[str, Any]:
-        return {**self._shape.chunk(self._header, []), "usage": usage_of(self._states)}
+        chunk = self._shape.chunk(self._header, [])
+        return {**chunk, "usage": usage_of(self._states), **cache_miss_of(self._states)}
 
     def _progress(self) -> tuple[int, int] | None:
         records = [state.record for state in self._states]

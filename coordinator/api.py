@@ -17,6 +17,7 @@ from coordinator.batches_api import add_batches
 from coordinator.chat import chat, encode_messages, read_messages
 from coordinator.cluster import describe_cluster, version_info
 from coordinator.completions import complete
+from coordinator.documents_api import add_documents
 from coordinator.errors import error_response
 from coordinator.files_api import add_files
 from coordinator.frontend import Asker, Frontend
@@ -42,6 +43,7 @@ def build_app(frontend: Frontend, tenants: Tenants) -> FastAPI:
     _add_generation(app, frontend)
     _add_text(app, frontend)
     _add_state(app, frontend)
+    add_documents(app, frontend)
     add_files(app, frontend)
     add_batches(app, frontend)
     return app

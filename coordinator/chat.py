@@ -4,6 +4,7 @@ from typing import Any
 
 from coordinator.answer import Answer
 from coordinator.config import Limits
+from coordinator.document_parts import chat_encoder, take_document
 from coordinator.frontend import Asker, Frontend
 from coordinator.parameters import read_options
 from coordinator.schemas import ChatBody, validate
@@ -34,10 +35,15 @@ async def chat(frontend: Frontend, asker: Asker, fields: dict[str, Any]) -> Answ
         model=frontend.model,
         limits=frontend.config.limits,
     )
-    messages = read_messages(frontend, body.messages)
-    choices = await frontend.prepare(
-        asker, options, [lambda tools: encode_messages(tools, messages)], "messages"
-    )
+    document_id, given = take_document(body.messages)
+    messages = read_messages(frontend, given)
+    if document_id is None:
+        choices = await frontend.prepare(
+            asker, options, [lambda tools: encode_messages(tools, messages)], "messages"
+        )
+    else:
+        encoder, attached = await chat_encoder(frontend, asker, document_id, messages)
+        choices = await frontend.prepare(asker, options, [encoder], "messages", attached)
     shape = ChatShape(
         return_token_ids=options.return_token_ids,
         with_logprobs=bool(body.logprobs),
@@ -118,6 +124,11 @@ def _content(where: str, role: str, content: Any, limits: Limits) -> str:  # noq
     texts = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "document":
+            raise _refusal(
+                f"{where}.content: a document must be the first part of the first user message",
+                "unsupported_content",
+            )
         if kind != "text":
             raise _refusal(
                 f"{where}.content has a part of type {str(kind)[:32]!r}: only text is read",

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from coordinator.answer import Answer
+from coordinator.document_parts import completion_encoder
 from coordinator.frontend import Asker, Frontend
 from coordinator.parameters import read_options
 from coordinator.schemas import CompletionBody, validate
@@ -43,8 +44,14 @@ async def complete(frontend: Frontend, asker: Asker, fields: dict[str, Any]) -> 
             code="unsupported_parameter",
             param="echo",
         )
-    encoders = [_encoder(frontend, prompt) for prompt in _prompts(frontend, body.prompt)]
-    choices = await frontend.prepare(asker, options, encoders, "prompt")
+    if body.document_id is None:
+        encoders = [_encoder(frontend, prompt) for prompt in _prompts(frontend, body.prompt)]
+        choices = await frontend.prepare(asker, options, encoders, "prompt")
+    else:
+        behind, attached = await completion_encoder(frontend, asker, body.document_id)
+        prompts = _prompts(frontend, "" if body.prompt is None else body.prompt)
+        encoders = [behind(prompt) for prompt in prompts]
+        choices = await frontend.prepare(asker, options, encoders, "prompt", attached)
     if body.echo:
         texts = await frontend.tokenization.run(
             lambda tools: [

@@ -18,7 +18,7 @@ class ExpectedPool(msgspec.Struct, frozen=True):
     """A pool that has to serve before the cluster is ready."""
 
     pool_id: str
-    role: str  # "prefill" or "decode"
+    role: str  # "prefill", "decode" or "store"
     cp_size: int
     tp_size: int
 
@@ -72,6 +72,32 @@ class BatchLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_crashes: int = 16  # of this process, while it had the same line in work each time
 
 
+class JobLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What documents may take of the cluster, and their callers of the coordinator."""
+
+    max_documents: int = 10_000  # of all tenants, ended ones included
+    max_tenant_documents: int = 1_000
+    max_running: int = 0  # documents that are computed at one time; 0 takes one per prefill pool
+    segment_tokens: int = 8192  # a document goes on from the last whole segment
+    max_events: int = 1_000  # of one document that are kept, the newest
+    progress_interval_s: float = 0.5  # between two progress events
+    max_wait_s: float = 60.0  # of a GET that waits for the end
+    max_priority: int = 100
+    retry_s: float = 0.5  # before a document is tried again; doubled each time
+    max_retry_s: float = 30.0
+    max_crashes: int = 16  # of this process, while it read the same document each time
+    parse_attempts: int = 2
+    parse_timeout_s: float = 120.0
+    parse_memory_bytes: int = 2 << 30
+    max_text_bytes: int = 256 << 20  # that a file may become
+    idempotency_s: float = 86_400.0
+    default_pin_s: float = 86_400.0
+    max_pin_s: float = 30 * 86_400.0
+    disk_quota_bytes: int = 64 << 30
+    pinned_share: float = 0.5  # of the quota, that may be pinned by all tenants together
+    hard_pin_share: float = 0.25  # of the quota, that one tenant may pin hard
+
+
 class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One coordinator process.
 
@@ -109,7 +135,10 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     poison_deaths: int = 2  # pools that a request may take with it before it is quarantined
     quarantine_s: float = 3600.0
     num_tokenizer_threads: int = 2
+    background_chunk_tokens: int = 128  # of each rank, while somebody waits for answers
     limits: Limits = Limits()
+    data_dir: str = ""  # what must survive a restart: jobs, documents; "" forgets them at the end
+    jobs: JobLimits = JobLimits()
     batches: BatchLimits = BatchLimits()
     log_level: str = "INFO"
     failpoints: str = ""  # faults to inject, see protocol.failpoints; none by default

@@ -3,25 +3,20 @@
 import asyncio
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Protocol
 
-from coordinator.router import SessionKey
 from protocol.errors import RequestError
-from protocol.messages import NewToken
-from protocol.request import SamplingParams
+from protocol.messages import NewToken, ToCoordinator
 
 
-@dataclass(frozen=True, slots=True)
-class Generation:
-    """One sequence to generate. ``request_id`` is the server's own, unique in the cluster."""
+class StoreListener(Protocol):
+    """Who keeps documents in a store, and hears of what is no request."""
 
-    request_id: str
-    prompt_token_ids: tuple[int, ...]
-    block_hashes: tuple[bytes, ...]
-    sampling: SamplingParams
-    tenant: str
-    cache_salt: str = ""
-    session: SessionKey | None = None
+    def on_store_message(self, message: ToCoordinator) -> None: ...
+
+    def on_pool_lost(self, pool_id: str) -> None: ...
+
+    def on_pool_serving(self, pool_id: str) -> None: ...
 
 
 class Delivery:

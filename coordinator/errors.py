@@ -16,10 +16,12 @@ ERROR_TYPES = {
     404: "not_found_error",
     405: "invalid_request_error",
     408: "invalid_request_error",
+    409: "conflict_error",
     429: "rate_limit_error",
     500: "server_error",
     503: "server_error",
     504: "server_error",
+    507: "server_error",
 }
 RETRY_AFTER_S = 1
 
@@ -33,6 +35,7 @@ STATUS_BY_CODE = {
     "handoff_failed": 503,
     "stale_target": 503,
     "stalled": 503,
+    "insufficient_storage": 507,
     "no_workers": 503,
     "shutting_down": 503,
 }
@@ -70,6 +73,11 @@ def error_response(error: RequestError) -> tuple[int, list[tuple[bytes, bytes]],
 def pool_failure(code: str, message: str) -> RequestError:
     """What a pool said about a request that it cannot go on with."""
     return RequestError(message, code=code, status=STATUS_BY_CODE.get(code, 500))
+
+
+def no_workers(role: str) -> RequestError:
+    """No pool of that role can take a request now."""
+    return RequestError(f"no {role} pool serves at the moment", code="no_workers", status=503)
 
 
 def quarantined() -> RequestError:

@@ -15,9 +15,11 @@ from starlette.requests import Request
 from coordinator.auth import SCOPE_TENANT, Tenant
 from coordinator.config import CoordinatorConfig
 from coordinator.control import ControlPlane
-from coordinator.delivery import Generation
+from coordinator.generation import Generation
 from coordinator.jobs.batches import Batches
+from coordinator.jobs.context import Jobs
 from coordinator.jobs.files import Files
+from coordinator.jobs.questions import Attached
 from coordinator.limits import SCOPE_CLIENT_REQUEST_ID, SCOPE_REQUEST_ID
 from coordinator.parameters import (
     Options,
@@ -80,6 +82,7 @@ class Choice:
     prompt_number: int
     generation: Generation
     echoed: str = ""
+    attached: Attached | None = None  # the document that its prompt begins with
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +97,8 @@ class Frontend:
     tokenization: Tokenization
     traces: Traces
     started_at: int  # Unix time
-    files: Files | None = None  # where they are offered
+    jobs: Jobs | None = None  # where documents are offered; these two as well
+    files: Files | None = None
     batches: Batches | None = None
 
     @property
@@ -128,6 +132,7 @@ class Frontend:
         options: Options,
         encoders: Sequence[Callable[[TextTools], Sequence[int]]],
         param: str,
+        attached: Attached | None = None,
     ) -> list[Choice]:
         """Every choice of a request: ``options.num_choices`` for each prompt, in OpenAI's order.
 
@@ -135,6 +140,8 @@ class Frontend:
             RequestError: a prompt is empty, too long, or not of the model's tokens.
         """
         salt = asker.tenant.cache_salt(options.cache_salt)
+        if attached is not None:
+            salt, attached = attached.salted(salt, is_own=options.cache_salt is not None)
         fingerprint, block_size = self.model.fingerprint, self.config.block_size
 
         def work(tools: TextTools) -> list[Prompt]:
@@ -164,6 +171,7 @@ class Frontend:
                             cache_salt=salt,
                             session=(asker.tenant.name, session_id) if session_id else None,
                         ),
+                        attached=attached,
                     )
                 )
         return choices

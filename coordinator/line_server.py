@@ -39,10 +39,10 @@ class LineServer:
 
     @property
     def num_interactive(self) -> int | None:
-        """Sequences in the cluster that are not of lines; None while it serves nobody."""
+        """Sequences that are not of lines or documents; None while the cluster serves nobody."""
         if not self._frontend.control.complete.is_set():
             return None
-        return self._frontend.service.num_active - self._num_own
+        return self._frontend.service.num_interactive - self._num_own
 
     async def serve(
         self, tenant: str, url: str, body: dict[str, Any], request_id: str

@@ -48,10 +48,13 @@ class Metrics:
         self._total = Histogram()
 
     def observe(self, record: Record) -> None:
-        """Count a request that has just ended."""
-        outcome = record.error_code or (record.finish_reason or FinishReason.ERROR).value
+        """Count a request that has just ended; deposits only by how they end."""
+        ended = "stored" if record.is_deposit else record.finish_reason or FinishReason.ERROR
+        outcome = record.error_code or str(ended)
         self._outcomes[outcome] += 1
         self._lost_attempts.update(ended.reason for ended in record.lost)
+        if record.is_deposit:
+            return
         self._num_prompt_tokens["cached"] += record.num_cached_tokens
         self._num_prompt_tokens["computed"] += record.num_computed_tokens or 0
         first = record.timeline.between(Event.ARRIVED, Event.FIRST_TOKEN)

@@ -19,6 +19,14 @@ from coordinator.router import (
     choose_prefill,
     computes_here,
 )
+from protocol.messages import CacheUpdate
+
+STORE_TIERS = ("cpu", "disk")
+
+
+def tier_name(pool_id: str, tier: str) -> str:
+    """What the map of prefixes calls a tier of a pool."""
+    return f"{pool_id}:{tier}" if tier else pool_id
 
 
 class Placement:
@@ -35,15 +43,45 @@ class Placement:
         self._sessions = SessionTable(config.session_ttl_s)
         self._prefixes = PrefixMap()
 
-    def on_cache_update(
-        self, pool_id: str, stored: Sequence[bytes], evicted: Sequence[bytes]
-    ) -> None:
-        self._prefixes.update(pool_id, stored, evicted)
+    def on_cache_update(self, pool_id: str, update: CacheUpdate) -> None:
+        name = tier_name(pool_id, update.tier)
+        self._prefixes.update(name, update.stored, update.evicted)
 
     def forget_pool(self, pool_id: str) -> None:
         """What it held is gone."""
-        self._prefixes.forget_pool(pool_id)
+        for tier in ("", *STORE_TIERS):
+            self._prefixes.forget_pool(tier_name(pool_id, tier))
         self._sessions.forget_pool(pool_id)
+
+    def store(self) -> Pool | None:
+        """The store that serves, if one does."""
+        return next(iter(self._registry.serving("store")), None)
+
+    def num_stored_blocks(self, block_hashes: Sequence[bytes], tiers: Sequence[str]) -> int:
+        """Leading blocks of a prompt that lie in these tiers of the store."""
+        store = self.store()
+        if store is None:
+            return 0
+        names = [tier_name(store.pool_id, tier) for tier in tiers]
+        return self._prefixes.num_leading(names, block_hashes)
+
+    def num_held(self, pool: Pool, tier: str, block_hashes: Sequence[bytes]) -> int:
+        """Blocks of a prompt that a tier of a pool holds, wherever they stand in it."""
+        return self._prefixes.num_held(tier_name(pool.pool_id, tier), block_hashes)
+
+    def num_cached(self, pool: Pool, block_hashes: Sequence[bytes]) -> int:
+        """Leading blocks of a prompt in a pool's device memory."""
+        return self._prefixes.num_cached_blocks(pool.pool_id, block_hashes)
+
+    def store_hint(self, record: Record) -> tuple[str, int, int] | None:
+        """(store, its epoch, tokens of the prompt that it has), if its decode pool has fewer."""
+        store = self.store()
+        if store is None or record.is_deposit:
+            return None
+        num_blocks = self.num_stored_blocks(record.block_hashes, STORE_TIERS)
+        if num_blocks <= self._prefixes.num_cached_blocks(record.decode_pool, record.block_hashes):
+            return None
+        return store.pool_id, store.epoch, num_blocks * self._config.block_size
 
     def epoch(self, pool_id: str) -> int:
         return self._registry.pools[pool_id].epoch
@@ -58,6 +96,10 @@ class Placement:
         Args:
             records: all there are, for the load.
         """
+        if record.is_deposit:
+            store = self.store()  # which is no use without somebody who computes
+            is_served = store is not None and bool(self._registry.serving("prefill"))
+            return store.pool_id if store is not None and is_served else None
         serving = [p for p in self._registry.serving("decode") if p.pool_id not in record.too_small]
         blameless = [pool for pool in serving if pool.pool_id not in record.blamed]
         everybody = list(records)
@@ -81,7 +123,8 @@ class Placement:
         """The prefill pool for what its decode pool misses; None if that computes it itself."""
         num_cached = record.num_target_cached_tokens or 0
         threshold = self._config.local_prefill_threshold
-        if computes_here(record.num_attempt_tokens, num_cached, threshold):
+        is_short = computes_here(record.num_attempt_tokens, num_cached, threshold)
+        if is_short and not record.is_deposit:
             return None
         target = self._registry.pools[record.decode_pool]
         reaching = [

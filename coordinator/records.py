@@ -15,6 +15,7 @@ may overtake each other. ``accept`` puts them in order by index, and drops what 
 import enum
 from dataclasses import dataclass, field
 
+from coordinator.generation import Generation
 from coordinator.router import SessionKey
 from protocol.errors import IllegalTransition, RequestError
 from protocol.messages import FirstToken, NewToken, Prefill, Reserve
@@ -67,6 +68,9 @@ TABLE: dict[tuple[State, Step], State] = {
 }
 
 
+FIRST_ATTEMPT = 1
+
+
 @dataclass(frozen=True, slots=True)
 class EndedAttempt:
     """An attempt that could not go on, for the time line."""
@@ -104,10 +108,14 @@ class Record:
     block_hashes: tuple[bytes, ...] = ()
     session: SessionKey | None = None
     fingerprint: bytes = b""  # of what was asked for
+    is_deposit: bool = False  # for a store, which takes the place of its decode pool
+    priority: int = 0
+    chunk_tokens: int = 0
     timeline: TimeLine = field(default_factory=TimeLine)
     state: State = State.NEW
     decode_pool: str = ""
     num_target_cached_tokens: int | None = None  # told with the ticket
+    num_loaded_tokens: int = 0  # of those, brought up from a store
     prefill_pool: str = ""
     is_prefill_begun: bool = False
     num_prefilled_tokens: int = 0
@@ -138,6 +146,24 @@ class Record:
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.prompt_token_ids)
+
+    @staticmethod
+    def of(generation: Generation, fingerprint: bytes) -> "Record":
+        """Of what is to be generated, before its first attempt."""
+        return Record(
+            request_id=generation.request_id,
+            attempt=FIRST_ATTEMPT,
+            prompt_token_ids=generation.prompt_token_ids,
+            sampling=generation.sampling,
+            tenant=generation.tenant,
+            cache_salt=generation.cache_salt,
+            block_hashes=generation.block_hashes,
+            session=generation.session,
+            fingerprint=fingerprint,
+            is_deposit=generation.is_deposit,
+            priority=generation.priority,
+            chunk_tokens=generation.chunk_tokens,
+        )
 
     def forget_prompt(self) -> None:
         """What is kept of an ended request must be small."""
@@ -171,7 +197,7 @@ class Record:
         self.attempt += 1
         self.num_replayed_tokens = num_tokens
         self.decode_pool = self.prefill_pool = ""
-        self.num_target_cached_tokens = None
+        self.num_target_cached_tokens, self.num_loaded_tokens = None, 0
         self.is_prefill_begun, self.num_prefilled_tokens = False, 0
         self.path = self.stats = self.stalled_since = None
         self._early.clear()
@@ -183,8 +209,8 @@ class Record:
             return self.prompt_token_ids
         return (*self.prompt_token_ids, *self.output_token_ids[: self.num_replayed_tokens])
 
-    def reserve(self) -> Reserve:
-        """What its decode pool is asked for."""
+    def reserve(self, store: tuple[str, int, int] | None = None) -> Reserve:
+        """What its decode pool is asked for; ``store`` has more of the prompt than it."""
         return Reserve(
             self.request_id,
             self.attempt,
@@ -192,6 +218,7 @@ class Record:
             self.sampling,
             self.cache_salt,
             self.num_replayed_tokens,
+            *(store or ()),
         )
 
     def prefill(self, target_epoch: int) -> Prefill:
@@ -206,6 +233,8 @@ class Record:
             self.num_target_cached_tokens or 0,
             self.cache_salt,
             self.num_replayed_tokens,
+            self.priority,
+            self.chunk_tokens,
         )
 
     @property
@@ -304,6 +333,8 @@ class Record:
         if self.num_computed_tokens is not None:
             parts.append(f"cached={self.num_cached_tokens}")
             parts.append(f"computed={self.num_computed_tokens}")
+        if self.num_loaded_tokens:
+            parts.append(f"loaded={self.num_loaded_tokens}")
         if self.path is not None:
             if self.path.num_fetched_tokens:
                 parts.append(f"fetched={self.path.num_fetched_tokens}")

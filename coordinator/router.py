@@ -115,8 +115,17 @@ class PrefixMap:
 
     def num_cached_blocks(self, pool_id: str, block_hashes: Sequence[bytes]) -> int:
         """Leading blocks of a prompt that the pool holds."""
-        hashes = self._hashes.get(pool_id, set())
+        return self.num_leading([pool_id], block_hashes)
+
+    def num_leading(self, pool_ids: Sequence[str], block_hashes: Sequence[bytes]) -> int:
+        """Leading blocks of a prompt that these hold between them."""
+        held = [self._hashes.get(pool_id, set()) for pool_id in pool_ids]
         for number, block_hash in enumerate(block_hashes):
-            if block_hash not in hashes:
+            if not any(block_hash in hashes for hashes in held):
                 return number
         return len(block_hashes)
+
+    def num_held(self, pool_id: str, block_hashes: Sequence[bytes]) -> int:
+        """Blocks of a prompt that the pool holds, wherever they stand in it."""
+        hashes = self._hashes.get(pool_id, set())
+        return sum(block_hash in hashes for block_hash in block_hashes)

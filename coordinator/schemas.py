@@ -100,6 +100,7 @@ class GenerationBody(BaseModel):
 
 class CompletionBody(GenerationBody):
     prompt: Any = None
+    document_id: Annotated[str, Field(min_length=1, max_length=64)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     best_of: int | None = Field(None, ge=1)
@@ -139,9 +140,9 @@ def validate(kind: type[B], body: dict[str, Any]) -> B:
         RequestError: naming the field at fault.
     """
     for name, value in body.items():
-        is_denied = name in _DENIED or name.startswith("remote_")
+        is_denied = name in _DENIED and name not in kind.model_fields
         has_effect = name in _PLAIN_VALUES and value not in _PLAIN_VALUES[name]
-        if value is not None and (is_denied or has_effect):
+        if value is not None and (is_denied or has_effect or name.startswith("remote_")):
             raise RequestError(
                 f"{name[:64]} is not supported by this server",
                 code="unsupported_parameter",

@@ -18,6 +18,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 
 import uvicorn
 import zmq.asyncio
@@ -27,11 +28,16 @@ from coordinator.auth import Tenants
 from coordinator.config import CoordinatorConfig
 from coordinator.connection import guarded
 from coordinator.control import ControlPlane, Owner
+from coordinator.documents_api import make_document
 from coordinator.faulty import FaultyControlPlane
 from coordinator.frontend import Frontend
+from coordinator.jobs.context import Jobs, Surroundings
+from coordinator.jobs.ingestor import Ingestor
 from coordinator.joining import Terms
+from coordinator.line_server import LineServer
 from coordinator.registry import Patience, Registry
 from coordinator.service import Service
+from coordinator.tiering import Tiering
 from coordinator.tokenizing import Tokenization
 from coordinator.traces import Traces
 from modeling.config import load_config
@@ -65,6 +71,7 @@ class Coordinator:
         on_control: called with (control address, HTTP URL) once both are bound.
         on_ready: called with the HTTP URL once the cluster answers.
         owner: told what happens to the pools, and when another coordinator has taken over.
+        ingestor: computes and keeps documents; None lets the pools and the store do it.
 
     Raises:
         ConfigError: a model or tokenizer that cannot be read, an address that is taken.
@@ -76,8 +83,10 @@ class Coordinator:
         on_control: Callable[[str, str], None],
         on_ready: Callable[[str], None],
         owner: Owner,
+        ingestor: Ingestor | None = None,
     ) -> None:
         self._config = config
+        self._ingestor = ingestor
         self._on_control = on_control
         self._on_ready = on_ready
         self._owner = owner
@@ -100,9 +109,12 @@ class Coordinator:
         async with self._control() as (control, registry, router):
             service = Service(self._config, registry, control.send, time.monotonic)
             control.attach(service)
-            http = self._http_server(control, registry, service)
+            jobs = self._jobs(registry, service, control)
+            http = self._http_server(control, registry, service, jobs)
             failure: StartFailed | None = None
+            await jobs.start()
             async with asyncio.TaskGroup() as tasks:
+                watching = tasks.create_task(jobs.watch())
                 serving = tasks.create_task(http.serve(sockets=[self._socket]))
                 plane = tasks.create_task(control.run())
                 self._on_control(router.address, self.url)
@@ -112,6 +124,8 @@ class Coordinator:
                 except StartFailed as error:
                     failure = error  # raised when everything has been put away
                 finally:
+                    watching.cancel()
+                    await jobs.stop()
                     service.shut_down()
                     http.should_exit = True
                     plane.cancel()
@@ -119,6 +133,7 @@ class Coordinator:
                     with contextlib.suppress(TimeoutError):
                         await asyncio.wait_for(asyncio.shield(serving), STOP_BUDGET_S)
                     serving.cancel()
+                    await jobs.close()
             if failure is not None:
                 raise failure
 
@@ -162,8 +177,25 @@ class Coordinator:
             )
         return ControlPlane(router, registry, owner, is_restart=is_restart)
 
+    def _jobs(self, registry: Registry, service: Service, control: ControlPlane) -> Jobs:
+        ingestor = self._ingestor or Tiering(
+            self._config, registry, service, control.send, time.monotonic
+        )
+        return Jobs(self._surroundings(registry, ingestor))
+
+    def _surroundings(self, registry: Registry, ingestor: Ingestor) -> Surroundings:
+        config, model = self._config, self._model
+        configured = config.max_model_len or model.max_model_len
+        return Surroundings(
+            config,
+            model,
+            self._tokenization,
+            ingestor,
+            lambda: registry.max_model_len(configured),
+        )
+
     def _http_server(
-        self, control: ControlPlane, registry: Registry, service: Service
+        self, control: ControlPlane, registry: Registry, service: Service, jobs: Jobs
     ) -> _HttpServer:
         frontend = Frontend(
             config=self._config,
@@ -174,8 +206,12 @@ class Coordinator:
             tokenization=self._tokenization,
             traces=Traces(),
             started_at=int(time.time()),
+            jobs=jobs,
+            files=jobs.files,
+            batches=jobs.batches,
         )
         tenants = Tenants(self._config.api_keys, self._config.secret or self._config.token)
+        jobs.attach(LineServer(frontend, tenants, partial(make_document, frontend)))
         return _HttpServer(
             uvicorn.Config(
                 build_app(frontend, tenants),

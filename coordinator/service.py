@@ -13,12 +13,14 @@
 """
 
 import logging
+import math
 from collections.abc import Callable
 
 from coordinator.config import CoordinatorConfig
-from coordinator.delivery import Delivery, Generation
-from coordinator.errors import pool_failure, quarantined
+from coordinator.delivery import Delivery, StoreListener
+from coordinator.errors import no_workers, pool_failure, quarantined
 from coordinator.failover import HEALED_BY_ANOTHER, TOO_SMALL, Failover
+from coordinator.generation import Generation
 from coordinator.metrics import Metrics
 from coordinator.overdue import overdue, pools_to_ask
 from coordinator.placement import Placement, computed_by, needs
@@ -37,6 +39,7 @@ from protocol.messages import (
     Progress,
     Released,
     RequestFailed,
+    Stored,
     Ticket,
     ToCoordinator,
     Tokens,
@@ -45,8 +48,7 @@ from protocol.messages import (
 from protocol.request import FinishReason
 from protocol.timeline import Event
 
-_OfOneRequest = Ticket | Progress | FirstToken | Committed | RequestFailed | Released
-FIRST_ATTEMPT = 1
+_OfOneRequest = Ticket | Progress | FirstToken | Committed | Stored | RequestFailed | Released
 LEAK_AFTER_S = 30.0
 
 _log = logging.getLogger(__name__)
@@ -70,12 +72,14 @@ class Service:
         clock: Callable[[], float],
     ) -> None:
         self.metrics = Metrics()
+        self.listener: StoreListener | None = None
+        self.interactive_at = -math.inf  # when a request was submitted for which somebody waits
         self._config = config
         self._send = send
         self._clock = clock
         self._records: dict[str, Record] = {}
         self._deliveries: dict[str, tuple[Delivery, int]] = {}
-        self._placement = Placement(config, registry)
+        self.placement = self._placement = Placement(config, registry)
         self._failover = Failover(config, self._start, self._fail, clock)
         self._refusal: RequestError | None = None
 
@@ -92,6 +96,8 @@ class Service:
         """
         self._check_admission()
         now = self._clock()
+        if generation.priority == 0:
+            self.interactive_at = now
         print_ = fingerprint(
             generation.prompt_token_ids,
             generation.block_hashes,
@@ -100,21 +106,11 @@ class Service:
         )
         if self._failover.quarantine.is_refused(print_, now):
             raise quarantined()
-        record = Record(
-            request_id=generation.request_id,
-            attempt=FIRST_ATTEMPT,
-            prompt_token_ids=generation.prompt_token_ids,
-            sampling=generation.sampling,
-            tenant=generation.tenant,
-            cache_salt=generation.cache_salt,
-            block_hashes=generation.block_hashes,
-            session=generation.session,
-            fingerprint=print_,
-        )
+        record = Record.of(generation, print_)
         record.timeline.mark(Event.ARRIVED, arrived)
         record.timeline.mark(Event.TOKENIZED, now)
         if not self._start(record):
-            raise RequestError("no decode pool serves at the moment", code="no_workers", status=503)
+            raise no_workers("decode")
         self._records[record.request_id] = record
         self._deliveries[record.request_id] = (delivery, choice)
         return record
@@ -137,6 +133,12 @@ class Service:
     def num_active(self) -> int:
         return sum(record.is_active for record in self._records.values())
 
+    @property
+    def num_interactive(self) -> int:
+        """Of those, how many somebody waits for."""
+        records = self._records.values()
+        return sum(record.is_active and record.priority == 0 for record in records)
+
     def num_leaked(self, now: float) -> int:
         """Ended requests for which a pool still holds blocks, long after it should not."""
         return sum(
@@ -152,7 +154,7 @@ class Service:
             for token in message.tokens:
                 self._on_token(pool_id, token)
         elif isinstance(message, CacheUpdate):
-            self._placement.on_cache_update(pool_id, message.stored, message.evicted)
+            self._placement.on_cache_update(pool_id, message)
         elif isinstance(message, _OfOneRequest):
             self._on_request_message(pool_id, message)
 
@@ -161,6 +163,8 @@ class Service:
             self._on_released(pool_id, message)
             return
         record = self._find(message.request_id, message.attempt)
+        if record is None and self.listener is not None:
+            self.listener.on_store_message(message)
         if record is None or not record.is_active:
             return
         record.heard_at = self._clock()
@@ -174,6 +178,8 @@ class Service:
     def on_pool_lost(self, pool_id: str) -> None:
         """What the pool held is gone; who needed it needs another attempt."""
         self._placement.forget_pool(pool_id)
+        if self.listener is not None:
+            self.listener.on_pool_lost(pool_id)
         active = [record for record in self._records.values() if record.is_active]
         guilty = self._failover.on_death(r for r in active if computed_by(r, pool_id))
         affected = [record for record in active if needs(record, pool_id)]
@@ -196,6 +202,8 @@ class Service:
     def on_pool_serving(self, pool_id: str) -> None:
         """A pool has come, or come back: whoever waits for one may go on."""
         _log.debug("%s serves: %d requests are here", pool_id, len(self._records))
+        if self.listener is not None:
+            self.listener.on_pool_serving(pool_id)
         self._failover.go_on()
 
     def sweep(self, now: float) -> None:
@@ -232,12 +240,15 @@ class Service:
         record.decode_pool = pool_id
         record.holders.add((pool_id, record.attempt))
         record.heard_at = now
-        self._send(pool_id, record.reserve())
+        self._send(pool_id, record.reserve(self._placement.store_hint(record)))
         return True
 
     def _place_prefill(self, record: Record) -> None:
         pool_id = self._placement.choose_prefill(record, self._records.values())
         record.timeline.mark(Event.PREFILL_SENT, self._clock())
+        if pool_id is None and record.is_deposit:
+            self._lose(record, no_workers("prefill"), pause=True)
+            return
         if pool_id is None:
             record.step(Step.COMPUTE_HERE)
             self._send(record.decode_pool, ComputeHere(record.request_id, record.attempt))
@@ -288,6 +299,7 @@ class Service:
     def _on_decode(self, record: Record, message: ToCoordinator) -> None:
         if isinstance(message, Ticket) and record.state is State.RESERVING:
             record.num_target_cached_tokens = message.num_cached_tokens
+            record.num_loaded_tokens = message.num_loaded_tokens
             record.timeline.mark(Event.RESERVED, self._clock())
             self._place_prefill(record)
         elif isinstance(message, Ticket) and record.state is State.COMPUTING:
@@ -297,6 +309,11 @@ class Service:
             record.step(Step.COMMIT)
             record.stats = message.stats
             record.timeline.mark(Event.COMMITTED, self._clock())
+        elif isinstance(message, Stored):
+            record.finish_reason = FinishReason.LENGTH
+            delivery, choice = self._deliveries[record.request_id]
+            self._end(record, tell_pools=False)
+            delivery.put(choice, ())
 
     def _on_prefill(self, record: Record, message: ToCoordinator) -> None:
         if isinstance(message, Progress):
@@ -306,7 +323,8 @@ class Service:
             record.path = message.path
             record.prefilled_at = self._clock()
             record.num_prefilled_tokens = record.num_attempt_tokens
-            self._take_token(record, as_new_token(message))
+            if not record.is_deposit:  # a store needs no answer
+                self._take_token(record, as_new_token(message))
 
     def _on_token(self, pool_id: str, token: NewToken) -> None:
         record = self._find(token.request_id, token.attempt)

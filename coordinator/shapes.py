@@ -170,6 +170,16 @@ def _finish_reason(state: ChoiceState) -> str:
     return "stop" if reason is None else reason.value if reason in _SAID else "stop"
 
 
+def cache_miss_of(states: Sequence[ChoiceState]) -> dict[str, Any]:
+    """``cache_miss``, when less of a document was found than it promised; else nothing."""
+    for state in states:
+        attached, record = state.choice.attached, state.record
+        if attached is not None:
+            miss = attached.cache_miss(record.num_cached_tokens, is_retried=bool(record.lost))
+            return {} if miss is None else {"cache_miss": miss}
+    return {}
+
+
 _SAID = (FinishReason.STOP, FinishReason.LENGTH)
 
 

@@ -5,6 +5,7 @@ The hashes of a prompt's blocks are made in the same place, for the same reason.
 """
 
 import asyncio
+import copy
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -48,6 +49,12 @@ class Tokenization:
         tokenizer = load_tokenizer(model)
         self.tools = TextTools(tokenizer, load_chat_template(model, tokenizer.special_tokens))
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="tokenizer")
+
+    def aside(self, num_threads: int) -> "Tokenization":
+        """The same tools, in other threads: for work that others are not to wait for."""
+        other = copy.copy(self)
+        other._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="tokenizer-aside")
+        return other
 
     async def run(self, work: Callable[[TextTools], T]) -> T:
         """``work`` in one of the threads; what it raises is raised here."""

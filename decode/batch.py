@@ -32,6 +32,8 @@ class SchedulerLimits:
     max_num_sequences: int
     watermark_blocks: int = 1  # kept for running sequences to grow into when one is admitted
     max_swapped_blocks: int = 1 << 30  # in host memory; beyond, KV is dropped and recomputed
+    min_tokens_to_load: int = 1  # of a prefix, from a store; fewer are computed
+    load_piece_blocks: int = 128  # that are asked of a store at a time
 
     def __post_init__(self) -> None:
         assert self.token_budget >= self.max_num_sequences, "a decoding sequence would starve"

@@ -15,6 +15,8 @@ class DecodeConfig(RankConfig, frozen=True, kw_only=True, forbid_unknown_fields=
         watermark: share of the blocks that is left for running sequences when one is admitted.
         swap_memory_bytes: host memory on each rank for the KV of pre-empted sequences; when it is
             full, their KV is dropped and computed again.
+        store_threshold_tokens: fewer tokens of a prefix are computed rather than brought from a
+            store.
 
     Raises:
         ConfigError: a value that no rank can run with.
@@ -24,6 +26,7 @@ class DecodeConfig(RankConfig, frozen=True, kw_only=True, forbid_unknown_fields=
     max_num_sequences: int = 64
     watermark: float = 0.01
     swap_memory_bytes: int = 4 << 30
+    store_threshold_tokens: int = 256
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,6 +13,7 @@ The life of a sequence's blocks
 from decode.sequence import Sequence
 from kvcache.blocks import BlockPool
 from kvcache.prefix import hash_blocks
+from protocol.kv import BlockRef
 from protocol.messages import BlockCounts, CacheUpdate
 
 
@@ -76,6 +77,30 @@ class SequenceMemory:
         sequence.in_transfer = sequence.blocks[first:end]
         self._pool.begin_transfer(sequence.in_transfer)
         return first
+
+    def num_blocks_to_load(self, sequence: Sequence) -> int:
+        """Blocks of its prefix that a store has and this pool has not."""
+        if sequence.store is None:
+            return 0
+        # Its last token is computed in any case: there is nothing to sample from else.
+        num_tokens = min(sequence.store.num_tokens, sequence.num_prompt_tokens - 1)
+        return max(0, (num_tokens - sequence.num_cached_tokens) // self.block_size)
+
+    def begin_loading(self, sequence: Sequence) -> tuple[int, list[BlockRef]]:
+        """Mark what a store will write into: (the first's index, the blocks)."""
+        first = sequence.num_cached_tokens // self.block_size
+        end = first + self.num_blocks_to_load(sequence)
+        sequence.in_transfer = sequence.blocks[first:end]
+        self._pool.begin_transfer(sequence.in_transfer)
+        return first, sequence.in_transfer
+
+    def end_loading(self, sequence: Sequence, num_whole_blocks: int) -> None:
+        """Nothing comes from the store any more; so many blocks have come, and others find them."""
+        self.end_transfer(sequence)
+        sequence.num_loaded_tokens = num_whole_blocks * self.block_size
+        sequence.num_cached_tokens += sequence.num_loaded_tokens
+        sequence.num_computed_tokens = sequence.num_cached_tokens
+        self.offer_prompt(sequence)
 
     def end_transfer(self, sequence: Sequence) -> None:
         """No byte lands in the sequence's blocks any more."""

@@ -23,6 +23,7 @@ from collections.abc import Iterable
 
 from decode.admission import Admission
 from decode.batch import Batch, SchedulerLimits
+from decode.loading import Loadings, TargetEvent
 from decode.memory import SequenceMemory
 from decode.sequence import Key, Sequence
 from decode.serving import Serving
@@ -73,6 +74,8 @@ class DecodeScheduler:
         self._memory = SequenceMemory(pool, limits.watermark_blocks)
         self._batch = Batch(self._memory, limits)
         self._serving = Serving(pool)
+        pieces = (limits.min_tokens_to_load, limits.load_piece_blocks)
+        self._loadings = Loadings(self._memory, *pieces)
         self._model_fingerprint = model_fingerprint
         # The last token generated needs no slot: nothing follows it.
         self._max_len = min(limits.max_model_len, self._memory.num_slots + 1)
@@ -100,16 +103,30 @@ class DecodeScheduler:
                 self._on_abort(message)
             case ControlReceived(Ask() as message):
                 self._on_ask(message)
-            case TargetIsOpen():
-                self._on_open(event)
-            case TargetCommitted():
-                self._on_committed(event)
-            case TargetClosed():
-                self._on_closed(event)
-            case HandoffBroken(side="target"):
-                self._on_broken(event)
             case FetchAsked() | SourceClosed() | HandoffBroken(side="source"):
-                self._on_source(event)
+                self._on_source(event, now)
+            case TargetIsOpen() | TargetCommitted() | TargetClosed() | HandoffBroken():
+                self._on_target(event, now)
+
+    def _on_target(self, event: TargetEvent, now: float) -> None:
+        """What concerns this pool as the target of a hand-off."""
+        if self._loadings.owns(event):
+            self._on_loading(event, now)
+            return
+        sequence = self._sequences.get((event.request_id, event.attempt))
+        if sequence is None:
+            return
+        match event:
+            case TargetIsOpen() if sequence.state is State.OPENING:
+                sequence.advance(Change.OPENED)
+                self._give_ticket(sequence)
+            case TargetCommitted() if sequence.holds_handoff:
+                self._on_committed(sequence, event)
+            case TargetClosed() if sequence.state in (State.SWITCHING, State.CLOSING):
+                self._end_handoff(sequence, Change.CLOSED, event.num_whole_blocks)
+            case HandoffBroken() if sequence.state in (State.OPENING, State.RESERVED):
+                self._fail(sequence, "handoff_failed", event.reason)
+                self._close_handoff(sequence)
 
     def _on_reserve(self, message: Reserve, now: float) -> None:
         """Queue a request. A duplicate changes nothing; a newer attempt ends the older ones."""
@@ -132,7 +149,7 @@ class DecodeScheduler:
         sequence = self._sequences.get((message.request_id, message.attempt))
         if sequence is None:
             return
-        if sequence.state is State.QUEUED:
+        if sequence.state in (State.QUEUED, State.LOADING):
             sequence.is_local = True  # no hand-off need ever be opened
         elif sequence.state in (State.OPENING, State.RESERVED):
             if sequence.state is State.OPENING:
@@ -160,16 +177,7 @@ class DecodeScheduler:
         elif key not in self._serving:
             self._send(Released(*key))
 
-    def _on_open(self, event: TargetIsOpen) -> None:
-        sequence = self._sequences.get((event.request_id, event.attempt))
-        if sequence is not None and sequence.state is State.OPENING:
-            sequence.advance(Change.OPENED)
-            self._give_ticket(sequence)
-
-    def _on_committed(self, event: TargetCommitted) -> None:
-        sequence = self._sequences.get((event.request_id, event.attempt))
-        if sequence is None or not sequence.holds_handoff:
-            return
+    def _on_committed(self, sequence: Sequence, event: TargetCommitted) -> None:
         if sequence.state is not State.RESERVED:
             # Closing already: as good as closed, and all of it is here.
             self._end_handoff(sequence, Change.COMMITTED, len(sequence.in_transfer))
@@ -190,23 +198,12 @@ class DecodeScheduler:
             if sequence.finish_reason(self._max_len) is not None:
                 self._end(sequence)  # the coordinator knows from the prefill pool
 
-    def _on_closed(self, event: TargetClosed) -> None:
-        sequence = self._sequences.get((event.request_id, event.attempt))
-        if sequence is not None and sequence.state in (State.SWITCHING, State.CLOSING):
-            self._end_handoff(sequence, Change.CLOSED, event.num_whole_blocks)
-
-    def _on_broken(self, event: HandoffBroken) -> None:
-        sequence = self._sequences.get((event.request_id, event.attempt))
-        if sequence is not None and sequence.state in (State.OPENING, State.RESERVED):
-            self._fail(sequence, "handoff_failed", event.reason)
-            self._close_handoff(sequence)
-
-    def _on_source(self, event: FetchAsked | SourceClosed | HandoffBroken) -> None:
+    def _on_source(self, event: FetchAsked | SourceClosed | HandoffBroken, now: float) -> None:
         """What concerns this pool as the source of a fetch."""
         key = (event.request_id, event.attempt)
         match event:
             case FetchAsked():
-                self._commands += self._serving.ask(event, self._sequences.get(key))
+                self._commands += self._serving.ask(event, self._sequences.get(key), now)
             case HandoffBroken():
                 self._commands += self._serving.close(key)
             case SourceClosed() if key in self._serving:
@@ -219,7 +216,8 @@ class DecodeScheduler:
 
     def _give_ticket(self, sequence: Sequence) -> None:
         sequence.has_ticket = True
-        self._send(Ticket(*sequence.key, sequence.num_cached_tokens))
+        cached, loaded = sequence.num_cached_tokens, sequence.num_loaded_tokens
+        self._send(Ticket(*sequence.key, cached, loaded))
 
     def _end_handoff(self, sequence: Sequence, change: Change, num_whole_blocks: int = 0) -> None:
         """Nothing can land any more: run with what is here, or be gone and leave what is whole."""
@@ -236,7 +234,9 @@ class DecodeScheduler:
 
     def _close_handoff(self, sequence: Sequence) -> None:
         """Give up the blocks; those in which a byte can still land, when none can any more."""
-        if sequence.state is not State.SWITCHING:  # then it is being closed already
+        if sequence.state is State.LOADING:
+            self._loadings.close(sequence.key)
+        elif sequence.state is not State.SWITCHING:  # then it is being closed already
             self._commands.append(CloseTarget(*sequence.key))
         self._commands += self._serving.close(sequence.key)
         sequence.advance(Change.CLOSE)
@@ -281,6 +281,8 @@ class DecodeScheduler:
     def schedule(self, now: float) -> DecodePlan | None:
         """The next step's plan, or None when there is nothing to do. ``update`` must follow."""
         assert self._plan is None, "the last plan has not been updated"
+        self._loadings.tick(now)
+        self._commands += self._serving.tick(now)
         batch = self._batch
         batch.make_room(self._num_holders - len(batch.running))
         if not batch.preempted:
@@ -303,15 +305,30 @@ class DecodeScheduler:
         """
         while (sequence := self._admission.next(self._num_holders)) is not None:
             self._totals.grant(sequence, now)
-            if sequence.is_local:
-                sequence.advance(Change.GRANT_LOCAL)
-                self._give_ticket(sequence)
-                self._batch.join(sequence)
-            else:
-                sequence.advance(Change.GRANT)
-                first = self._memory.begin_transfer(sequence)
-                blocks = tuple(sequence.in_transfer)
-                self._commands.append(OpenTargetBlocks(*sequence.key, first, blocks))
+            if not self._loadings.begin(sequence, now):
+                self._grant(sequence)
+
+    def _grant(self, sequence: Sequence) -> None:
+        """It has what is cached of it: go on with the rest, here or by a hand-off."""
+        if sequence.is_local:
+            sequence.advance(Change.GRANT_LOCAL)
+            self._give_ticket(sequence)
+            self._batch.join(sequence)
+        else:
+            sequence.advance(Change.GRANT)
+            first = self._memory.begin_transfer(sequence)
+            blocks = tuple(sequence.in_transfer)
+            self._commands.append(OpenTargetBlocks(*sequence.key, first, blocks))
+
+    def _on_loading(self, event: TargetEvent, now: float) -> None:
+        """Its prefix comes up from a store, or will not; then it is granted as any other."""
+        loaded = self._loadings.on_event(event, now)
+        if loaded is None:
+            return
+        if loaded.sequence.state is State.LOADING:
+            self._grant(loaded.sequence)
+        else:
+            self._end_handoff(loaded.sequence, Change.CLOSED, loaded.num_blocks)
 
     def sampled(self, plan: DecodePlan) -> list[Sequence]:
         """The sequences of which ``plan`` samples a token, in its order."""
@@ -362,6 +379,7 @@ class DecodeScheduler:
         update = self._memory.take_cache_update()
         if update is not None:
             self._send(update)
+        self._commands += self._loadings.take_commands()
         commands, self._commands = self._commands, []
         return commands
 

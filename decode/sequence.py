@@ -17,6 +17,15 @@ from protocol.request import FinishReason, SamplingParams
 Key = tuple[str, int]  # (request_id, attempt)
 
 
+@dataclass(frozen=True, slots=True)
+class StoreHint:
+    """A store that holds the KV of a prefix."""
+
+    pool_id: str
+    epoch: int
+    num_tokens: int
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """A request's life in this pool, its fields in the order in which they come to matter."""
@@ -28,13 +37,15 @@ class Sequence:
     sampling: SamplingParams
     salt: str  # of its block hashes
     num_earlier_tokens: int = 0
+    store: StoreHint | None = None
     state: State = State.QUEUED
     has_ticket: bool = False
     is_local: bool = False  # its prompt is computed here
     block_hashes: list[bytes] = field(default_factory=list)  # of the leading full blocks
     blocks: list[BlockRef] = field(default_factory=list)  # owned, in logical order
     in_transfer: list[BlockRef] = field(default_factory=list)  # a peer may write into these
-    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache when blocks were granted
+    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache or brought from a store
+    num_loaded_tokens: int = 0  # of those, brought from a store
     num_computed_tokens: int = 0
     is_served: bool = False  # its cached prefix was fetched by its prefill pool, or is being
     num_hashed_blocks: int = 0  # leading blocks that are offered to the prefix cache
@@ -54,6 +65,9 @@ class Sequence:
             sampling=reserve.sampling,
             salt=block_salt(model_fingerprint, reserve.cache_salt),
             num_earlier_tokens=min(reserve.num_output_tokens, len(reserve.prompt_token_ids)),
+            store=StoreHint(reserve.store_pool_id, reserve.store_epoch, reserve.num_store_tokens)
+            if reserve.store_pool_id
+            else None,
         )
 
     @property
@@ -76,8 +90,14 @@ class Sequence:
 
     @property
     def holds_handoff(self) -> bool:
-        """Whether its hand-off was opened and has not ended."""
-        return self.state in (State.OPENING, State.RESERVED, State.SWITCHING, State.CLOSING)
+        """Whether a hand-off into its blocks was opened and has not ended."""
+        return self.state in (
+            State.LOADING,
+            State.OPENING,
+            State.RESERVED,
+            State.SWITCHING,
+            State.CLOSING,
+        )
 
     def advance(self, change: Change) -> None:
         """Move to the next state.

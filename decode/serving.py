@@ -4,6 +4,7 @@ The life of a fetch
 1. ``ask``: the prefill pool of a request with a ticket misses blocks of the prefix that was found
    here. They are marked as in transfer and handed to the transfer thread. Whatever else is asked
    for is refused, and the prefill pool computes it.
+   A store may ask for what is cached here by its hashes, without any request.
 2. ``close`` when the request has ended or the hand-off is broken: nothing more is announced.
 3. ``end`` on ``SourceClosed``, when nobody reads from the blocks any more.
 
@@ -18,10 +19,14 @@ from kvcache.blocks import BlockPool
 from kvtransfer.events import CloseSource, Command, FetchAsked, RefuseFetch, ServeBlocks
 from protocol.kv import BlockRef
 
+FETCH_TIMEOUT_S = 60.0
+
 
 @dataclass(slots=True)
 class _Fetch:
     blocks: tuple[BlockRef, ...]
+    since: float = 0.0
+    is_owner: bool = False  # of the blocks, for no request is
     is_closing: bool = False
 
 
@@ -43,12 +48,14 @@ class Serving:
     def __contains__(self, key: Key) -> bool:
         return key in self._fetches
 
-    def ask(self, event: FetchAsked, sequence: Sequence | None) -> list[Command]:
+    def ask(self, event: FetchAsked, sequence: Sequence | None, now: float) -> list[Command]:
         """Serve what is asked for, or refuse it; a request is served once.
 
         Args:
             sequence: the request's, if it is here.
         """
+        if sequence is None and event.block_hashes:
+            return self._ask_by_hash(event, now)
         key = (event.request_id, event.attempt)
         first, end = event.first_logical, event.first_logical + len(event.owners)
         to = (*key, event.target_pool_id, event.target_epoch)
@@ -63,9 +70,31 @@ class Serving:
         sequence.is_served = True
         blocks = tuple(sequence.blocks[first:end])
         self._pool.begin_transfer(blocks)
-        self._fetches[key] = _Fetch(blocks)
+        self._fetches[key] = _Fetch(blocks, now)
         self.num_blocks_total += len(blocks)
         return [ServeBlocks(*to, first, blocks, event.owners)]
+
+    def _ask_by_hash(self, event: FetchAsked, now: float) -> list[Command]:
+        key = (event.request_id, event.attempt)
+        to = (*key, event.target_pool_id, event.target_epoch)
+        found = [self._pool.find(block_hash) for block_hash in event.block_hashes]
+        blocks = tuple(ref for ref in found if ref is not None)
+        if len(blocks) < len(event.owners) or key in self._fetches:
+            return [RefuseFetch(*to, "not all of it is cached here")]
+        self._pool.share(blocks)
+        self._pool.begin_transfer(blocks)
+        self._fetches[key] = _Fetch(blocks, now, is_owner=True)
+        self.num_blocks_total += len(blocks)
+        return [ServeBlocks(*to, event.first_logical, blocks, event.owners)]
+
+    def tick(self, now: float) -> list[Command]:
+        """Close what was asked for without a request and is ended by nobody."""
+        late = [
+            key
+            for key, fetch in self._fetches.items()
+            if fetch.is_owner and now - fetch.since > FETCH_TIMEOUT_S
+        ]
+        return [command for key in late for command in self.close(key)]
 
     def close(self, key: Key) -> list[Command]:
         """End a fetch if there is one; ``SourceClosed`` will come. Idempotent."""
@@ -77,4 +106,7 @@ class Serving:
 
     def end(self, key: Key) -> None:
         """Nobody reads from its blocks any more."""
-        self._pool.end_transfer(self._fetches.pop(key).blocks)
+        fetch = self._fetches.pop(key)
+        self._pool.end_transfer(fetch.blocks)
+        if fetch.is_owner:
+            self._pool.release(fetch.blocks)

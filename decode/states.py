@@ -9,12 +9,14 @@
       |                        SWITCHING ------closed-------+  |
       +---------------------grant_local------------------------+ end --> RELEASED
 
-    OPENING, RESERVED, SWITCHING --close--> CLOSING --closed or committed--> RELEASED
+    QUEUED --load--> LOADING --grant or grant_local--> as from QUEUED
+    LOADING, OPENING, RESERVED, SWITCHING --close--> CLOSING --closed or committed--> RELEASED
 
-QUEUED holds no block. From OPENING to SWITCHING a peer may write into the blocks, so they are in
-transfer; CLOSING has given up their ownership and waits until no byte can land any more. A commit
-that crosses the order to close ends a hand-off just as well as its closure does. RUNNING covers
-prefill and decode alike: ``num_computed_tokens`` tells how far a sequence is.
+QUEUED holds no block. From LOADING, in which a store writes into the blocks of the prefix, to
+SWITCHING a peer may write into the blocks, so they are in transfer; CLOSING has given up their
+ownership and waits until no byte can land any more. A commit that crosses the order to close ends a
+hand-off just as well as its closure does. RUNNING covers prefill and decode alike:
+``num_computed_tokens`` tells how far a sequence is.
 """
 
 import enum
@@ -26,6 +28,7 @@ class State(enum.Enum):
     """Where a request stands."""
 
     QUEUED = "queued"
+    LOADING = "loading"  # blocks granted, a prefix comes up from a store
     OPENING = "opening"  # blocks granted, the ranks are told to expect a hand-off
     RESERVED = "reserved"  # the ticket is given
     SWITCHING = "switching"  # to be computed here; the unused hand-off is being closed
@@ -38,6 +41,7 @@ class State(enum.Enum):
 class Change(enum.Enum):
     """What can happen to a request."""
 
+    LOAD = "load"
     GRANT = "grant"
     GRANT_LOCAL = "grant_local"
     OPENED = "opened"
@@ -52,9 +56,15 @@ class Change(enum.Enum):
 
 TABLE: dict[State, dict[Change, State]] = {
     State.QUEUED: {
+        Change.LOAD: State.LOADING,
         Change.GRANT: State.OPENING,
         Change.GRANT_LOCAL: State.RUNNING,
         Change.END: State.RELEASED,
+    },
+    State.LOADING: {
+        Change.GRANT: State.OPENING,
+        Change.GRANT_LOCAL: State.RUNNING,
+        Change.CLOSE: State.CLOSING,
     },
     State.OPENING: {
         Change.OPENED: State.RESERVED,

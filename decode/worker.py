@@ -82,6 +82,7 @@ def make_scheduler(config: DecodeConfig, model: ModelConfig, layout: KVLayout) -
         max_num_sequences=config.max_num_sequences,
         watermark_blocks=math.ceil(config.watermark * layout.num_blocks),
         max_swapped_blocks=config.swap_memory_bytes // bytes_per_block,
+        min_tokens_to_load=config.store_threshold_tokens,
     )
     pool = BlockPool(layout.num_blocks, layout.block_size)
     return DecodeScheduler(pool, limits, model.fingerprint)

@@ -14,12 +14,13 @@ The life of an allegiance
 A coordinator is not expected to say ``Alive`` before it has, or has promised it in ``Welcome``.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 
 from protocol.messages import (
     Abort,
     Alive,
     CacheUpdate,
+    Collect,
     GangReady,
     Heartbeat,
     Hello,
@@ -37,7 +38,7 @@ from protocol.messages import (
 PAUSE_S = 0.5  # the transfer thread looks many times a second: a longer gap is a pause of its own
 MAX_HASHES = 100_000  # of one CacheUpdate
 
-_OPENS = (Reserve, Prefill)  # a request is asked for by these, until Released
+_OPENS = (Reserve, Prefill, Collect)  # a request is asked for by these, until Released
 
 
 class Allegiance:
@@ -58,7 +59,8 @@ class Allegiance:
         self._looked: float | None = None
         self._ready: GangReady | None = None
         self._asked: dict[tuple[str, int], None] = {}  # requests, in order of arrival
-        self._cached: dict[bytes, None] = {}  # what the own pool has said that it holds
+        # What the own pool has said that it holds, by tier.
+        self._cached: defaultdict[str, dict[bytes, None]] = defaultdict(dict)
 
     # -- what arrives ------------------------------------------------------------------------------
 
@@ -89,9 +91,11 @@ class Allegiance:
 
     def greeting(self) -> list[ToCoordinator]:
         """What to say when welcomed: nothing, to the first coordinator."""
-        hashes = tuple(self._cached)
-        parts = [hashes[i : i + MAX_HASHES] for i in range(0, len(hashes), MAX_HASHES)]
-        told: list[ToCoordinator] = [CacheUpdate(stored=part) for part in parts]
+        told: list[ToCoordinator] = []
+        for tier, cached in self._cached.items():
+            hashes = tuple(cached)
+            for start in range(0, len(hashes), MAX_HASHES):
+                told.append(CacheUpdate(hashes[start : start + MAX_HASHES], tier=tier))
         return told if self._ready is None else [*told, self._ready]
 
     # -- what is said ------------------------------------------------------------------------------
@@ -106,9 +110,10 @@ class Allegiance:
             case Released():
                 self._asked.pop((message.request_id, message.attempt), None)
             case CacheUpdate():
+                cached = self._cached[message.tier]
                 for block_hash in message.evicted:
-                    self._cached.pop(block_hash, None)
-                self._cached.update(dict.fromkeys(message.stored))
+                    cached.pop(block_hash, None)
+                cached.update(dict.fromkeys(message.stored))
         return self.is_welcome
 
     # -- its end -----------------------------------------------------------------------------------

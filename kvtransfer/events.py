@@ -105,6 +105,7 @@ class AskFetch:
     source_epoch: int
     first_logical: int
     owners: tuple[int, ...]
+    block_hashes: tuple[bytes, ...] = ()  # their content; none: the source knows the request
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,6 +240,14 @@ class FetchAsked:
     target_epoch: int
     first_logical: int
     owners: tuple[int, ...]
+    block_hashes: tuple[bytes, ...] = ()  # none: of the request that is here
+
+
+@dataclass(frozen=True, slots=True)
+class FromDisk:
+    """A store's disk thread has done something: one of :mod:`kvtransfer.store.jobs`."""
+
+    done: object
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,5 +278,6 @@ Event = (
     | SourceClosed
     | FetchAsked
     | HandoffBroken
+    | FromDisk
     | ThreadDied
 )

@@ -74,6 +74,7 @@ class Fetches:
             source_epoch=command.source_epoch,
             first_logical=command.first_logical,
             owners=command.owners,
+            block_hashes=command.block_hashes,
         )
         return [Send(PeerName(command.source_pool_id, 0), fetch)]
 
@@ -108,6 +109,7 @@ class Fetches:
             target_epoch=message.target_epoch,
             first_logical=message.first_logical,
             owners=message.owners,
+            block_hashes=message.block_hashes,
         )
         return [Emit(asked)]
 

@@ -17,7 +17,7 @@ class PeerName:
 class RankIdentity:
     """One rank at one start of its process."""
 
-    role: str  # "prefill" or "decode"
+    role: str  # "prefill", "decode" or "store"
     pool_id: str
     rank: int
     cp_size: int

@@ -61,6 +61,7 @@ from protocol.messages import (
 from protocol.sockets import Poller, Waker, open_context
 
 RECONNECT_INTERVAL_S = 2.0
+READS = (("decode", "prefill"), ("decode", "store"), ("store", "prefill"))  # (who, from whom)
 
 _log = logging.getLogger(__name__)
 
@@ -296,8 +297,8 @@ class _Loop:
             self._reconnect_at = time.monotonic() + RECONNECT_INTERVAL_S
 
     def _can_read(self, pool: PoolEndpoint) -> bool:
-        """Decode ranks read from prefill ranks all the time; other pairs connect when they read."""
-        if (self._identity.role, pool.role) != ("decode", "prefill"):
+        """Whether what is read from all the time is reached; other pairs connect when they read."""
+        if (self._identity.role, pool.role) not in READS:
             return True
         try:
             for endpoint in pool.ranks:

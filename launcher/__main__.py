@@ -7,6 +7,8 @@ from typing import Any, NoReturn
 
 import msgspec
 
+from launcher.bench_commands import add_bench, run_bench
+from launcher.client_flags import CLIENT_COMMANDS, add_client_flags
 from launcher.config import resolve
 from protocol.errors import ConfigError
 from protocol.logs import configure_logging
@@ -47,6 +49,8 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--keep", action="store_true", help="leave the cluster running")
     demo.add_argument("--tokens", type=int, default=32_768, metavar="N", help="of the document")
     demo.add_argument("--seed", type=int, default=0, metavar="N", help="of the document")
+    add_bench(commands)
+    add_client_flags(commands)
     return parser
 
 
@@ -68,7 +72,9 @@ def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
     add("--port", type=int, default=suppress, help="0 for any free one")
     add("--api-key", action="append", metavar="KEY", default=suppress, help="one tenant each")
     add("--threads-per-rank", type=int, metavar="N", default=suppress)
-    add("--data-dir", metavar="DIR", default=suppress)
+    add("--data-dir", metavar="DIR", default=suppress, help="what survives: jobs, documents, KV")
+    add("--store-memory", metavar="SIZE", default=suppress, help="host memory for KV, 1GiB")
+    add("--disk-quota", metavar="SIZE", default=suppress, help="disk for KV, 64GiB")
     add("--checksum", metavar="off|sampled|always", default=suppress)
     add("--log-level", default=suppress)
     add("--log-dir", metavar="DIR", default=suppress, help="one log file per process")
@@ -87,13 +93,17 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the process's exit code."""
     arguments = build_parser().parse_args(argv)
     try:
-        return _run(arguments)
+        return _run(arguments, argv)
     except ConfigError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace, argv: list[str] | None) -> int:
+    if arguments.command in CLIENT_COMMANDS:
+        from launcher.job_commands import run
+
+        return run(arguments)
     if arguments.command == "serve":
         from launcher.serve import serve
 
@@ -108,6 +118,8 @@ def _run(arguments: argparse.Namespace) -> int:
         from launcher.doctor import doctor
 
         return doctor(as_json=arguments.json)
+    if arguments.command == "bench":
+        return run_bench(arguments, argv)
     from launcher.demo import demo
 
     logging.getLogger().setLevel("WARNING")

@@ -39,6 +39,8 @@ class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dtype: str = "auto"
     block_size: int = 32
     kv_memory: str = "1GiB"
+    store_memory: str = "1GiB"  # host memory of the store, which is there with --data-dir
+    disk_quota: str = "64GiB"  # of the KV in --data-dir
     max_model_len: int | None = None
     host: str = "127.0.0.1"
     port: int = 8000
@@ -58,6 +60,7 @@ class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     coordinator: dict[str, Any] = {}
     prefill_pool: dict[str, Any] = {}
     decode_pool: dict[str, Any] = {}
+    store: dict[str, Any] = {}
 
     def __post_init__(self) -> None:
         _choice("--launcher", self.launcher, ("local", "ray"))
@@ -76,6 +79,8 @@ class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.threads_per_rank is not None and self.threads_per_rank < 1:
             raise ConfigError(f"--threads-per-rank {self.threads_per_rank}: must be at least 1")
         parse_size("--kv-memory", self.kv_memory)
+        parse_size("--store-memory", self.store_memory)
+        parse_size("--disk-quota", self.disk_quota)
 
 
 def _choice(flag: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -177,7 +182,12 @@ def runtime_root() -> Path:
 
 def default_url() -> str:
     """The server that the client commands talk to."""
-    return os.environ.get("BATON_URL", "http://127.0.0.1:8000")
+    return os.environ.get("BATON_URL") or "http://127.0.0.1:8000"
+
+
+def default_api_key() -> str | None:
+    """The key that the client commands show it; never a flag, which every process could see."""
+    return os.environ.get("BATON_API_KEY") or None
 
 
 def num_cores() -> int:

@@ -12,12 +12,15 @@ import msgspec
 
 from coordinator.config import CoordinatorConfig, ExpectedPool
 from decode.config import DecodeConfig
+from kvtransfer.store.config import StoreConfig
 from launcher.config import child_environment
 from launcher.processes import ProcessGroup
 from launcher.resolved import Cluster
 from launcher.topology import PoolSpec
 from prefill.config import PrefillConfig
 from protocol.errors import ConfigError
+
+MODULES = {"prefill": "prefill", "decode": "decode", "store": "kvtransfer.store"}
 
 
 class RankStarter(ABC):
@@ -65,7 +68,7 @@ class LocalRanks(RankStarter):
             file = self._run_dir / f"{pool.pool_id}.{rank}.json"
             file.touch(mode=0o600)
             file.write_bytes(config)
-            self._group.start(name, pool.role, file, environment, start)
+            self._group.start(name, MODULES[pool.role], file, environment, start)
 
     def terminate(self, pool: PoolSpec) -> None:
         for name in _names(pool):
@@ -87,7 +90,8 @@ def rank_config(cluster: Cluster, pool: PoolSpec, rank: int, where: dict[str, An
     """The JSON that rank ``rank`` of ``pool`` is started with; ``where`` is the starter's part.
 
     Raises:
-        ConfigError: ``[prefill_pool]`` or ``[decode_pool]`` names an unknown field or a bad value.
+        ConfigError: ``[prefill_pool]``, ``[decode_pool]`` or ``[store]`` names an unknown field or
+            a bad value.
     """
     serve = cluster.serve
     fields: dict[str, Any] = {
@@ -108,9 +112,23 @@ def rank_config(cluster: Cluster, pool: PoolSpec, rank: int, where: dict[str, An
         "log_level": serve.log_level,
         **where,
     }
+    if pool.role == "store":
+        return _encode("store", StoreConfig, fields | _store_fields(cluster) | where | serve.store)
     if pool.role == "prefill":
         return _encode("prefill_pool", PrefillConfig, fields | serve.prefill_pool)
     return _encode("decode_pool", DecodeConfig, fields | serve.decode_pool)
+
+
+def _store_fields(cluster: Cluster) -> dict[str, Any]:
+    """Where a store differs from a rank that computes."""
+    assert cluster.data is not None, "a store needs a folder"
+    return {
+        "folder": str(cluster.data.kv),
+        "kv_memory_bytes": cluster.store_memory_bytes,
+        "disk_quota_bytes": cluster.disk_quota_bytes,
+        "device": "cpu",
+        "threads": 1,
+    }
 
 
 def coordinator_config(cluster: Cluster, where: dict[str, Any]) -> bytes:
@@ -137,8 +155,12 @@ def coordinator_config(cluster: Cluster, where: dict[str, Any]) -> bytes:
         "ready_timeout_s": serve.ready_timeout_s,
         "log_level": serve.log_level,
         "parent_pid": os.getpid(),
+        "secret": "" if cluster.data is None else cluster.data.secret,
+        "data_dir": "" if cluster.data is None else str(cluster.data.folder),
+        "jobs": {"disk_quota_bytes": cluster.disk_quota_bytes} | serve.coordinator.get("jobs", {}),
     }
-    return _encode("coordinator", CoordinatorConfig, fields | serve.coordinator | where)
+    settings = {name: value for name, value in serve.coordinator.items() if name != "jobs"}
+    return _encode("coordinator", CoordinatorConfig, fields | settings | where)
 
 
 def _encode(table: str, kind: type[Any], fields: dict[str, Any]) -> bytes:

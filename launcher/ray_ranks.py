@@ -25,6 +25,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from decode.config import DecodeConfig
+from kvtransfer.store.config import StoreConfig
 from launcher.config import child_environment
 from launcher.processes import Exited, Report
 from launcher.ranks import RankStarter, rank_config
@@ -70,6 +71,10 @@ class RankActor:
             from prefill.worker import serve as serve_prefill
 
             return run_here(config, PrefillConfig, serve_prefill)
+        if role == "store":
+            from kvtransfer.store.worker import serve as serve_store
+
+            return run_here(config, StoreConfig, serve_store)
         from decode.worker import serve as serve_decode
 
         return run_here(config, DecodeConfig, serve_decode)
@@ -144,6 +149,8 @@ class RayRanks(RankStarter):
         bundle: dict[str, float] = {"CPU": self._num_cpus()}
         if self._cluster.device == "cuda":
             bundle["GPU"] = 1
+        if pool.role == "store":  # where the folder of --data-dir is
+            bundle = {"CPU": 0.01, f"node:{head_address(None)}": 0.001}
         group: PlacementGroup = placement_group([bundle] * pool.num_ranks, strategy=strategy)
         self._groups[pool.pool_id] = group
         if not group.wait(timeout_seconds=PLACEMENT_BUDGET_S):

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.config import ServeConfig, num_cores, parse_size
-from launcher.topology import PoolSpec, parse_pools, threads_per_rank
+from launcher.data_folder import DataFolder, open_data_folder
+from launcher.topology import PoolSpec, parse_pools, store_pool, threads_per_rank
 from modeling.config import ModelConfig, load_config
 from modeling.embedded import CHECKPOINT
 from protocol.errors import ConfigError
@@ -30,6 +31,9 @@ class Cluster:
     kv_memory_bytes: int
     threads: int
     token: str
+    data: DataFolder | None = None  # what survives a restart
+    store_memory_bytes: int = 0
+    disk_quota_bytes: int = 0
 
 
 def resolve_cluster(serve: ServeConfig) -> Cluster:
@@ -52,6 +56,9 @@ def resolve_cluster(serve: ServeConfig) -> Cluster:
     kv_memory_bytes = parse_size("--kv-memory", serve.kv_memory)
     for pool in pools:
         _check_pool(pool, model_config, serve.block_size, dtype, kv_memory_bytes)
+    data = open_data_folder(serve.data_dir) if serve.data_dir is not None else None
+    if data is not None:
+        pools = (*pools, store_pool())
     return Cluster(
         serve=serve,
         model=model,
@@ -63,6 +70,9 @@ def resolve_cluster(serve: ServeConfig) -> Cluster:
         kv_memory_bytes=kv_memory_bytes,
         threads=serve.threads_per_rank or threads_per_rank(num_cores(), pools),
         token=secrets.token_hex(16),
+        data=data,
+        store_memory_bytes=parse_size("--store-memory", serve.store_memory),
+        disk_quota_bytes=parse_size("--disk-quota", serve.disk_quota),
     )
 
 

@@ -8,32 +8,24 @@ from the embedded model: had one block of KV been lost on the way, they would be
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
 import httpx
+import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
+from coordinator.client.state import RequestTimeline, SequenceTimeline
 from launcher.supervisor import ClusterFailed
+from launcher.waterfall import draw_waterfall, show_seconds
 from modeling.embedded import CHECKPOINT
 from modeling.embedded.grammar import Document, Fact, write_document
 from modeling.tokenizer import load_tokenizer
 
 MAX_ANSWER_TOKENS = 48
-BAR_WIDTH = 40
 DEPTHS = (0.5, 0.1, 0.9, 0.3)  # of the facts that are asked for
-SPANS = (  # of a request's life, each from one event to the next that happened
-    ("tokenized", "tokenize"),
-    ("reserved", "reserve decode blocks"),
-    ("prefill_sent", "place"),
-    ("first_token", "prefill on the ring"),
-    ("committed", "KV not hidden"),
-    ("first_decode", "first decode step"),
-    ("finished", "decode"),
-)
 
 
 @dataclass(slots=True)
@@ -43,13 +35,11 @@ class Answer:
     request_id: str = ""
     text: str = ""
     first_token_s: float = 0.0
-    timeline: dict[str, Any] | None = None
+    timeline: SequenceTimeline = field(default_factory=SequenceTimeline)
 
     @property
     def num_computed_tokens(self) -> int:
-        assert self.timeline is not None
-        num_tokens: int = self.timeline["num_prompt_tokens"] - self.timeline["num_cached_tokens"]
-        return num_tokens
+        return self.timeline.num_prompt_tokens - self.timeline.num_cached_tokens
 
 
 def tell(console: Console, client: httpx.Client, num_tokens: int, seed: int) -> bool:
@@ -80,11 +70,13 @@ def tell(console: Console, client: httpx.Client, num_tokens: int, seed: int) -> 
         num_right += is_right
         mark = "[green]right[/]" if is_right else f"[red]wrong, expected {fact.answer!r}[/]"
         console.print(
-            f"   {mark}; first token {_ms(answer.first_token_s)}, "
+            f"   {mark}; first token {show_seconds(answer.first_token_s)}, "
             f"computed {answer.num_computed_tokens} tokens"
         )
     _compare(console, answers)
-    _waterfall(console, answers[0])
+    first = answers[0].timeline
+    console.print(f"\n[bold]4. The first question's time[/]: {first.path}")
+    draw_waterfall(console, first)
     held = held_blocks(client)
     console.print(f"\n{num_right} of {len(answers)} answers right; blocks still held: {held}")
     return num_right == len(answers) and held == 0
@@ -141,8 +133,8 @@ def _ask(
                 answer.text += piece
                 console.print(piece, end="", style="cyan")
     console.print()
-    trace = client.get(f"/v1/requests/{answer.request_id}/timeline").json()
-    answer.timeline = trace["requests"][0]
+    trace = client.get(f"/v1/requests/{answer.request_id}/timeline")
+    answer.timeline = msgspec.json.decode(trace.content, type=RequestTimeline).requests[0]
     return answer
 
 
@@ -163,34 +155,9 @@ def _compare(console: Console, answers: list[Answer]) -> None:
     cold = answers[0].first_token_s
     warm = sorted(answer.first_token_s for answer in answers[1:])[(len(answers) - 1) // 2]
     console.print(
-        f"\n[bold]3. Cold and warm[/]: first token after {_ms(cold)} with the document to compute, "
-        f"{_ms(warm)} (median) without: [bold]{cold / warm:.0f}x[/]"
+        f"\n[bold]3. Cold and warm[/]: first token after {show_seconds(cold)} with the document "
+        f"to compute, {show_seconds(warm)} (median) without: [bold]{cold / warm:.0f}x[/]"
     )
-
-
-def _waterfall(console: Console, answer: Answer) -> None:
-    """Where the first question's time went, from the coordinator's clock."""
-    assert answer.timeline is not None
-    timeline = answer.timeline
-    console.print(f"\n[bold]4. The first question's time[/]: {timeline['path']}")
-    table = Table(show_header=False, box=None, padding=(0, 1))
-    total, last = timeline["events"]["finished"], 0.0
-    for event, name in SPANS:
-        at = timeline["events"].get(event)
-        if at is None or at < last:
-            continue
-        start = round(BAR_WIDTH * last / total)
-        bar = " " * start + "━" * max(1, round(BAR_WIDTH * at / total) - start)
-        table.add_row(f"   {name}", _ms(at - last), f"[cyan]{bar}[/]")
-        last = at
-    console.print(table)
-    transfer = timeline["transfer"]
-    if transfer is not None:
-        console.print(
-            f"   moved {transfer['num_bytes'] / 1e6:.0f} MB by {transfer['transport']} in "
-            f"{transfer['num_segments']} segments, {transfer['num_layers_overlapped']} of "
-            f"{transfer['num_layers']} layers while the prompt was still being computed"
-        )
 
 
 def held_blocks(client: httpx.Client) -> int:
@@ -203,7 +170,3 @@ def held_blocks(client: httpx.Client) -> int:
         if (held == 0 and spaces) or time.monotonic() > deadline:
             return held
         time.sleep(0.2)  # heartbeats carry the counts, one each second
-
-
-def _ms(seconds: float) -> str:
-    return f"{1000 * seconds:.0f} ms" if seconds < 10 else f"{seconds:.1f} s"

@@ -19,7 +19,7 @@ class PoolSpec:
     """One pool of the cluster."""
 
     pool_id: str
-    role: str  # "prefill" or "decode"
+    role: str  # "prefill", "decode" or "store"
     cp_size: int
     tp_size: int
 
@@ -67,6 +67,11 @@ def parse_pools(prefill: Sequence[str], decode: Sequence[str]) -> tuple[PoolSpec
     return pools
 
 
+def store_pool() -> PoolSpec:
+    """The process that keeps KV in host memory and on disk; it has no model."""
+    return PoolSpec("store0", "store", 1, 1)
+
+
 def threads_per_rank(num_cores: int, pools: Sequence[PoolSpec]) -> int:
-    """An even share of the cores for each rank, at least one thread."""
-    return max(1, num_cores // sum(pool.num_ranks for pool in pools))
+    """An even share of the cores for each rank that computes, at least one thread."""
+    return max(1, num_cores // sum(pool.num_ranks for pool in pools if pool.role != "store"))

@@ -225,6 +225,48 @@ def load_chat_template(path_or_name: str, special_tokens: Mapping[str, str]) -> 
     return ChatTemplate(found, str(path), special_tokens)
 
 
+class RenderedChat:
+    """A conversation as the template shows it. Control tokens come from the template only.
+
+    Where a message spells a control token, a guard character is put inside before rendering, and
+    its tokens are dropped afterwards. Messages that spell none are encoded as transformers would.
+
+    Args:
+        template: of the model.
+        tokenizer: of the model.
+        messages: ``{"role": ..., "content": ...}``.
+        options: as of :meth:`ChatTemplate.render`.
+
+    Raises:
+        RequestError: as :meth:`ChatTemplate.render`.
+    """
+
+    def __init__(
+        self,
+        template: ChatTemplate,
+        tokenizer: Tokenizer,
+        messages: Sequence[Mapping[str, Any]],
+        **options: Any,  # noqa: ANN401 - see render
+    ) -> None:
+        everything = json.dumps([messages, options], ensure_ascii=False, default=str)
+        self._guard = next(chr(point) for point in GUARDS if chr(point) not in everything)
+        self._tokenizer = tokenizer
+        specials = [text for text in tokenizer.special_texts() if text]
+        if options.get("tools") is not None:
+            options["tools"] = _guard(options["tools"], specials, self._guard)
+        self.text = template.render(_guard(messages, specials, self._guard), **options)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a piece of ``self.text``.
+
+        Raises:
+            RequestError: ``invalid_unicode``, and a guard that the tokenizer cannot keep apart.
+        """
+        if self._guard in text:
+            return self._tokenizer.encode_guarded(text, self._guard)
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+
 def encode_chat(
     template: ChatTemplate,
     tokenizer: Tokenizer,
@@ -234,27 +276,20 @@ def encode_chat(
     tools: Sequence[Mapping[str, Any]] | None = None,
     variables: Mapping[str, Any] | None = None,
 ) -> list[int]:
-    """The prompt's token ids; control tokens come from the template only, never from a message.
-
-    Where a message spells a control token, a guard character is put inside before rendering, and
-    its tokens are dropped afterwards. Messages that spell none are encoded as transformers would.
+    """The prompt's token ids.
 
     Raises:
-        RequestError: as :meth:`ChatTemplate.render`, and ``invalid_unicode``.
+        RequestError: as :class:`RenderedChat` and its ``encode``.
     """
-    everything = json.dumps([messages, tools], ensure_ascii=False, default=str)
-    guard = next(chr(point) for point in GUARDS if chr(point) not in everything)
-    specials = [text for text in tokenizer.special_texts() if text]
-    guarded = _guard(messages, specials, guard)
-    text = template.render(
-        guarded,
+    rendered = RenderedChat(
+        template,
+        tokenizer,
+        messages,
         add_generation_prompt=add_generation_prompt,
-        tools=_guard(tools, specials, guard),
+        tools=tools,
         variables=variables,
     )
-    if guard in text:
-        return tokenizer.encode_guarded(text, guard)
-    return tokenizer.encode(text, add_special_tokens=False)
+    return rendered.encode(rendered.text)
 
 
 def _guard(value: Any, specials: Sequence[str], guard: str) -> Any:  # noqa: ANN401 - any JSON

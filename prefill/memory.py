@@ -40,7 +40,7 @@ class RequestMemory:
         cached = self._blocks.match(self._hashes_to_hit(request))
         options_for = partial(
             placements,
-            self._facts.geometry,
+            self._facts.geometry.with_chunks_of(request.message.chunk_tokens),
             self._costs,
             num_tokens=request.num_tokens,
             cached_owners=[cp_rank for cp_rank, _ in cached],

@@ -13,7 +13,7 @@ granted before its first chunk: a request that has begun never waits for a block
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -52,6 +52,12 @@ class Geometry:
         """1, 2, 4, ... and all ranks."""
         powers = [1 << i for i in range(self.cp_size.bit_length()) if 1 << i < self.cp_size]
         return (*powers, self.cp_size)
+
+    def with_chunks_of(self, chunk_tokens: int) -> "Geometry":
+        """The same with chunks that are no longer than that; 0 changes nothing."""
+        if not 0 < chunk_tokens < self.chunk_tokens:
+            return self
+        return replace(self, chunk_tokens=chunk_tokens)
 
     def chunk_ends(self, start: int, end: int, ring_size: int) -> Iterator[int]:
         """Where the chunks of tokens ``[start, end)`` end; all but the last deal out evenly."""

@@ -65,6 +65,11 @@ class Request:
         return CACHED_CHUNK + 1 + self.num_chunks_done
 
     @property
+    def priority(self) -> int:
+        """The lower go first."""
+        return self.message.priority
+
+    @property
     def needs_history(self) -> bool:
         """Whether its next token depends on the token ids before it by more than their KV."""
         sampling = self.message.sampling
@@ -122,6 +127,7 @@ class Request:
             source_epoch=self.message.target_epoch,
             first_logical=blocks[0].logical,
             owners=tuple(block.cp_rank for block in blocks),
+            block_hashes=tuple(self.block_hashes[block.logical] for block in blocks),
         )
 
     def commit(self, first_token_id: int) -> CommitWhenRead:

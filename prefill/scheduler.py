@@ -377,7 +377,7 @@ class PrefillScheduler:
         self._tell(Released(*request.key))
 
     def _on_pools(self, pools: Iterable[PoolEndpoint]) -> None:
-        self._epochs = {pool.pool_id: pool.epoch for pool in pools if pool.role == "decode"}
+        self._epochs = {pool.pool_id: pool.epoch for pool in pools if pool.role != "prefill"}
         for request in list(self._requests.values()):
             target = request.message.target_pool_id
             if self._epochs.get(target) != request.message.target_epoch:

@@ -2,8 +2,8 @@
 
 The oldest unfinished request is served in one of any two consecutive steps; in the other, those
 that one chunk finishes go before it. So a long prompt is overtaken only between its chunks, and
-never starves. A step takes in more work as long as it does not become longer than its longest item
-or its target, whichever is more.
+never starves. What has a lower priority is served with the time that is left. A step takes in more
+work as long as it does not become longer than its longest item or its target, whichever is more.
 """
 
 from collections.abc import Container, Sequence
@@ -39,16 +39,31 @@ def service_order(
     """
     if not unfinished:
         return []
+    order = [
+        request
+        for priority in sorted({request.priority for request in unfinished})
+        for request in _in_order(
+            [request for request in unfinished if request.priority == priority],
+            last_served,
+            chunk_tokens,
+        )
+    ]
+    waiting = [request.key for request in order if request.state is State.WAITING]
+    passed_over = set(waiting[NUM_LOOKED_AT:])
+    return [request for request in order if request.key not in passed_over]
+
+
+def _in_order(
+    unfinished: Sequence[Request], last_served: Container[Key], chunk_tokens: int
+) -> list[Request]:
+    """Those of one priority."""
     head, *others = unfinished
     quick: list[Request] = []
     if head.key in last_served:
         limit = min(chunk_tokens, head.num_left_tokens - 1)
         quick = [request for request in others if request.num_left_tokens <= limit]
     first = {request.key for request in quick}
-    order = [*quick, *(request for request in unfinished if request.key not in first)]
-    waiting = [request.key for request in order if request.state is State.WAITING]
-    passed_over = set(waiting[NUM_LOOKED_AT:])
-    return [request for request in order if request.key not in passed_over]
+    return [*quick, *(request for request in unfinished if request.key not in first)]
 
 
 def load_s(running: Sequence[Request], cp_size: int) -> list[float]:

@@ -160,6 +160,7 @@ class Fetch(_Message, frozen=True):
     source_epoch: int
     first_logical: int
     owners: tuple[int, ...]  # the target's cp rank for each block
+    block_hashes: tuple[bytes, ...] = ()  # their content; none: a prefix of the source's request
 
 
 class FetchRefused(_Message, frozen=True):

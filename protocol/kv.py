@@ -118,7 +118,7 @@ class PoolEndpoint(msgspec.Struct, frozen=True):
     """A pool as its peers see it; ``ranks[cp_rank * tp_size + tp_rank]``."""
 
     pool_id: str
-    role: str  # "prefill" or "decode"
+    role: str  # "prefill", "decode" or "store"
     epoch: int
     cp_size: int
     tp_size: int

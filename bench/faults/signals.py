@@ -23,7 +23,8 @@ from bench.faults.workload import Mix, Workload
 COORDINATOR = "coordinator"
 POOLS = ("--prefill", "cp2", "--prefill", "cp1", "--decode", "tp2", "--decode", "tp1")
 STOP_S = (0.1, 1.5)
-TIRELESS = ("--set", "restart_budget=1000")  # far more deaths than in real life
+# Far more deaths than in real life: none may count against the next one, or make it wait.
+TIRELESS = ("--set", "restart_budget=1000", "--set", "restart_window_s=1")
 BACK_S = 40.0  # for a gang or a coordinator to serve again
 NOTICED_S = 20.0
 _LOOK_S = 0.02

@@ -7,6 +7,7 @@ from bench.simulation.decoding import DecodeGang
 from bench.simulation.gangs import FINGERPRINT, MAX_MODEL_LEN, Gang, PrefillGang
 from bench.simulation.model import BLOCK_SIZE
 from bench.simulation.ranks import Rank
+from bench.simulation.storing import SimulatedDisk, StoreGang
 from bench.simulation.world import World
 from coordinator.config import CoordinatorConfig, ExpectedPool
 from coordinator.joining import Terms
@@ -60,6 +61,7 @@ class Cluster:
             patience=Patience(),
         )
         self.service = Service(config, self.registry, self._send, lambda: world.now)
+        self.disk = SimulatedDisk(quota_blocks=world.random.randint(6, 40))
         self.gangs: dict[str, Gang] = {}
         self._lives = dict.fromkeys(self.num_blocks, 0)
         self._everyone: dict[str, Rank] = {}
@@ -88,7 +90,7 @@ class Cluster:
         """A gang comes up, for the first time or again, and says HELLO."""
         self._lives[pool_id] += 1
         spec = self.registry.pools[pool_id].spec
-        kind = DecodeGang if spec.role == "decode" else PrefillGang
+        kind = self._kind(spec)
         gang: Gang
         told: list[Callable[[ToCoordinator], None]] = []
         gang = kind(
@@ -108,6 +110,16 @@ class Cluster:
                 gang_start=self._lives[pool_id],
             )  # fmt: skip
             self._deliver(self.registry.on_hello(peer, hello, self.world.now))
+
+    def _kind(self, spec: ExpectedPool) -> Callable[..., Gang]:
+        if spec.role == "store":
+            return partial(StoreGang, self.disk)
+        return DecodeGang if spec.role == "decode" else PrefillGang
+
+    def tell_store(self, message: ToRank) -> None:
+        """What its keeper of documents has to say."""
+        for pool in self.registry.serving("store"):
+            self._send(pool.pool_id, message)
 
     def kill(self, pool_id: str) -> None:
         """All processes of a gang are gone; the coordinator notices later."""
@@ -159,6 +171,8 @@ class Cluster:
                 rank.meet(message.pools)
                 if rank.identity.is_leader:
                     gang.on_event(PoolsChanged(message.pools))
+                    for said in gang.greeting():
+                        self._from_leader(gang, said)
                 self._reply(peer, Connected(message.version))
             case _:
                 gang.on_event(ControlReceived(message))

@@ -19,7 +19,7 @@ class DecodeGang(Gang):
     def _set_up(self) -> None:
         num_blocks = self.ranks[0].memory.layout.num_blocks
         self._blocks = BlockPool(num_blocks, BLOCK_SIZE)
-        limits = SchedulerLimits(MAX_MODEL_LEN, 24, 8)
+        limits = SchedulerLimits(MAX_MODEL_LEN, 24, 8, load_piece_blocks=3)
         self._scheduler = DecodeScheduler(self._blocks, limits, FINGERPRINT)
         self._tokens: dict[Key, list[int]] = {}  # of each sequence, as far as they are known
         self._tables: dict[Key, list[int]] = {}

@@ -146,6 +146,15 @@ class Gang(ABC):
             else:
                 self.ranks[0].command(command)
 
+    def greeting(self) -> Sequence[ToCoordinator]:
+        """What its leader says when it has met the others."""
+        return ()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is under way that no hand-off and no block tells."""
+        return True
+
     @abstractmethod
     def _set_up(self) -> None:
         """Make the scheduler."""

@@ -17,11 +17,12 @@ from bench.simulation.gangs import FINGERPRINT
 from bench.simulation.model import BLOCK_SIZE, VOCAB_SIZE, reference
 from bench.simulation.world import Weather, World
 from coordinator.config import ExpectedPool
-from coordinator.delivery import Delivery, Generation
+from coordinator.delivery import Delivery
+from coordinator.generation import Generation
 from coordinator.records import Record
 from kvcache.prefix import block_salt, hash_blocks
 from protocol.errors import BatonError, RequestError
-from protocol.messages import NewToken
+from protocol.messages import Forget, NewToken, Pin
 from protocol.request import SamplingParams
 
 HORIZON_S = 6.0  # in which clients come and accidents happen
@@ -67,6 +68,7 @@ class Client:
     max_tokens: int
     session: str
     follow_ups: int
+    is_deposit: bool = False
     delivery: Collector = field(default_factory=Collector)
     record: Record | None = None
     has_left: bool = False
@@ -78,6 +80,9 @@ class Client:
     def verdict(self) -> str:
         """What is wrong with it; empty if nothing is."""
         tokens, delivery = self.delivery.tokens, self.delivery
+        if self.is_deposit:
+            is_told = delivery.error in ("", TURNED_AWAY, "insufficient_storage")
+            return "" if is_told else f"{self.name}: was told {delivery.error}"
         if delivery.problem:
             return f"{self.name}: {delivery.problem}"
         expected = reference(self.prompt, self.max_tokens)
@@ -120,7 +125,9 @@ class _Scenario:
         self._seed = seed
         random = Random(f"scenario {seed}")
         self._world = World(seed, WEATHERS[seed % len(WEATHERS)])
-        self._cluster = Cluster(self._world, _pools(random))
+        pools = _pools(random)
+        self._has_store = any(spec.role == "store" for spec, _ in pools)
+        self._cluster = Cluster(self._world, pools)
         self._random = random
         self._texts = [_text(random, 48) for _ in range(2)]
         self._clients: list[Client] = []
@@ -136,6 +143,8 @@ class _Scenario:
         prompt = text[: random.randint(1, 40)]
         if random.random() < 0.5:
             prompt += _text(random, random.randint(1, 8))
+        if self._has_store and random.random() < 0.35:
+            return Client(f"d{number}", prompt, 1, "", 0, is_deposit=True)
         session = f"s{number}" if random.random() < 0.7 else ""
         follow_ups = random.choice((0, 0, 1, 2)) if session else 0
         return Client(f"r{number}", prompt, random.randint(1, 8), session, follow_ups)
@@ -165,8 +174,14 @@ class _Scenario:
         hashes = tuple(hash_blocks(client.prompt, BLOCK_SIZE, block_salt(FINGERPRINT, "")))
         session = ("tenant", client.session) if client.session else None
         generation = Generation(
-            client.name, client.prompt, hashes, sampling, "tenant", session=session
-        )
+            client.name, client.prompt, hashes, sampling, "tenant", session=session,
+            is_deposit=client.is_deposit, priority=int(client.is_deposit),
+        )  # fmt: skip
+        if client.is_deposit:
+            mode = self._random.choice(("soft", "hard"))
+            self._cluster.tell_store(Pin(client.name, hashes[: self._random.randint(0, 9)], mode))
+            if self._random.random() < 0.2:
+                self._cluster.tell_store(Forget(hashes))
         try:
             client.record = service.submit(generation, client.delivery, 0, world.now)
         except RequestError as error:
@@ -235,6 +250,8 @@ class _Scenario:
             if not gang.is_alive:
                 left.append(f"{pool_id} is down")
                 continue
+            if not gang.is_idle:
+                left.append(f"{pool_id} is not idle")
             if gang.num_open:
                 left.append(f"{pool_id} has {gang.num_open} open hand-offs")
             for counts in gang.counts():
@@ -250,6 +267,8 @@ def _pools(random: Random) -> list[tuple[ExpectedPool, int]]:
             cp_size = random.choice((1, 1, 2, 3)) if role == "prefill" else 1
             spec = ExpectedPool(f"{role}{number}", role, cp_size, random.choice((1, 2)))
             pools.append((spec, random.randint(20, 60)))
+    if random.random() < 0.5:
+        pools.append((ExpectedPool("store0", "store", 1, 1), random.randint(12, 24)))
     return pools
 
 

@@ -59,7 +59,8 @@ class World:
         """Do it when it has come over the link, behind all that was sent there before."""
         arrives = max(self._links.get(link, 0.0), self.now + self.delay(self.weather.delay_s))
         self._links[link] = arrives
-        self.at(arrives - self.now, what)
+        # Not as a delay: the sum of that and the present may round to before the message before.
+        heapq.heappush(self._todo, (arrives, next(self._numbers), what))
 
     def delay(self, usual_s: float) -> float:
         """A little, and sometimes a lot."""

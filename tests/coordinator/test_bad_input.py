@@ -167,7 +167,8 @@ def test_fields(post: Any, param: str, value: Any) -> None:
         (COMPLETIONS, {"remote_host": "x"}, "remote_host"),
         (COMPLETIONS, {"block_ids": [1]}, "block_ids"),
         (COMPLETIONS, {"suffix": "x"}, "suffix"),
-        (COMPLETIONS, {"document_id": "x"}, "document_id"),
+        (COMPLETIONS, {"document_id": 5}, "document_id"),
+        (CHAT, {"document_id": "x"}, "document_id"),  # there it is a content part
     ],
     ids=lambda value: repr(value)[:50],
 )

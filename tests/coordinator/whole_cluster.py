@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from coordinator.config import CoordinatorConfig, ExpectedPool
-from coordinator.delivery import Delivery, Generation
+from coordinator.delivery import Delivery
+from coordinator.generation import Generation
 from coordinator.joining import Terms
 from coordinator.records import Record
 from coordinator.registry import Patience, Registry

@@ -11,6 +11,7 @@ from decode.scheduler import DecodeScheduler
 from decode.sequence import Sequence
 from kvcache.blocks import BlockPool
 from kvtransfer.events import (
+    AskFetch,
     CloseSource,
     CloseTarget,
     ControlReceived,
@@ -152,6 +153,7 @@ class Cluster:
         self.served: dict[Key, ServeBlocks] = {}  # fetches whose blocks may be read from
         self.closing_served: set[Key] = set()
         self.refused: dict[Key, str] = {}
+        self.asked: dict[Key, AskFetch] = {}  # of a store
         self.tickets: dict[Key, int] = {}
         self.committed: set[Key] = set()
         self.outputs: dict[Key, list[int]] = {}
@@ -171,6 +173,37 @@ class Cluster:
         self.requests[request_id, 0] = message
         self._tell(ControlReceived(message))
         return request_id, 0
+
+    def reserve_stored(
+        self, request_id: str, prompt: tuple[int, ...], max_tokens: int, num_store_tokens: int
+    ) -> Key:
+        """A request of whose prompt a store has a prefix."""
+        params = SamplingParams(max_tokens=max_tokens)
+        message = Reserve(
+            request_id,
+            0,
+            prompt,
+            params,
+            store_pool_id="store0",
+            store_epoch=5,
+            num_store_tokens=num_store_tokens,
+        )
+        self.requests[request_id, 0] = message
+        self._tell(ControlReceived(message))
+        return request_id, 0
+
+    def bring(self, key: Key, number: int) -> None:
+        """A piece of what a store has arrives: opened, asked for and committed."""
+        piece = (f"{key[0]}~{number}", key[1])
+        self._tell(TargetIsOpen(*piece))
+        asked = self.asked.pop(piece)
+        command = self.opened.pop(piece)
+        assert asked.first_logical == command.first_logical
+        assert (asked.source_pool_id, asked.source_epoch) == ("store0", 5)
+        assert len(asked.block_hashes) == len(asked.owners) == len(command.blocks)
+        self.rank.land(self.requests[key].prompt_token_ids, command.first_logical, command.blocks)
+        num_tokens = (command.first_logical + len(command.blocks)) * self.pool.block_size
+        self._tell(TargetCommitted(*piece, num_tokens, 0, TransferStats()))
 
     def retry(self, key: Key, num_output_tokens: int | None = None) -> Key:
         """The next attempt, of which the caller has that many tokens, or all that were made."""
@@ -289,6 +322,8 @@ class Cluster:
                     key = (command.request_id, command.attempt)
                     assert key in self.served and key not in self.closing_served
                     self.closing_served.add(key)
+                case AskFetch():
+                    self.asked[command.request_id, command.attempt] = command
                 case SendControl(message):
                     self._receive(message)
 

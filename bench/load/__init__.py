@@ -1,0 +1,1 @@
+"""The load harness: open loop, latency from the intended time, every failure a miss."""

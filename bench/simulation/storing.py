@@ -1,0 +1,137 @@
+"""A store: the real scheduler over a simulated memory, and a disk that survives it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from bench.simulation.gangs import FINGERPRINT, Gang
+from bench.simulation.model import BLOCK_SIZE, NUM_HEADS, NUM_LAYERS
+from kvcache.blocks import BlockPool
+from kvcache.tiers.index import PackIndex
+from kvcache.tiers.pack import KVShape, PackHeader
+from kvtransfer.events import Command, Event, FromDisk
+from kvtransfer.store.jobs import (
+    DeletePacks,
+    DiskDone,
+    DiskJob,
+    PackRead,
+    PackWritten,
+    ReadPack,
+    WritePack,
+)
+from kvtransfer.store.scheduler import DISK, StoreFacts, StoreScheduler
+from protocol.messages import BlockCounts, CacheUpdate, ToCoordinator
+
+DISK_S = 0.02
+PACK_BLOCKS = 4
+SHAPE = KVShape(NUM_LAYERS, NUM_HEADS, BLOCK_SIZE, 1, "float32")
+
+
+@dataclass
+class SimulatedDisk:
+    """What is durable: a pack is there as a whole or not at all."""
+
+    quota_blocks: int
+    packs: dict[str, tuple[PackHeader, list[list[bytes]]]] = field(default_factory=dict)
+    num_written: int = 0
+
+
+class StoreGang(Gang):
+    """A store.
+
+    Args:
+        disk: of all its lives.
+    """
+
+    def __init__(self, disk: SimulatedDisk, *arguments: Any) -> None:  # noqa: ANN401 - a gang's
+        self._disk = disk
+        super().__init__(*arguments)
+
+    def _set_up(self) -> None:
+        memory = self.ranks[0].memory
+        block_bytes = NUM_LAYERS * memory.layout.block_bytes
+        index = PackIndex(self._disk.quota_blocks * block_bytes)
+        for name, (header, _) in self._disk.packs.items():
+            index.add(name, header, self.world.now)
+        self._index = index
+        self._block_bytes = block_bytes
+        self._pool = BlockPool(memory.layout.num_blocks, BLOCK_SIZE)
+        facts = StoreFacts(BLOCK_SIZE, block_bytes, PACK_BLOCKS, FINGERPRINT)
+        self._scheduler = StoreScheduler(self._pool, index, facts)
+
+    def greeting(self) -> Sequence[ToCoordinator]:
+        """What it says when it has met the others."""
+        return [CacheUpdate(self._index.hashes, tier=DISK)]
+
+    def _take(self, event: Event) -> Sequence[Command]:
+        self._scheduler.on_event(event, self.world.now)
+        return self._scheduler.take_commands()
+
+    def _begin(self) -> Callable[[], Sequence[Command]] | None:
+        self._scheduler.schedule(self.world.now)
+        for job in self._scheduler.take_jobs():
+            self.world.at(self.world.delay(DISK_S), partial(self._execute, job))
+        self._obey(self._scheduler.take_commands())
+        self.check()
+        return None
+
+    # -- the disk ----------------------------------------------------------------------------------
+
+    def _execute(self, job: DiskJob) -> None:
+        if not self.is_alive:
+            return
+        done: DiskDone
+        match job:
+            case DeletePacks():
+                for name in job.names:
+                    self._disk.packs.pop(name, None)
+                return
+            case WritePack():
+                done = self._write(job)
+            case ReadPack():
+                done = self._read(job)
+        self.on_event(FromDisk(done))
+
+    def _write(self, job: WritePack) -> PackWritten:
+        for name in job.victims:
+            self._disk.packs.pop(name, None)
+        if self.world.happens(self.world.weather.failed, "disk full"):
+            return PackWritten(job.number, error="no space left", is_full=True)
+        memory = self.ranks[0].memory
+        saved = [memory.save(block.block_id) for block in job.blocks]
+        header = PackHeader(
+            FINGERPRINT,
+            SHAPE,
+            self._block_bytes,
+            job.first_logical,
+            job.parent,
+            job.hashes,
+            (0,) * len(job.hashes),
+        )
+        self._disk.num_written += 1
+        name = f"pack{self._disk.num_written}"
+        self._disk.packs[name] = (header, saved)
+        return PackWritten(job.number, name, header)
+
+    def _read(self, job: ReadPack) -> PackRead:
+        found = self._disk.packs.get(job.name)
+        memory = self.ranks[0].memory
+        if found is None or self.world.happens(self.world.weather.corrupted, "pack damaged"):
+            for block in job.blocks:  # what is there now is nothing
+                parts = memory.save(block.block_id)
+                memory.restore(block.block_id, [b"\x5a" * len(part) for part in parts])
+            return PackRead(job.number, "damaged")
+        for index, block in zip(job.indices, job.blocks, strict=True):
+            memory.restore(block.block_id, found[1][index])
+        return PackRead(job.number)
+
+    def check(self) -> None:
+        self._pool.check()
+
+    def counts(self) -> Sequence[BlockCounts]:
+        return (self._scheduler.counts(),)
+
+    @property
+    def is_idle(self) -> bool:
+        return self._scheduler.is_idle

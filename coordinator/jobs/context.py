@@ -1,0 +1,183 @@
+"""Everything of the jobs, built once: the database, and what works on it.
+
+Without a data folder the database is in memory and the files are in a temporary folder: all of it
+is gone at the end.
+"""
+
+import asyncio
+import contextlib
+import logging
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from coordinator.config import CoordinatorConfig
+from coordinator.jobs.batch_input import Inputs
+from coordinator.jobs.batch_runner import BatchRunner, LineServer
+from coordinator.jobs.batch_table import SCHEMA as BATCH_SCHEMA
+from coordinator.jobs.batch_table import BatchTable
+from coordinator.jobs.batches import Batches
+from coordinator.jobs.database import Database
+from coordinator.jobs.document_files import DocumentFiles
+from coordinator.jobs.document_rows import SCHEMA as DOCUMENT_SCHEMA
+from coordinator.jobs.document_table import DocumentTable
+from coordinator.jobs.documents import Documents, Parts
+from coordinator.jobs.files import SCHEMA as FILE_SCHEMA
+from coordinator.jobs.files import Files
+from coordinator.jobs.ingestor import Ingestor
+from coordinator.jobs.keeper import Keeper
+from coordinator.jobs.library import Library, ModelFacts
+from coordinator.jobs.pins import PinPolicy
+from coordinator.jobs.preparing import Preparing
+from coordinator.jobs.questions import Questions
+from coordinator.jobs.runner import Runner
+from coordinator.tokenizing import Tokenization
+from modeling.config import ModelConfig
+from protocol.errors import RequestError
+
+_log = logging.getLogger(__name__)
+
+DATABASE_NAME = "jobs.sqlite"
+DTYPE_BYTES = {"float32": 4}  # else two
+NUM_THREADS = 2
+RECOVERY_PAUSE_S = 1.0
+ROOM_TO_ASK = 1  # tokens that must fit behind a document
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What the jobs find in a coordinator."""
+
+    config: CoordinatorConfig
+    model: ModelConfig
+    tokenization: Tokenization
+    ingestor: Ingestor
+    max_model_len: Callable[[], int]  # of a request, now
+    clock: Callable[[], float] = time.time  # Unix time, as callers see it
+    min_free_bytes: int = 0  # 0 takes what is configured
+
+
+class Jobs:
+    """The jobs of a coordinator. Create it in its event loop, then ``start``.
+
+    Raises:
+        ConfigError: the data folder cannot be used.
+    """
+
+    def __init__(self, surroundings: Surroundings) -> None:
+        config = surroundings.config
+        self._leftovers = contextlib.ExitStack()
+        if config.data_dir:
+            self.folder = Path(config.data_dir)
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        else:
+            temporary = tempfile.TemporaryDirectory(prefix="baton-jobs-")
+            self.folder = Path(self._leftovers.enter_context(temporary))
+        path = self.folder / DATABASE_NAME if config.data_dir else None
+        if path is not None:
+            path.touch(mode=0o600, exist_ok=True)  # it holds the tenants' salts
+        self.database = Database(path, (*DOCUMENT_SCHEMA, *FILE_SCHEMA, *BATCH_SCHEMA))
+        self._leftovers.callback(self.database.close)
+        self.min_free_bytes = surroundings.min_free_bytes or config.batches.min_free_bytes
+        clock = surroundings.clock
+        self.files = Files(self.database, self.folder / "files", config.batches, clock)
+        inputs = Inputs(self.folder / "batches", config.batches, config.limits)
+        table = BatchTable(self.database, clock)
+        self.batches = Batches(table, self.files, inputs, config.batches)
+        self._batch_runner: BatchRunner | None = None
+        self.documents = self._documents(surroundings)
+        self.questions = Questions(self.documents)
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def _documents(self, surroundings: Surroundings) -> Documents:
+        config, model, ingestor = surroundings.config, surroundings.model, surroundings.ingestor
+        limits, max_model_len = config.jobs, surroundings.max_model_len
+
+        def max_tokens() -> int:
+            return min(ingestor.max_tokens(), max_model_len() - ROOM_TO_ASK)
+
+        facts = ModelFacts(config.model_name, model.fingerprint, config.block_size)
+        num_prefill_pools = sum(pool.role == "prefill" for pool in config.pools)
+        files = DocumentFiles(self.folder / "documents")
+        # A long document is encoded for seconds: requests have other threads.
+        tokenization = surroundings.tokenization.aside(NUM_THREADS)
+        self._leftovers.callback(tokenization.close)
+        library = Library(files, tokenization, facts)
+        policy = PinPolicy(limits, kv_bytes_per_token(model))
+        table = DocumentTable(self.database, limits, surroundings.clock)
+        preparing = Preparing(table, files, library, limits, max_tokens)
+        max_running = limits.max_running or max(1, num_prefill_pools)
+        runner = Runner(table, preparing, ingestor, policy, limits, max_running)
+        keeper = Keeper(table, files, library, ingestor, runner)
+        return Documents(
+            Parts(
+                table=table,
+                files=files,
+                library=library,
+                ingestor=ingestor,
+                policy=policy,
+                runner=runner,
+                keeper=keeper,
+                limits=limits,
+                max_tokens=max_tokens,
+                min_free_bytes=self.min_free_bytes,
+            )
+        )
+
+    def attach(self, server: LineServer) -> None:
+        """Who answers the lines of batches; before ``start``."""
+        self._batch_runner = BatchRunner(self.batches, server)
+
+    async def start(self) -> None:
+        """Go on with what an earlier process has left; before anything is taken in."""
+        await self.files.recover()
+        self._tasks = [asyncio.create_task(self._work())]
+        if self._batch_runner is not None:
+            self._tasks.append(asyncio.create_task(self._batch_runner.run()))
+
+    async def _work(self) -> None:
+        await self._recover()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.documents.runner.run())
+            tasks.create_task(self.documents.keeper.run())
+
+    async def _recover(self) -> None:
+        documents = self.documents
+        while True:
+            try:
+                await documents.table.claim()
+                await documents.keeper.recover()
+                await documents.keeper.tell_pins()
+                await documents.runner.recover()
+                return
+            except RequestError as error:  # a full disk: requests are served nevertheless
+                _log.error("documents wait: %s", error)
+                await asyncio.sleep(RECOVERY_PAUSE_S)
+
+    async def watch(self) -> None:
+        """Raises what a worker has died of: a bug, with which the process is to end."""
+        done, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+
+    async def stop(self) -> None:
+        """Abort what runs; it goes on when the next process starts. Who waits is told."""
+        self.documents.table.bell.close()
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        self._tasks = []
+
+    async def close(self) -> None:
+        """Stop, and close the database: nothing may be asked afterwards. Idempotent."""
+        await self.stop()
+        self._leftovers.close()
+
+
+def kv_bytes_per_token(model: ModelConfig) -> int:
+    """Of all layers, on all ranks together."""
+    width = DTYPE_BYTES.get(model.dtype, 2)
+    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * width

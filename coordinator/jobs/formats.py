@@ -1,0 +1,82 @@
+"""What an uploaded file is, before anything reads it. Pure.
+
+The name's ending and the first bytes must agree: a file that is not what it is called is refused
+with the reason. Archives are refused whatever they hold.
+"""
+
+from pathlib import PurePosixPath
+
+from protocol.errors import RequestError
+
+PLAIN, MARKDOWN, HTML, PDF = "text/plain", "text/markdown", "text/html", "application/pdf"
+MEDIA_TYPES = (PLAIN, MARKDOWN, HTML, PDF)
+HEAD_BYTES = 4096  # of a file, that tell what it is
+MAX_NAME_CHARS = 255
+_BY_ENDING = {
+    ".md": MARKDOWN,
+    ".markdown": MARKDOWN,
+    ".html": HTML,
+    ".htm": HTML,
+    ".xhtml": HTML,
+    ".pdf": PDF,
+}
+_FOREIGN = {  # first bytes, and what they begin
+    b"PK\x03\x04": "a zip archive, or a document packed in one",
+    b"PK\x05\x06": "an empty zip archive",
+    b"\x1f\x8b": "a gzip archive",
+    b"BZh": "a bzip2 archive",
+    b"\xfd7zXZ\x00": "an xz archive",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
+    b"Rar!": "a rar archive",
+    b"\x28\xb5\x2f\xfd": "a zstd archive",
+    b"\xd0\xcf\x11\xe0": "an old office document",
+    b"\x89PNG": "an image",
+    b"\xff\xd8\xff": "an image",
+    b"GIF8": "an image",
+    b"\x7fELF": "a program",
+    b"MZ\x90": "a program",
+    b"SQLite format 3": "a database",
+}
+_WIDE_MARKS = (b"\xff\xfe", b"\xfe\xff")  # UTF-16: its text is full of zero bytes
+
+
+def unprocessable(reason: str) -> RequestError:
+    """The document cannot be read as what it says it is."""
+    return RequestError(reason, code="unprocessable_document", param="source", status=422)
+
+
+def plain_name(name: str) -> str:
+    """A caller's file name to show: its last part, without anything that is not to be printed."""
+    last = name.replace("\\", "/").rsplit("/", 1)[-1]
+    return "".join(c for c in last if c.isprintable())[:MAX_NAME_CHARS]
+
+
+def identify(file_name: str, head: bytes, size_bytes: int) -> str:
+    """The media type of a file.
+
+    Args:
+        file_name: as the caller calls it; may be empty.
+        head: its first ``HEAD_BYTES``.
+        size_bytes: all of it.
+
+    Raises:
+        RequestError: ``unprocessable_document``: it is nothing that is read here.
+    """
+    if size_bytes == 0:
+        raise unprocessable("the file is empty: 0 bytes")
+    shown = file_name or "the file"
+    for start, what in _FOREIGN.items():
+        if head.startswith(start):
+            raise unprocessable(f"{shown} is {what}: send text, Markdown, HTML or PDF")
+    is_pdf = b"%PDF-" in head[:1024]
+    ending = PurePosixPath(file_name).suffix.lower()
+    by_name = _BY_ENDING.get(ending)
+    if is_pdf:
+        if by_name not in (PDF, None) or ending == ".txt":
+            raise unprocessable(f"{shown} is a PDF, whatever its name says: call it .pdf")
+        return PDF
+    if by_name == PDF:
+        raise unprocessable(f"{shown} is no PDF: it does not begin as one")
+    if b"\0" in head and not head.startswith(_WIDE_MARKS):
+        raise unprocessable(f"{shown} is no text: it has zero bytes")
+    return by_name or PLAIN

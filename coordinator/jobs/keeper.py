@@ -1,0 +1,210 @@
+"""Watches over documents that are not being made: once a second, and when there is a deletion.
+
+1. A pin whose time is over is taken off, with an event; a document whose deadline is over, ended.
+2. Ready documents are looked at in turns: one that has lost blocks is evicted, and says so.
+3. Of deleted documents the KV is forgotten that no other document shares, then the files go.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+import msgspec
+
+from coordinator.jobs.document import Change, Document, Event, Pin, stepped
+from coordinator.jobs.document_files import DocumentFiles
+from coordinator.jobs.document_table import DocumentTable
+from coordinator.jobs.ingestor import Ingestor
+from coordinator.jobs.library import Library
+from coordinator.jobs.runner import Runner
+from coordinator.jobs.states import PENDING, USABLE, State, Step
+from protocol.errors import IllegalTransition, RequestError
+
+TICK_S = 1.0
+RECOVERY_S = 5.0  # that a caller waits for it
+NUM_LOOKED_AT = 8  # ready documents at each tick
+
+_log = logging.getLogger(__name__)
+
+
+class Keeper:
+    """See the module's docstring.
+
+    Args:
+        table: of the documents.
+        files: of the documents.
+        library: has their hashes.
+        ingestor: has their blocks.
+        runner: is told of a document that has expired.
+    """
+
+    def __init__(
+        self,
+        table: DocumentTable,
+        files: DocumentFiles,
+        library: Library,
+        ingestor: Ingestor,
+        runner: Runner,
+    ) -> None:
+        self._table = table
+        self._files = files
+        self._library = library
+        self._ingestor = ingestor
+        self._runner = runner
+        self.recovered = asyncio.Event()
+        self._last_seen = ""
+        self._wakeup = asyncio.Event()
+
+    def wake(self) -> None:
+        """There is something to put away."""
+        self._wakeup.set()
+
+    async def recover(self) -> None:
+        """After a start: strangers' files and other models' KV are given up."""
+        known = await self._table.ids()
+        await asyncio.to_thread(self._files.sweep, known)
+        for document in await self._table.with_states(frozenset({State.READY})):
+            if not self._library.is_current(document):
+                await self._evict(document, "model_changed")
+        self.recovered.set()
+
+    async def wait_recovered(self) -> None:
+        """Nothing may be taken in before: its files would be taken for strangers'.
+
+        Raises:
+            RequestError: ``starting``, when it takes too long.
+        """
+        try:
+            async with asyncio.timeout(RECOVERY_S):
+                await self.recovered.wait()
+        except TimeoutError as error:
+            raise RequestError("the server is starting", code="starting", status=503) from error
+
+    async def tell_pins(self) -> None:
+        """After a start: what is pinned is kept from the beginning."""
+        for document in await self._table.pinned_documents():
+            if document.state in USABLE:
+                await self.tell_pin(document)
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            self._wakeup.clear()
+            try:
+                await self.tick()
+            except RequestError as error:  # a full disk: at the next tick there may be room
+                _log.warning("documents are not looked after: %s", error)
+            try:
+                async with asyncio.timeout(TICK_S):
+                    await self._wakeup.wait()
+            except TimeoutError:
+                continue
+
+    async def tick(self) -> None:
+        """Everything that is due."""
+        await self._expire()
+        await self._put_away()
+        if self._ingestor.is_ready:  # else nobody knows what is stored
+            await self._look()
+
+    async def tell_pin(self, document: Document) -> None:
+        """The ingestor keeps what the document's pin says, from now on."""
+        if not document.pin.is_set or not self._library.has_tokens(document):
+            self._ingestor.unpin(document.document_id)
+            return
+        prompt = await self._library.prompt(document)
+        self._ingestor.pin(document.document_id, prompt.block_hashes, document.pin.mode)
+
+    async def _expire(self) -> None:
+        now = self._table.clock()
+        for document in await self._table.due(now):
+            document_id = document.document_id
+            if 0 < document.pin.expires_at <= now:
+                await self._change(document_id, lambda found: _without_pin(found, now))
+                self._ingestor.unpin(document_id)
+            is_pending = document.state in PENDING
+            if is_pending and document.deadline is not None and document.deadline <= now:
+                await self._change(document_id, lambda found: stepped(found, Step.EXPIRE))
+                await self._runner.abort(document_id)
+                self._ingestor.unpin(document_id)
+
+    async def _look(self) -> None:
+        ready = await self._table.with_states(
+            frozenset({State.READY}), limit=NUM_LOOKED_AT, after=self._last_seen or " "
+        )
+        self._last_seen = ready[-1].document_id if len(ready) == NUM_LOOKED_AT else ""
+        for document in ready:
+            await self.check_blocks(document)
+
+    async def check_blocks(self, document: Document) -> Document:
+        """The document, evicted if blocks of it are gone."""
+        if document.state is not State.READY or not self._ingestor.is_ready:
+            return document
+        if not self._library.is_current(document):
+            return await self._evict(document, "model_changed")
+        prompt = await self._library.prompt(document)
+        num_stored = self._ingestor.num_stored_blocks(prompt.block_hashes)
+        if num_stored >= len(prompt.block_hashes):
+            return document
+        missed = (len(prompt.block_hashes) - num_stored) * self._library.facts.block_size
+        _log.info("%s: %d tokens were evicted", document.document_id, missed)
+        reason = "expired" if document.pin.has_expired else "evicted"
+        return await self._evict(document, reason, missed_tokens=missed)
+
+    async def _evict(self, document: Document, reason: str, **more: int) -> Document:
+        warning = Event("warning", {"code": reason, "message": "its KV has gone", **more})
+
+        def work(found: Document) -> Change:
+            change = stepped(found, Step.EVICT)
+            return Change(change.document, (warning, *change.events))
+
+        return await self._change(document.document_id, work) or document
+
+    async def _put_away(self) -> None:
+        for document in await self._table.deletions():
+            await self._runner.abort(document.document_id)
+            self._ingestor.unpin(document.document_id)
+            await self._forget_blocks(document)
+            await asyncio.to_thread(self._files.remove, document.document_id)
+            self._library.forget(document.document_id)
+            await self._table.finish_deletion(document.document_id)
+
+    async def _forget_blocks(self, document: Document) -> None:
+        """Chained hashes: what it shares with another document is a common beginning."""
+        if not document.first_hash or not self._library.has_tokens(document):
+            return
+        try:
+            hashes = (await self._library.prompt(document)).block_hashes
+        except RequestError as error:  # without its tokens nobody can name its blocks
+            _log.warning("%s: %s", document.document_id, error)
+            return
+        num_shared = 0
+        for other in await self._table.sharing(document.first_hash):
+            if self._library.has_tokens(other):
+                theirs = (await self._library.prompt(other)).block_hashes
+                num_shared = max(num_shared, _num_common(hashes, theirs))
+        await self._ingestor.forget(hashes[num_shared:])
+
+    async def _change(
+        self, document_id: str, work: Callable[[Document], Change]
+    ) -> Document | None:
+        try:
+            return await self._table.change(document_id, work)
+        except (IllegalTransition, RequestError) as error:  # it was faster, or is deleted
+            _log.info("%s: %s", document_id, error)
+            return None
+
+
+def _without_pin(document: Document, now: float) -> Change:
+    if not 0 < document.pin.expires_at <= now:  # it was extended meanwhile
+        return Change(document)
+    pin = Pin(tier=document.pin.tier, has_expired=True)
+    event = Event("expired", {"pin": document.pin.describe()})
+    return Change(msgspec.structs.replace(document, pin=pin), (event,))
+
+
+def _num_common(hashes: tuple[bytes, ...], others: tuple[bytes, ...]) -> int:
+    for number, (own, other) in enumerate(zip(hashes, others, strict=False)):
+        if own != other:
+            return number
+    return min(len(hashes), len(others))

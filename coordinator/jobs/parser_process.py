@@ -1,0 +1,82 @@
+"""The process that reads an uploaded file, seen from the coordinator.
+
+It gets an open file and an open place for its text, limits on memory, processor time and output,
+and a deadline. Whatever becomes of it, it has ended when ``extract`` returns, and its output is
+under its name only if it is whole.
+"""
+
+import asyncio
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+from coordinator.config import JobLimits
+from coordinator.jobs.database import insufficient_storage
+from coordinator.jobs.formats import unprocessable
+from coordinator.jobs.parse import UNREADABLE, UNWRITABLE
+from protocol.errors import BatonError
+
+MAX_REASON_BYTES = 2000
+
+
+class ParserCrashed(BatonError):
+    """The process died, or did not end. The message says how."""
+
+
+async def extract(source: Path, text: Path, media_type: str, limits: JobLimits) -> None:
+    """Make the file ``text`` out of ``source``.
+
+    Args:
+        source: the uploaded file.
+        text: appears when it is whole and on the disk.
+        media_type: as it was identified.
+        limits: of the process.
+
+    Raises:
+        RequestError: ``unprocessable_document``, with the reason.
+        ParserCrashed: see there.
+    """
+    new = text.with_name(f"{text.name}.new")
+    try:
+        with source.open("rb") as input_, new.open("wb") as output:
+            await _run(media_type, limits, input_.fileno(), output.fileno())
+            await asyncio.to_thread(os.fsync, output.fileno())
+        new.replace(text)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+async def _run(media_type: str, limits: JobLimits, input_: int, output: int) -> None:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-P", "-m", "coordinator.jobs.parse", media_type),
+        *(str(limits.parse_memory_bytes), str(int(limits.parse_timeout_s) + 1)),
+        str(limits.max_text_bytes),
+        stdin=input_,
+        stdout=output,
+        stderr=asyncio.subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert process.stderr is not None
+    try:
+        async with asyncio.timeout(limits.parse_timeout_s):
+            said = b""
+            while piece := await process.stderr.read(1 << 16):
+                said = (said + piece)[-MAX_REASON_BYTES:]
+            code = await process.wait()
+    except TimeoutError as error:
+        raise ParserCrashed(f"no end after {limits.parse_timeout_s:.0f} s") from error
+    finally:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+    if code == UNREADABLE:
+        raise unprocessable(said.decode("utf-8", "replace").strip())
+    if code == UNWRITABLE:
+        raise insufficient_storage("the disk is full")
+    if code < 0:
+        raise ParserCrashed(f"killed by signal {-code}")
+    if code:
+        lines = said.decode("utf-8", "replace").strip().splitlines() or ["it said nothing"]
+        raise ParserCrashed(f"exit code {code}: {lines[-1][:200]}")

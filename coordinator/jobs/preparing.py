@@ -1,0 +1,100 @@
+"""From a document's source to its tokens, on the disk and in the database.
+
+An uploaded file is read in a process of its own. When that dies, once is taken to be bad luck; a
+file that has killed it as often as is allowed is quarantined.
+"""
+
+import logging
+from collections.abc import Callable
+
+import msgspec
+
+from coordinator.config import JobLimits
+from coordinator.jobs.document import Change, Document, Event
+from coordinator.jobs.document_files import SOURCE, TEXT, DocumentFiles
+from coordinator.jobs.document_table import DocumentTable
+from coordinator.jobs.library import Library, check_size
+from coordinator.jobs.parser_process import ParserCrashed, extract
+from protocol.errors import RequestError
+
+_log = logging.getLogger(__name__)
+
+
+class Preparing:
+    """Makes tokens.
+
+    Args:
+        table: of the documents.
+        files: of the documents.
+        library: encodes.
+        limits: of the process that reads files.
+        max_tokens: of the largest document that can be asked about now.
+    """
+
+    def __init__(
+        self,
+        table: DocumentTable,
+        files: DocumentFiles,
+        library: Library,
+        limits: JobLimits,
+        max_tokens: Callable[[], int],
+    ) -> None:
+        self.library = library
+        self._table = table
+        self._files = files
+        self._limits = limits
+        self._max_tokens = max_tokens
+
+    async def prepare(self, document: Document) -> Document:
+        """The document with its tokens.
+
+        Raises:
+            RequestError: it has none that can be computed.
+        """
+        if self.library.has_tokens(document):
+            check_size(document.num_tokens, self._max_tokens())
+            return document
+        if document.kind == "file" and not self._files.has(document.document_id, TEXT):
+            await self._parse(document)
+        prompt = await self.library.encode(document, self._max_tokens())
+        self._files.remove(document.document_id, SOURCE)
+        facts = self.library.facts
+        values = {
+            "model": facts.name,
+            "fingerprint": facts.fingerprint,
+            "block_size": facts.block_size,
+            "num_tokens": len(prompt.token_ids),
+            "first_hash": prompt.block_hashes[0].hex() if prompt.block_hashes else "",
+        }
+        return await self._table.change(
+            document.document_id, lambda found: Change(msgspec.structs.replace(found, **values))
+        )
+
+    async def _parse(self, document: Document) -> None:
+        document_id = document.document_id
+        source = self._files.path(document_id, SOURCE)
+        while True:
+            try:
+                text = self._files.path(document_id, TEXT)
+                return await extract(source, text, document.media_type, self._limits)
+            except ParserCrashed as error:
+                _log.warning("%s: the parser crashed: %s", document_id, error)
+                document = await self._table.change(document_id, _crashed(str(error)))
+                if document.num_parse_crashes >= self._limits.parse_attempts:
+                    raise RequestError(
+                        f"reading this file has killed the parser "
+                        f"{document.num_parse_crashes} times: {error}",
+                        code="quarantined",
+                        param="source",
+                        status=422,
+                    ) from error
+
+
+def _crashed(how: str) -> Callable[[Document], Change]:
+    warning = Event("warning", {"code": "parser_crashed", "message": f"the parser died: {how}"})
+
+    def work(document: Document) -> Change:
+        number = document.num_parse_crashes + 1
+        return Change(msgspec.structs.replace(document, num_parse_crashes=number), (warning,))
+
+    return work

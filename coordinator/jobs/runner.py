@@ -1,0 +1,231 @@
+"""Does the work of the documents, a few at a time, and goes on wherever it was interrupted.
+
+1. After a start, what was being worked on is queued again: nothing of it is known but the database.
+2. A document is taken by priority, then age. Its attempt is counted before the work begins.
+3. Its source is parsed (in another process) and encoded; the next document is encoded meanwhile.
+4. Its KV is computed segment by segment from the longest stored prefix on; each segment that
+   returns is durable, and is written down.
+5. When every block is seen to be stored it is ready, and its pin begins.
+6. What the cluster cannot do at the moment is tried again, later each time, for as long as it
+   takes; anything else fails the document.
+"""
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+from coordinator.config import JobLimits
+from coordinator.jobs import states
+from coordinator.jobs.document import Change, Document, Event, Failure, Live, stepped
+from coordinator.jobs.document_table import DocumentTable
+from coordinator.jobs.ingestor import TRY_AGAIN, Ingestor
+from coordinator.jobs.pins import PinPolicy
+from coordinator.jobs.preparing import Preparing
+from coordinator.jobs.segments import Segments
+from coordinator.jobs.states import State, Step
+from protocol.errors import IllegalTransition, RequestError
+
+TICK_S = 0.25  # the cluster's readiness is looked at so often while something waits for it
+
+_log = logging.getLogger(__name__)
+
+
+class Runner:
+    """The one that works on documents.
+
+    Args:
+        table: of the documents.
+        preparing: makes tokens of sources.
+        ingestor: makes KV of tokens.
+        policy: of pins.
+        limits: how many at a time, how long between tries.
+        max_running: documents that are computed at one time.
+    """
+
+    def __init__(
+        self,
+        table: DocumentTable,
+        preparing: Preparing,
+        ingestor: Ingestor,
+        policy: PinPolicy,
+        limits: JobLimits,
+        max_running: int,
+    ) -> None:
+        self._table = table
+        self._preparing = preparing
+        self._ingestor = ingestor
+        self._policy = policy
+        self._limits = limits
+        self._max_running = max_running
+        self._segments = Segments(table, ingestor, limits, preparing.library)
+        self._slots = asyncio.Semaphore(max_running)
+        self._work: dict[str, asyncio.Task[None]] = {}
+        self._not_before: dict[str, float] = {}  # monotonic
+        self._num_retries: dict[str, int] = {}
+        self._buggy: list[str] = []  # that are still to be failed
+        self._wakeup = asyncio.Event()
+
+    @property
+    def num_running(self) -> int:
+        return len(self._work)
+
+    def live(self, document_id: str) -> Live | None:
+        """How a running document stands right now."""
+        return self._segments.live.get(document_id)
+
+    def wake(self) -> None:
+        """There may be something to do."""
+        self._wakeup.set()
+
+    async def recover(self) -> None:
+        """Queue what a process that has ended was working on; before ``run``."""
+        for document in await self._table.with_states(states.WORKING):
+            if self._has_killed_us(document):
+                await self._fail(document.document_id, _quarantined(document.num_crashes + 1))
+                continue
+            num_crashes = document.num_crashes + (0 if document.num_tokens else 1)
+            await self._end_attempt(document.document_id, Step.REQUEUE, num_crashes=num_crashes)
+
+    async def run(self) -> None:
+        """Work until cancelled; then what runs is aborted, and stays in the database as it is."""
+        try:
+            while True:
+                self._wakeup.clear()
+                timeout_s = await self._dispatch()
+                try:
+                    async with asyncio.timeout(timeout_s):
+                        await self._wakeup.wait()
+                except TimeoutError:
+                    continue
+        finally:
+            for task in self._work.values():
+                task.cancel()
+            await asyncio.gather(*self._work.values(), return_exceptions=True)
+
+    async def abort(self, document_id: str) -> None:
+        """Stop working on a document, everywhere; returns when nothing of it goes on."""
+        task = self._work.get(document_id)
+        if task is not None:
+            task.cancel()
+            await asyncio.wait({task})
+        self._forget(document_id)
+
+    async def _dispatch(self) -> float | None:
+        """Begin what can begin now; after how long to look again, if nobody will tell."""
+        while self._buggy:
+            await self._fail(self._buggy.pop(), Failure("internal_error", "internal error"))
+        # One more than is computed: its source is read and encoded meanwhile.
+        room = self._max_running + 1 - len(self._work)
+        if room <= 0:
+            return None
+        # What could not be written when an attempt ended, for want of room on the disk.
+        lost = [d for d in await self._table.with_states(states.WORKING) if self._is_idle(d)]
+        for document in lost:
+            await self._end_attempt(document.document_id, Step.REQUEUE)
+        limit = room + len(self._work) + len(self._not_before)
+        queued = await self._table.with_states(frozenset({State.QUEUED}), limit=limit)
+        queued = [document for document in queued if self._is_idle(document)]
+        if not self._ingestor.is_ready:
+            return TICK_S if queued or lost else None
+        now = time.monotonic()
+        due = [d for d in queued if self._not_before.get(d.document_id, 0.0) <= now]
+        for document in due[:room]:
+            name = document.document_id
+            self._work[name] = task = asyncio.create_task(self._attempt(name), name=name)
+            task.add_done_callback(self._ended)
+        later = [self._not_before[d.document_id] for d in queued if d not in due]
+        if lost:
+            return TICK_S
+        return max(0.0, min(later) - now) if later else None
+
+    def _is_idle(self, document: Document) -> bool:
+        return document.document_id not in self._work
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._work.pop(task.get_name(), None)
+        self._segments.live.pop(task.get_name(), None)
+        error = None if task.cancelled() else task.exception()
+        if error is not None:  # other documents go on as ever
+            _log.error("%s failed by a bug", task.get_name(), exc_info=error)
+            self._buggy.append(task.get_name())
+        self.wake()
+
+    def _forget(self, document_id: str) -> None:
+        self._not_before.pop(document_id, None)
+        self._num_retries.pop(document_id, None)
+
+    def _has_killed_us(self, document: Document) -> bool:
+        is_reading = document.state is State.TOKENIZING and not document.num_tokens
+        return is_reading and document.num_crashes + 1 >= self._limits.max_crashes
+
+    # -- one attempt -------------------------------------------------------------------------------
+
+    async def _attempt(self, document_id: str) -> None:
+        try:
+            await self._make(document_id)
+            self._forget(document_id)
+        except IllegalTransition as error:  # it was cancelled or has expired meanwhile
+            _log.info("%s: %s", document_id, error)
+        except RequestError as error:
+            await self._on_error(document_id, error)
+
+    async def _on_error(self, document_id: str, error: RequestError) -> None:
+        if error.code in TRY_AGAIN or error.code == "insufficient_storage":
+            await self._retry(document_id, error)
+        elif error.code != "document_not_found":  # else it was deleted meanwhile
+            await self._fail(document_id, Failure.of(error))
+
+    async def _make(self, document_id: str) -> None:
+        document = await self._table.change(
+            document_id, lambda d: stepped(d, Step.START, attempt=d.attempt + 1, error=None)
+        )
+        document = await self._preparing.prepare(document)
+        async with self._slots:
+            document = await self._table.change(
+                document_id,
+                lambda d: stepped(d, Step.TOKENIZED, num_crashes=0),
+                lambda d, pinned: self._policy.check(d.pin, d.num_tokens, pinned),
+            )
+            # Whoever gets on is tried again soon.
+            await self._segments.compute(document, lambda: self._num_retries.pop(document_id, None))
+
+    async def _retry(self, document_id: str, error: RequestError) -> None:
+        number = self._num_retries.get(document_id, 0)
+        self._num_retries[document_id] = number + 1
+        delay_s = min(self._limits.max_retry_s, self._limits.retry_s * 2 ** min(number, 16))
+        self._not_before[document_id] = time.monotonic() + delay_s
+        data = {"code": error.code, "message": error.message, "retry_in_s": delay_s}
+        _log.warning("%s: %s; tried again in %.1f s", document_id, error.message, delay_s)
+        await self._end_attempt(document_id, Step.REQUEUE, Event("warning", data))
+
+    async def _fail(self, document_id: str, failure: Failure) -> None:
+        _log.warning("%s failed: %s", document_id, failure.message)
+        await self._end_attempt(document_id, Step.FAIL, error=failure)
+        self._ingestor.unpin(document_id)
+        self._forget(document_id)
+
+    async def _end_attempt(
+        self,
+        document_id: str,
+        step: Step,
+        *events: Event,
+        **changes: Any,  # noqa: ANN401 - any field
+    ) -> None:
+        """Take a step, unless the document was ended or deleted by its owner meanwhile."""
+
+        def work(document: Document) -> Change:
+            change = stepped(document, step, **changes)
+            return Change(change.document, (*events, *change.events))
+
+        try:
+            await self._table.change(document_id, work)
+        except (IllegalTransition, RequestError) as error:
+            _log.info("%s: %s", document_id, error)
+
+
+def _quarantined(num_crashes: int) -> Failure:
+    return Failure(
+        "quarantined",
+        f"the server has ended {num_crashes} times while it read this document",
+    )

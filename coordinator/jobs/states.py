@@ -1,0 +1,73 @@
+"""The states of a document. Pure; the table is all there is.
+
+QUEUED --start--> TOKENIZING --tokenized--> PREFILLING --computed--> STORING --stored--> READY
+READY --evict--> EVICTED --rewarm--> QUEUED. What cannot go on for now is queued again.
+An end may come at any time: FAILED and CANCELLED may be resumed, EXPIRED may not.
+"""
+
+import enum
+
+from protocol.errors import IllegalTransition
+
+
+class State(enum.Enum):
+    QUEUED = "queued"
+    TOKENIZING = "tokenizing"  # its source is read, and encoded
+    PREFILLING = "prefilling"  # its KV is computed, segment by segment
+    STORING = "storing"  # everything is computed; it is seen to lie where it was promised
+    READY = "ready"
+    EVICTED = "evicted"  # it can be asked still, but what is missing is computed anew
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"  # its deadline came first
+
+
+class Step(enum.Enum):
+    START = "start"
+    TOKENIZED = "tokenized"
+    COMPUTED = "computed"
+    STORED = "stored"
+    LOSE_BLOCKS = "lose_blocks"  # some of what was stored has gone meanwhile
+    REQUEUE = "requeue"  # it cannot go on for now, or the process that worked on it has ended
+    EVICT = "evict"
+    REWARM = "rewarm"
+    RESUME = "resume"
+    FAIL = "fail"
+    CANCEL = "cancel"
+    EXPIRE = "expire"
+
+
+WORKING = frozenset({State.TOKENIZING, State.PREFILLING, State.STORING})
+PENDING = WORKING | {State.QUEUED}  # something is still to be done, without anybody's asking
+FINAL = frozenset({State.FAILED, State.CANCELLED, State.EXPIRED})
+USABLE = frozenset({State.READY, State.EVICTED})  # a question may name it
+
+TABLE: dict[tuple[State, Step], State] = {
+    (State.QUEUED, Step.START): State.TOKENIZING,
+    (State.TOKENIZING, Step.TOKENIZED): State.PREFILLING,
+    (State.PREFILLING, Step.COMPUTED): State.STORING,
+    (State.STORING, Step.STORED): State.READY,
+    (State.STORING, Step.LOSE_BLOCKS): State.PREFILLING,
+    (State.TOKENIZING, Step.REQUEUE): State.QUEUED,
+    (State.PREFILLING, Step.REQUEUE): State.QUEUED,
+    (State.STORING, Step.REQUEUE): State.QUEUED,
+    (State.READY, Step.EVICT): State.EVICTED,
+    (State.EVICTED, Step.REWARM): State.QUEUED,
+    (State.FAILED, Step.RESUME): State.QUEUED,
+    (State.CANCELLED, Step.RESUME): State.QUEUED,
+    **{(state, Step.FAIL): State.FAILED for state in State if state in PENDING},
+    **{(state, Step.CANCEL): State.CANCELLED for state in State if state in PENDING},
+    **{(state, Step.EXPIRE): State.EXPIRED for state in State if state in PENDING},
+}
+
+
+def advance(state: State, step: Step) -> State:
+    """The state after ``step``.
+
+    Raises:
+        IllegalTransition: the table does not have it.
+    """
+    following = TABLE.get((state, step))
+    if following is None:
+        raise IllegalTransition(f"a document: {step.value} while {state.value}")
+    return following

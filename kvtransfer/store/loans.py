@@ -1,0 +1,204 @@
+"""Loans: blocks that other pools read from a store, after they have come up from disk. Pure.
+
+The life of a loan
+1. ``ask``: a pool names the blocks that it wants by their hashes. If one is not here the loan is
+   refused; if there is no room to bring them up, it waits.
+2. Those in memory are shared, the others are read from their packs into blocks of their own.
+3. When the disk has answered for all of them they are handed over like a prefix, all layers at
+   once. A pack that turns out damaged is given up, and the loan is refused.
+4. ``on_closed``: nobody reads any more. The blocks stay in memory until others need the room.
+
+A loan that nobody ends is closed after ``LOAN_TIMEOUT_S``.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from kvcache.blocks import BlockPool
+from kvcache.tiers.index import PackIndex
+from kvtransfer.events import CloseSource, Command, FetchAsked, RefuseFetch, ServeBlocks
+from kvtransfer.store.jobs import DiskJob, PackRead, ReadPack
+from kvtransfer.store.states import LOAN, Change, State, advance
+from kvtransfer.store.writing import Key, WriteBehind
+from protocol.kv import BlockRef
+
+LOAN_TIMEOUT_S = 60.0
+GONE = "the store does not hold all of it any more"
+
+
+@dataclass(slots=True, eq=False)
+class Loan:
+    """One fetch by another pool."""
+
+    asked: FetchAsked
+    hashes: tuple[bytes, ...]
+    since: float
+    state: State = State.QUEUED
+    blocks: list[BlockRef] = field(default_factory=list)
+    loading: dict[int, tuple[str, list[int]]] = field(default_factory=dict)  # reads under way
+    error: str = ""
+    is_closing: bool = False
+
+    @property
+    def key(self) -> Key:
+        return (self.asked.request_id, self.asked.attempt)
+
+    @property
+    def to(self) -> tuple[str, int, str, int]:
+        return (*self.key, self.asked.target_pool_id, self.asked.target_epoch)
+
+
+class Loans:
+    """The loans under way.
+
+    Args:
+        pool: the store's memory.
+        index: the store's disk.
+        writing: gives up damaged packs.
+    """
+
+    def __init__(self, pool: BlockPool, index: PackIndex, writing: WriteBehind) -> None:
+        self._pool = pool
+        self._index = index
+        self._writing = writing
+        self._loans: dict[Key, Loan] = {}
+        self._reads: dict[int, Loan] = {}
+        self._num_jobs = 0
+        self._jobs: list[DiskJob] = []
+        self._commands: list[Command] = []
+        self.num_loaded_blocks = 0
+        self.num_lent_blocks = 0
+        self.num_damaged = 0
+
+    def __len__(self) -> int:
+        return len(self._loans)
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._loans
+
+    def ask(self, event: FetchAsked, hashes: Sequence[bytes], now: float) -> None:
+        """A pool wants these; a duplicate changes nothing."""
+        loan = Loan(event, tuple(hashes), now)
+        if loan.key in self._loans:
+            return
+        if len(hashes) != len(event.owners) or not hashes:
+            self._commands.append(RefuseFetch(*loan.to, "its blocks are not named by their hashes"))
+            return
+        self._loans[loan.key] = loan
+        self.go_on(now)
+
+    def go_on(self, now: float) -> None:
+        """Begin those for which there is room, in the order of their asking."""
+        for loan in list(self._loans.values()):
+            if loan.state is State.QUEUED and not self._load(loan, now):
+                return
+
+    def _load(self, loan: Loan, now: float) -> bool:
+        """Whether it is under way or over; False while it waits for room."""
+        found = [self._pool.find(block_hash) for block_hash in loan.hashes]
+        missing = [h for h, ref in zip(loan.hashes, found, strict=True) if ref is None]
+        if any(h not in self._index for h in missing):
+            self._end(loan, Change.END, GONE)
+            return True
+        if len(loan.hashes) > self._pool.num_blocks:
+            self._end(loan, Change.END, "it is larger than the store's memory")
+            return True
+        shared = [ref for ref in found if ref is not None]
+        self._pool.share(shared)
+        if not self._pool.can_allocate(len(missing)):
+            self._pool.release(shared)
+            return False
+        new = iter(self._pool.allocate(len(missing)))
+        loan.blocks = [next(new) if ref is None else ref for ref in found]
+        loan.state = advance(LOAN, loan.state, Change.LOAD)
+        self._read(loan, [index for index, ref in enumerate(found) if ref is None], now)
+        if not loan.loading:
+            self._serve(loan)
+        return True
+
+    def _read(self, loan: Loan, positions: list[int], now: float) -> None:
+        """Have what is missing read, one job for each pack."""
+        by_pack: dict[str, list[int]] = {}
+        for position in positions:
+            place = self._index.find(loan.hashes[position])
+            assert place is not None, "it was looked for"
+            by_pack.setdefault(place[0], []).append(position)
+        for name, wanted in by_pack.items():
+            self._num_jobs += 1
+            places = [self._index.find(loan.hashes[position]) for position in wanted]
+            indices = tuple(place[1] for place in places if place is not None)
+            blocks = tuple(loan.blocks[position] for position in wanted)
+            self._jobs.append(ReadPack(self._num_jobs, name, indices, blocks))
+            self._reads[self._num_jobs] = loan
+            self._index.pack(name).num_readers += 1
+            loan.loading[self._num_jobs] = (name, wanted)
+        self._index.hit(by_pack, now)
+
+    def on_read(self, done: PackRead) -> None:
+        """The disk has answered: nothing lands in those blocks any more."""
+        loan = self._reads.pop(done.number)
+        name, positions = loan.loading.pop(done.number)
+        self._index.pack(name).num_readers -= 1
+        if done.error:
+            self.num_damaged += 1
+            loan.error = loan.error or done.error
+            if not self._index.pack(name).num_readers:
+                self._writing.delete([name])
+        else:
+            self.num_loaded_blocks += len(positions)
+            for position in positions:
+                self._pool.set_hash(loan.blocks[position], loan.hashes[position])
+        if loan.loading:
+            return
+        if loan.error or loan.is_closing:
+            self._end(loan, Change.END, loan.error or "it was closed")
+        else:
+            self._serve(loan)
+
+    def _serve(self, loan: Loan) -> None:
+        loan.state = advance(LOAN, loan.state, Change.LOADED)
+        self._pool.begin_transfer(loan.blocks)
+        self.num_lent_blocks += len(loan.blocks)
+        asked = loan.asked
+        serve = ServeBlocks(*loan.to, asked.first_logical, tuple(loan.blocks), asked.owners)
+        self._commands.append(serve)
+
+    def close(self, key: Key) -> None:
+        """It is not wanted any more. Idempotent."""
+        loan = self._loans.get(key)
+        if loan is None or loan.is_closing:
+            return
+        loan.is_closing = True
+        if loan.state is State.QUEUED:
+            self._end(loan, Change.END, "it was closed")
+        elif loan.state is State.SERVING:
+            self._commands.append(CloseSource(*key))
+
+    def on_closed(self, key: Key) -> None:
+        """Nobody reads from its blocks any more."""
+        loan = self._loans.get(key)
+        if loan is not None and loan.state is State.SERVING:
+            self._pool.end_transfer(loan.blocks)
+            self._end(loan, Change.CLOSED, "")
+
+    def tick(self, now: float) -> None:
+        """Close what nobody ends."""
+        for loan in list(self._loans.values()):
+            if now - loan.since > LOAN_TIMEOUT_S:
+                self.close(loan.key)
+
+    def _end(self, loan: Loan, change: Change, refusal: str) -> None:
+        loan.state = advance(LOAN, loan.state, change)
+        self._pool.release(loan.blocks)
+        loan.blocks = []
+        del self._loans[loan.key]
+        if refusal:
+            self._commands.append(RefuseFetch(*loan.to, refusal))
+
+    def take_jobs(self) -> list[DiskJob]:
+        jobs, self._jobs = self._jobs, []
+        return jobs
+
+    def take_commands(self) -> list[Command]:
+        commands, self._commands = self._commands, []
+        return commands

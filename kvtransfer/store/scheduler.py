@@ -1,0 +1,346 @@
+"""What a store does next: KV comes in, goes to disk, comes up again and is lent. Pure.
+
+The life of a deposit
+1. ``Reserve``, exactly as a decode pool gets it, or ``Collect``, queues it. When there is room it
+   gets blocks for what is not on disk, the hand-off is opened, and then the ``Ticket`` is given: a
+   prefill pool hands its KV over while it computes. For a ``Collect`` the pool that has the KV is
+   asked for it.
+2. ``TargetCommitted``: the full blocks are the store's, under their hashes, and are written behind
+   (writing.py). ``Stored`` is said when all of them are durable, then ``Released``.
+3. What arrived in full of a hand-off that broke, or was aborted, is kept as well: the next attempt
+   goes on from there.
+
+Whoever wants KV asks for it by hash (loans.py): a decode pool before it computes a prompt, a
+prefill pool that goes on where another one ended.
+"""
+
+from dataclasses import dataclass
+
+from kvcache.blocks import BlockPool
+from kvcache.tiers.index import PackIndex
+from kvtransfer.events import (
+    CloseTarget,
+    Command,
+    ControlReceived,
+    Event,
+    FetchAsked,
+    FromDisk,
+    HandoffBroken,
+    SendControl,
+    SourceClosed,
+    TargetClosed,
+    TargetCommitted,
+    TargetIsOpen,
+)
+from kvtransfer.store.deposit import Deposit
+from kvtransfer.store.jobs import DiskJob, PackRead, PackWritten
+from kvtransfer.store.loans import Loans
+from kvtransfer.store.states import Change, State
+from kvtransfer.store.writing import Key, WriteBehind
+from protocol.ended import EndedAttempts
+from protocol.messages import (
+    Abort,
+    Ask,
+    BlockCounts,
+    CacheUpdate,
+    Collect,
+    Committed,
+    Forget,
+    Pin,
+    Released,
+    RequestFailed,
+    Reserve,
+    Stored,
+    Ticket,
+    ToCoordinator,
+    ToRank,
+)
+
+HOST, DISK = "cpu", "disk"
+STORAGE_FULL = "insufficient_storage"
+
+
+@dataclass(frozen=True, slots=True)
+class StoreFacts:
+    """A store, as its scheduler needs to know it."""
+
+    block_size: int
+    block_bytes: int  # of one block, all layers
+    pack_blocks: int
+    model_fingerprint: str
+
+
+class StoreScheduler:
+    """The decisions of a store.
+
+    Args:
+        pool: its memory; blocks with a hash and without an owner make room for others.
+        index: its disk.
+        facts: what never changes.
+    """
+
+    def __init__(self, pool: BlockPool, index: PackIndex, facts: StoreFacts) -> None:
+        self._pool = pool
+        self._index = index
+        self._facts = facts
+        self._writing = WriteBehind(pool, index, facts.block_bytes, facts.pack_blocks)
+        self._loans = Loans(pool, index, self._writing)
+        self._deposits: dict[Key, Deposit] = {}  # in order of arrival
+        self._ended = EndedAttempts()
+        self._commands: list[Command] = []
+
+    # -- in ----------------------------------------------------------------------------------------
+
+    def on_event(self, event: Event, now: float) -> None:
+        """Take note of a message, of what became of a hand-off, or of what the disk has done."""
+        match event:
+            case ControlReceived(message):
+                self._on_message(message)
+            case TargetIsOpen() | TargetCommitted() | TargetClosed():
+                self._on_target(event, now)
+            case HandoffBroken(side="target"):
+                self._on_broken(event)
+            case FetchAsked():
+                self._loans.ask(event, self._wanted(event), now)
+            case SourceClosed():
+                self._loans.on_closed((event.request_id, event.attempt))
+                self._say_released((event.request_id, event.attempt))
+            case HandoffBroken(side="source"):
+                self._loans.close((event.request_id, event.attempt))
+            case FromDisk(PackWritten() as done):
+                self._on_written(done, now)
+            case FromDisk(PackRead() as done):
+                self._loans.on_read(done)
+
+    def _on_message(self, message: ToRank) -> None:
+        match message:
+            case Reserve() | Collect():
+                self._on_deposit(message)
+            case Abort():
+                self._on_abort((message.request_id, message.attempt))
+            case Ask():
+                self._on_ask((message.request_id, message.attempt))
+            case Pin():
+                self._index.pin(message.owner, message.block_hashes, message.mode)
+            case Forget():
+                self._writing.delete(self._index.forgettable(message.block_hashes))
+
+    def _on_deposit(self, message: Reserve | Collect) -> None:
+        """Queue it. A duplicate changes nothing; a newer attempt ends the older ones."""
+        key = (message.request_id, message.attempt)
+        others = [d for d in self._deposits.values() if d.key[0] == message.request_id]
+        if self._ended.covers(*key) or any(other.key[1] >= key[1] for other in others):
+            return
+        for other in others:
+            self._give_up(other)
+        facts = self._facts
+        deposit = Deposit.of(message, facts.block_size, facts.model_fingerprint)
+        self._deposits[key] = deposit
+        if deposit.num_blocks - self._num_known(deposit) > self._pool.num_blocks:
+            room = self._pool.num_blocks * facts.block_size
+            text = f"more than the {room} tokens of the store's memory at a time"
+            self._fail(deposit, "kv_capacity_exceeded", text)
+
+    def _wanted(self, event: FetchAsked) -> tuple[bytes, ...]:
+        """The hashes that are asked for; a pool that has none means those of its own hand-off."""
+        deposit = self._deposits.get((event.request_id, event.attempt))
+        if event.block_hashes or deposit is None:
+            return event.block_hashes
+        return deposit.hashes[event.first_logical : event.first_logical + len(event.owners)]
+
+    def _on_abort(self, key: Key) -> None:
+        deposit = self._deposits.get(key)
+        self._loans.close(key)
+        if deposit is not None:
+            self._give_up(deposit)
+        else:
+            self._ended.add(*key)
+            self._say_released(key)
+
+    def _on_ask(self, key: Key) -> None:
+        """Say again what may have been lost on its way; a ticket is a sign of life, too."""
+        deposit = self._deposits.get(key)
+        if deposit is None:
+            self._say_released(key)
+        elif deposit.source is None and deposit.state in (State.RESERVED, State.STORING):
+            self._give_ticket(deposit)
+
+    # -- hand-offs into the store ------------------------------------------------------------------
+
+    def _on_target(self, event: TargetIsOpen | TargetCommitted | TargetClosed, now: float) -> None:
+        deposit = self._deposits.get((event.request_id, event.attempt))
+        if deposit is None or not deposit.holds_handoff:
+            return
+        match event:
+            case TargetIsOpen() if deposit.state is State.OPENING:
+                deposit.advance(Change.OPENED)
+                if deposit.source is None:
+                    self._give_ticket(deposit)
+                else:
+                    self._commands.append(deposit.ask())
+            case TargetCommitted() if deposit.state is State.RESERVED:
+                self._on_committed(deposit, event, now)
+            case TargetCommitted() if deposit.state is State.CLOSING:
+                deposit.advance(Change.COMMITTED)
+                self._end_transfer(deposit, len(deposit.blocks), now)
+                self._forget(deposit)
+            case TargetClosed() if deposit.state is State.CLOSING:
+                deposit.advance(Change.CLOSED)
+                self._end_transfer(deposit, event.num_whole_blocks, now)
+                self._forget(deposit)
+
+    def _give_ticket(self, deposit: Deposit) -> None:
+        self._send(Ticket(*deposit.key, deposit.first * self._facts.block_size))
+
+    def _on_committed(self, deposit: Deposit, event: TargetCommitted, now: float) -> None:
+        deposit.advance(Change.COMMITTED)
+        if deposit.source is None:
+            self._send(Committed(*deposit.key, event.stats))
+        error = self._end_transfer(deposit, len(deposit.blocks), now, waits=True)
+        if error:
+            self._fail(deposit, STORAGE_FULL, error)
+        elif not self._writing.is_waiting(deposit.key):
+            self._stored(deposit)
+
+    def _end_transfer(
+        self, deposit: Deposit, num_whole: int, now: float, *, waits: bool = False
+    ) -> str:
+        """No byte lands in its blocks any more: the leading whole ones are kept."""
+        self._pool.end_transfer(deposit.blocks)
+        num_kept = min(num_whole, len(deposit.hashes) - deposit.first)
+        self._pool.release(deposit.blocks[num_kept:])
+        kept, deposit.blocks = deposit.blocks[:num_kept], []
+        key = deposit.key if waits else None
+        error = self._writing.keep(key, deposit.chain(num_kept), kept, now)
+        if waits:  # others may be writing what was known when blocks were granted
+            self._writing.wait(deposit.key, deposit.hashes)
+        return error
+
+    def _on_broken(self, event: HandoffBroken) -> None:
+        deposit = self._deposits.get((event.request_id, event.attempt))
+        if deposit is not None and deposit.state in (State.OPENING, State.RESERVED):
+            self._fail(deposit, "handoff_failed", event.reason)
+
+    def _on_written(self, done: PackWritten, now: float) -> None:
+        ready, failed = self._writing.on_written(done, now)
+        for key in ready:
+            self._stored(self._deposits[key])
+        for key in failed:
+            self._fail(self._deposits[key], STORAGE_FULL, f"not written to disk: {done.error}")
+
+    def _stored(self, deposit: Deposit) -> None:
+        """Every full block of it is durable."""
+        deposit.advance(Change.STORED)
+        num_tokens = len(deposit.hashes) * self._facts.block_size
+        self._send(Stored(*deposit.key, num_tokens))
+        self._forget(deposit)
+
+    # -- the ways out ------------------------------------------------------------------------------
+
+    def _fail(self, deposit: Deposit, code: str, message: str) -> None:
+        self._send(RequestFailed(*deposit.key, code, message))
+        self._give_up(deposit)
+
+    def _give_up(self, deposit: Deposit) -> None:
+        if deposit.state in (State.OPENING, State.RESERVED):
+            deposit.advance(Change.CLOSE)
+            self._commands.append(CloseTarget(*deposit.key))
+        elif deposit.state is not State.CLOSING:
+            deposit.advance(Change.END)
+            self._writing.forget(deposit.key)
+            self._forget(deposit)
+
+    def _forget(self, deposit: Deposit) -> None:
+        self._index.pin(_owner(deposit), (), "hard")
+        del self._deposits[deposit.key]
+        self._ended.add(*deposit.key)
+        self._say_released(deposit.key)
+
+    def _say_released(self, key: Key) -> None:
+        if key not in self._deposits and key not in self._loans:
+            self._send(Released(*key))
+
+    def _send(self, message: ToCoordinator) -> None:
+        self._commands.append(SendControl(message))
+
+    # -- out ---------------------------------------------------------------------------------------
+
+    def schedule(self, now: float) -> None:
+        """Grant blocks, in the order of arrival, to those for whom there is room; then loans."""
+        for deposit in list(self._deposits.values()):
+            if deposit.state is State.QUEUED and not self._grant(deposit):
+                break
+        self._loans.go_on(now)
+        self._loans.tick(now)
+
+    def _num_known(self, deposit: Deposit) -> int:
+        num_known = 0
+        while num_known < deposit.max_first and self._writing.covers(deposit.hashes[num_known]):
+            num_known += 1
+        return num_known
+
+    def _grant(self, deposit: Deposit) -> bool:
+        first = self._num_known(deposit)
+        num_new = deposit.num_blocks - first
+        if not self._pool.can_allocate(num_new):
+            return False
+        deposit.first = first
+        # What it goes on from must not be given up before it is there.
+        self._index.pin(_owner(deposit), deposit.hashes[:first], "hard")
+        if num_new == 0:  # a Collect of what is here
+            deposit.advance(Change.KNOWN)
+            self._writing.wait(deposit.key, deposit.hashes)
+            if not self._writing.is_waiting(deposit.key):
+                self._stored(deposit)
+            return True
+        deposit.advance(Change.GRANT)
+        deposit.blocks = self._pool.allocate(num_new)
+        self._pool.begin_transfer(deposit.blocks)
+        self._commands.append(deposit.open())
+        return True
+
+    def take_commands(self) -> list[Command]:
+        """What the transfer thread is to do, since the last call, in order."""
+        for tier, (stored, evicted) in (
+            (DISK, self._writing.take_changes()),
+            (HOST, self._pool.take_cache_events()),
+        ):
+            if stored or evicted:
+                self._send(CacheUpdate(stored, evicted, tier))
+        self._commands += self._loans.take_commands()
+        commands, self._commands = self._commands, []
+        return commands
+
+    def take_jobs(self) -> list[DiskJob]:
+        """What the disk threads are to do, since the last call."""
+        return [*self._writing.take_jobs(), *self._loans.take_jobs()]
+
+    @property
+    def is_idle(self) -> bool:
+        return not (self._deposits or len(self._loans) or len(self._writing))
+
+    def counts(self) -> BlockCounts:
+        return self._pool.counts()
+
+    def counters(self) -> dict[str, float]:
+        """For the heartbeat."""
+        return {
+            "store_disk_bytes": self._index.num_bytes,
+            "store_disk_quota_bytes": self._index.quota_bytes,
+            "store_packs": len(self._index),
+            "store_packs_evicted": self._index.num_evicted,
+            "store_packs_damaged": self._loans.num_damaged,
+            "store_written_bytes": self._writing.num_written_bytes,
+            "store_loaded_blocks": self._loans.num_loaded_blocks,
+            "store_lent_blocks": self._loans.num_lent_blocks,
+        }
+
+    @property
+    def num_deposits(self) -> tuple[int, int]:
+        """(waiting for room, under way)."""
+        queued = sum(deposit.state is State.QUEUED for deposit in self._deposits.values())
+        return queued, len(self._deposits) - queued
+
+
+def _owner(deposit: Deposit) -> str:
+    return f"deposit {deposit.key}"

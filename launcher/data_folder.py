@@ -1,0 +1,67 @@
+"""The folder of ``--data-dir``: what a cluster leaves for the next one.
+
+lock               held by the launcher that runs a cluster on it
+secret             salts the hashes of every tenant's blocks; without it no KV is found again
+kv/                packs of KV, written by the store
+jobs.sqlite        documents, files and batches, written by the coordinator
+documents/ files/  what they consist of
+"""
+
+import fcntl
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from protocol.errors import ConfigError
+
+_SECRET_BYTES = 32
+
+
+@dataclass(frozen=True, slots=True)
+class DataFolder:
+    """An opened folder; nobody else has it open while ``lock`` is."""
+
+    folder: Path
+    secret: str
+    lock: IO[str]
+
+    @property
+    def kv(self) -> Path:
+        return self.folder / "kv"
+
+
+def open_data_folder(name: str) -> DataFolder:
+    """Make it if it is not there, and lock it for this process.
+
+    Raises:
+        ConfigError: it cannot be written, or another cluster runs on it.
+    """
+    folder = Path(name).expanduser().resolve()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = (folder / "lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--data-dir {name}: {error.strerror}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        raise ConfigError(
+            f"--data-dir {name}: another cluster runs on it, choose another folder"
+        ) from error
+    return DataFolder(folder, _secret(folder / "secret"), lock)
+
+
+def _secret(path: Path) -> str:
+    """What the folder's first cluster has drawn."""
+    if not path.exists():
+        part = path.with_suffix(".part")
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(secrets.token_hex(_SECRET_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+        part.rename(path)
+    return path.read_text(encoding="utf-8").strip()

@@ -1,0 +1,126 @@
+"""``baton bench report | compare | import | export`` from end to end, against toy servers."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bench.load.alternation import Contest, order_of
+from bench.load.driver import Target
+from bench.load.planning import Options, recipe_of
+from bench.load.prompts import Api, Dialect
+from bench.load.record import read_run, write_run
+from bench.load.report.sample import sample_run
+from launcher.__main__ import main
+from protocol.errors import ConfigError
+
+LOAD = ["--workload", "lengths:prompt=64,output=4", "--rate", "40", "--requests", "12"]
+
+
+@pytest.fixture
+def toys() -> Iterator[list[str]]:
+    """URLs of two servers, the second one slower by a known amount."""
+    processes: list[subprocess.Popen[str]] = []
+    urls: list[str] = []
+    for base_ms in ("20", "40"):
+        flags = ("--base-ms", base_ms, "--prefill-ms-per-1k", "0", "--token-ms", "2")
+        command = [sys.executable, "-P", "-m", "bench.load.toy_server", *flags]
+        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+    for process in processes:
+        assert process.stdout is not None
+        urls.append(process.stdout.readline().split()[1])
+    yield urls
+    for process in processes:
+        process.terminate()
+        process.wait(10)
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def test_compare_takes_turns_and_concludes(toys: list[str], tmp_path: Path) -> None:
+    targets = [f"quick={toys[0]}", f"slow={toys[1]}"]
+    gate = ["--gate", "ttft_s.p50=1.2"]
+    output = ["--output", str(tmp_path)]
+    code = main(["bench", "compare", *targets, "--blocks", "2", *LOAD, *gate, *output])
+    manifest, records = read_run(tmp_path)
+    assert manifest.driver["block_starts"] == [0, 12]
+    assert [target["name"] for target in manifest.targets] == ["quick", "slow"]
+    pairs = {name: [r for r in records if r.target == name] for name in ("quick", "slow")}
+    asked = [[(r.index, r.intended_s, r.session) for r in own] for own in pairs.values()]
+    assert asked[0] == asked[1]
+    assert [index for index, _, _ in asked[0]] == list(range(24))
+    found = json.loads((tmp_path / "compare.json").read_text())
+    assert found["verdict"] == ("fail" if manifest.valid else "invalid")
+    assert code == (4 if manifest.valid else 3)  # a busy machine makes the driver late
+    rows = {(row["metric"], row["statistic"]): row for row in found["pairs"][0]["rows"]}
+    paired = rows["ttft_s", "paired"]
+    assert paired["low"] < 2.0 < 1.3 * paired["high"]
+    assert paired["ratio"] > 1.2
+    assert (tmp_path / "report.html").exists()
+
+
+def _targets(*names: str) -> list[Target]:
+    return [Target(name, "http://127.0.0.1:1", Dialect("m", Api.TOKENS)) for name in names]
+
+
+def test_turns_go_back_and_forth() -> None:
+    orders = [[t.name for t in order_of(_targets("a", "b", "c"), block)] for block in range(3)]
+    assert orders == [["a", "b", "c"], ["c", "b", "a"], ["a", "b", "c"]]
+
+
+@pytest.mark.parametrize(("names", "num_blocks"), [("a", 4), ("aa", 4), ("ab", 1), ("ab", 2000)])
+def test_contests_that_prove_nothing(names: str, num_blocks: int) -> None:
+    recipe = recipe_of(Options(rate=1.0, requests=4))
+    with pytest.raises(ConfigError):
+        Contest(_targets(*names), recipe, num_blocks)
+
+
+def test_reports_of_a_run_and_of_the_example(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", *sample_run(0, 4.0, 6.0))
+    assert main(["bench", "report", str(tmp_path / "run"), "--no-png"]) == 3
+    assert (tmp_path / "run/report.html").exists()
+    example = ["bench", "report", "--example", "--no-png", "--output", str(tmp_path / "example")]
+    assert main(example) == 3
+    assert (tmp_path / "example/report.html").exists()
+
+
+@pytest.mark.parametrize("source", ["vllm", "aiperf"])
+def test_out_and_in_again(source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "run", *sample_run(0, 4.0, 6.0))
+    out = ["--output", str(tmp_path / "out")]
+    assert main(["bench", "export", str(tmp_path / "run"), "--to", source, *out]) == 0
+    files = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(files) == 2
+    back = ["--output", str(tmp_path / "back")]
+    assert main(["bench", "import", str(files[0]), "--from", source, *back]) == 0
+    manifest, records = read_run(tmp_path / "back")
+    assert manifest.driver["imported_from"]
+    assert records
+    report = ["bench", "report", str(files[0]), "--from", source, "--no-png"]
+    assert main([*report, "--output", str(tmp_path / "seen")]) == 0
+    assert "UNAUDITED" in (tmp_path / "seen/report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["report"],
+        ["report", "a", "b"],
+        ["report", "a", "--example"],
+        ["report", "nowhere"],
+        ["compare", "a=http://127.0.0.1:1", "b", *LOAD, "--output", "{}"],
+        ["compare", "http://127.0.0.1:1", *LOAD, "--output", "{}", "--gate", "x"],
+        ["compare", "a=local:--nonsense", "b=http://127.0.0.1:1", *LOAD, "--output", "{}"],
+        ["import", "nowhere", "--from", "vllm", "--output", "{}"],
+    ],
+)
+def test_mistakes_are_one_line(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", *(word.replace("{}", str(tmp_path)) for word in words)]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ")
+    assert told.count("\n") == 1

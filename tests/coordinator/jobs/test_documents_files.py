@@ -1,0 +1,306 @@
+"""Uploaded files: what they are, what they say, and what happens to one that kills its reader."""
+
+import asyncio
+import io
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pypdf
+import pytest
+
+from coordinator.config import JobLimits
+from coordinator.document_bodies import DocumentBody, fields_of_form
+from coordinator.jobs import parse
+from coordinator.jobs.formats import HTML, MARKDOWN, PDF, PLAIN, identify, plain_name
+from coordinator.jobs.parser_process import ParserCrashed, extract
+from protocol.errors import RequestError
+
+LIMITS = JobLimits(parse_timeout_s=20.0, parse_memory_bytes=1 << 30)
+
+
+def pdf_of(*pages: str) -> bytes:
+    """A PDF with a line of text on each page, by hand."""
+    objects = [b"<< /Type /Catalog /Pages 2 0 R >>", b""]
+    kids = []
+    for text in pages:
+        content = b"BT /F1 12 Tf 72 720 Td (" + text.encode("latin-1") + b") Tj ET"
+        packed = zlib.compress(content)
+        kids.append(b"%d 0 R" % (len(objects) + 1))
+        objects.append(
+            b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents %d 0 R"
+            b" /Resources << /Font << /F1 << /Type /Font /Subtype /Type1 /BaseFont /Helvetica"
+            b" >> >> >> >>" % (len(objects) + 2)
+        )
+        objects.append(
+            b"<< /Length %d /Filter /FlateDecode >>\nstream\n%s\nendstream" % (len(packed), packed)
+        )
+    objects[1] = b"<< /Type /Pages /Kids [%s] /Count %d >>" % (b" ".join(kids), len(kids))
+    data, offsets = b"%PDF-1.4\n", []
+    for number, body in enumerate(objects, 1):
+        offsets.append(len(data))
+        data += b"%d 0 obj\n%s\nendobj\n" % (number, body)
+    table = b"".join(b"%010d 00000 n \n" % offset for offset in offsets)
+    size = len(objects) + 1
+    return data + (
+        b"xref\n0 %d\n0000000000 65535 f \n%strailer << /Size %d /Root 1 0 R >>\n"
+        b"startxref\n%d\n%%%%EOF\n" % (size, table, size, len(data))
+    )
+
+
+def encrypted(data: bytes, password: str) -> bytes:
+    writer = pypdf.PdfWriter(clone_from=io.BytesIO(data))
+    writer.encrypt(password, algorithm="RC4-128")
+    out = io.BytesIO()
+    writer.write(out)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "kind"),
+    [
+        ("a.txt", b"hello", PLAIN),
+        ("", b"hello", PLAIN),
+        ("a.py", b"import os", PLAIN),
+        ("a.MD", b"# hello", MARKDOWN),
+        ("a.htm", b"<p>", HTML),
+        ("a.pdf", b"%PDF-1.7", PDF),
+        ("a", b"\n%PDF-1.7", PDF),
+        ("a.txt", b"\xff\xfeh\0i\0", PLAIN),
+    ],
+)
+def test_what_a_file_is(name: str, head: bytes, kind: str) -> None:
+    assert identify(name, head, len(head)) == kind
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "says"),
+    [
+        ("a.txt", b"", "0 bytes"),
+        ("a.pdf", b"", "0 bytes"),
+        ("a.pdf", b"<html>", "no PDF"),
+        ("a.txt", b"%PDF-1.7", "is a PDF"),
+        ("a.html", b"%PDF-1.7", "is a PDF"),
+        ("a.txt", b"PK\x03\x04....", "zip archive"),
+        ("a.docx", b"PK\x03\x04....", "zip archive"),
+        ("a.pdf", b"\x1f\x8b\x08", "gzip"),
+        ("a.md", b"abc\0def", "no text"),
+        ("a.png", b"\x89PNG\r\n", "image"),
+        ("a", b"\x7fELF", "program"),
+    ],
+)
+def test_what_a_file_is_not(name: str, head: bytes, says: str) -> None:
+    with pytest.raises(RequestError, match=says) as caught:
+        identify(name, head, len(head))
+    assert (caught.value.code, caught.value.status) == ("unprocessable_document", 422)
+
+
+def test_names_are_only_shown() -> None:
+    assert plain_name("../../etc/passwd") == "passwd"
+    assert plain_name("C:\\a\\b.pdf") == "b.pdf"
+    assert plain_name("a\x00\x1b[31m\nb.txt") == "a[31mb.txt"
+    assert len(plain_name("x" * 5000)) == 255
+
+
+def test_text() -> None:
+    assert parse.read_text("né\r\nb".encode()) == "né\nb"
+    assert parse.read_text(b"\xef\xbb\xbfa") == "a"
+    assert parse.read_text("né".encode("utf-16")) == "né"
+    for bad in (b"\xff\xff\xff", b"a\xe9b", b"a\0b"):
+        with pytest.raises(parse.Unreadable):
+            parse.read_text(bad)
+
+
+def test_html() -> None:
+    page = b"""<!doctype html><html><head><title>A  title</title><style>p { }</style>
+        <script>evil()</script></head><body><!-- no --><h1>One</h1>
+        <p>Two   <b>three</b>, <i>four</i>.<br>Five</p><ul><li>a</li><li>b</li></ul>
+        <pre>x = 1
+  y = 2</pre><template>hidden</template></body></html>"""
+    text = parse.read_html(page)
+    lines = [line for line in text.split("\n") if line]
+    assert lines == ["A title", "One", "Two three, four.", "Five", "a", "b", "x = 1", "  y = 2"]
+    assert parse.read_html('<meta charset="latin-1"><p>n\xe9'.encode("latin-1")) == "né"
+    deep = b"<div>" * 20_000 + b"deep"
+    assert parse.read_html(deep).strip() == "deep"
+
+
+def test_pdf() -> None:
+    data = pdf_of("First page", "Second page")
+    assert parse.read_pdf(data) == "First page\n\nSecond page"
+    for bad, says in (
+        (data[: len(data) // 2], "truncated"),
+        (b"%PDF-1.4 nothing %%EOF", "damaged"),
+        (encrypted(data, "secret"), "encrypted"),
+    ):
+        with pytest.raises(parse.Unreadable, match=says):
+            parse.read_pdf(bad)
+    assert parse.read_pdf(encrypted(data, "")) == "First page\n\nSecond page"
+
+
+def run_extract(folder: Path, data: bytes, media_type: str, limits: JobLimits = LIMITS) -> str:
+    """What the process makes of a file; nothing may be left of it."""
+    source, text = folder / "d.source", folder / "d.text"
+    source.write_bytes(data)
+    try:
+        asyncio.run(extract(source, text, media_type, limits))
+        return text.read_text()
+    finally:
+        assert {path.name for path in folder.iterdir()} <= {"d.source", "d.text"}
+
+
+def test_the_process(tmp_path: Path) -> None:
+    assert run_extract(tmp_path, pdf_of("In a process"), PDF) == "In a process"
+    assert run_extract(tmp_path, b"<p>one</p><p>two", HTML) == "one\n\ntwo"
+
+
+@pytest.mark.parametrize(
+    ("data", "media_type", "says"),
+    [
+        (b" \n ", PLAIN, "no text"),
+        (b"\xff\xff", PLAIN, "not UTF-8"),
+        (b"%PDF-1.4 \n", PDF, "truncated"),
+        (b"x" * 2000, PLAIN, "more than 1000"),
+    ],
+)
+def test_the_process_says_why(tmp_path: Path, data: bytes, media_type: str, says: str) -> None:
+    limits = JobLimits(max_text_bytes=1000)
+    with pytest.raises(RequestError, match=says) as caught:
+        run_extract(tmp_path, data, media_type, limits)
+    assert caught.value.code == "unprocessable_document"
+
+
+def test_a_bomb_kills_the_process_only(tmp_path: Path) -> None:
+    limits = JobLimits(parse_memory_bytes=100 << 20)
+    with pytest.raises(ParserCrashed):
+        run_extract(tmp_path, b"a" * (60 << 20), PLAIN, limits)
+
+
+def test_a_process_that_does_not_end(tmp_path: Path) -> None:
+    limits = JobLimits(parse_timeout_s=0.01)
+    with pytest.raises(ParserCrashed, match="no end"):
+        run_extract(tmp_path, b"<p>a" * 100_000, HTML, limits)
+
+
+def test_the_process_is_confined() -> None:
+    for attempt in ("socket.socket()", "open('/tmp/x', 'w')", "os.system('true')"):
+        program = (
+            "import os, socket; from coordinator.jobs import parse; "
+            f"parse._confine(1 << 30, 5, 1000); {attempt}"
+        )
+        ended = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+        assert b"a parser does not do this" in ended.stderr, attempt
+
+
+def post_file(site: Any, name: str, data: bytes, **fields: str) -> httpx.Response:
+    return site.client.post("/v1/documents", files={"file": (name, data)}, data=fields)
+
+
+def upload(site: Any, name: str, data: bytes, **fields: str) -> str:
+    """A document of an uploaded file."""
+    reply = post_file(site, name, data, **fields)
+    assert reply.status_code == 202, reply.text
+    document_id: str = reply.json()["id"]
+    return document_id
+
+
+def test_files_become_documents(site: Any) -> None:
+    text = "A page of text. " * 30
+    document_id = upload(site, "../a report.pdf", pdf_of(text))
+    found = site.wait(document_id)
+    assert found["source"] == {"type": "file", "media_type": "application/pdf"}
+    assert found["display_name"] == "a report.pdf"
+    assert found["tokens"]["total"] == len(f"user: {text.strip()}")
+    answer = site.ask(document_id, "What?", return_token_ids=True)
+    assert b"A page of text." in bytes(answer["choices"][0]["prompt_token_ids"])
+    assert "cache_miss" not in answer
+    names = {p.name for p in (site.running.jobs.folder / "documents").glob(f"{document_id}*")}
+    assert names == {f"{document_id}.text", f"{document_id}.tokens"}
+
+
+def test_a_file_that_cannot_be_read_fails(site: Any) -> None:
+    document_id = upload(site, "a.pdf", encrypted(pdf_of("a"), "b"))
+    error = site.wait(document_id, "failed")["error"]
+    assert (error["code"], error["status"]) == ("unprocessable_document", 422)
+    assert "encrypted" in error["message"]
+
+
+def test_a_file_that_kills_its_reader_is_quarantined(start_site: Any, tmp_path: Path) -> None:
+    with start_site(tmp_path, jobs={"parse_memory_bytes": 100 << 20}) as site:
+        document_id = upload(site, "a.txt", b"a" * (60 << 20))
+        found = site.wait(document_id, "failed")
+        assert found["error"]["code"] == "quarantined"
+        warnings = [e["code"] for e in site.events(document_id) if e["type"] == "warning"]
+        assert warnings == ["parser_crashed"] * 2
+        site.wait(site.ingest(text="Others go on.")["id"])
+
+
+def test_uploads_take_the_same_fields(site: Any) -> None:
+    fields = {"display_name": "mine", "pin": '{"mode": "soft"}', "metadata": '{"a": 1}'}
+    document_id = upload(site, "a.md", b"# A title\n" * 50, priority="3", **fields)
+    found = site.wait(document_id)
+    assert (found["display_name"], found["metadata"], found["priority"]) == ("mine", {"a": 1}, 3)
+    assert (found["pin"]["mode"], found["source"]["media_type"]) == ("soft", "text/markdown")
+    once = {"idempotency_key": "upload"}
+    first, again = (post_file(site, "b.txt", b"the same", **once) for _ in range(2))
+    assert (first.status_code, again.status_code) == (202, 200)
+    assert first.json()["id"] == again.json()["id"]
+    for name, data in (("c.txt", b"the same"), ("b.txt", b"another")):
+        assert post_file(site, name, data, **once).status_code == 409
+    site.wait(first.json()["id"])
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "fields", "status", "code"),
+    [
+        ("a.zip", b"PK\x03\x04" + bytes(100), {}, 422, "unprocessable_document"),
+        ("a.pdf", b"not one", {}, 422, "unprocessable_document"),
+        ("a.txt", b"", {}, 422, "unprocessable_document"),
+        ("a.txt", b"a", {"pin": "{"}, 400, "invalid_value"),
+        ("a.txt", b"a", {"priority": "high"}, 400, "invalid_type"),
+        ("a.txt", b"a", {"source": "b"}, 400, "invalid_type"),
+    ],
+)
+def test_bad_uploads(
+    site: Any, name: str, data: bytes, fields: dict[str, str], status: int, code: str
+) -> None:
+    before = {path.name for path in (site.running.jobs.folder / "documents").iterdir()}
+    reply = post_file(site, name, data, **fields)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (status, code)
+    assert {p.name for p in (site.running.jobs.folder / "documents").iterdir()} == before
+
+
+def test_a_file_that_was_uploaded_before(site: Any) -> None:
+    text = b"Kept for later. " * 30
+    form = {"file": ("kept.txt", text)}
+    file_id = site.client.post("/v1/files", files=form, data={"purpose": "user_data"}).json()["id"]
+    document_id = site.ingest(file_id=file_id)["id"]
+    assert site.client.delete(f"/v1/files/{file_id}").status_code == 200
+    found = site.wait(document_id)
+    assert found["display_name"] == "kept.txt"
+    assert found["tokens"]["total"] == len("user: ") + len(text)
+    gone = site.post(source={"file_id": file_id}).json()["error"]
+    assert (gone["code"], gone["param"]) == ("file_not_found", "source")
+    both = site.post(source={"file_id": file_id, "text": "a"}).json()["error"]
+    assert both["code"] == "invalid_value"
+
+
+def test_the_fields_of_a_form() -> None:
+    form = {
+        "pin": '{"mode": "soft", "ttl": "2h"}',
+        "metadata": '{"a": "1"}',
+        "priority": "-3",
+        "deadline": "10m",
+        "cp": "2",
+        "display_name": "5",
+    }
+    body = DocumentBody.model_validate(fields_of_form(form))
+    assert body.pin is not None and body.pin.mode == "soft"
+    assert (body.metadata, body.priority, body.deadline) == ({"a": "1"}, -3, "10m")
+    assert (body.cp, body.display_name) == ("2", "5")
+    assert fields_of_form({"deadline": "1795000000"}) == {"deadline": 1795000000}
+    with pytest.raises(RequestError, match="metadata must be JSON"):
+        fields_of_form({"metadata": "{"})
