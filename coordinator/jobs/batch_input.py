@@ -6,7 +6,7 @@
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,6 +34,7 @@ class Inputs:
         self._limits = limits
         self._json_limits = json_limits
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._found = {path.name for path in folder.iterdir()}
 
     def add(self, batch_id: str, source: Path) -> None:
         """Keep a file, on the same disk, as the input of a batch until ``remove``."""
@@ -43,11 +44,11 @@ class Inputs:
     def remove(self, batch_id: str) -> None:
         self._path(batch_id).unlink(missing_ok=True)
 
-    def keep_only(self, batch_ids: set[str]) -> None:
-        """Remove the inputs of all other batches."""
-        for path in self.folder.iterdir():
-            if path.name not in batch_ids:
-                path.unlink()
+    def recover(self, batch_ids: Collection[str]) -> None:
+        """Remove what an earlier process has left, but for the inputs of these batches."""
+        for name in self._found.difference(batch_ids):
+            self.remove(name)  # what has come since may be of a batch that is being written
+        self._found.clear()
 
     def read_lines(self, batch_id: str, endpoint: str) -> tuple[list[Line], list[LineError]]:
         """All lines, and what is wrong with them; one of both is empty."""

@@ -86,7 +86,7 @@ class BatchRunner:
 
     async def _recover(self) -> None:
         open_ids = await self._table.open_ids()
-        await asyncio.to_thread(self._batches.inputs.keep_only, set(open_ids))
+        await asyncio.to_thread(self._batches.inputs.recover, open_ids)
         for batch_id in await self._table.leftovers():
             await self._table.remove_lines(batch_id)
 

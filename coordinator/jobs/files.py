@@ -79,6 +79,7 @@ class Files:
         self.clock = clock
         self._database = database
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._found = {path.name for path in folder.iterdir()}
 
     def path(self, file_id: str) -> Path:
         """Where the bytes of a file that is known are."""
@@ -169,9 +170,12 @@ class Files:
         await asyncio.to_thread(self.path(file_id).unlink, missing_ok=True)
 
     async def recover(self) -> None:
-        """Remove what no row tells of. Before anything is uploaded or written."""
+        """Remove what an earlier process has left and no row tells of. Before batches go on."""
         rows = await self._database.read(lambda c: c.execute("SELECT file_id FROM file").fetchall())
-        await asyncio.to_thread(_remove_strangers, self.folder, {name for (name,) in rows})
+        # Only what was there before anything could be uploaded: a new file is moved, then written.
+        for name in self._found.difference(file_id for (file_id,) in rows):
+            await asyncio.to_thread(self.path(name).unlink, missing_ok=True)
+        self._found.clear()
 
     async def remove_expired(self) -> None:
         """Forget the files whose time is over."""
@@ -213,9 +217,3 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _remove_strangers(folder: Path, known: set[str]) -> None:
-    for path in folder.iterdir():
-        if path.name not in known:
-            path.unlink()

@@ -1,5 +1,6 @@
 """``/v1/files`` over real HTTP: what is stored, what is refused, and that nothing is left over."""
 
+import asyncio
 import io
 import random
 import socket
@@ -8,6 +9,10 @@ from typing import Any
 
 import openai
 import pytest
+
+from coordinator.config import BatchLimits
+from coordinator.jobs.database import Database
+from coordinator.jobs.files import SCHEMA, Files
 
 BOUNDARY = "xyz"
 HEAD = {"content-type": f"multipart/form-data; boundary={BOUNDARY}"}
@@ -240,7 +245,19 @@ def test_after_a_restart_files_are_there_and_strangers_are_not(
         made = site.openai.files.create(file=("x", b"content"), purpose="batch")
         (tmp_path / "files/0123.upload").write_bytes(b"half")
     with start_batches(tmp_path) as site:
-        site.running.do(site.running.coordinator.files.recover)
         assert site.openai.files.retrieve(made.id) == made
         assert site.openai.files.content(made.id).content == b"content"
-        assert site.stored() == [made.id]
+        site.until(lambda: site.stored() == [made.id], "the stranger is removed")
+
+
+def test_what_arrives_during_the_recovery_is_no_stranger(tmp_path: Path) -> None:
+    async def run() -> None:
+        (tmp_path / "file-left").write_bytes(b"by a crash")
+        database = Database(None, SCHEMA)
+        files = Files(database, tmp_path, BatchLimits(), lambda: 1.0)
+        (tmp_path / "file-new").write_bytes(b"moved, and about to be written down")
+        await files.recover()
+        database.close()
+
+    asyncio.run(run())
+    assert [path.name for path in tmp_path.iterdir()] == ["file-new"]
