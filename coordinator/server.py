@@ -211,7 +211,7 @@ class Coordinator:
             batches=jobs.batches,
         )
         tenants = Tenants(self._config.api_keys, self._config.secret or self._config.token)
-        jobs.attach(LineServer(frontend, tenants, partial(make_document, frontend)))
+        jobs.attach(self._line_server(frontend, tenants))
         return _HttpServer(
             uvicorn.Config(
                 build_app(frontend, tenants),
@@ -226,6 +226,9 @@ class Coordinator:
                 timeout_graceful_shutdown=1,
             )
         )
+
+    def _line_server(self, frontend: Frontend, tenants: Tenants) -> LineServer:
+        return LineServer(frontend, tenants, partial(make_document, frontend))
 
     async def _wait_ready(self, control: ControlPlane, registry: Registry) -> None:
         complete: asyncio.Future[object] = asyncio.ensure_future(control.complete.wait())

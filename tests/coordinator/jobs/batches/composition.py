@@ -1,34 +1,23 @@
-"""What a coordinator with files and batches is put together from, until its own server does it."""
+"""A coordinator with files and batches, and what stands beside it in their tests."""
 
 import asyncio
-import contextlib
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import uvicorn
-
-from coordinator.api import build_app
 from coordinator.auth import Tenant, Tenants
 from coordinator.config import BatchLimits, CoordinatorConfig, ExpectedPool, Limits
-from coordinator.connection import guarded
 from coordinator.control import ControlPlane
 from coordinator.frontend import Frontend
-from coordinator.jobs.batch_input import Inputs
-from coordinator.jobs.batch_runner import BatchRunner
-from coordinator.jobs.batch_table import SCHEMA as BATCH_SCHEMA
-from coordinator.jobs.batch_table import BatchTable
-from coordinator.jobs.batches import Batches
-from coordinator.jobs.database import Database
-from coordinator.jobs.files import SCHEMA as FILE_SCHEMA
-from coordinator.jobs.files import Files
+from coordinator.jobs.context import Jobs, Surroundings
+from coordinator.jobs.ingestor import Ingestor
 from coordinator.line_server import LineServer
 from coordinator.registry import Registry
 from coordinator.server import Coordinator
 from coordinator.service import Service
-from coordinator.traces import Traces
 
 BLOCK_SIZE = 16
 POOLS = (("prefill0", "prefill", 2, 1), ("decode0", "decode", 1, 1))
@@ -79,61 +68,23 @@ class Server(LineServer):
 
 
 class WithBatches(Coordinator):
-    """A coordinator that offers files and batches, in ``folder``."""
+    """A coordinator whose clock and lines a test can get at."""
 
     server_kind = Server
-    folder: Path
     clock: Callable[[], float] = time.time
+    jobs: Jobs
 
-    def _http_server(
-        self, control: ControlPlane, registry: Registry, service: Service, *_others: Any
-    ) -> Any:
-        config, limits = self._config, self._config.batches
-        self.database = Database(self.folder / "jobs.sqlite", FILE_SCHEMA + BATCH_SCHEMA)
-        self.files = Files(self.database, self.folder / "files", limits, self.clock)
-        inputs = Inputs(self.folder / "batches", limits, config.limits)
-        table = BatchTable(self.database, self.clock)
-        self.batches = Batches(table, self.files, inputs, limits)
-        frontend = Frontend(
-            config=config,
-            model=self._model,
-            registry=registry,
-            control=control,
-            service=service,
-            tokenization=self._tokenization,
-            traces=Traces(),
-            started_at=int(time.time()),
-            files=self.files,
-            batches=self.batches,
-        )
-        self.service = service
-        tenants = Tenants(config.api_keys, "secret")
+    def _surroundings(self, registry: Registry, ingestor: Ingestor) -> Surroundings:
+        return dataclasses.replace(super()._surroundings(registry, ingestor), clock=self.clock)
+
+    def _jobs(self, registry: Registry, service: Service, control: ControlPlane) -> Jobs:
+        self.jobs = super()._jobs(registry, service, control)
+        return self.jobs
+
+    def _line_server(self, frontend: Frontend, tenants: Tenants) -> LineServer:
         self.library = Library()
         self.server = self.server_kind(frontend, tenants, self.library.create)
-        self.runner = BatchRunner(self.batches, self.server)
-        self.work = asyncio.create_task(self._run_batches())
-        app = build_app(frontend, tenants)
-        server = uvicorn.Server(
-            uvicorn.Config(
-                app, http=guarded(config.limits), ws="none", lifespan="off", log_config=None
-            )
-        )
-        server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]
-        return server
-
-    async def _run_batches(self) -> None:
-        await self.files.recover()
-        await self.runner.run()
-
-    async def run(self) -> None:
-        try:
-            await super().run()
-        finally:
-            self.work.cancel()
-            await asyncio.wait({self.work})
-            self.database.close()
-            if not self.work.cancelled():
-                self.work.result()
+        return self.server
 
 
 def config_of(folder: Path, fields: dict[str, Any]) -> CoordinatorConfig:
@@ -146,6 +97,7 @@ def config_of(folder: Path, fields: dict[str, Any]) -> CoordinatorConfig:
         port=0,
         block_size=BLOCK_SIZE,
         max_model_len=4096,
+        data_dir=str(folder),
         log_level="WARNING",
         limits=Limits(**fields.pop("limits", {})),
         batches=BatchLimits(**batches),

@@ -24,11 +24,10 @@ DEADLINE_S = 20.0
 class Running(threading.Thread):
     """A coordinator in a thread; ``do`` runs something in its event loop."""
 
-    def __init__(self, folder: Path, config: CoordinatorConfig, fakes: Any, clock: Clock) -> None:
+    def __init__(self, config: CoordinatorConfig, fakes: Any, clock: Clock) -> None:
         super().__init__(daemon=True)
         self.url = ""
         self.failure: BaseException | None = None
-        self._folder = folder
         self._clock = clock
         self._config = config
         self._fakes = fakes
@@ -45,7 +44,6 @@ class Running(threading.Thread):
     async def _serve(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.coordinator = WithBatches(self._config, self._on_control, self._on_ready, Owner())
-        self.coordinator.folder = self._folder
         self.coordinator.clock = self._clock
         await self.coordinator.run()
 
@@ -147,7 +145,7 @@ def start_batches(helpers: Any) -> Any:
     def start(folder: Path, **fields: Any) -> Iterator[Site]:
         clock = Clock()
         config = config_of(folder, fields)
-        running = Running(folder, config, helpers.FakeCluster, clock)
+        running = Running(config, helpers.FakeCluster, clock)
         running.begin()
         key = config.api_keys[0] if config.api_keys else "none"
         headers = {"authorization": f"Bearer {key}"}

@@ -14,9 +14,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from coordinator.auth import Tenants
 from coordinator.control import Owner
+from coordinator.frontend import Frontend
 from coordinator.jobs.batches import BatchRequest
 from coordinator.jobs.files import BATCH, StoredFile, new_file_id
+from coordinator.line_server import LineServer
 from tests.coordinator.conftest import FakeCluster
 from tests.coordinator.jobs.batches.composition import (
     POOLS,
@@ -59,16 +62,19 @@ class Life(WithBatches):
     """A coordinator that keeps itself busy."""
 
     server_kind = Noting
+    folder: Path
     is_draining = False
 
-    async def _run_batches(self) -> None:
-        self.server.log = os.open(self.folder / "asked", os.O_APPEND | os.O_CREAT | os.O_WRONLY)  # type: ignore[attr-defined]
-        await asyncio.gather(super()._run_batches(), self._make())
+    def _line_server(self, frontend: Frontend, tenants: Tenants) -> LineServer:
+        server = super()._line_server(frontend, tenants)
+        self.server.log = _appended(self.folder / "asked")  # type: ignore[attr-defined]
+        self.making = asyncio.create_task(self._make())
+        return server
 
     async def _make(self) -> None:
-        acknowledged = os.open(self.folder / "acked", os.O_APPEND | os.O_CREAT | os.O_WRONLY)
+        acknowledged = _appended(self.folder / "acked")
         for pause in itertools.repeat(0.005):
-            open_ids = await self.batches.table.open_ids()
+            open_ids = await self.jobs.batches.table.open_ids()
             if len(open_ids) < NUM_OPEN and not self.is_draining:
                 seed = secrets.randbelow(10**9)
                 batch_id = await self._make_one(seed)
@@ -79,21 +85,24 @@ class Life(WithBatches):
             await asyncio.sleep(pause)
 
     async def _is_left(self) -> bool:
-        return bool(await self.batches.table.leftovers()) or any(
-            self.batches.inputs.folder.iterdir()
-        )
+        batches = self.jobs.batches
+        return bool(await batches.table.leftovers()) or any(batches.inputs.folder.iterdir())
 
     async def _make_one(self, seed: int) -> str:
+        files = self.jobs.files
         text = "\n".join(json.dumps(line) for line in input_of(seed))
-        arrived = self.files.folder / f"{seed}.upload"
+        arrived = files.folder / f"{seed}.upload"
         arrived.write_text(text)
         file_id, now = new_file_id(), int(self.clock())
-        file = StoredFile(file_id, TENANT, BATCH, "in", len(text), now)
-        await self.files.add(file, arrived)
+        await files.add(StoredFile(file_id, TENANT, BATCH, "in", len(text), now), arrived)
         asked = BatchRequest(TENANT, "arithmetic", file_id, "/v1/completions", "24h")
-        batch = await self.batches.create(asked)
-        await self.files.delete(TENANT, file_id)
+        batch = await self.jobs.batches.create(asked)
+        await files.delete(TENANT, file_id)
         return batch.batch_id
+
+
+def _appended(path: Path) -> int:
+    return os.open(path, os.O_APPEND | os.O_CREAT | os.O_WRONLY)
 
 
 async def live(folder: Path, *, is_draining: bool) -> None:

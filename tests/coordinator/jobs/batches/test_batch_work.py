@@ -196,7 +196,7 @@ def test_an_answer_waits_for_room_on_the_disk(
     start_batches: Any, tmp_path: Path, helpers: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     with start_batches(tmp_path) as site:
-        database = site.coordinator.database
+        database = site.coordinator.jobs.database
 
         def limit(pages: int) -> None:
             query = f"PRAGMA max_page_count = {pages}"

@@ -245,9 +245,9 @@ def test_documents_are_made_before_the_lines_that_name_them(site: Any) -> None:
     document = output[0]["response"]["body"]
     assert (document["object"], document["status"]) == ("document", "ready")
     codes = [(e["custom_id"], e["response"]["body"]["error"]["code"]) for e in errors]
-    # This coordinator has no documents of its own: what counts is what the question asked for.
+    # The coordinator does not know the test's documents: what counts is what was asked for.
     assert codes == [
-        ("ask", "unsupported_content"),
+        ("ask", "document_not_found"),
         ("broken", "unprocessable_document"),
         ("vain", "dependency_failed"),
     ]

@@ -234,7 +234,7 @@ def test_expiry(start_batches: Any, tmp_path: Path) -> None:
         with pytest.raises(openai.NotFoundError):
             files.retrieve(soon.id)
         assert [file.id for file in files.list()] == [kept.id]
-        site.running.do(site.running.coordinator.files.remove_expired)
+        site.running.do(site.running.coordinator.jobs.files.remove_expired)
         assert site.stored() == [kept.id]
 
 
