@@ -48,6 +48,7 @@ class Asker:
     client_request_id: str
     session_id: str | None
     arrived: float
+    priority: int = 0  # of the prefill; 0 is of somebody who waits
 
     @staticmethod
     def of(request: Request) -> "Asker":
@@ -169,6 +170,7 @@ class Frontend:
                             sampling=msgspec.structs.replace(sampling, seed=seed),
                             tenant=asker.tenant.name,
                             cache_salt=salt,
+                            priority=asker.priority,
                             session=(asker.tenant.name, session_id) if session_id else None,
                         ),
                         attached=attached,

@@ -11,6 +11,7 @@ from coordinator.chat import chat
 from coordinator.completions import complete
 from coordinator.errors import error_object, internal_error
 from coordinator.frontend import Asker, Frontend
+from coordinator.tiering import BACKGROUND
 from protocol.errors import RequestError
 
 # Makes a document for a tenant, as a POST would have it, and returns it when it is ready or has
@@ -35,14 +36,13 @@ class LineServer:
         self._frontend = frontend
         self._tenants = tenants
         self._create_document = create_document
-        self._num_own = 0  # sequences of lines
 
     @property
     def num_interactive(self) -> int | None:
         """Sequences that are not of lines or documents; None while the cluster serves nobody."""
         if not self._frontend.control.complete.is_set():
             return None
-        return self._frontend.service.num_interactive - self._num_own
+        return self._frontend.service.num_interactive
 
     async def serve(
         self, tenant: str, url: str, body: dict[str, Any], request_id: str
@@ -61,8 +61,10 @@ class LineServer:
     ) -> tuple[int, dict[str, Any]]:
         self._frontend.check_ready()
         if url in _MAKERS:
-            asker = Asker(tenant, request_id, request_id, None, time.monotonic())
-            return await self._gather(await _MAKERS[url](self._frontend, asker, body))
+            now = time.monotonic()
+            asker = Asker(tenant, request_id, request_id, None, now, priority=BACKGROUND)
+            answer: Answer = await _MAKERS[url](self._frontend, asker, body)
+            return await answer.gather()
         if self._create_document is None:
             raise RequestError(f"{url} is not offered here", code="not_found", status=404)
         document = await self._create_document(tenant, body)
@@ -71,13 +73,6 @@ class LineServer:
             message, code = error.get("message", "the document has failed"), error.get("code")
             raise RequestError(message, code=code or "document_failed", status=422)
         return 200, document
-
-    async def _gather(self, answer: Answer) -> tuple[int, dict[str, Any]]:
-        self._num_own += answer.num_choices
-        try:
-            return await answer.gather()
-        finally:
-            self._num_own -= answer.num_choices
 
     def _tenant(self, name: str) -> Tenant:
         tenant = self._tenants.named(name)
