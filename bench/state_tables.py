@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import coordinator.jobs.states
+import coordinator.jobs.batch_states
 import coordinator.records
 import decode.states
 import kvcache.blocks
@@ -35,6 +36,7 @@ def tables() -> dict[str, Ways]:
         ],
         "source": _flat(kvtransfer.states.SOURCE_TABLE),
         "target": _flat(kvtransfer.states.TARGET_TABLE),
+        "batch": _flat(coordinator.jobs.batch_states.TABLE),
         "deposit": _flat(kvtransfer.store.states.DEPOSIT),
         "loan": _flat(kvtransfer.store.states.LOAN),
         "prefill": _nested(prefill.states.TABLE),

@@ -61,11 +61,6 @@ class Answer(Response):
         self._delivery = Delivery()
         self._states: list[ChoiceState] = []
 
-    @property
-    def num_choices(self) -> int:
-        """Sequences that it is made of."""
-        return len(self._choices)
-
     async def gather(self) -> tuple[int, dict[str, Any]]:
         """Status and body, sent to nobody. Cancelling it ends the answer."""
         try:
