@@ -1,12 +1,13 @@
 """The measured machine's table: ``python -m bench.experiments.calibrate``; takes a few minutes.
 
 Runs the real decode runner with the benchmark model, one thread, on plans of every shape of the
-table, and the real cost model's measurement on a ring of two. Prints what step_time.py holds, and by
-how much a mixed step differs from what the table makes of it. The least of a few runs counts: what
-others do on the machine only ever adds.
+table, and the real cost model's measurement on a ring of two. Prints what step_time.py holds, and
+by how much a mixed step differs from what the table makes of it. The least of a few runs counts:
+what others do on the machine only ever adds.
 """
 
 import argparse
+import dataclasses
 import json
 import subprocess
 import sys
@@ -106,8 +107,7 @@ def run_rank(folder: str, rank: int, store: str) -> None:
     link = (GlooRing(timeout_s=TIMEOUT_S), tuple(range(NUM_RANKS)), rank)
     costs = measure_cost_model(model.kernel, shape, model.dtype, model.device, link)
     if rank == 0:
-        print(json.dumps([costs.attention_flops_per_s, costs.linear_flops_per_s]
-                         + [costs.bandwidth_bytes_per_s, costs.latency_s]))  # fmt: skip
+        print(json.dumps(dataclasses.astuple(costs)))
     dist.destroy_process_group()
 
 
@@ -120,8 +120,8 @@ def measure_link(folder: str) -> list[float]:
             subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True)
             for rank in range(NUM_RANKS)
         ]
-        output = [rank.communicate(timeout=TIMEOUT_S)[0] for rank in ranks][0]
-        found: list[float] = json.loads(output)
+        outputs = [rank.communicate(timeout=TIMEOUT_S)[0] for rank in ranks]
+        found: list[float] = json.loads(outputs[0])
         return found
 
 

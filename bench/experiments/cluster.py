@@ -5,14 +5,15 @@ The life of a request
    batching and queueing policies are gates (batching.py, predictor.py).
 2. The router picks a decode pool: by default the coordinator's own placement over its own registry
    and records; other policies stand in for that one decision (routing.py).
-3. Ticket; then the decode pool computes the prompt, or a prefill pool does and hands it over, by the
-   coordinator's own rule.
+3. Ticket; then the decode pool computes the prompt, or a prefill pool does and hands it over, by
+   the coordinator's own rule.
 4. Every token's moment is kept; nothing is measured anywhere else.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import Protocol
 
 from bench.experiments.pools import (
@@ -63,7 +64,6 @@ from protocol.messages import (
 from protocol.request import SamplingParams, TransferStats
 
 TOKEN = "virtual"
-TYPICAL_KV = 512  # tokens of context at which a pool's speed is stated to the router
 
 
 @dataclass(slots=True)
@@ -74,6 +74,7 @@ class Served:
     decode_pool: str = ""
     prefill_pool: str = ""
     num_cached_tokens: int = 0
+    granted_s: float = 0.0  # when it got its blocks
     token_times_s: list[float] = field(default_factory=list)
     is_over: bool = False
 
@@ -88,8 +89,7 @@ class Served:
 
     @property
     def itls_s(self) -> list[float]:
-        times = self.token_times_s
-        return [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+        return [later - earlier for earlier, later in pairwise(self.token_times_s)]
 
     @property
     def tpot_s(self) -> float:
@@ -275,20 +275,22 @@ class Cluster:
                 self._on_ticket(message)
             case CacheUpdate():
                 self._router.on_cache_update(pool_id, message.stored, message.evicted)
-            case Progress():
-                record = self._records.get(message.request_id)
-                if record is not None:
-                    record.num_prefilled_tokens = message.num_done
-            case Committed():
-                record = self._records.get(message.request_id)
-                if record is not None:
-                    record.step(Step.COMMIT)
             case RequestFailed():
                 raise AssertionError(f"{pool_id}: {message}")
+            case Progress() | Committed() if message.request_id in self._records:
+                self._on_progress(self._records[message.request_id], message)
+
+    @staticmethod
+    def _on_progress(record: Record, message: Progress | Committed) -> None:
+        if isinstance(message, Progress):
+            record.num_prefilled_tokens = message.num_done
+        else:
+            record.step(Step.COMMIT)
 
     def _on_ticket(self, message: Ticket) -> None:
         record = self._records[message.request_id]
         served = self._served[message.request_id]
+        served.granted_s = self.world.now
         record.num_target_cached_tokens = served.num_cached_tokens = message.num_cached_tokens
         pool_id = self._router.choose_prefill(record, self._records.values())
         if pool_id is None:

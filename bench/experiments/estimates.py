@@ -1,14 +1,15 @@
 """Means and effects over seeds, each with its 95 % interval. Pure.
 
 A seed draws the traffic; every policy sees the same traffic under the same seed. So an effect is
-taken per seed, and its interval is that of paired values: what the traffic does to all of them alike
-drops out. A ratio's interval is taken on its logarithm, so that a ratio and its inverse agree.
+taken per seed, and its interval is that of paired values: what the traffic does to all of them
+alike drops out. A ratio's interval is taken on its logarithm, so that it and its inverse agree.
 """
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 # 97.5 % point of Student's t for 1, 2, ... 30 degrees of freedom; beyond, the normal one is near.
 T_975 = (
@@ -72,6 +73,15 @@ def percentile(values: Sequence[float], share: float) -> float:
     """The smallest value that at least ``share`` of them do not exceed."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+
+
+def pick(rows: Sequence[Mapping[str, Any]], figure: str, **where: object) -> list[float]:
+    """A figure of all rows that have it and match, in their order: one for each seed."""
+    return [
+        row[figure]
+        for row in rows
+        if figure in row and all(row.get(key) == value for key, value in where.items())
+    ]
 
 
 def wilson(num_hits: int, num_all: int) -> tuple[float, float]:

@@ -97,6 +97,8 @@ class VirtualPool(ABC):
         begun = self._begin()
         if begun is None:
             self._is_busy = False
+            if self._events:  # what the commands of this very turn have brought
+                self._wake()
             return
         seconds, finish = begun
         seconds += self._overhead_s

@@ -168,3 +168,45 @@ ROOFLINE = RooflineSteps(
     fixed_s=0.003,
     link_bytes_per_s=50e9,
 )
+
+BENCH_MODEL = ChunkShape(
+    num_layers=12,
+    num_heads=16,
+    num_kv_heads=4,
+    head_dim=64,
+    linear_weights=1024 * (2 * (16 + 4) * 64 + 3 * 2816),
+    itemsize=2,
+    block_size=32,
+)
+MEASURED = MeasuredSteps(
+    name="measured",
+    source="PROVISIONAL",
+    costs=PoolCosts(CostModel(75e9, 200e9, 2e9, 3e-4), BENCH_MODEL),
+    prefill=Grid(
+        (1, 32, 128, 512, 1024, 2048),
+        (0, 1024, 4096),
+        (
+            (0.0120, 0.0127, 0.0147),
+            (0.0743, 0.0958, 0.1602),
+            (0.2714, 0.3573, 0.6150),
+            (1.1199, 1.4635, 2.4943),
+            (2.4016, 3.0888, 5.1504),
+            (5.4804, 6.8548, 10.9779),
+        ),
+    ),
+    decode=Grid(
+        (1, 2, 4, 8, 16, 32, 64),
+        (32, 512, 2048),
+        (
+            (0.0100, 0.0104, 0.0116),
+            (0.0125, 0.0133, 0.0156),
+            (0.0176, 0.0191, 0.0238),
+            (0.0277, 0.0306, 0.0401),
+            (0.0479, 0.0538, 0.0727),
+            (0.0883, 0.1001, 0.1378),
+            (0.1691, 0.1927, 0.2682),
+        ),
+    ),
+    weights_s=0.010,
+    exposed_handoff_s=0.0073,
+)

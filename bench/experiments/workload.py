@@ -1,8 +1,8 @@
 """Traffic drawn from a seed before anything runs: when each request comes, and how long it is.
 
 Arrivals are open loop: nobody waits for an answer before the next request comes. The scheduler is
-told a limit of tokens, never the length at which the answer will end; that is what the virtual model
-decides (pools.py), as an end-of-sequence token would.
+told a limit of tokens, never the length at which the answer will end; that is what the virtual
+model decides (pools.py), as an end-of-sequence token would.
 """
 
 import math
