@@ -74,6 +74,7 @@ class Served:
     decode_pool: str = ""
     prefill_pool: str = ""
     num_cached_tokens: int = 0
+    ring_size: int = 0  # 0: no prefill pool computed it
     granted_s: float = 0.0  # when it got its blocks
     token_times_s: list[float] = field(default_factory=list)
     is_over: bool = False
@@ -270,6 +271,7 @@ class Cluster:
                 for token in message.tokens:
                     self._on_token(token)
             case FirstToken():
+                self._served[message.request_id].ring_size = message.path.ring_size
                 self._on_token(as_new_token(message))
             case Ticket():
                 self._on_ticket(message)
