@@ -91,18 +91,28 @@ class MeasuredSteps:
     exposed_handoff_s: float
 
     def step_s(self, num_seqs: int, sum_kv: int, chunks: Sequence[Chunk]) -> float:
-        seconds = sum(self.prefill.at(new, past) for new, past in chunks)
+        seconds = sum(self._alone_s(new, past) for new, past in chunks)
         if num_seqs:
             seconds += self.decode.at(num_seqs, sum_kv / num_seqs)
         num_parts = len(chunks) + (num_seqs > 0)
         return seconds - max(0, num_parts - 1) * self.weights_s
 
     def chunk_s(self, new: int, past: int, cp_size: int) -> float:
-        alone_s = self.prefill.at(new, past)
+        alone_s = self._alone_s(new, past)
         if cp_size == 1:
             return alone_s
         predict = self.costs.seconds
         return alone_s * predict(new, past, cp_size) / predict(new, past, 1)
+
+    def _alone_s(self, new: int, past: int) -> float:
+        """Of a longer chunk than the table has, the sum of its pieces: attention adds up."""
+        longest = int(self.prefill.xs[-1])
+        num_whole, rest = divmod(new, longest)
+        pieces = [(longest, past + i * longest) for i in range(num_whole)]
+        if rest:
+            pieces.append((rest, past + num_whole * longest))
+        seconds = sum(self.prefill.at(*piece) for piece in pieces)
+        return seconds - (len(pieces) - 1) * self.weights_s
 
     def handoff_s(self, num_tokens: int) -> float:
         del num_tokens  # all but the last group of layers moves while the next computes
