@@ -9,13 +9,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bench.environment import headline
-from bench.experiments import batching, blocks, ring
+from bench.experiments import batching, blocks, budgets, ring
 from bench.experiments.report import Report, Scale, save
 
 EXPERIMENTS: dict[str, Callable[[Scale], Report]] = {
     batching.NAME: batching.run,
     blocks.NAME: blocks.run,
     ring.NAME: ring.run,
+    budgets.NAME: budgets.run,
 }
 FOLDER = "experiments"  # below what is given to --save
 MIN_SEEDS = 2  # fewer have no interval

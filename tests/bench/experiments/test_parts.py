@@ -103,7 +103,7 @@ def test_more_work_takes_longer(steps: StepTime) -> None:
     assert steps.chunk_s(4096, 0, 2) < steps.chunk_s(4096, 0, 1)
     both = steps.step_s(8, 800, [(256, 0)])
     assert max(steps.step_s(8, 800, []), steps.step_s(0, 0, [(256, 0)])) <= both
-    assert both <= steps.step_s(8, 800, []) + steps.step_s(0, 0, [(256, 0)])
+    assert both <= 1.000001 * (steps.step_s(8, 800, []) + steps.step_s(0, 0, [(256, 0)]))
 
 
 @pytest.mark.parametrize("num_prefill", [0, 2])
