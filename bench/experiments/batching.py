@@ -82,16 +82,20 @@ class BatchGate:
                 self._admit(served)
 
 
-def make_gate(
-    policy: str, steps: StepTime, num_coming: int
-) -> Callable[[World, Callable[[Served], None]], Gate] | None:
+def make_gate(policy: str, steps: StepTime, num_coming: int) -> Callable[[Cluster], Gate] | None:
     """The gate of a policy; None is the open one."""
     if policy == "continuous":
         return None
     window_s = float("inf")
     if policy == "dynamic":
         window_s = WINDOW_STEPS * steps.step_s(NUM_SLOTS, NUM_SLOTS * MEAN_OUTPUT, [])
-    return partial(BatchGate, size=NUM_SLOTS, window_s=window_s, num_coming=num_coming)
+
+    def make(cluster: Cluster) -> Gate:
+        return BatchGate(
+            cluster.world, cluster.admit, size=NUM_SLOTS, window_s=window_s, num_coming=num_coming
+        )
+
+    return make
 
 
 def capacity_rate(steps: StepTime) -> float:

@@ -46,6 +46,7 @@ from kvtransfer.events import (
 from protocol.kv import KVLayout, RankEndpoint
 from protocol.messages import (
     PROTOCOL_VERSION,
+    Abort,
     CacheUpdate,
     Committed,
     ComputeHere,
@@ -158,7 +159,7 @@ class Cluster:
     def __init__(
         self,
         setting: ClusterSetting,
-        make_gate: Callable[[World, Callable[[Served], None]], Gate] | None = None,
+        make_gate: "Callable[[Cluster], Gate] | None" = None,
         make_router: Callable[[Placement, Registry], Router] | None = None,
     ) -> None:
         self.world = calm_world()
@@ -182,12 +183,11 @@ class Cluster:
         self._router: Router = (
             placement if make_router is None else make_router(placement, self._registry)
         )
-        self.gate: Gate = (
-            OpenGate(self.admit) if make_gate is None else make_gate(self.world, self.admit)
-        )
         self._served: dict[str, Served] = {}
         self._records: dict[str, Record] = {}  # of those who are let in and not over
+        self._set_aside: dict[str, Record] = {}  # by preempt
         self._num_left = 0
+        self.gate: Gate = OpenGate(self.admit) if make_gate is None else make_gate(self)
 
     # -- the gangs join, as real ones do -----------------------------------------------------------
 
@@ -245,7 +245,27 @@ class Cluster:
         self.gate.arrive(served)
 
     def admit(self, served: Served) -> None:
-        """The gate lets it through."""
+        """The gate lets it through, for the first time or again."""
+        record = self._set_aside.pop(served.arrival.request_id, None) or self._record(served)
+        pool_id = self._router.choose_decode(record, self._records.values(), self.world.now)
+        assert pool_id is not None, "no decode pool serves"
+        self._records[record.request_id] = record
+        record.step(Step.RESERVE)
+        record.decode_pool = served.decode_pool = pool_id
+        self.decode[pool_id].on_event(ControlReceived(record.reserve()))
+
+    def preempt(self, served: Served) -> None:
+        """Set a request aside until it is admitted again, by the coordinator's way of losing an
+        attempt: what it has is cached where it was, and the next attempt goes on after its tokens.
+        """
+        record = self._records.pop(served.arrival.request_id)
+        pool = self.decode[record.decode_pool]
+        pool.on_event(ControlReceived(Abort(record.request_id, record.attempt)))
+        record.lose_attempt("preempted")
+        self._set_aside[record.request_id] = record
+
+    @staticmethod
+    def _record(served: Served) -> Record:
         arrival = served.arrival
         prompt = arrival.prompt()
         # An application's limit, not the length: nobody knows that.
@@ -253,15 +273,9 @@ class Cluster:
             max_tokens=max(1024, arrival.num_output_tokens), stop_token_ids=(LAST_TOKEN,)
         )
         hashes = tuple(hash_blocks(prompt, BLOCK_SIZE, block_salt(FINGERPRINT, "")))
-        record = Record(
+        return Record(
             arrival.request_id, 1, prompt, sampling, "tenant", block_hashes=hashes
         )  # fmt: skip
-        pool_id = self._router.choose_decode(record, self._records.values(), self.world.now)
-        assert pool_id is not None, "no decode pool serves"
-        self._records[record.request_id] = record
-        record.step(Step.RESERVE)
-        record.decode_pool = served.decode_pool = pool_id
-        self.decode[pool_id].on_event(ControlReceived(record.reserve()))
 
     # -- what the pools say ------------------------------------------------------------------------
 
@@ -290,7 +304,9 @@ class Cluster:
             record.step(Step.COMMIT)
 
     def _on_ticket(self, message: Ticket) -> None:
-        record = self._records[message.request_id]
+        record = self._records.get(message.request_id)
+        if record is None or message.attempt != record.attempt:
+            return  # set aside meanwhile
         served = self._served[message.request_id]
         served.granted_s = self.world.now
         record.num_target_cached_tokens = served.num_cached_tokens = message.num_cached_tokens
@@ -307,7 +323,7 @@ class Cluster:
 
     def _on_token(self, token: NewToken) -> None:
         record = self._records.get(token.request_id)
-        if record is None:
+        if record is None or token.attempt != record.attempt:
             return
         served = self._served[token.request_id]
         for _ in record.accept(token):

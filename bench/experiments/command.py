@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bench.environment import headline
-from bench.experiments import batching, blocks, budgets, disaggregation, ring
+from bench.experiments import batching, blocks, budgets, disaggregation, ring, routing
 from bench.experiments.report import Report, Scale, save
 
 EXPERIMENTS: dict[str, Callable[[Scale], Report]] = {
@@ -18,6 +18,7 @@ EXPERIMENTS: dict[str, Callable[[Scale], Report]] = {
     ring.NAME: ring.run,
     budgets.NAME: budgets.run,
     disaggregation.NAME: disaggregation.run,
+    routing.NAME: routing.run,
 }
 FOLDER = "experiments"  # below what is given to --save
 MIN_SEEDS = 2  # fewer have no interval
