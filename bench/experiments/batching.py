@@ -233,8 +233,14 @@ def _throughput_table(rows: Sequence[dict[str, Any]]) -> Table:
         gains = [str(gain(rows, machine, cv)) for machine in (MEASURED.name, ROOFLINE.name)]
         shares = [f"{one.value:.0%}" for one in occupied]
         lines.append((f"{cv:g}", *gains, str(bound), *shares))
-    header = ("CV of lengths", "gain, measured", "gain, roofline", "longest / mean")
-    header += ("slots filled, continuous", "slots filled, static")
+    header = [
+        "CV of lengths",
+        "gain, measured",
+        "gain, roofline",
+        "longest / mean",
+        "slots filled, continuous",
+        "slots filled, static",
+    ]
     return Table("Saturated: throughput, continuous over static", header, tuple(lines))
 
 

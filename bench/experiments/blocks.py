@@ -172,7 +172,8 @@ def _rings(scale: Scale) -> Iterator[dict[str, Any]]:
 def null_cases() -> list[NullCase]:
     """Lengths that all sizes divide: nothing can be wasted, by whatever allocator."""
     needs = [Need(number, NULL_LENGTH, 0, 0, 8) for number in range(40)]
-    makers = {**allocators(), "contiguous max": partial(ContiguousMax, NUM_SLOTS, NULL_LENGTH)}
+    makers = allocators()
+    makers["contiguous max"] = partial(ContiguousMax, NUM_SLOTS, NULL_LENGTH)
     waste = [replay(make(), needs)["internal_waste"] for make in makers.values()]
     dealt = 2 * max(CP_SIZES) * max(BLOCK_SIZES)
     rings = [ring_waste(dealt, size, cp_size) for size in BLOCK_SIZES for cp_size in CP_SIZES]
@@ -209,8 +210,14 @@ def _table(rows: Sequence[dict[str, Any]], shape: str) -> Table:
                 short(statistics.fmean(pick(rows, "cpu_s", shape=shape, allocator=name))),
             )
         )
-    header = ("allocator", "reserved, not used", "largest / free", "requests at once")
-    header += ("sent back, each", "CPU s of the replay")
+    header = [
+        "allocator",
+        "reserved, not used",
+        "largest / free",
+        "requests at once",
+        "sent back, each",
+        "CPU s of the replay",
+    ]
     return Table(f"Replay: {shape}", header, tuple(lines))
 
 

@@ -29,7 +29,6 @@ from bench.experiments.pools import (
 )
 from bench.experiments.step_time import StepTime
 from bench.experiments.workload import Arrival
-from bench.simulation.world import World
 from coordinator.config import CoordinatorConfig, ExpectedPool
 from coordinator.joining import Terms
 from coordinator.placement import Placement

@@ -9,7 +9,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bench.environment import headline
-from bench.experiments import batching, blocks, budgets, disaggregation, ring, routing
+from bench.experiments import (
+    batching,
+    blocks,
+    budgets,
+    disaggregation,
+    overhead,
+    predictor,
+    ring,
+    routing,
+)
 from bench.experiments.report import Report, Scale, save
 
 EXPERIMENTS: dict[str, Callable[[Scale], Report]] = {
@@ -19,6 +28,8 @@ EXPERIMENTS: dict[str, Callable[[Scale], Report]] = {
     budgets.NAME: budgets.run,
     disaggregation.NAME: disaggregation.run,
     routing.NAME: routing.run,
+    predictor.NAME: predictor.run,
+    overhead.NAME: overhead.run,
 }
 FOLDER = "experiments"  # below what is given to --save
 MIN_SEEDS = 2  # fewer have no interval

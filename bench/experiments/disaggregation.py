@@ -75,7 +75,7 @@ def mixes(steps: StepTime) -> dict[str, list[Mix]]:
     return {"mixed": [chat, document], "chats": [chat], "documents": [document]}
 
 
-CASES = (
+CASES: tuple[tuple[StepTime, str], ...] = (
     (MEASURED, "mixed"), (ROOFLINE, "mixed"), (MEASURED, "chats"), (MEASURED, "documents"),
 )  # fmt: skip
 

@@ -48,8 +48,8 @@ class Table:
     """Figures in words."""
 
     title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
 
     def markdown(self) -> str:
         lines = [f"**{self.title}**", "", f"| {' | '.join(self.header)} |"]

@@ -186,11 +186,17 @@ def run(scale: Scale) -> Report:
 
 
 def _tables(rows: Sequence[dict[str, Any]]) -> list[Table]:
-    lines = [
+    lines: list[tuple[str, ...]] = [
         (steps.name, *first_length(rows, steps.name, 2), *first_length(rows, steps.name, 4))
         for steps in machines()
     ]
-    header = ("machine", "cp2 faster from", "cp2 chosen from", "cp4 faster from", "cp4 chosen from")
+    header: Sequence[str] = (
+        "machine",
+        "cp2 faster from",
+        "cp2 chosen from",
+        "cp4 faster from",
+        "cp4 chosen from",
+    )
     tables = [Table("Alone: prompt lengths in tokens", header, tuple(lines))]
     tables.append(_loaded_table(rows))
     measured = [row for row in rows if row["part"] == "live"]
@@ -228,8 +234,14 @@ def _loaded_table(rows: Sequence[dict[str, Any]]) -> Table:
             ]
             never = mean_of(pick(rows, "ttft_mean_s", policy="never", **where))
             lines.append((f"{steps.name}, {load:g}", str(never), *cells))
-    header = ("machine, load", "never, mean s", "cost model / never", "always / never")
-    header += ("p99, cost model / never", "p99, always / never")
+    header = [
+        "machine, load",
+        "never, mean s",
+        "cost model / never",
+        "always / never",
+        "p99, cost model / never",
+        "p99, always / never",
+    ]
     return Table("Loaded: time to the first token", header, tuple(lines))
 
 

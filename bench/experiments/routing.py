@@ -290,8 +290,15 @@ def _table(rows: Sequence[dict[str, Any]], steps: StepTime, case: tuple[float, f
             )
         )
     over = f"over {BASELINE}"
-    header = ("policy", "mean TTFT (s)", f"mean TTFT {over}", f"p99 TTFT {over}")
-    header += (f"mean E2E {over}", "prefix hit", "busiest / mean")
+    header = [
+        "policy",
+        "mean TTFT (s)",
+        f"mean TTFT {over}",
+        f"p99 TTFT {over}",
+        f"mean E2E {over}",
+        "prefix hit",
+        "busiest / mean",
+    ]
     return Table(f"{steps.name}, load {case[0]:g}, Zipf {case[1]:g}", header, tuple(lines))
 
 

@@ -60,7 +60,7 @@ def test_small_figures() -> None:
     assert [short(value) for value in (0.0, 1234.5, 12.34, 0.012345)] == [
         "0", "1234", "12.3", "0.0123",
     ]  # fmt: skip
-    rows = [{"a": 1, "x": 2.0}, {"a": 2, "x": 3.0}, {"a": 1}]
+    rows: list[dict[str, float]] = [{"a": 1, "x": 2.0}, {"a": 2, "x": 3.0}, {"a": 1}]
     assert pick(rows, "x", a=1) == [2.0]
 
 
@@ -118,9 +118,11 @@ def test_every_request_gets_all_its_tokens_and_gives_its_blocks_back(num_prefill
     assert all(one.ttft_s > 0 and min(one.itls_s, default=1.0) >= 0 for one in served)
     assert bool(num_prefill) is any(one.prefill_pool for one in served)
     cluster.world.run_until(lambda: False, math.inf)  # what is said after the last token
-    for pool in (*cluster.decode.values(), *cluster.prefill.values()):
-        pool.check()
-    assert all(pool.scheduler.is_idle for pool in cluster.decode.values())
+    for decode in cluster.decode.values():
+        decode.check()
+        assert decode.scheduler.is_idle
+    for prefill in cluster.prefill.values():
+        prefill.check()
 
 
 def test_an_idle_cluster_takes_as_long_as_the_model_says() -> None:
