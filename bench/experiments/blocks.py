@@ -171,7 +171,7 @@ def _rings(scale: Scale) -> Iterator[dict[str, Any]]:
 
 def null_cases() -> list[NullCase]:
     """Lengths that all sizes divide: nothing can be wasted, by whatever allocator."""
-    needs = [Need(number, NULL_LENGTH, 0, 0, 8) for number in range(40)]
+    needs = [Need(number, NULL_LENGTH, 0, 0, 8) for number in range(20)]
     makers = allocators()
     makers["contiguous max"] = partial(ContiguousMax, NUM_SLOTS, NULL_LENGTH)
     waste = [replay(make(), needs)["internal_waste"] for make in makers.values()]

@@ -19,7 +19,6 @@ from bench.experiments.pools import DecodeSetting, PrefillSetting, seeded
 from bench.experiments.report import COLOURS, VIRTUAL, NullCase, Report, Scale, Table
 from bench.experiments.step_time import MEASURED, ROOFLINE, MeasuredSteps, RooflineSteps
 from bench.experiments.workload import Arrival, Lengths, Mix, draw
-from bench.ring import measure, model_folder
 from ring_attention.cost import CostModel
 
 NAME = "ring"
@@ -112,6 +111,8 @@ def by_load(steps: Machine, scale: Scale) -> Iterator[dict[str, Any]]:
 
 def live() -> Iterator[dict[str, Any]]:
     """Part 3: two processes with one thread each, as ``python -m bench.ring`` runs them."""
+    from bench.ring import measure, model_folder  # with torch, which nothing else here needs
+
     with model_folder(None) as folder:
         for num_tokens in LIVE_LENGTHS:
             found = measure(folder, num_tokens, LIVE_RUNS)
