@@ -150,6 +150,7 @@ class ClusterSetting:
     decode: tuple[DecodeSetting, ...] = (DecodeSetting(),)
     prefill: tuple[PrefillSetting, ...] = ()
     local_prefill_threshold: int = 128
+    max_tokens: int = 1024  # what requests say they may generate; less than is drawn is raised
 
 
 class Cluster:
@@ -235,13 +236,10 @@ class Cluster:
         for arrival in arrivals:
             self._lengths[arrival.request_id] = arrival.num_output_tokens
             served = self._served[arrival.request_id] = Served(arrival)
-            self.world.at(arrival.time_s - self.world.now, partial(self._arrive, served))
+            self.world.at(arrival.time_s - self.world.now, partial(self.gate.arrive, served))
         self._num_left += len(arrivals)
         self.world.run_until(lambda: self._num_left == 0, horizon_s)
         return [self._served[arrival.request_id] for arrival in arrivals]
-
-    def _arrive(self, served: Served) -> None:
-        self.gate.arrive(served)
 
     def admit(self, served: Served) -> None:
         """The gate lets it through, for the first time or again."""
@@ -263,13 +261,13 @@ class Cluster:
         record.lose_attempt("preempted")
         self._set_aside[record.request_id] = record
 
-    @staticmethod
-    def _record(served: Served) -> Record:
+    def _record(self, served: Served) -> Record:
         arrival = served.arrival
         prompt = arrival.prompt()
         # An application's limit, not the length: nobody knows that.
         sampling = SamplingParams(
-            max_tokens=max(1024, arrival.num_output_tokens), stop_token_ids=(LAST_TOKEN,)
+            max_tokens=max(self.setting.max_tokens, arrival.num_output_tokens),
+            stop_token_ids=(LAST_TOKEN,),
         )
         hashes = tuple(hash_blocks(prompt, BLOCK_SIZE, block_salt(FINGERPRINT, "")))
         return Record(

@@ -95,5 +95,6 @@ def index(reports: Sequence[Report]) -> str:
     ]
     for report in reports:
         clock = report.clock.partition(":")[0].lower()
+        clock += ", in part live" if report.live_part else ""
         lines.append(f"| [{report.name}]({report.name}.md) | {report.question} | {clock} |")
     return "\n".join(lines) + "\n"

@@ -247,8 +247,6 @@ def run(scale: Scale) -> Report:
             f"of {OUTPUT.mean:g} tokens; Poisson. Latencies at half load. Goodput: the load at "
             f"which {TARGET:.0%} have their first token within {TTFT_STEPS:g} and the others every "
             f"{TPOT_STEPS:g} steps of a full batch.",
-            f"Measured: wall time of `schedule()` and `update()` alone, {NUM_TIMED} steps of "
-            "sequences that all decode; the queue waits for a slot.",
             *(f"`{steps.name}`: {steps.source}." for steps in MACHINES),
         ],
         tables=tables,
@@ -256,6 +254,10 @@ def run(scale: Scale) -> Report:
         reading=_reading(rows),
         rows=rows,
         draw=partial(_draw, rows),
+        live_part="The measured part is wall time of `schedule()` and `update()` alone, over "
+        f"{NUM_TIMED} steps of sequences that all decode; the queue waits for a slot."
+        if scale.live
+        else "",
     )
 
 
@@ -298,15 +300,17 @@ def _reading(rows: Sequence[dict[str, Any]]) -> list[str]:
     lines = []
     for steps in MACHINES:
         found = [_goodputs(rows, steps.name, ms) for ms in (INJECTED_MS[0], INJECTED_MS[-1])]
+        step_ms = 1000 * full_step_s(steps)
         lines.append(
-            f"`{steps.name}`, a step of {1000 * full_step_s(steps):.0f} ms: each millisecond a "
-            f"step adds {slope_of(rows, steps.name, 'itl_ms')} ms to the mean gap and "
+            f"`{steps.name}`, a step of {step_ms:.0f} ms and so {TPOT_STEPS * step_ms:.0f} ms "
+            "between tokens at most: each millisecond a step adds "
+            f"{slope_of(rows, steps.name, 'itl_ms')} ms to the mean gap and "
             f"{slope_of(rows, steps.name, 'ttft_ms')} ms to the mean time to the first token; "
             f"{INJECTED_MS[-1]} ms take goodput from {found[0]} to {found[1]}."
         )
     lines.append(
-        "More than one for one, because longer steps mean more sequences in each. Whether 20 ms "
-        "matter depends on the step alone: the same figure is small beside a step of a CPU and "
+        "Where a step costs by the sequence it is more than one for one: longer steps mean more "
+        "sequences in each. Whether 20 ms matter depends on the step alone: the same figure is small beside a step of a CPU and "
         "several times a step of an accelerator."
     )
     measured = [row for row in rows if row["part"] == "measured"]

@@ -322,4 +322,5 @@ def _draw(rows: Sequence[dict[str, Any]], figure: Any) -> None:  # noqa: ANN401 
         axes.axhline(1.0, color="#888888", linewidth=0.8)
         axes.set(xlabel="mean error of the predicted length (%)",
                  ylabel="time to the last token, of FCFS's", title=title)  # fmt: skip
-    left.legend(frameon=False)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4,
+                  frameon=False)  # fmt: skip

@@ -97,7 +97,12 @@ class Report:
     rows: Sequence[Mapping[str, object]]
     draw: Callable[[Any], None]  # on a matplotlib figure
     size: tuple[float, float] = (10.0, 4.2)  # of the figure, in inches
+    live_part: str = ""  # what in it is of a running machine after all
     extra: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def clocks(self) -> str:
+        return f"{self.clock} {self.live_part}".rstrip()
 
     @property
     def is_simulated(self) -> bool:
@@ -105,7 +110,7 @@ class Report:
 
     def text(self) -> str:
         """For a terminal."""
-        parts = [f"== {self.name}: {self.question}", self.clock, *self.setting, ""]
+        parts = [f"== {self.name}: {self.question}", self.clocks, *self.setting, ""]
         parts += [f"{table.text()}\n" for table in self.tables]
         parts += [f"null case: {null}" for null in self.nulls]
         return "\n".join(parts + [f"- {line}" for line in self.reading])
@@ -118,7 +123,7 @@ class Report:
         tables = "\n\n".join(table.markdown() for table in self.tables)
         return (
             f"# {self.question}\n\n`{command}`, {num_seeds} seeds. {headline()}.\n\n"
-            f"{self.clock}\n\n{setting}\n\n![{self.name}]({self.name}.png)\n\n"
+            f"{self.clocks}\n\n{setting}\n\n![{self.name}]({self.name}.png)\n\n"
             f"## What it shows\n\n{reading}\n\n## Null case\n\n{nulls}\n\n## Figures\n\n{tables}\n"
         )
 
@@ -136,7 +141,7 @@ def save(report: Report, folder: Path, command: str, num_seeds: int) -> None:
         "experiment": report.name,
         "command": command,
         "seeds": num_seeds,
-        "clock": report.clock,
+        "clock": report.clocks,
         "setting": list(report.setting),
         "null_cases": [str(null) for null in report.nulls],
         "environment": describe(),

@@ -32,6 +32,8 @@ CASES = ((0.5, 1.0), (0.8, 1.0), (0.8, 2.5))  # (load, exponent of the prefixes'
 HETEROGENEOUS = (1.0, 1.0, 1.5, 3.0)  # how many times as long a step takes on each worker
 MACHINES: tuple[StepTime, ...] = (MEASURED, ROOFLINE)
 EQUAL = (1.0, 1.0, 1.0, 1.0)
+KNOWN_LIMIT_CASE = CASES[1]  # run once more with requests that say how much they will generate
+LIMIT = 1024  # else
 NUM_BLOCKS = 12 * PREFIX_TOKENS // BLOCK_SIZE + 256  # a worker keeps about half of the prefixes
 BATCH = 32
 
@@ -164,14 +166,13 @@ def traffic(rate: float, exponent: float, seed: int, num: int, prefix_tokens: in
     return arrivals
 
 
-def serve(
-    steps: StepTime, slowness: Sequence[float], name: str, arrivals: Sequence[Arrival], seed: int
-) -> tuple[list[Served], Cluster]:
+def setting_of(
+    steps: StepTime, slowness: Sequence[float], max_tokens: int = LIMIT
+) -> ClusterSetting:
     decode = tuple(
         DecodeSetting(512, 32, num_blocks=NUM_BLOCKS, slowness=slower) for slower in slowness
     )
-    cluster = Cluster(ClusterSetting(steps, decode), make_router=make_router(name, seed))
-    return cluster.run(arrivals), cluster
+    return ClusterSetting(steps, decode, max_tokens=max_tokens)
 
 
 def figures(served: Sequence[Served], cluster: Cluster) -> dict[str, float]:
@@ -188,33 +189,35 @@ def figures(served: Sequence[Served], cluster: Cluster) -> dict[str, float]:
 
 
 def compare(
-    steps: StepTime,
+    setting: ClusterSetting,
     case: tuple[float, float],
     scale: Scale,
-    slowness: Sequence[float],
     prefix_tokens: int = PREFIX_TOKENS,
 ) -> Iterator[dict[str, Any]]:
     """All policies on the same traffic."""
     load, exponent = case
+    steps, slowness = setting.steps, [pool.slowness for pool in setting.decode]
     rate = load * capacity(steps, slowness, prefix_tokens)
     num = scale.count(NUM_REQUESTS, 30)
     for seed in scale.seeds:
         arrivals = traffic(rate, exponent, seed, num, prefix_tokens)
         for name in POLICIES:
-            served, cluster = serve(steps, slowness, name, arrivals, seed)
+            cluster = Cluster(setting, make_router=make_router(name, seed))
+            served = cluster.run(arrivals)
             yield {
                 "machine": steps.name, "load": load, "exponent": exponent,
-                "workers": len(slowness), "prefix_tokens": prefix_tokens, "seed": seed,
+                "workers": len(slowness), "prefix_tokens": prefix_tokens,
+                "limit": setting.max_tokens, "seed": seed,
                 "policy": name, **figures(served, cluster),
             }  # fmt: skip
 
 
 def null_cases(scale: Scale) -> list[NullCase]:
     """One worker: there is no choice. Equal workers and nothing shared: load is all there is."""
-    rows = list(compare(MEASURED, CASES[0], scale, (1.0,)))
+    rows = list(compare(setting_of(MEASURED, (1.0,)), CASES[0], scale))
     means = [pick(rows, "e2e_mean_s", policy=name) for name in POLICIES]
     spread = max(max(values) / min(values) - 1 for values in zip(*means, strict=True))
-    rows = list(compare(MEASURED, CASES[0], scale, EQUAL, 0))
+    rows = list(compare(setting_of(MEASURED, EQUAL), CASES[0], scale, 0))
     found = over_baseline(rows, "e2e_mean_s", PRODUCTION)
     return [
         NullCase(
@@ -245,8 +248,9 @@ def run(scale: Scale) -> Report:
         row
         for steps in MACHINES
         for case in CASES
-        for row in compare(steps, case, scale, HETEROGENEOUS)
+        for row in compare(setting_of(steps, HETEROGENEOUS), case, scale)
     ]
+    rows += compare(setting_of(MEASURED, HETEROGENEOUS, 0), KNOWN_LIMIT_CASE, scale)
     return Report(
         name=NAME,
         question=QUESTION,
@@ -271,7 +275,7 @@ def run(scale: Scale) -> Report:
 
 
 def _where(steps: StepTime, case: tuple[float, float]) -> dict[str, object]:
-    return {"machine": steps.name, "load": case[0], "exponent": case[1]}
+    return {"machine": steps.name, "load": case[0], "exponent": case[1], "limit": LIMIT}
 
 
 def _table(rows: Sequence[dict[str, Any]], steps: StepTime, case: tuple[float, float]) -> Table:
@@ -331,11 +335,27 @@ def _reading(rows: Sequence[dict[str, Any]]) -> list[str]:
         "Production and `prefix only` both take the most cached prefix, whatever the wait there "
         "is; among equals production takes the shortest wait by measured speeds, the other throws "
         "dice. That is all that lies between them: a popular prefix is soon on several workers.",
-        "`prefix + tokens` stays near the least tokens, because what a request may still generate "
-        "counts as pending up to its limit (1024 here), which outweighs any prefix.",
+        _known_limits(rows),
         "Not shown: stale knowledge of loads and caches, sessions, failures, and a burst of one "
         "new prefix, which the rule must send to one worker as soon as that one has it.",
     ]
+
+
+def _known_limits(rows: Sequence[dict[str, Any]]) -> str:
+    where = _where(MEASURED, KNOWN_LIMIT_CASE)
+    found = {
+        (name, limit): over_baseline(rows, "ttft_mean_s", name, **{**where, "limit": limit})
+        for name in ("prefix + tokens", PRODUCTION)
+        for limit in (LIMIT, 0)
+    }
+    return (
+        f"What a request may still generate counts as pending, up to its limit ({LIMIT} here), and "
+        f"outweighs any prefix: `prefix + tokens` has {found['prefix + tokens', LIMIT]} times the "
+        f"mean TTFT of {BASELINE} (`measured`, load {KNOWN_LIMIT_CASE[0]:g}, Zipf "
+        f"{KNOWN_LIMIT_CASE[1]:g}). Were limits the true lengths, it would have "
+        f"{found['prefix + tokens', 0]} times, and production {found[PRODUCTION, 0]} instead of "
+        f"{found[PRODUCTION, LIMIT]}."
+    )
 
 
 def _draw(rows: Sequence[dict[str, Any]], figure: Any) -> None:  # noqa: ANN401 - matplotlib's

@@ -27,8 +27,12 @@ def test_every_experiment_is_offered() -> None:
 
 @pytest.mark.parametrize(
     ("words", "says"),
-    [(("nonsense",), "no such"), (("all", "--seeds", "1"), "interval"), (("ring", "--size", "0"), "above 0")],
-)  # fmt: skip
+    [
+        (("nonsense",), "no such"),
+        (("all", "--seeds", "1"), "interval"),
+        (("ring", "--size", "0"), "above 0"),
+    ],
+)
 def test_mistakes_are_told_in_words(words: tuple[str, ...], says: str) -> None:
     assert says in complaint(parse(*words))
 
