@@ -20,10 +20,10 @@ def test_one_worker_or_equal_workers_leave_nothing_to_choose() -> None:
 
 
 def test_who_looks_at_prefixes_hits_them() -> None:
-    rows = list(compare(setting_of(ROOFLINE, EQUAL), CASES[0], Scale(2, 0.3)))
+    rows = list(compare(setting_of(ROOFLINE, EQUAL), CASES[0], Scale(1, 0.5)))
     hits = {name: min(pick(rows, "hit_rate", policy=name)) for name in POLICIES}
     for blind in ("random", "round robin"):
         for seeing in (PRODUCTION, "prefix only", "prefix + tokens"):
-            assert hits[seeing] > hits[blind] + 0.03
+            assert hits[seeing] > hits[blind] + 0.02
     skews = {name: max(pick(rows, "imbalance", policy=name)) for name in POLICIES}
     assert skews["least tokens"] < skews["prefix only"]
