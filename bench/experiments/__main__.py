@@ -1,0 +1,22 @@
+"""``python -m bench.experiments NAME|all [--seeds N] [--save docs/measurements]``."""
+
+import argparse
+import sys
+
+from bench.experiments.command import add_arguments, complaint, run
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="bench.experiments", description="What a policy is worth, with its null case."
+    )
+    add_arguments(parser)
+    arguments = parser.parse_args()
+    wrong = complaint(arguments)
+    if wrong:
+        parser.error(wrong)
+    return run(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
