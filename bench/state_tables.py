@@ -12,8 +12,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import coordinator.jobs.states
 import coordinator.jobs.batch_states
+import coordinator.jobs.states
 import coordinator.records
 import decode.states
 import kvcache.blocks

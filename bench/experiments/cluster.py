@@ -110,9 +110,7 @@ class Router(Protocol):
         """Its prefill pool, or None if the decode pool computes its prompt."""
         ...
 
-    def on_cache_update(
-        self, pool_id: str, stored: Sequence[bytes], evicted: Sequence[bytes]
-    ) -> None:
+    def on_cache_update(self, pool_id: str, update: CacheUpdate) -> None:
         """What a pool has cached has changed."""
         ...
 
@@ -287,7 +285,7 @@ class Cluster:
             case Ticket():
                 self._on_ticket(message)
             case CacheUpdate():
-                self._router.on_cache_update(pool_id, message.stored, message.evicted)
+                self._router.on_cache_update(pool_id, message)
             case RequestFailed():
                 raise AssertionError(f"{pool_id}: {message}")
             case Progress() | Committed() if message.request_id in self._records:

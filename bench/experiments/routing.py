@@ -21,6 +21,7 @@ from coordinator.placement import Placement
 from coordinator.records import Record
 from coordinator.registry import Registry
 from coordinator.router import PrefixMap
+from protocol.messages import CacheUpdate
 
 NAME = "routing"
 QUESTION = "What is the production router worth against simpler policies?"
@@ -70,11 +71,9 @@ class Policy:
     def choose_prefill(self, record: Record, records: Iterable[Record]) -> str | None:
         return self._placement.choose_prefill(record, records)
 
-    def on_cache_update(
-        self, pool_id: str, stored: Sequence[bytes], evicted: Sequence[bytes]
-    ) -> None:
-        self._prefixes.update(pool_id, stored, evicted)
-        self._placement.on_cache_update(pool_id, stored, evicted)
+    def on_cache_update(self, pool_id: str, update: CacheUpdate) -> None:
+        self._prefixes.update(pool_id, update.stored, update.evicted)
+        self._placement.on_cache_update(pool_id, update)
 
 
 class Dice(Policy):
