@@ -310,8 +310,8 @@ def _reading(rows: Sequence[dict[str, Any]]) -> list[str]:
         )
     lines.append(
         "Where a step costs by the sequence it is more than one for one: longer steps mean more "
-        "sequences in each. Whether 20 ms matter depends on the step alone: they are little beside "
-        "a CPU's step and several times an accelerator's."
+        "sequences in each. Whether 20 ms matter depends on the step: they are little beside a "
+        "CPU's step and several times an accelerator's."
     )
     measured = [row for row in rows if row["part"] == "measured"]
     if measured:
