@@ -4,6 +4,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.bench_flags import (
@@ -43,6 +44,14 @@ def add_bench(commands: Any) -> None:  # noqa: ANN401 - argparse's class for thi
     add("--accelerators", type=int, metavar="N", help="all of them, prefill and decode")
     sweep.set_defaults(start=_sweep)
     add_reports(kinds)
+    experiment = kinds.add_parser("experiment", help="what scheduling is worth, on virtual time")
+    add = experiment.add_argument
+    add("names", nargs="+", metavar="NAME", help="all, or one; a wrong name lists them")
+    add("--seeds", type=int, default=5, help="of the traffic (default 5)")
+    add("--size", type=float, default=1.0, help="share of the requests (1)")
+    add("--no-live", action="store_true", help="leave out what runs a model")
+    add("--save", type=Path, metavar="DIR", help="keep results in DIR/experiments")
+    experiment.set_defaults(start=_experiment)
 
 
 def run_bench(arguments: argparse.Namespace, argv: list[str] | None) -> int:
@@ -61,6 +70,15 @@ def _without_secrets(argv: list[str]) -> list[str]:
         elif word.startswith("--api-key="):
             kept[number] = "--api-key=..."
     return kept
+
+
+def _experiment(arguments: argparse.Namespace, _command: str) -> int:
+    from bench.experiments.command import complaint, run
+
+    wrong = complaint(arguments)
+    if wrong:
+        raise ConfigError(wrong)
+    return run(arguments)
 
 
 def _run(arguments: argparse.Namespace, command: str) -> int:
