@@ -1,6 +1,6 @@
 """What it is worth to ingest a document: first tokens from every tier, throughput, interference.
 
-    python -m bench.documents [--tokens 32768] [--rounds 3] [--requests 320] [--rate 1.0]
+    python -m bench.documents [--tokens 32768] [--rounds 3] [--requests 640] [--rate 1.0]
                               [--skip tiers|interference] [--save DIR]
 
 *Tiers*, on ``--prefill cp2 --decode tp2`` with the embedded model, in each round two documents that
@@ -9,8 +9,8 @@ ingested, and asked about twice, which finds its KV in the store's memory and th
 Then everything is killed and started again, the kernel's page cache is dropped if that is allowed,
 and the first question about each finds it on disk. Ratios are of medians of one run.
 
-*Interference*, on ``--prefill cp1 --decode tp1``: an open loop of short prompts with nothing beside
-it, and the same schedule while documents are ingested without a pause, in turns.
+*Interference*, on ``--prefill cp1 --decode tp1``: an open loop of prompts with nothing beside it,
+and the same load while documents are ingested without a pause, in turns.
 """
 
 import argparse
@@ -163,7 +163,8 @@ def measure_interference(
     with local_cluster(flags, folder / "log2") as url:
         target = discover(url, Dialect(""), name="baton")
         for turn, name in enumerate(("alone", "ingesting", "ingesting", "alone")):
-            plan = recipe.plan(target, "bench.documents", recipe.schedule(turn // 2), None)
+            # Each turn has prompts of its own: the same ones would be found in the cache.
+            plan = recipe.plan(target, "bench.documents", recipe.schedule(turn), None)
             with background(url, arguments) if name == "ingesting" else nothing():
                 manifest, records = execute(plan)
             if not manifest.valid:
@@ -254,8 +255,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32_768, help="of each document")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests", type=int, default=640, help="with, and without ingestion")
-    parser.add_argument("--rate", type=float, default=2.0, help="requests per second")
-    parser.add_argument("--prompt", default="uniform/256/768", help="lengths of the short prompts")
+    parser.add_argument("--rate", type=float, default=1.0, help="requests per second")
+    parser.add_argument("--prompt", default="uniform/1024/4096", help="lengths of the prompts")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--skip", choices=("tiers", "interference"))
     parser.add_argument("--save", type=Path)

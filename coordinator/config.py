@@ -135,7 +135,7 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     poison_deaths: int = 2  # pools that a request may take with it before it is quarantined
     quarantine_s: float = 3600.0
     num_tokenizer_threads: int = 2
-    background_chunk_tokens: int = 128  # of each rank, while somebody waits for answers
+    background_chunk_tokens: int = 64  # of each rank, while somebody waits for answers
     limits: Limits = Limits()
     data_dir: str = ""  # what must survive a restart: jobs, documents; "" forgets them at the end
     jobs: JobLimits = JobLimits()

@@ -157,7 +157,7 @@ class PrefillScheduler:
             if time.is_full:
                 break
             if request.state is State.RUNNING:
-                if not time.take(request.placed, request.num_chunks_done):
+                if not time.take(request.placed, request.num_chunks_done, request.priority):
                     continue
             elif self._memory.is_prefix_coming(request):
                 continue  # somebody computes for it already
@@ -171,7 +171,7 @@ class PrefillScheduler:
                 if placement.num_fetched_blocks:
                     self._fetch(request, placement, now)
                     continue
-                if not time.take(placement, 0):
+                if not time.take(placement, 0, request.priority):
                     self._memory.give_back(request)  # not in this step after all
                     continue
                 self._admit(request, placement, now, Change.ADMIT)

@@ -85,21 +85,27 @@ class StepTime:
         self._target_s = target_s
         self._finish_s = [0.0] * cp_size
         self._is_empty = True
+        self._priority = 0  # of the first item
 
     @property
     def is_full(self) -> bool:
         """Whether no rank has time left."""
         return not self._is_empty and min(self._finish_s) >= self._limit_s
 
-    def take(self, placement: Placement, chunk_index: int) -> bool:
+    def take(self, placement: Placement, chunk_index: int, priority: int) -> bool:
         """Take in a chunk if it fits; the first always does.
 
         A rank reaches an item when it and all others of the ring are done with what comes before.
+        What has a lower priority than the first item only fills ranks that would wait: an answer
+        is told when the whole step is done.
         """
         chunk = placement.chunks[chunk_index]
         seconds = self._costs.seconds(len(chunk), chunk.start, len(placement.ring))
         end_s = max(self._finish_s[rank] for rank in placement.ring) + seconds
-        if not self._is_empty and end_s > self._limit_s:
+        if self._is_empty:
+            self._priority = priority
+        limit_s = self._limit_s if priority <= self._priority else max(self._finish_s)
+        if not self._is_empty and end_s > limit_s:
             return False
         self._is_empty = False
         for rank in placement.ring:
