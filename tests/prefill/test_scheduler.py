@@ -514,3 +514,34 @@ def test_an_abort_frees_everything_by_the_next_chunk(
     assert pool.of(Released)
     pool.scheduler.check()
     assert all(c.free + c.cached == c.total for c in pool.scheduler.load().blocks)
+
+
+def test_what_nobody_waits_for_makes_no_step_longer(make_pool: Callable, prompt: Callable) -> None:
+    pool = make_pool(1, step_target_s=10.0)  # a step has room for both
+    background = prompt("background", 96, first=500)
+    pool.add(msgspec.structs.replace(background, priority=1, chunk_tokens=8))
+    assert [len(work.token_ids) for work in pool.step().work] == [8]
+    pool.add(prompt("asked", 20))
+    assert [work.request_id for work in pool.step().work] == ["asked"]
+    assert [work.request_id for work in pool.step().work] == ["background"]
+
+
+def test_what_nobody_waits_for_fills_ranks_that_would_wait(
+    make_pool: Callable, prompt: Callable
+) -> None:
+    pool = make_pool(2, step_target_s=10.0, ring_from=1000)
+    background = prompt("background", 96, first=500)
+    pool.add(msgspec.structs.replace(background, priority=1, chunk_tokens=8))
+    pool.add(prompt("asked", 20))
+    first, second = pool.step().work
+    assert (first.request_id, second.request_id) == ("asked", "background")
+    assert set(first.ring).isdisjoint(second.ring) and len(second.token_ids) == 8
+
+
+@pytest.mark.parametrize(("asked", "ring"), [(0, 1), (2, 2), (8, 1)])
+def test_a_ring_of_the_size_that_was_asked_for(
+    make_pool: Callable, prompt: Callable, asked: int, ring: int
+) -> None:
+    pool = make_pool(2, ring_from=1000)
+    pool.add(msgspec.structs.replace(prompt("a", 40), ring_size=asked))
+    assert len(pool.step().work[0].ring) == ring
