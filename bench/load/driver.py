@@ -157,7 +157,9 @@ class Driver:
         """Everything that would cost time later."""
         for turns in self._sessions:
             first = turns[0]
-            conversation = Conversation(self._load.target.dialect, self._load.schedule.seed)
+            schedule = self._load.schedule
+            wording = schedule.seed if schedule.wording is None else schedule.wording
+            conversation = Conversation(self._load.target.dialect, wording)
             self._bodies.add(first.index, conversation.ask(first.what, first.session))
             if len(turns) > 1:
                 self._conversations[first.session] = conversation

@@ -40,6 +40,8 @@ class Schedule(msgspec.Struct, frozen=True):
     version: int
     seed: int
     requests: tuple[Planned, ...]
+    wording: int | None = None
+    """Another seed, of what the prompts say: the same load without the same words."""
 
     @property
     def sha256(self) -> str:
@@ -67,7 +69,7 @@ class Schedule(msgspec.Struct, frozen=True):
         parts: list[list[Planned]] = [[] for _ in range(num_parts)]
         for number, turns in enumerate(self.sessions):
             parts[number % num_parts] += turns
-        return [Schedule(self.version, self.seed, tuple(part)) for part in parts]
+        return [Schedule(self.version, self.seed, tuple(part), self.wording) for part in parts]
 
 
 def draw(

@@ -3,6 +3,7 @@
 A folder of a sweep has ``sweep.json`` and one folder per run, ``rate-R-seed-S``.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,13 @@ from bench.load.validity import NOT_THE_DRIVERS, STOPPED
 from protocol.errors import ConfigError
 
 SWEEP_FILE = "sweep.json"
+
+
+def wording_of(seed: int, rate: float) -> int:
+    """What the prompts of a round are drawn from: a server must not find in its cache at one rate
+    what it computed at another."""
+    digest = hashlib.blake2b(f"{seed}/{rate!r}".encode(), digest_size=6).digest()
+    return int.from_bytes(digest, "big")
 
 
 class InvalidRunError(RuntimeError):
@@ -84,7 +92,8 @@ class Sweep:
     def _round(
         self, rate: float, seed: int, num_requests: int, folders: list[str]
     ) -> tuple[list[RequestRecord], bool]:
-        schedule = self.recipe.schedule(seed, rate, num_requests)
+        drawn = self.recipe.schedule(seed, rate, num_requests)
+        schedule = msgspec.structs.replace(drawn, wording=wording_of(seed, rate))
         most = most_missed(self.slo, num_requests * self.num_rounds)
         is_lost = is_stopped = False
 

@@ -23,13 +23,16 @@ from bench.load.arrival import (
     grid_of,
 )
 from bench.load.lengths import count_of, sampler
+from bench.load.prompts import tokens_of
 from bench.load.schedule import Schedule, draw, ideal_cached_share
+from bench.load.sweep import wording_of
 from bench.load.workload import (
     Cancellations,
     Documents,
     Lengths,
     Mixed,
     PrefixTree,
+    Segment,
     Sessions,
     Workload,
 )
@@ -207,3 +210,13 @@ def test_limits() -> None:
     with pytest.raises(ConfigError, match="share"):
         draw(Mixed(long_share=2.0), Poisson(1.0), 0, duration_s=9.0)
     assert Schedule(1, 0, ()).duration_s == 0.0
+
+
+def test_rates_of_a_sweep_have_words_of_their_own() -> None:
+    """Else a server would find in its cache at one rate what it computed at another."""
+    points = [(seed, rate) for seed in (0, 1) for rate in (1.0, 2.0, 4.0)]
+    wordings = {wording_of(*point) for point in points}
+    assert len(wordings) == len(points) and wording_of(0, 2.0) in wordings
+    segment = Segment("short/0", 40)
+    said = {tuple(tokens_of(wording, segment, (5, 400))) for wording in wordings}
+    assert len(said) == len(points)
