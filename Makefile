@@ -22,9 +22,9 @@ setup: $(READY) ## make the virtual environment
 demo: $(READY) ## start a disaggregated cluster, stream from it, show what moved
 	$(BIN)/baton demo
 
-# What only computes runs on all cores; what starts processes, or looks at the clock, by itself.
-COMPUTING := $(addprefix tests/,bench/experiments bench/report decode kvcache kvtransfer modeling \
-             planted prefill ring_attention simulation)
+# What only computes runs on all cores; what starts clusters, or looks at the clock, by itself.
+COMPUTING := $(addprefix tests/,bench/experiments bench/report coordinator decode embedded kvcache \
+             kvtransfer modeling planted prefill ring_attention simulation)
 
 test: $(READY) ## the tests that every change runs (under 10 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto $(COMPUTING)
