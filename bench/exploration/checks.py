@@ -1,0 +1,180 @@
+"""What must hold in every state, and what else at an end.
+
+Each check looks at a main thread and one rank, or at two ranks; it is made once for each pair of
+their states.
+
+1. A block that a read in flight touches is counted as in transfer (or in quarantine) by both pools,
+   so it is nobody's to hand out.
+2. KV that a pool may compute with, or find in its cache, is byte by byte what it should be.
+3. Every view of a block space agrees, and all blocks are accounted for (in mains.py, at each step).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from bench.exploration.automata import DEAD, Network, rank_of
+from bench.exploration.callers import Coordinator
+from bench.exploration.clusters import Life
+from bench.exploration.leaders import Leader
+from bench.exploration.mains import FINGERPRINT, Main, prompt_of
+from bench.exploration.memory import BLOCK_SIZE, blocks_of, tag
+from bench.exploration.ranks import Rank
+from bench.exploration.tables import Ints
+from kvcache.blocks import BlockPool, State
+from kvcache.prefix import block_salt, hash_blocks
+
+MOVING = (State.IN_FLIGHT, State.DRAINING, State.QUARANTINED)
+Check = Callable[[Any, Any], str]
+
+
+def main_of(node: Any) -> Main:
+    """The main thread of a node that has one."""
+    return node.main if isinstance(node, Leader) else node
+
+
+class Checks:
+    """Of one case.
+
+    Args:
+        network: its automata.
+    """
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+        self._tags = self._tags_of_hashes()
+        self._pairs: list[tuple[int, int, Check]] = []
+        self._known: list[set[int]] = []
+        lives = network.cluster.lives
+        for life in lives:
+            main = network.node_at(life.main)
+            for number, name in enumerate(life.ranks):
+                self._add(main, name, self._holds_what_it_should(number))
+                self._add(main, name, _is_kept_from_reuse)
+            for other in lives:
+                if other.pool_id != life.pool_id and not network.cluster.case.setting.leases_end:
+                    for reader in other.ranks:
+                        self._add(main, reader, _is_kept_for_readers(life))
+
+    def _tags_of_hashes(self) -> dict[bytes, int]:
+        calls = self._network.cluster.case.calls
+        found = {}
+        for request in range(calls.num_requests):
+            prompt = prompt_of(request, calls.num_tokens)
+            hashes = hash_blocks(prompt, BLOCK_SIZE, block_salt(FINGERPRINT, ""))
+            found.update({h: tag(request, logical) for logical, h in enumerate(hashes)})
+        return found
+
+    def _add(self, first: int, name: str, check: Check) -> None:
+        self._pairs.append((first, self._network.node_at(name), check))
+        self._known.append(set())
+
+    def first_wrong(self, rows: Ints) -> tuple[int, str] | None:
+        """The place and the words of the first row in which something is wrong."""
+        automata = self._network.automata
+        for (first, second, check), known in zip(self._pairs, self._known, strict=True):
+            keys = rows[:, first].astype(np.int64) << 32 | rows[:, second]
+            for key in np.unique(keys):
+                if int(key) in known:
+                    continue
+                known.add(int(key))
+                states = (int(key >> 32), int(key & 0xFFFFFFFF))
+                if DEAD in states:
+                    continue
+                pair = automata[first].states[states[0]], automata[second].states[states[1]]
+                text = check(*pair)
+                if text:
+                    return int(np.argmax(keys == key)), text
+        return None
+
+    def _holds_what_it_should(self, number: int) -> Check:
+        def check(node: Any, rank_node: Any) -> str:
+            main, rank = main_of(node), rank_of(rank_node)
+            cp_rank = rank.identity.cp_rank
+            promised = [(b, t) for of_rank, b, t in main.promised() if of_rank == cp_rank]
+            space = main.spaces()[cp_rank]
+            for block_hash, block_id in space._by_hash.items():
+                if block_hash in self._tags:
+                    promised.append((block_id, self._tags[block_hash]))
+            for block_id, content in promised:
+                if not rank.memory.holds(block_id, content):
+                    return f"{rank.name}: block {block_id} does not hold what it should"
+            return ""
+
+        del number
+        return check
+
+    # -- at an end ---------------------------------------------------------------------------------
+
+    def wrong_end(self, row: Ints, is_something_under_way: bool) -> str:
+        """What is wrong with a state in which nothing more happens by itself."""
+        if is_something_under_way:
+            return "messages are left that nobody takes"
+        for automaton, state in zip(self._network.automata, row, strict=False):
+            node = automaton.states[state]
+            if state == DEAD:
+                continue
+            if not node.is_quiet:
+                return f"nothing more happens, and {automaton.name} is not done"
+            text = _what_is_left(node)
+            if text:
+                return f"{automaton.name}: {text}"
+        return ""
+
+
+def _what_is_left(node: Any) -> str:
+    if isinstance(node, Coordinator):
+        return "; ".join(node.problems())
+    if isinstance(node, Leader | Main):
+        for space in main_of(node).spaces():
+            counts = space.counts()
+            if counts.free + counts.cached != counts.total:
+                return f"blocks are left: {counts}"
+    return ""
+
+
+def _is_kept_from_reuse(node: Any, rank_node: Any) -> str:
+    """The blocks that a rank reads into."""
+    main, rank = main_of(node), rank_of(rank_node)
+    space = main.spaces()[rank.identity.cp_rank if len(main.spaces()) > 1 else 0]
+    for reading in rank.reads.values():
+        spans = [(run.target_offset, run.num_bytes) for run in reading.runs]
+        text = _are_moving(space, blocks_of(rank.memory.layout, spans))
+        if text:
+            return f"{rank.name} reads into {text}"
+    return ""
+
+
+def _is_kept_for_readers(life: Life) -> Check:
+    """The blocks of a pool that a rank of another one reads from."""
+
+    def check(node: Any, reader_node: Any) -> str:
+        main, reader = main_of(node), rank_of(reader_node)
+        for reading in reader.reads.values():
+            if reading.incarnation not in life.ranks:
+                continue
+            spans = [(run.source_offset, run.num_bytes) for run in reading.runs]
+            endpoint = _endpoint(reader, reading.incarnation)
+            if endpoint is None:
+                continue
+            space = main.spaces()[endpoint.cp_rank if len(main.spaces()) > 1 else 0]
+            text = _are_moving(space, blocks_of(endpoint.layout, spans))
+            if text:
+                return f"{reader.name} reads from {reading.incarnation}, from {text}"
+        return ""
+
+    return check
+
+
+def _endpoint(reader: Rank, incarnation: str) -> Any:
+    endpoints = (rank for pool in reader.around.pools.values() for rank in pool.ranks)
+    return next((rank for rank in endpoints if rank.incarnation == incarnation), None)
+
+
+def _are_moving(space: BlockPool, blocks: set[int]) -> str:
+    for block_id in blocks:
+        state = space.state(block_id)
+        if state not in MOVING:
+            return f"block {block_id} that is {state.value}"
+    return ""
