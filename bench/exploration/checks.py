@@ -21,7 +21,7 @@ from bench.exploration.leaders import Leader
 from bench.exploration.mains import FINGERPRINT, Main, prompt_of
 from bench.exploration.memory import BLOCK_SIZE, blocks_of, tag
 from bench.exploration.ranks import Rank
-from bench.exploration.tables import Ints
+from bench.exploration.tables import Ints, PairTable
 from kvcache.blocks import BlockPool, State
 from kvcache.prefix import block_salt, hash_blocks
 
@@ -44,13 +44,13 @@ class Checks:
     def __init__(self, network: Network) -> None:
         self._network = network
         self._tags = self._tags_of_hashes()
-        self._pairs: list[tuple[int, int, Check]] = []
-        self._known: list[set[int]] = []
+        self._tables: list[tuple[int, int, PairTable]] = []
+        self._problems = [""]
         lives = network.cluster.lives
         for life in lives:
             main = network.node_at(life.main)
-            for number, name in enumerate(life.ranks):
-                self._add(main, name, self._holds_what_it_should(number))
+            for name in life.ranks:
+                self._add(main, name, self._holds_what_it_should)
                 self._add(main, name, _is_kept_from_reuse)
             for other in lives:
                 if other.pool_id != life.pool_id and not network.cluster.case.setting.leases_end:
@@ -67,43 +67,41 @@ class Checks:
         return found
 
     def _add(self, first: int, name: str, check: Check) -> None:
-        self._pairs.append((first, self._network.node_at(name), check))
-        self._known.append(set())
+        second = self._network.node_at(name)
+        automata = self._network.automata
+
+        def find(state: int, other: int) -> int:
+            if DEAD in (state, other):
+                return 0
+            text = check(automata[first].states[state], automata[second].states[other])
+            if not text:
+                return 0
+            self._problems.append(text)
+            return len(self._problems) - 1
+
+        self._tables.append((first, second, PairTable(find)))
 
     def first_wrong(self, rows: Ints) -> tuple[int, str] | None:
         """The place and the words of the first row in which something is wrong."""
-        automata = self._network.automata
-        for (first, second, check), known in zip(self._pairs, self._known, strict=True):
-            keys = rows[:, first].astype(np.int64) << 32 | rows[:, second]
-            for key in np.unique(keys):
-                if int(key) in known:
-                    continue
-                known.add(int(key))
-                states = (int(key >> 32), int(key & 0xFFFFFFFF))
-                if DEAD in states:
-                    continue
-                pair = automata[first].states[states[0]], automata[second].states[states[1]]
-                text = check(*pair)
-                if text:
-                    return int(np.argmax(keys == key)), text
+        for first, second, table in self._tables:
+            problems = table.of(rows[:, first], rows[:, second])
+            if problems.any():
+                place = int(np.argmax(problems != 0))
+                return place, self._problems[problems[place]]
         return None
 
-    def _holds_what_it_should(self, number: int) -> Check:
-        def check(node: Any, rank_node: Any) -> str:
-            main, rank = main_of(node), rank_of(rank_node)
-            cp_rank = rank.identity.cp_rank
-            promised = [(b, t) for of_rank, b, t in main.promised() if of_rank == cp_rank]
-            space = main.spaces()[cp_rank]
-            for block_hash, block_id in space._by_hash.items():
-                if block_hash in self._tags:
-                    promised.append((block_id, self._tags[block_hash]))
-            for block_id, content in promised:
-                if not rank.memory.holds(block_id, content):
-                    return f"{rank.name}: block {block_id} does not hold what it should"
-            return ""
-
-        del number
-        return check
+    def _holds_what_it_should(self, node: Any, rank_node: Any) -> str:
+        """The blocks that a rank computes with, now or later."""
+        main, rank = main_of(node), rank_of(rank_node)
+        cp_rank = rank.identity.cp_rank
+        promised = [(block, t) for of_rank, block, t in main.promised() if of_rank == cp_rank]
+        for block_hash, block in main.spaces()[cp_rank]._by_hash.items():
+            if block_hash in self._tags:
+                promised.append((block, self._tags[block_hash]))
+        for block, content in promised:
+            if not rank.memory.holds(block, content):
+                return f"{rank.name}: block {block} does not hold what it should"
+        return ""
 
     # -- at an end ---------------------------------------------------------------------------------
 

@@ -41,7 +41,8 @@ class Case:
     """What is explored.
 
     ``queues``: a leader's main and transfer thread say everything to each other in queues, and are
-    nodes of their own. ``num_deaths`` and ``num_repeats`` are how many gangs may die and how many
+    nodes of their own. ``hurries``: what commutes with everything else is done at once (steps.py).
+    ``num_deaths`` and ``num_repeats`` are how many gangs may die and how many
     messages may come twice.
     """
 
@@ -52,6 +53,7 @@ class Case:
     num_heads: int = 1
     num_layers: int = 1
     queues: bool = False
+    hurries: bool = True
     num_repeats: int = 0
     num_deaths: int = 0
     mortal: tuple[str, ...] = ("prefill", "decode")

@@ -18,7 +18,7 @@ from kvtransfer.plan import Run
 from kvtransfer.states import SourceState
 from protocol.handoff import HandoffMessage
 from protocol.kv import KVLayout, RankEndpoint
-from protocol.messages import Connected, GangReady, Hello, Topology, ToRank, Welcome
+from protocol.messages import CacheUpdate, Connected, GangReady, Hello, Progress, Topology, ToRank, Welcome
 
 COORDINATOR = "coordinator"
 LEASE_S = 30.0
@@ -72,6 +72,7 @@ class Setting:
     max_reads: int = 4
     reads_fail: bool = True
     leases_end: bool = False
+    informs: bool = True
 
 
 class Rank:
@@ -183,8 +184,12 @@ class Rank:
                 for block_id, content in message.blocks:
                     self.memory.write(block_id, content)
                 self._say(self._main, Computed(self.identity.rank))
-            case SendControl():
+            case SendControl() if self._setting.informs or not isinstance(
+                message.message, CacheUpdate | Progress
+            ):
                 self._say(COORDINATOR, message.message)
+            case SendControl():
+                pass
             case _:
                 self._do(self.handoffs.command(message, 0.0))
 
