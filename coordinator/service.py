@@ -181,7 +181,11 @@ class Service:
             f"{pool_id} was lost while it served this request", code="worker_lost", status=503
         )
         for record in list(self._records.values()):
-            record.holders = {holder for holder in record.holders if holder[0] != pool_id}
+            holders = {holder for holder in record.holders if holder[0] != pool_id}
+            is_orphaned = holders != record.holders and not record.is_active
+            record.holders = holders
+            if is_orphaned:  # the others may wait for what the pool was to hand over
+                self._tell_pools(record)
             self._forget_if_released(record)
         for record in affected:
             if record.fingerprint == guilty:

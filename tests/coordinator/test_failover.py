@@ -95,6 +95,21 @@ def test_a_prefill_pool_is_lost_after_each_number_of_blocks(num_blocks: int) -> 
         assert record.path is not None and record.path.num_fetched_tokens == 4 * num_kept
 
 
+def test_a_finished_request_is_given_up_with_the_pool_that_was_to_hand_it_over() -> None:
+    """Its only token has come from the prefill pool, whose first announcement may be lost: the
+    decode pool would not know that there is nothing to wait for."""
+    cluster = WholeCluster(TWO_AND_TWO)
+    cluster.submit("a", prompt_of(20), 1)
+    record = cluster.records["a"]
+    run_until(cluster, lambda: record.state is State.ENDING)
+    home = record.decode_pool
+    assert record.holders == {(record.prefill_pool, 1), (home, 1)}
+    cluster.kill_pool(record.prefill_pool)
+    assert Abort("a", 1) in cluster.to_pools[home]
+    cluster.settle()
+    assert cluster.tokens("a") == reference(prompt_of(20), 1)
+
+
 def test_it_waits_for_a_pool_and_goes_on_when_one_serves() -> None:
     cluster = WholeCluster(SMALLEST)
     cluster.submit("a", prompt_of(12), 9)
