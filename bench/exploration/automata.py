@@ -7,16 +7,19 @@ numbers: the state of each node, the content of each link, and how many faults m
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, get_args
 
 import msgspec
 
 from bench.exploration.clusters import LAUNCHER, Cluster
 from bench.exploration.leaders import Leader, Node
-from bench.exploration.ranks import COORDINATOR, Rank, ReadEnds, Start
+from bench.exploration.ranks import COORDINATOR, DONE, FAILED, Rank, ReadEnds, Start
 from bench.exploration.snapshots import clone, freeze, freeze_leaf
 from protocol.errors import BatonError
+from protocol.handoff import HandoffMessage
 
+HANDOFF_MESSAGES = get_args(HandoffMessage)
 DEAD = 0  # the state of a node that has died
 EMPTY = 0  # the content of a link on which nothing is
 
@@ -77,7 +80,7 @@ class Network:
         """Let every gang come up, in order; the states of the nodes then."""
         nodes = self.cluster.nodes
         pending = [
-            (LAUNCHER_OR_COORDINATOR, rank, Start())
+            (COORDINATOR, rank, Start())
             for life in self.cluster.first_lives()
             for rank in life.ranks
         ]
@@ -97,9 +100,15 @@ class Network:
     def deliver(self, link: int, state: int, message: int) -> Effect:
         """A message comes to a node."""
         sender, receiver = self.links[link]
-        index = self.node_at(receiver)
+        index, said = self.node_at(receiver), self.messages[message]
         node: Node = clone(self.automata[index].states[state])
-        return self._run(index, state, node, lambda: node.receive(sender, self.messages[message]))
+        effect = self._run(index, state, node, lambda: node.receive(sender, said))
+        for stale in _stale_copies(said):
+            other: Node = clone(self.automata[index].states[state])
+            late = self._run(index, state, other, partial(other.receive, sender, stale))
+            if (late.state, late.said, late.problem) != (state, (), ""):
+                effect.problem = effect.problem or f"not dropped although it is stale: {stale}"
+        return effect
 
     def take(self, index: int, state: int, slot: int, peer: int) -> Effect | None:
         """A node takes an option; None when it cannot. ``peer`` is the state of the read's source.
@@ -110,15 +119,18 @@ class Network:
         option = automaton.options[state][slot]
         found = None
         if isinstance(option, ReadEnds):
-            if option.is_done and peer == DEAD:
+            if not self._can_end(option, peer):
                 return None
-            if not option.is_done and peer != DEAD and not self.cluster.case.setting.reads_fail:
-                return None
-            if option.is_done:
+            if option.how == DONE:
                 source = self.automata[self.node_at(option.incarnation)].states[peer]
                 found = rank_of(source).memory.source_bytes(option.runs)
         node: Node = clone(automaton.states[state])
         return self._run(index, state, node, lambda: node.take(option, found))
+
+    def _can_end(self, option: ReadEnds, peer: int) -> bool:
+        if peer == DEAD:
+            return option.how == FAILED
+        return option.how != FAILED or self.cluster.case.setting.reads_fail
 
     def _run(self, index: int, state: int, node: Node, act: Any) -> Effect:
         self.num_computed += 1
@@ -159,7 +171,15 @@ class Network:
         return f"{name} {' '.join(parts)}".strip()
 
 
-LAUNCHER_OR_COORDINATOR = COORDINATOR
+def _stale_copies(message: Any) -> list[HandoffMessage]:
+    """A hand-off's message as it would be from, or for, a pool of an earlier epoch."""
+    if type(message) not in HANDOFF_MESSAGES:
+        return []
+    return [
+        msgspec.structs.replace(message, **{name: getattr(message, name) - 1})
+        for name in ("source_epoch", "target_epoch")
+        if hasattr(message, name)
+    ]
 
 
 def rank_of(node: Any) -> Rank:

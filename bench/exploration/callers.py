@@ -29,7 +29,7 @@ from protocol.messages import (
     ToCoordinator,
     ToRank,
 )
-from protocol.request import SamplingParams
+from protocol.request import FinishReason, SamplingParams
 
 TOKEN = "explored"
 LONG_S = 1e6
@@ -225,14 +225,19 @@ class Coordinator:
         """Nobody will come, and nothing is expected of anybody."""
         return self._num_submitted == self._calls.num_requests and not self.service._records
 
-    def problems(self) -> list[str]:
-        """What callers would complain about when all is over."""
+    def problems(self, may_fail: bool) -> list[str]:
+        """What callers would complain about when all is over.
+
+        Args:
+            may_fail: something has befallen the cluster that can cost an attempt.
+        """
         found = []
         for name, (record, collector) in self._callers.items():
             num_tokens = len(collector.tokens) - 1
-            has_left = record is not None and record.finish_reason.value == "abort"
-            if num_tokens < self._calls.max_tokens and not (collector.error or has_left):
-                found.append(f"{name} has ended after {num_tokens} tokens, silently")
+            if num_tokens == self._calls.max_tokens or _has_left(record):
+                continue
+            if not (collector.error and may_fail):
+                found.append(f"{name} has ended after {num_tokens} tokens: {collector.error!r}")
         return found
 
 
@@ -247,3 +252,7 @@ def hello(pool: ExpectedPool, endpoint: RankEndpoint, life: int) -> Hello:
 
 def _is_on(record: Record | None) -> bool:
     return record is not None and record.is_active
+
+
+def _has_left(record: Record | None) -> bool:
+    return record is not None and record.finish_reason is FinishReason.ABORT

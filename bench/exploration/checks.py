@@ -115,21 +115,20 @@ class Checks:
                 continue
             if not node.is_quiet:
                 return f"nothing more happens, and {automaton.name} is not done"
-            text = _what_is_left(node)
+            text = self._what_is_left(node)
             if text:
                 return f"{automaton.name}: {text}"
         return ""
 
-
-def _what_is_left(node: Any) -> str:
-    if isinstance(node, Coordinator):
-        return "; ".join(node.problems())
-    if isinstance(node, Leader | Main):
-        for space in main_of(node).spaces():
-            counts = space.counts()
-            if counts.free + counts.cached != counts.total:
-                return f"blocks are left: {counts}"
-    return ""
+    def _what_is_left(self, node: Any) -> str:
+        if isinstance(node, Coordinator):
+            return "; ".join(node.problems(self._network.cluster.case.can_fail))
+        if isinstance(node, Leader | Main):
+            for space in main_of(node).spaces():
+                counts = space.counts()
+                if counts.free + counts.cached != counts.total:
+                    return f"blocks are left: {counts}"
+        return ""
 
 
 def _is_kept_from_reuse(node: Any, rank_node: Any) -> str:

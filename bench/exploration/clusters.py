@@ -60,6 +60,13 @@ class Case:
     restarts: bool = True
 
     @property
+    def can_fail(self) -> bool:
+        """Whether anything may befall it that can cost an attempt."""
+        setting = self.setting
+        costs = (setting.reads_fail, setting.reads_corrupt, setting.leases_end, self.num_deaths)
+        return any(costs)
+
+    @property
     def gangs(self) -> tuple[Gang, ...]:
         return (self.prefill, self.decode)
 

@@ -258,6 +258,16 @@ def _new(work: ChunkWork, cp_rank: int) -> list[tuple[int, int]]:
     return [(block.block_id, tag(request, block.logical)) for block in mine]
 
 
+def _new_here(sequence: Decoding, start: int, num_tokens: int) -> list[tuple[int, int]]:
+    """The blocks of a prompt that a decode pool fills, with their tags."""
+    end = min(start + num_tokens, sequence.num_prompt_tokens)
+    request = request_of(sequence.prompt_token_ids[0])
+    return [
+        (sequence.blocks[logical].block_id, tag(request, logical))
+        for logical in range(start // BLOCK_SIZE, -(-end // BLOCK_SIZE))
+    ]
+
+
 class DecodeMain(Main):
     """Of a decode pool."""
 
@@ -277,24 +287,25 @@ class DecodeMain(Main):
         return plan, self._scheduler.take_commands()
 
     def _begin(self, plan: DecodePlan) -> None:
-        """Prompts that are computed here are written; tokens that are generated are not moved."""
+        """Prompts that are computed here are written, and so is what comes from host memory.
+
+        The KV of tokens that are generated is never moved: it is left out.
+        """
+        sequences = self._scheduler._sequences
         written = [
             block
             for step in plan.sequences
-            for block in self._new(self._scheduler._sequences[step.request_id, step.attempt], step)
+            for block in _new_here(
+                sequences[step.request_id, step.attempt], step.start, len(step.token_ids)
+            )
         ]
+        for swap in plan.swaps:
+            if not swap.out:
+                sequence = sequences[swap.request_id, swap.attempt]
+                written += _new_here(sequence, 0, len(swap.block_ids) * BLOCK_SIZE)
         if written:
             for rank in range(len(self._ranks)):
                 self._compute(rank, written)
-
-    @staticmethod
-    def _new(sequence: Decoding, step: Any) -> list[tuple[int, int]]:
-        end = min(step.start + len(step.token_ids), sequence.num_prompt_tokens)
-        request = request_of(sequence.prompt_token_ids[0])
-        return [
-            (sequence.blocks[logical].block_id, tag(request, logical))
-            for logical in range(step.start // BLOCK_SIZE, -(-end // BLOCK_SIZE))
-        ]
 
     def _end(self, plan: DecodePlan) -> Sequence[Command]:
         tokens = [

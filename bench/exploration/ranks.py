@@ -50,7 +50,10 @@ class ReadEnds:
 
     incarnation: str
     runs: tuple[Run, ...]
-    is_done: bool
+    how: str  # one of the following
+
+
+DONE, FAILED, CORRUPTED = "ends", "fails", "ends with wrong bytes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +69,16 @@ class _Reading:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """How a transfer thread is set up, and what may befall it."""
+    """How a transfer thread is set up, and what may befall it.
+
+    ``informs``: the coordinator is told how far a prompt is and what is cached, which it needs for
+    its choice among pools alone.
+    """
 
     checksum: str = "off"
     max_reads: int = 4
     reads_fail: bool = True
+    reads_corrupt: bool = False
     leases_end: bool = False
     informs: bool = True
 
@@ -129,8 +137,8 @@ class Rank:
         """What can happen here without a message."""
         found: list[Hashable] = []
         for reading in dict.fromkeys(self.reads.values()):
-            found.append(ReadEnds(reading.incarnation, reading.runs, True))
-            found.append(ReadEnds(reading.incarnation, reading.runs, False))
+            ways = (DONE, FAILED, CORRUPTED) if self._setting.reads_corrupt else (DONE, FAILED)
+            found += [ReadEnds(reading.incarnation, reading.runs, how) for how in ways]
         if self._setting.leases_end and self._is_waiting_for_readers():
             found.append(LeaseEnds())
         return found
@@ -149,8 +157,9 @@ class Rank:
                 reading = _Reading(option.incarnation, option.runs)
                 read_id = next(n for n, other in self.reads.items() if other == reading)
                 del self.reads[read_id]
-                self.memory.land(option.runs, found if option.is_done else None)
-                self._do(self.handoffs.read_ended(read_id, 0.0, is_done=option.is_done))
+                self.memory.land(option.runs, found if option.how == DONE else None)
+                is_done = option.how != FAILED
+                self._do(self.handoffs.read_ended(read_id, 0.0, is_done=is_done))
 
     # -- what it is told ---------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ import numpy as np
 from bench.exploration.automata import DEAD, EMPTY, Network
 from bench.exploration.callers import Died, Leave, Submit
 from bench.exploration.clusters import LAUNCHER, Life
-from bench.exploration.ranks import COORDINATOR, Compute, Computed, LeaseEnds, ReadEnds
+from bench.exploration.ranks import COORDINATOR, DONE, Compute, Computed, LeaseEnds, ReadEnds
 from bench.exploration.tables import NOT_POSSIBLE, Ints, Places, Tables
 
 # Such a message commutes with whatever else can happen to its receiver before it comes, and nothing
@@ -98,7 +98,7 @@ class Steps:
             option = options[state][kind.slot]
             if isinstance(option, Leave | LeaseEnds):
                 own[states == state] = False
-            elif isinstance(option, ReadEnds) and not option.is_done:
+            elif isinstance(option, ReadEnds) and option.how != DONE:
                 peers = rows[step.where, self.network.node_at(option.incarnation)]
                 own[(states == state) & (peers != DEAD)] = False
         return step.where[own]
@@ -204,7 +204,7 @@ class Steps:
         died = Died(life.pool_id, following.ranks if following else ())
         link = self.network.links.index((LAUNCHER, COORDINATOR))
         contents = self.tables.contents[link]
-        word = contents.number((self.network.message_number(died),))
+        word = contents.word((self.network.message_number(died),))
         column = self.num_nodes + link
         held = rows[where, column]
         return column, contents.join(held, np.full(len(where), word, np.int32))
@@ -241,11 +241,10 @@ class Steps:
             often = " (it will come again)" if kind.what == "repeat" else ""
             return f"{receiver} takes from {sender}: {network.describe(message)}{often}"
         automaton = network.automata[kind.which]
-        option = automaton.options[row[kind.which]][kind.slot]
+        option = automaton.options[int(row[kind.which])][kind.slot]
         match option:
             case ReadEnds():
-                how = "ends" if option.is_done else "fails"
-                return f"{automaton.name}: a read from {option.incarnation} {how}"
+                return f"{automaton.name}: a read from {option.incarnation} {option.how}"
             case Leave():
                 return f"the caller of {option.request_id} leaves"
             case Submit():

@@ -63,13 +63,23 @@ class Contents:
         self.of: list[tuple[int, ...]] = [()]
         self._numbers: dict[tuple[int, ...], int] = {(): EMPTY}
         self._ends = np.zeros((2, 1), np.int32)  # the first message, the content without it
-        self._joined = PairTable(lambda a, b: self.number(self.of[a] + self.of[b]))
+        self._words: list[tuple[int, ...]] = [()]
+        self._word_numbers: dict[tuple[int, ...], int] = {(): EMPTY}
+        self._joined = PairTable(lambda a, b: self.number(self.of[a] + self._words[b]))
 
     def number(self, messages: tuple[int, ...]) -> int:
         known = self._numbers.get(messages)
         if known is None:
             known = self._numbers[messages] = len(self.of)
             self.of.append(messages)
+        return known
+
+    def word(self, messages: tuple[int, ...]) -> int:
+        """The number of what is said at one time; 0 is nothing."""
+        known = self._word_numbers.get(messages)
+        if known is None:
+            known = self._word_numbers[messages] = len(self._words)
+            self._words.append(messages)
         return known
 
     def heads(self, contents: Ints) -> Ints:
@@ -141,7 +151,7 @@ class Tables:
         self.problems.append(effect.problem)
         self.states[number] = effect.state
         for link, messages in effect.said:
-            self._words[number, link] = self.contents[link].number(messages)
+            self._words[number, link] = self.contents[link].word(messages)
         return number
 
     def said(self, effects: Ints) -> list[tuple[int, Ints]]:
