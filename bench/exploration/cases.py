@@ -33,12 +33,11 @@ def cases(num_prefill: int, num_decode: int, num_requests: int) -> list[Named]:
 
 def _faults() -> list[Named]:
     """One rank on each side; everything that can happen to a message, a read and a caller."""
-    one = Case(
-        setting=Setting(checksum="always", reads_corrupt=True), num_repeats=3, num_layers=1
-    )
+    one = Case(setting=Setting(checksum="always", reads_corrupt=True), num_repeats=3, num_layers=1)
     calm = replace(one, setting=FAULTLESS, calls=Calls(may_leave=False))
     tight = Case(
         prefill=Gang("prefill", num_blocks=1),
+        decode=Gang("decode", num_blocks=4),
         calls=Calls(num_requests=2, num_tokens=2, max_tokens=1),
         setting=replace(SILENT, leases_end=True),
     )
@@ -61,9 +60,10 @@ def _deaths() -> list[Named]:
     resumed = Case(
         prefill=Gang("prefill", num_blocks=3),
         decode=Gang("decode", num_blocks=3),
-        calls=Calls(num_tokens=4, max_tokens=2, max_attempts=2, may_leave=False),
+        calls=Calls(num_tokens=4, max_tokens=2, max_attempts=2),
         setting=SILENT,
         num_deaths=1,
+        mortal=("prefill",),
     )
     return [
         Named("a gang dies, one token", replace(one, calls=Calls(max_tokens=1)), True),
@@ -81,8 +81,18 @@ def _rings() -> list[Named]:
         calls=Calls(num_tokens=4, max_tokens=1),
         setting=SILENT,
     )
+    three = replace(
+        two,
+        prefill=Gang("prefill", cp_size=3, num_blocks=2),
+        decode=Gang("decode", num_blocks=4),
+        calls=Calls(num_tokens=6, max_tokens=1),
+    )
     crossed = replace(two, decode=Gang("decode", tp_size=2, num_blocks=3), num_heads=2)
-    return [Named("a ring of 2, decode of 1", two, True), Named("a ring of 2, decode of 2", crossed)]
+    return [
+        Named("a ring of 2 to 1", two, True),
+        Named("a ring of 3 to 1", three),
+        Named("a ring of 2 to 2, crossed", crossed),
+    ]
 
 
 def _sizes(num_prefill: int, num_decode: int, num_requests: int) -> list[Named]:
@@ -98,11 +108,20 @@ def _sizes(num_prefill: int, num_decode: int, num_requests: int) -> list[Named]:
         calls=Calls(num_requests=num_requests, max_tokens=1),
         setting=SILENT,
     )
+    two = replace(
+        ranks,
+        prefill=Gang("prefill", tp_size=2, num_blocks=1),
+        decode=Gang("decode", tp_size=2, num_blocks=1),
+        num_heads=2,
+    )
+    calm = Calls(max_tokens=1, may_leave=False)
+    two_twice = replace(two, calls=Calls(num_requests=2, max_tokens=1))
+    three = Case(calls=Calls(num_requests=3, max_tokens=1), setting=SILENT)
     return [
-        Named("2 ranks to 2", replace(ranks, prefill=Gang("prefill", tp_size=2),
-                                      decode=Gang("decode", tp_size=2), num_heads=2), True),
-        Named("2 requests, room for two", Case(calls=Calls(num_requests=2, max_tokens=1),
-                                               setting=SILENT)),
+        Named("2 ranks to 2", two, True),
+        Named("2 ranks to 2, a message twice", replace(two, num_repeats=1, calls=calm), True),
+        Named("2 ranks to 2, 2 requests, room for one", two_twice),
+        Named("3 requests, room for two", three),
         Named(f"{num_requests} requests, room for one", requests),
         Named(f"{num_prefill} ranks to {num_decode}", ranks),
-    ]  # fmt: skip
+    ]

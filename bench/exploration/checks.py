@@ -6,7 +6,9 @@ their states.
 1. A block that a read in flight touches is counted as in transfer (or in quarantine) by both pools,
    so it is nobody's to hand out.
 2. KV that a pool may compute with, or find in its cache, is byte by byte what it should be.
-3. Every view of a block space agrees, and all blocks are accounted for (in mains.py, at each step).
+3. What is computed with has been handed over in full, on every rank.
+4. Whoever has an open hand-off on a rank is known to the main thread, which holds its blocks.
+5. Every view of a block space agrees, and all blocks are accounted for (in mains.py, at each step).
 """
 
 from collections.abc import Callable
@@ -52,6 +54,7 @@ class Checks:
             for name in life.ranks:
                 self._add(main, name, self._holds_what_it_should)
                 self._add(main, name, _is_kept_from_reuse)
+                self._add(main, name, _is_as_the_ranks_say)
             for other in lives:
                 if other.pool_id != life.pool_id and not network.cluster.case.setting.leases_end:
                     for reader in other.ranks:
@@ -140,6 +143,19 @@ def _is_kept_from_reuse(node: Any, rank_node: Any) -> str:
         text = _are_moving(space, blocks_of(rank.memory.layout, spans))
         if text:
             return f"{rank.name} reads into {text}"
+    return ""
+
+
+def _is_as_the_ranks_say(node: Any, rank_node: Any) -> str:
+    """Checks 3 and 4."""
+    main, rank = main_of(node), rank_of(rank_node)
+    incoming, outgoing = rank.handoffs.target._handoffs, rank.handoffs.source._handoffs
+    for key in main.computed_with():
+        if key in incoming:
+            return f"{key} is computed with, and {rank.name} does not hold all of it"
+    for key in (*incoming, *outgoing):
+        if not main.holds(key):
+            return f"nothing is held for {key}, of which {rank.name} has an open hand-off"
     return ""
 
 

@@ -22,6 +22,7 @@ from kvtransfer.events import AnnounceBlocks, AnnouncedAll, Command, Event, Send
 from prefill.blocks import ref_of
 from prefill.facts import PoolFacts
 from prefill.manifest import CACHED_CHUNK, cached_blocks, moving_blocks
+from prefill.request import Request
 from prefill.scheduler import PrefillScheduler
 from prefill.states import State as PrefillState
 from protocol.kv import BlockRef
@@ -155,6 +156,10 @@ class Main(ABC):
         """The block space of each cp rank."""
 
     @abstractmethod
+    def computed_with(self) -> list[tuple[str, int]]:
+        """Attempts whose KV is said to be here as far as it comes from elsewhere."""
+
+    @abstractmethod
     def promised(self) -> list[tuple[int, int, int]]:
         """(cp rank, block, tag) of all KV that may be computed with from now on."""
 
@@ -239,14 +244,20 @@ class PrefillMain(Main):
     def spaces(self) -> Sequence[BlockPool]:
         return self._scheduler._memory._blocks._spaces
 
+    def computed_with(self) -> list[tuple[str, int]]:
+        return [request.key for request in self._admitted()]
+
+    def _admitted(self) -> list[Request]:
+        states = (PrefillState.RUNNING, PrefillState.HANDING_OVER)
+        return [r for r in self._scheduler._requests.values() if r.state in states]
+
     def promised(self) -> list[tuple[int, int, int]]:
         """The blocks of admitted prompts, as far as they are cached, fetched or computed."""
         found = []
-        for request in self._scheduler._requests.values():
-            if request.state in (PrefillState.RUNNING, PrefillState.HANDING_OVER):
-                number = request_of(request.message.prompt_token_ids[0])
-                for block in request.blocks[: -(-request.num_computed_tokens // BLOCK_SIZE)]:
-                    found.append((block.cp_rank, block.block_id, tag(number, block.logical)))
+        for request in self._admitted():
+            number = request_of(request.message.prompt_token_ids[0])
+            for block in request.blocks[: -(-request.num_computed_tokens // BLOCK_SIZE)]:
+                found.append((block.cp_rank, block.block_id, tag(number, block.logical)))
         return found
 
 
@@ -328,14 +339,20 @@ class DecodeMain(Main):
     def spaces(self) -> Sequence[BlockPool]:
         return [self._blocks]
 
+    def computed_with(self) -> list[tuple[str, int]]:
+        return [sequence.key for sequence in self._running()]
+
+    def _running(self) -> list[Decoding]:
+        sequences = self._scheduler._sequences.values()
+        return [s for s in sequences if s.state is DecodeState.RUNNING]
+
     def promised(self) -> list[tuple[int, int, int]]:
         """The prompts of running sequences, as far as they are said to be computed."""
         found = []
-        for sequence in self._scheduler._sequences.values():
-            if sequence.state is DecodeState.RUNNING:
-                num_tokens = min(sequence.num_computed_tokens, sequence.num_prompt_tokens)
-                request = request_of(sequence.prompt_token_ids[0])
-                for logical in range(-(-num_tokens // BLOCK_SIZE)):
-                    block: BlockRef = sequence.blocks[logical]
-                    found.append((0, block.block_id, tag(request, logical)))
+        for sequence in self._running():
+            num_tokens = min(sequence.num_computed_tokens, sequence.num_prompt_tokens)
+            request = request_of(sequence.prompt_token_ids[0])
+            for logical in range(-(-num_tokens // BLOCK_SIZE)):
+                block: BlockRef = sequence.blocks[logical]
+                found.append((0, block.block_id, tag(request, logical)))
         return found

@@ -18,7 +18,16 @@ from kvtransfer.plan import Run
 from kvtransfer.states import SourceState
 from protocol.handoff import HandoffMessage
 from protocol.kv import KVLayout, RankEndpoint
-from protocol.messages import CacheUpdate, Connected, GangReady, Hello, Progress, Topology, ToRank, Welcome
+from protocol.messages import (
+    CacheUpdate,
+    Connected,
+    GangReady,
+    Hello,
+    Progress,
+    Topology,
+    ToRank,
+    Welcome,
+)
 
 COORDINATOR = "coordinator"
 LEASE_S = 30.0
@@ -116,9 +125,7 @@ class Rank:
     @property
     def endpoint(self) -> RankEndpoint:
         me = self.identity
-        return RankEndpoint(
-            me.rank, me.cp_rank, me.tp_rank, me.incarnation, "", self.memory.layout
-        )
+        return RankEndpoint(me.rank, me.cp_rank, me.tp_rank, me.incarnation, "", self.memory.layout)
 
     @property
     def name(self) -> str:
