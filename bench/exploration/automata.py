@@ -5,21 +5,28 @@ once, on a copy of the real objects. From then on a state of the whole cluster i
 numbers: the state of each node, the content of each link, and how many faults may still happen.
 """
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, get_args
 
 import msgspec
 
-from bench.exploration.clusters import LAUNCHER, Cluster
-from bench.exploration.leaders import Leader, Node
-from bench.exploration.ranks import COORDINATOR, DONE, FAILED, Rank, ReadEnds, Start
+from bench.exploration.clusters import Cluster
+from bench.exploration.inputs import (
+    COORDINATOR,
+    DONE,
+    FAILED,
+    Message,
+    Option,
+    Outbox,
+    ReadEnds,
+    Start,
+)
+from bench.exploration.leaders import Node, rank_of
 from bench.exploration.snapshots import clone, freeze, freeze_leaf
 from protocol.errors import BatonError
 from protocol.handoff import HandoffMessage
 
-HANDOFF_MESSAGES = get_args(HandoffMessage)
 DEAD = 0  # the state of a node that has died
 EMPTY = 0  # the content of a link on which nothing is
 
@@ -38,8 +45,8 @@ class Automaton:
     """One node: its states so far, and what can happen in each."""
 
     name: str
-    states: list[Any] = field(default_factory=lambda: [None])
-    options: list[tuple[Hashable, ...]] = field(default_factory=lambda: [()])
+    states: list[Node | None] = field(default_factory=lambda: [None])
+    options: list[tuple[Option, ...]] = field(default_factory=lambda: [()])
     _known: dict[Hashable, int] = field(default_factory=dict)
 
     def number(self, node: Node) -> int:
@@ -66,9 +73,15 @@ class Network:
         self.index_of = {name: index for index, name in enumerate(cluster.nodes)}
         self.links = cluster.links()
         self._link_of = {link: index for index, link in enumerate(self.links)}
-        self.messages: list[Any] = []
+        self.messages: list[Message] = []
         self._messages: dict[Hashable, int] = {}
         self.num_computed = 0
+
+    def copy_of(self, index: int, state: int) -> Node:
+        """A node in a state, to be changed."""
+        node = self.automata[index].states[state]
+        assert node is not None, "it is dead"
+        return clone(node)
 
     def node_at(self, address: str) -> int:
         """The index of the node that has an address."""
@@ -79,7 +92,7 @@ class Network:
     def started(self) -> list[int]:
         """Let every gang come up, in order; the states of the nodes then."""
         nodes = self.cluster.nodes
-        pending = [
+        pending: Outbox = [
             (COORDINATOR, rank, Start())
             for life in self.cluster.first_lives()
             for rank in life.ranks
@@ -101,10 +114,10 @@ class Network:
         """A message comes to a node."""
         sender, receiver = self.links[link]
         index, said = self.node_at(receiver), self.messages[message]
-        node: Node = clone(self.automata[index].states[state])
-        effect = self._run(index, state, node, lambda: node.receive(sender, said))
+        node = self.copy_of(index, state)
+        effect = self._run(index, state, node, partial(node.receive, sender, said))
         for stale in _stale_copies(said):
-            other: Node = clone(self.automata[index].states[state])
+            other = self.copy_of(index, state)
             late = self._run(index, state, other, partial(other.receive, sender, stale))
             if (late.state, late.said, late.problem) != (state, (), ""):
                 effect.problem = effect.problem or f"not dropped although it is stale: {stale}"
@@ -122,17 +135,17 @@ class Network:
             if not self._can_end(option, peer):
                 return None
             if option.how == DONE:
-                source = self.automata[self.node_at(option.incarnation)].states[peer]
+                source = self.copy_of(self.node_at(option.incarnation), peer)
                 found = rank_of(source).memory.source_bytes(option.runs)
-        node: Node = clone(automaton.states[state])
-        return self._run(index, state, node, lambda: node.take(option, found))
+        node = self.copy_of(index, state)
+        return self._run(index, state, node, partial(node.take, option, found))
 
     def _can_end(self, option: ReadEnds, peer: int) -> bool:
         if peer == DEAD:
             return option.how == FAILED
         return option.how != FAILED or self.cluster.case.setting.reads_fail
 
-    def _run(self, index: int, state: int, node: Node, act: Any) -> Effect:
+    def _run(self, index: int, state: int, node: Node, act: Callable[[], None]) -> Effect:
         self.num_computed += 1
         try:
             act()
@@ -146,7 +159,7 @@ class Network:
         words = tuple((link, tuple(numbers)) for link, numbers in said.items())
         return Effect(self.automata[index].number(node), words)
 
-    def message_number(self, message: Any) -> int:
+    def message_number(self, message: Message) -> int:
         """Of a message; what is said in other words but means the same has the same number."""
         frozen = (type(message).__name__, freeze_leaf(message))
         known = self._messages.get(frozen)
@@ -157,7 +170,7 @@ class Network:
 
     # -- in words ----------------------------------------------------------------------------------
 
-    def describe(self, message: Any) -> str:
+    def describe(self, message: object) -> str:
         """A message, for a trace."""
         inner = getattr(message, "message", None)
         name = type(message).__name__
@@ -171,20 +184,12 @@ class Network:
         return f"{name} {' '.join(parts)}".strip()
 
 
-def _stale_copies(message: Any) -> list[HandoffMessage]:
+def _stale_copies(message: Message) -> list[Message]:
     """A hand-off's message as it would be from, or for, a pool of an earlier epoch."""
-    if type(message) not in HANDOFF_MESSAGES:
+    if not isinstance(message, HandoffMessage):
         return []
     return [
         msgspec.structs.replace(message, **{name: getattr(message, name) - 1})
         for name in ("source_epoch", "target_epoch")
         if hasattr(message, name)
     ]
-
-
-def rank_of(node: Any) -> Rank:
-    """The transfer thread of a node that has one."""
-    return node.rank if isinstance(node, Leader) else node
-
-
-__all__ = ["DEAD", "EMPTY", "LAUNCHER", "Effect", "Network", "rank_of"]

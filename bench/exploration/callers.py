@@ -4,13 +4,22 @@ Callers come in the order of their numbers: they are alike but for their names, 
 is one of these with other names. Each may leave at any time.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from bench.exploration.inputs import (
+    COORDINATOR,
+    Died,
+    Leave,
+    Message,
+    Option,
+    Outbox,
+    Start,
+    Submit,
+    Wait,
+)
 from bench.exploration.mains import FINGERPRINT, MAX_MODEL_LEN, next_token, prompt_of
 from bench.exploration.memory import BLOCK_SIZE
-from bench.exploration.ranks import COORDINATOR, Outbox, Start
 from coordinator.config import CoordinatorConfig, ExpectedPool
 from coordinator.delivery import Delivery, Generation
 from coordinator.joining import Terms
@@ -26,6 +35,7 @@ from protocol.messages import (
     GangAddress,
     GangReady,
     Hello,
+    NewToken,
     ToCoordinator,
     ToRank,
 )
@@ -34,31 +44,6 @@ from protocol.request import FinishReason, SamplingParams
 TOKEN = "explored"
 LONG_S = 1e6
 MOMENT_S = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class Submit:
-    """A step: the next caller comes."""
-
-
-@dataclass(frozen=True, slots=True)
-class Leave:
-    """A step: a caller leaves."""
-
-    request_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class Wait:
-    """A step: a moment passes, for a request that waits for its next attempt."""
-
-
-@dataclass(frozen=True, slots=True)
-class Died:
-    """launcher -> coordinator: the processes of a pool have ended."""
-
-    pool_id: str
-    next: tuple[str, ...] = ()  # who is started in their place
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +67,7 @@ class Collector(Delivery):
         self.tokens = [last_token]
         self.error = ""
 
-    def put(self, choice: int, tokens: Sequence[Any]) -> None:
+    def put(self, choice: int, tokens: Sequence[NewToken]) -> None:
         del choice
         for token in tokens:
             assert token.index == len(self.tokens) - 1, f"token {token.index} is not the next"
@@ -138,9 +123,9 @@ class Coordinator:
 
     # -- steps of its own --------------------------------------------------------------------------
 
-    def options(self) -> list[Hashable]:
+    def options(self) -> list[Option]:
         """What can happen here without a message."""
-        found: list[Hashable] = []
+        found: list[Option] = []
         if self._num_submitted < self._calls.num_requests:
             found.append(Submit())
         if self._calls.may_leave:
@@ -150,7 +135,7 @@ class Coordinator:
             found.append(Wait())
         return found
 
-    def take(self, option: Hashable, found: bytes | None) -> None:
+    def take(self, option: Option, found: bytes | None) -> None:
         """Take one of its options."""
         del found
         match option:
@@ -182,7 +167,7 @@ class Coordinator:
 
     # -- what it is told ---------------------------------------------------------------------------
 
-    def receive(self, sender: str, message: Died | ToCoordinator) -> None:
+    def receive(self, sender: str, message: Message) -> None:
         """By a rank, by name; or by the launcher."""
         if isinstance(message, Died):
             self._deliver(self.registry.lose(message.pool_id, "killed"))
@@ -205,6 +190,7 @@ class Coordinator:
                 for pool_id in self._serving() - before:
                     self.service.on_pool_serving(pool_id)
             case _:
+                assert isinstance(message, ToCoordinator)
                 if known[0].state is PoolState.READY:
                     self.service.on_message(known[0].pool_id, message)
 
@@ -215,7 +201,7 @@ class Coordinator:
         for peer, message in outgoing:
             self._say(peer, message)
 
-    def _say(self, receiver: str, message: Any) -> None:
+    def _say(self, receiver: str, message: Message) -> None:
         self.outbox.append((COORDINATOR, receiver, message))
 
     # -- the end -----------------------------------------------------------------------------------

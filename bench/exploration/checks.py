@@ -12,28 +12,23 @@ their states.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
-from bench.exploration.automata import DEAD, Network, rank_of
+from bench.exploration.automata import Network
 from bench.exploration.callers import Coordinator
 from bench.exploration.clusters import Life
-from bench.exploration.leaders import Leader
+from bench.exploration.leaders import Leader, Node, main_of, rank_of
 from bench.exploration.mains import FINGERPRINT, Main, prompt_of
 from bench.exploration.memory import BLOCK_SIZE, blocks_of, tag
 from bench.exploration.ranks import Rank
 from bench.exploration.tables import Ints, PairTable
 from kvcache.blocks import BlockPool, State
 from kvcache.prefix import block_salt, hash_blocks
+from protocol.kv import RankEndpoint
 
 MOVING = (State.IN_FLIGHT, State.DRAINING, State.QUARANTINED)
-Check = Callable[[Any, Any], str]
-
-
-def main_of(node: Any) -> Main:
-    """The main thread of a node that has one."""
-    return node.main if isinstance(node, Leader) else node
+Check = Callable[[Node, Node], str]
 
 
 class Checks:
@@ -74,9 +69,8 @@ class Checks:
         automata = self._network.automata
 
         def find(state: int, other: int) -> int:
-            if DEAD in (state, other):
-                return 0
-            text = check(automata[first].states[state], automata[second].states[other])
+            node, peer = automata[first].states[state], automata[second].states[other]
+            text = "" if node is None or peer is None else check(node, peer)
             if not text:
                 return 0
             self._problems.append(text)
@@ -93,7 +87,7 @@ class Checks:
                 return place, self._problems[problems[place]]
         return None
 
-    def _holds_what_it_should(self, node: Any, rank_node: Any) -> str:
+    def _holds_what_it_should(self, node: Node, rank_node: Node) -> str:
         """The blocks that a rank computes with, now or later."""
         main, rank = main_of(node), rank_of(rank_node)
         cp_rank = rank.identity.cp_rank
@@ -114,8 +108,8 @@ class Checks:
             return "messages are left that nobody takes"
         for automaton, state in zip(self._network.automata, row, strict=False):
             node = automaton.states[state]
-            if state == DEAD:
-                continue
+            if node is None:
+                continue  # it is dead
             if not node.is_quiet:
                 return f"nothing more happens, and {automaton.name} is not done"
             text = self._what_is_left(node)
@@ -123,7 +117,7 @@ class Checks:
                 return f"{automaton.name}: {text}"
         return ""
 
-    def _what_is_left(self, node: Any) -> str:
+    def _what_is_left(self, node: Node) -> str:
         if isinstance(node, Coordinator):
             return "; ".join(node.problems(self._network.cluster.case.can_fail))
         if isinstance(node, Leader | Main):
@@ -134,7 +128,7 @@ class Checks:
         return ""
 
 
-def _is_kept_from_reuse(node: Any, rank_node: Any) -> str:
+def _is_kept_from_reuse(node: Node, rank_node: Node) -> str:
     """The blocks that a rank reads into."""
     main, rank = main_of(node), rank_of(rank_node)
     space = main.spaces()[rank.identity.cp_rank if len(main.spaces()) > 1 else 0]
@@ -146,7 +140,7 @@ def _is_kept_from_reuse(node: Any, rank_node: Any) -> str:
     return ""
 
 
-def _is_as_the_ranks_say(node: Any, rank_node: Any) -> str:
+def _is_as_the_ranks_say(node: Node, rank_node: Node) -> str:
     """Checks 3 and 4."""
     main, rank = main_of(node), rank_of(rank_node)
     incoming, outgoing = rank.handoffs.target._handoffs, rank.handoffs.source._handoffs
@@ -162,7 +156,7 @@ def _is_as_the_ranks_say(node: Any, rank_node: Any) -> str:
 def _is_kept_for_readers(life: Life) -> Check:
     """The blocks of a pool that a rank of another one reads from."""
 
-    def check(node: Any, reader_node: Any) -> str:
+    def check(node: Node, reader_node: Node) -> str:
         main, reader = main_of(node), rank_of(reader_node)
         for reading in reader.reads.values():
             if reading.incarnation not in life.ranks:
@@ -180,7 +174,7 @@ def _is_kept_for_readers(life: Life) -> Check:
     return check
 
 
-def _endpoint(reader: Rank, incarnation: str) -> Any:
+def _endpoint(reader: Rank, incarnation: str) -> RankEndpoint | None:
     endpoints = (rank for pool in reader.around.pools.values() for rank in pool.ranks)
     return next((rank for rank in endpoints if rank.incarnation == incarnation), None)
 

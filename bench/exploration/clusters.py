@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from bench.exploration.callers import Calls, Coordinator, hello
+from bench.exploration.inputs import COORDINATOR, LAUNCHER
 from bench.exploration.leaders import Leader, Node
 from bench.exploration.mains import (
     FINGERPRINT,
@@ -14,7 +16,7 @@ from bench.exploration.mains import (
     PrefillMain,
 )
 from bench.exploration.memory import BLOCK_SIZE, layout
-from bench.exploration.ranks import COORDINATOR, Rank, Setting
+from bench.exploration.ranks import Rank, Setting
 from coordinator.config import ExpectedPool
 from decode.batch import SchedulerLimits
 from kvcache.blocks import BlockPool
@@ -22,8 +24,6 @@ from kvtransfer.identity import RankIdentity
 from prefill.facts import PoolFacts
 from prefill.manifest import layer_groups
 from prefill.placement import Geometry
-
-LAUNCHER = "launcher"
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +136,7 @@ class Cluster:
         rank.hello = hello(pool, rank.endpoint, life.number)
         return rank
 
-    def _main(self, gang: Gang, life: Life) -> Main:
+    def _main(self, gang: Gang, life: Life) -> Main[Any]:
         if gang.role == "decode":
             limits = SchedulerLimits(MAX_MODEL_LEN, 8, 8, watermark_blocks=0)
             return DecodeMain(life.main, life.ranks, BlockPool(gang.num_blocks, BLOCK_SIZE), limits)

@@ -7,12 +7,11 @@
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import Generic, TypeVar
 
+from bench.exploration.inputs import Compute, Computed, Message, Option, Outbox, StepEnds
 from bench.exploration.memory import BLOCK_SIZE, tag
-from bench.exploration.ranks import Compute, Computed, Outbox
 from decode.batch import SchedulerLimits
 from decode.scheduler import DecodeScheduler
 from decode.sequence import Sequence as Decoding
@@ -29,6 +28,7 @@ from protocol.kv import BlockRef
 from protocol.messages import Released
 from protocol.plans import ChunkWork, DecodePlan, PlacedBlock, PrefillPlan, SampledToken, StepResult
 
+P = TypeVar("P")
 VOCAB_SIZE = 1 << 16
 MAX_MODEL_LEN = 64
 FINGERPRINT = "explored"
@@ -49,12 +49,7 @@ def request_of(token_id: int) -> int:
     return token_id // _TOKENS_PER_REQUEST
 
 
-@dataclass(frozen=True, slots=True)
-class StepEnds:
-    """A step of the main thread: the scheduler is told what the ranks have computed."""
-
-
-class Main(ABC):
+class Main(ABC, Generic[P]):
     """One leader's main thread.
 
     Args:
@@ -67,27 +62,28 @@ class Main(ABC):
         self.outbox: Outbox = []
         self._ranks = ranks
         self._events: deque[Event] = deque()
-        self._plan: Any = None
+        self._plan: P | None = None
         self._computing: set[int] = set()
 
-    def options(self) -> list[Hashable]:
+    def options(self) -> list[Option]:
         """What can happen here without a message."""
         return [StepEnds()] if self._plan is not None and not self._computing else []
 
-    def take(self, option: Hashable, found: bytes | None) -> None:
+    def take(self, option: Option, found: bytes | None) -> None:
         """Take one of its options."""
         del found
-        assert option == StepEnds()
         plan, self._plan = self._plan, None
+        assert option == StepEnds() and plan is not None
         self._obey(self._end(plan))
         self._turn()
 
-    def receive(self, sender: str, message: Event | Computed) -> None:
+    def receive(self, sender: str, message: Message) -> None:
         """An event of the own transfer thread, or that a rank has computed."""
         del sender
         if isinstance(message, Computed):
             self._computing.discard(message.rank)
         else:
+            assert isinstance(message, Event)
             self._events.append(message)
             self._turn()
 
@@ -127,15 +123,15 @@ class Main(ABC):
         """Hand it to the scheduler."""
 
     @abstractmethod
-    def _schedule(self) -> tuple[Any, Sequence[Command]]:
+    def _schedule(self) -> tuple[P | None, Sequence[Command]]:
         """What the scheduler wants to do next."""
 
     @abstractmethod
-    def _begin(self, plan: Any) -> None:
+    def _begin(self, plan: P) -> None:
         """Have the ranks execute it."""
 
     @abstractmethod
-    def _end(self, plan: Any) -> Sequence[Command]:
+    def _end(self, plan: P) -> Sequence[Command]:
         """Tell the scheduler what came of it."""
 
     @abstractmethod
@@ -168,16 +164,19 @@ class WholeRing:
     """Costs that make every prompt take all ranks."""
 
     def seconds(self, new: int, cached: int, ring_size: int) -> float:
+        del new, cached, ring_size
         return 0.0
 
     def prefers_pass_q(self, new: int, cached: int, ring_size: int) -> bool:
+        del new, cached, ring_size
         return False
 
     def worth_taking(self, new: int, cached: int, ring_sizes: Sequence[int]) -> Sequence[int]:
+        del new, cached
         return ring_sizes[-1:]
 
 
-class PrefillMain(Main):
+class PrefillMain(Main[PrefillPlan]):
     """Of a prefill pool."""
 
     def __init__(self, name: str, ranks: tuple[str, ...], facts: PoolFacts) -> None:
@@ -279,7 +278,7 @@ def _new_here(sequence: Decoding, start: int, num_tokens: int) -> list[tuple[int
     ]
 
 
-class DecodeMain(Main):
+class DecodeMain(Main[DecodePlan]):
     """Of a decode pool."""
 
     def __init__(

@@ -5,10 +5,23 @@ outbox, by the name of whoever is to get it.
 """
 
 from collections import deque
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
+from bench.exploration.inputs import (
+    COORDINATOR,
+    CORRUPTED,
+    DONE,
+    FAILED,
+    Compute,
+    Computed,
+    LeaseEnds,
+    Message,
+    Option,
+    Outbox,
+    ReadEnds,
+    Start,
+)
 from bench.exploration.memory import Memory
 from kvtransfer.actions import Action, Emit, Send, StartRead, Surroundings, Warn
 from kvtransfer.events import Command, ControlReceived, PoolsChanged, SendControl
@@ -29,45 +42,7 @@ from protocol.messages import (
     Welcome,
 )
 
-COORDINATOR = "coordinator"
 LEASE_S = 30.0
-Outbox = list[tuple[str, str, Any]]  # (sender, receiver, message)
-
-
-@dataclass(frozen=True, slots=True)
-class Compute:
-    """leader's main thread -> rank: write these (block, tag), and say so."""
-
-    blocks: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Computed:
-    """rank -> leader's main thread."""
-
-    rank: int
-
-
-@dataclass(frozen=True, slots=True)
-class Start:
-    """launcher -> rank: this process starts, and is to say HELLO."""
-
-
-@dataclass(frozen=True, slots=True)
-class ReadEnds:
-    """A step: a read in flight is seen to its end."""
-
-    incarnation: str
-    runs: tuple[Run, ...]
-    how: str  # one of the following
-
-
-DONE, FAILED, CORRUPTED = "ends", "fails", "ends with wrong bytes"
-
-
-@dataclass(frozen=True, slots=True)
-class LeaseEnds:
-    """A step: whoever closes has waited long enough."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +106,7 @@ class Rank:
     def name(self) -> str:
         return self.identity.incarnation
 
-    def _say(self, receiver: str, message: Any) -> None:
+    def _say(self, receiver: str, message: Message) -> None:
         self.outbox.append((self.name, receiver, message))
 
     @property
@@ -140,9 +115,9 @@ class Rank:
 
     # -- steps of its own --------------------------------------------------------------------------
 
-    def options(self) -> list[Hashable]:
+    def options(self) -> list[Option]:
         """What can happen here without a message."""
-        found: list[Hashable] = []
+        found: list[Option] = []
         for reading in dict.fromkeys(self.reads.values()):
             ways = (DONE, FAILED, CORRUPTED) if self._setting.reads_corrupt else (DONE, FAILED)
             found += [ReadEnds(reading.incarnation, reading.runs, how) for how in ways]
@@ -154,7 +129,7 @@ class Rank:
         handoffs = self.handoffs.source._handoffs.values()
         return any(handoff.state is SourceState.CLOSING for handoff in handoffs)
 
-    def take(self, option: Hashable, found: bytes | None) -> None:
+    def take(self, option: Option, found: bytes | None) -> None:
         """Take one of its options; ``found`` is what a read finds at its source."""
         match option:
             case LeaseEnds():
@@ -170,18 +145,20 @@ class Rank:
 
     # -- what it is told ---------------------------------------------------------------------------
 
-    def receive(self, sender: str, message: Any) -> None:
-        """From the coordinator, a main thread or another rank."""
-        if sender == COORDINATOR:
-            self._on_control(message)
-        elif sender == self._main:
+    def receive(self, sender: str, message: Message) -> None:
+        """From the coordinator, the launcher, the main thread or another rank."""
+        if isinstance(message, HandoffMessage):
+            self._on_rank(sender, message)
+        elif isinstance(message, Command | Compute):
             self._on_main(message)
         else:
-            self._on_rank(sender, message)
+            assert isinstance(message, ToRank | Start), f"not for a rank: {message}"
+            self._on_control(message)
 
     def _on_control(self, message: ToRank | Start) -> None:
         match message:
             case Start():
+                assert self.hello is not None
                 self._say(COORDINATOR, self.hello)
             case Welcome():
                 self.around.epoch = message.pool_epoch
@@ -194,18 +171,15 @@ class Rank:
             case _:
                 self._say(self._main, ControlReceived(message))
 
-    def _on_main(self, message: Compute | Command) -> None:
+    def _on_main(self, message: Command | Compute) -> None:
         match message:
             case Compute():
                 for block_id, content in message.blocks:
                     self.memory.write(block_id, content)
                 self._say(self._main, Computed(self.identity.rank))
-            case SendControl() if self._setting.informs or not isinstance(
-                message.message, CacheUpdate | Progress
-            ):
-                self._say(COORDINATOR, message.message)
             case SendControl():
-                pass
+                if self._setting.informs or not isinstance(message.message, CacheUpdate | Progress):
+                    self._say(COORDINATOR, message.message)
             case _:
                 self._do(self.handoffs.command(message, 0.0))
 

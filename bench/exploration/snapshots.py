@@ -12,15 +12,16 @@ hashable value of it, the same for two objects that will behave alike from now o
 import dataclasses
 import enum
 import functools
-from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Hashable
+from collections import Counter, deque
+from collections.abc import Hashable, Iterable
 from types import BuiltinMethodType, FunctionType, MethodType
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 import msgspec
 
 from coordinator.records import Wait
 from kvtransfer.events import HandoffBroken, RefuseFetch
+from kvtransfer.tombs import Tombs
 from protocol.errors import RequestError
 from protocol.handoff import FetchRefused, HandoffFailed
 from protocol.messages import RequestFailed, Tokens
@@ -60,69 +61,55 @@ UNORDERED = frozenset(
     | {"_latest", "_counts", "_by_hash", "pools", "_hashes", "_first_of", "_length_of"}
 )
 NUMBERED = frozenset({"_reads", "reads"})  # their keys are numbers that mean nothing
-SETS_IN_ORDER = frozenset({"Tombs"})  # ordered only for the sake of those that are forgotten
-_LEAVES = (int, float, str, bytes, bool, type(None), enum.Enum, range, msgspec.Struct, Exception)
-_FUNCTIONS = (FunctionType, BuiltinMethodType, MethodType)
+_LEAVES = (int, float, str, bytes, type(None), enum.Enum, range, msgspec.Struct, Exception)
 
 
 def clone(value: T) -> T:
     """A copy that shares nothing that can change."""
-    return _clone(value, {})  # type: ignore[no-any-return]
+    return cast(T, _clone(value, {}))
 
 
-def _clone(value: Any, known: dict[int, Any]) -> Any:
-    if isinstance(value, _LEAVES) or _is_frozen(type(value)):
+def _clone(value: object, known: dict[int, object]) -> object:
+    if _is_leaf(value) or isinstance(value, frozenset | FunctionType | BuiltinMethodType):
         return value
     if id(value) in known:
         return known[id(value)]
     if isinstance(value, tuple):
-        return value if all(map(_is_leaf, value)) else tuple(_clone(item, known) for item in value)
+        return value if all(map(_is_leaf, value)) else tuple(_clone_all(value, known))
     if isinstance(value, MethodType):
         return MethodType(value.__func__, _clone(value.__self__, known))
-    if isinstance(value, frozenset | FunctionType | BuiltinMethodType):
-        return value
-    copy = _CONTAINERS.get(type(value), _clone_object)
-    return copy(value, known)
+    if isinstance(value, set | bytearray):
+        return value.copy()
+    return _clone_structure(value, known)
 
 
-def _clone_list(value: list[Any], known: dict[int, Any]) -> list[Any]:
-    known[id(value)] = made = []
-    made.extend(_clone(item, known) for item in value)
+def _clone_all(values: Iterable[object], known: dict[int, object]) -> list[object]:
+    return [_clone(value, known) for value in values]
+
+
+def _clone_structure(value: object, known: dict[int, object]) -> object:
+    made: object
+    if isinstance(value, list | deque):
+        made = known[id(value)] = type(value)()
+        made.extend(_clone_all(value, known))
+    elif isinstance(value, dict):
+        made = known[id(value)] = type(value)()
+        for key, item in value.items():
+            made[key] = _clone(item, known)
+    else:
+        made = known[id(value)] = object.__new__(type(value))
+        for name in _attributes(value):
+            object.__setattr__(made, name, _clone(getattr(value, name), known))
     return made
 
 
-def _clone_mapping(value: dict[Any, Any], known: dict[int, Any]) -> dict[Any, Any]:
-    known[id(value)] = made = type(value)()
-    for key, item in value.items():
-        made[key] = _clone(item, known)
-    return made
-
-
-def _clone_object(value: Any, known: dict[int, Any]) -> Any:
-    known[id(value)] = made = object.__new__(type(value))
-    for name in _attributes(value):
-        object.__setattr__(made, name, _clone(getattr(value, name), known))
-    return made
-
-
-_CONTAINERS: dict[type, Callable[[Any, dict[int, Any]], Any]] = {
-    list: _clone_list,
-    dict: _clone_mapping,
-    OrderedDict: _clone_mapping,
-    Counter: _clone_mapping,
-    deque: lambda value, known: deque(_clone(item, known) for item in value),
-    set: lambda value, _: set(value),
-    bytearray: lambda value, _: bytearray(value),
-}
-
-
-def freeze(value: Any) -> Hashable:
+def freeze(value: object) -> Hashable:
     """What two objects that will behave alike have in common, and no other two have."""
     return _freeze(value, "", {})
 
 
-def _freeze(value: Any, name: str, known: dict[int, int]) -> Hashable:
-    if isinstance(value, _LEAVES) or _is_frozen(type(value)):
+def _freeze(value: object, name: str, known: dict[int, int]) -> Hashable:
+    if _is_leaf(value):
         return freeze_leaf(value)
     if isinstance(value, bytearray):
         return bytes(value)
@@ -132,32 +119,34 @@ def _freeze(value: Any, name: str, known: dict[int, int]) -> Hashable:
         return frozenset(value)
     if isinstance(value, dict):
         return _freeze_mapping(value, name, known)
-    if isinstance(value, _FUNCTIONS):
+    if isinstance(value, FunctionType | BuiltinMethodType | MethodType):
         return None
     return _freeze_object(value, known)
 
 
-def freeze_leaf(value: Any) -> Hashable:
-    """The same of what cannot change."""
+def freeze_leaf(value: object) -> Hashable:
+    """The same of what cannot change: what is only told to people is left out."""
     match value:
         case DecodePlan() | PrefillPlan() | Tokens():
             return repr(msgspec.structs.replace(value, step=0))
-        case HandoffFailed() | FetchRefused() | HandoffBroken() | RefuseFetch():
-            return repr(value).replace(repr(value.reason), "")
+        case HandoffFailed() | FetchRefused():
+            return repr(msgspec.structs.replace(value, reason=""))
+        case HandoffBroken() | RefuseFetch():
+            return repr(dataclasses.replace(value, reason=""))
         case RequestFailed():
             return repr(msgspec.structs.replace(value, message=""))
         case Wait():
-            return repr(dataclasses.replace(value, error=None))  # type: ignore[arg-type]
+            return (value.since, value.until, value.not_before, value.home, value.closing)
         case RequestError():
             return value.code
     try:
         hash(value)
     except TypeError:
         return repr(value)
-    return value  # type: ignore[no-any-return]
+    return value
 
 
-def _freeze_mapping(value: dict[Any, Any], name: str, known: dict[int, int]) -> Hashable:
+def _freeze_mapping(value: dict[Hashable, object], name: str, known: dict[int, int]) -> Hashable:
     if isinstance(value, Counter):
         return frozenset(item for item in value.items() if item[1])
     if name in NUMBERED:
@@ -166,15 +155,14 @@ def _freeze_mapping(value: dict[Any, Any], name: str, known: dict[int, int]) -> 
     return frozenset(items) if name in UNORDERED else tuple(items)
 
 
-def _freeze_object(value: Any, known: dict[int, int]) -> Hashable:
+def _freeze_object(value: object, known: dict[int, int]) -> Hashable:
     seen = known.get(id(value))
     if seen is not None:
         return ("seen", seen)
     known[id(value)] = len(known)
-    kind = type(value).__name__
-    if kind in SETS_IN_ORDER:
-        return frozenset(value._keys)
-    left_out = LEFT_OUT.get(kind, frozenset())
+    if isinstance(value, Tombs):
+        return frozenset(value._keys)  # in order for the sake of those alone that are forgotten
+    left_out = LEFT_OUT.get(type(value).__name__, frozenset())
     return tuple(
         _freeze(getattr(value, name), name, known)
         for name in _attributes(value)
@@ -182,7 +170,7 @@ def _freeze_object(value: Any, known: dict[int, int]) -> Hashable:
     )
 
 
-def _attributes(value: Any) -> list[str]:
+def _attributes(value: object) -> list[str]:
     """The names of what an object has, in an order that its class decides."""
     found = [
         name
@@ -193,11 +181,11 @@ def _attributes(value: Any) -> list[str]:
     return found + sorted(getattr(value, "__dict__", ()))
 
 
+def _is_leaf(value: object) -> bool:
+    return isinstance(value, _LEAVES) or _is_frozen(cast(Hashable, type(value)))
+
+
 @functools.cache
-def _is_frozen(kind: type) -> bool:
+def _is_frozen(kind: Hashable) -> bool:
     parameters = getattr(kind, "__dataclass_params__", None)
     return parameters is not None and parameters.frozen
-
-
-def _is_leaf(value: Any) -> bool:
-    return isinstance(value, _LEAVES) or _is_frozen(type(value))

@@ -6,14 +6,24 @@ gangs may still die and how many messages may still come twice.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from bench.exploration.automata import DEAD, EMPTY, Network
-from bench.exploration.callers import Died, Leave, Submit
-from bench.exploration.clusters import LAUNCHER, Life
-from bench.exploration.ranks import COORDINATOR, DONE, Compute, Computed, LeaseEnds, ReadEnds
+from bench.exploration.clusters import Life
+from bench.exploration.inputs import (
+    COORDINATOR,
+    DONE,
+    LAUNCHER,
+    Compute,
+    Computed,
+    Died,
+    LeaseEnds,
+    Leave,
+    ReadEnds,
+    Submit,
+)
 from bench.exploration.tables import NOT_POSSIBLE, Ints, Places, Tables
 
 # Such a message commutes with whatever else can happen to its receiver before it comes, and nothing
@@ -229,7 +239,7 @@ class Steps:
 
     # -- in words ----------------------------------------------------------------------------------
 
-    def words(self, kind: Kind, row: Any) -> str:
+    def words(self, kind: Kind, row: Ints) -> str:
         """A step out of a row, for a trace."""
         network = self.network
         if kind.what == "kill":

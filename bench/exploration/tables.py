@@ -38,7 +38,7 @@ class PairTable:
                 pair = key >> 32, key & 0xFFFFFFFF
                 self._values[pair] = self._find(*pair)
             values = self._values[first, second]
-        return values  # type: ignore[no-any-return]
+        return values
 
     def _grow(self, highest: int, other: int) -> None:
         rows, columns = self._values.shape
@@ -93,7 +93,7 @@ class Contents:
     def _known_ends(self) -> Ints:
         known = self._ends.shape[1]
         if known < len(self.of):
-            more = []
+            more: list[tuple[int, int]] = []
             while known + len(more) < len(self.of):  # tails are contents too
                 messages = self.of[known + len(more)]
                 more.append((messages[0], self.number(messages[1:])))
@@ -119,14 +119,15 @@ class Tables:
         self.states = np.zeros(1024, np.int32)  # by effect: the node's next state
         self._words = np.zeros((1024, num_links), np.int32)
         self._said: list[frozenset[int]] = []  # by effect: the links on which something is said
-        self._deliveries = [
-            PairTable(lambda state, message, link=link: self._add(
-                network.deliver(link, state, message)
-            ))
-            for link in range(num_links)
-        ]  # fmt: skip
+        self._deliveries = [self._of_link(link) for link in range(num_links)]
         self._options: dict[tuple[int, int], PairTable] = {}
         self._network = network
+
+    def _of_link(self, link: int) -> PairTable:
+        def find(state: int, message: int) -> int:
+            return self._add(self._network.deliver(link, state, message))
+
+        return PairTable(find)
 
     def deliveries(self, link: int, states: Ints, messages: Ints) -> Ints:
         """The effect of each message that comes over a link on its receiver's state."""
@@ -175,7 +176,7 @@ class Digests:
         numbers = self._numbers[column]
         while int(values.max(initial=0)) >= len(numbers):
             numbers = self._numbers[column] = np.concatenate([numbers, self._draw(len(numbers))])
-        return numbers[values]  # type: ignore[no-any-return]
+        return numbers[values]
 
     def of(self, rows: Ints) -> Digest:
         found = np.zeros(len(rows), np.uint64)
@@ -203,7 +204,7 @@ class Visited:
         new = self._insert(np.maximum(digests, np.uint64(1)))
         _, first = np.unique(digests[new], return_index=True)
         self._count += len(first)
-        return new[first]  # type: ignore[no-any-return]
+        return new[first]
 
     def _insert(self, digests: Digest) -> Places:
         """Where new ones stand, equal ones more than once."""

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 import decode.states
-from bench.exploration.automata import Network, rank_of
+from bench.exploration.automata import Network
 from bench.exploration.callers import Calls
 from bench.exploration.cases import SILENT, Named, cases
 from bench.exploration.clusters import Case, Cluster
+from bench.exploration.inputs import DONE, ReadEnds
+from bench.exploration.leaders import Leader, rank_of
 from bench.exploration.mains import PrefillMain
-from bench.exploration.ranks import DONE, ReadEnds
+from bench.exploration.ranks import Rank
 from bench.exploration.search import Found, Search
 from bench.exploration.snapshots import clone, freeze
 from bench.exploration.tables import Digests, PairTable, Visited
@@ -134,7 +136,7 @@ def test_what_is_wrong_is_told_in_the_fewest_steps(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(SourceHandoff, "is_read", property(lambda _: True))
     found = Search(Case(setting=SILENT)).run()
     assert not found.is_complete
-    assert found.problem == "decode/0 reads from prefill/0, from block 1 that is free"
+    assert found.problem == "decode/0 reads from prefill/0, from block 0 that is free"
     assert found.trace == (
         "a caller comes",
         "decode/0 takes from coordinator: Reserve r0 1",
@@ -169,17 +171,13 @@ def test_all_kinds_of_messages_and_faults_occur() -> None:
         names.update(type(message).__name__ for message in search._network.messages)
         for automaton in search._network.automata:
             for node in automaton.states[1:]:
-                rank = getattr(node, "rank", node)
-                counted.update(getattr(rank, "around", _Nothing).counters.keys())
+                if isinstance(node, Leader | Rank):
+                    counted.update(rank_of(node).around.counters.keys())
     assert {"Announce", "ReadDone", "Confirm", "Commit", "ReadsEnded", "Died", "Abort"} <= set(
         names
     )
     assert {"OpenTarget", "TargetOpened", "TargetReady", "SourceDone", "Close"} <= set(names)
     assert {"handoffs_broken", "reads_landed_late", "leases_expired"} <= set(counted)
-
-
-class _Nothing:
-    counters: Counter[str] = Counter()
 
 
 def test_a_pair_table_asks_once_for_each_pair() -> None:
