@@ -1,0 +1,1 @@
+"""Every order of events of a small cluster, one after the other: explicit-state model checking."""

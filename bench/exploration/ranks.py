@@ -1,0 +1,216 @@
+"""One rank: the real hand-off logic of its transfer thread, its memory, and the reads in flight.
+
+What it says to itself is dealt with at once, as the thread does; everything else goes into the
+outbox, by the name of whoever is to get it.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from bench.exploration.inputs import (
+    COORDINATOR,
+    CORRUPTED,
+    DONE,
+    FAILED,
+    Compute,
+    Computed,
+    LeaseEnds,
+    Message,
+    Option,
+    Outbox,
+    ReadEnds,
+    Start,
+)
+from bench.exploration.memory import Memory
+from kvtransfer.actions import Action, Emit, Send, StartRead, Surroundings, Warn
+from kvtransfer.events import Command, ControlReceived, PoolsChanged, SendControl
+from kvtransfer.handoffs import Handoffs
+from kvtransfer.identity import PeerName, RankIdentity
+from kvtransfer.plan import Run
+from kvtransfer.states import SourceState
+from protocol.handoff import HandoffMessage
+from protocol.kv import KVLayout, RankEndpoint
+from protocol.messages import (
+    CacheUpdate,
+    Connected,
+    GangReady,
+    Hello,
+    Progress,
+    Topology,
+    ToRank,
+    Welcome,
+)
+
+LEASE_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    incarnation: str
+    runs: tuple[Run, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """How a transfer thread is set up, and what may befall it.
+
+    ``informs``: the coordinator is told how far a prompt is and what is cached, which it needs for
+    its choice among pools alone.
+    """
+
+    checksum: str = "off"
+    max_reads: int = 4
+    reads_fail: bool = True
+    reads_corrupt: bool = False
+    leases_end: bool = False
+    informs: bool = True
+
+
+class Rank:
+    """A transfer thread without its thread.
+
+    Args:
+        identity: who this is; its incarnation is its name among all.
+        layout: of its memory.
+        main: the name of the leader's main thread.
+        setting: of the transfer thread.
+    """
+
+    def __init__(
+        self, identity: RankIdentity, layout: KVLayout, main: str, setting: Setting
+    ) -> None:
+        self.identity = identity
+        self.memory = Memory(layout)
+        self.around = Surroundings(identity, layout)
+        self.handoffs = Handoffs(
+            self.around,
+            (self.memory.source_checksum, self.memory.target_checksum),
+            transport_name="explored",
+            checksum=setting.checksum,
+            lease_s=LEASE_S,
+            max_reads=setting.max_reads,
+        )
+        self.reads: dict[int, _Reading] = {}
+        self.outbox: Outbox = []
+        self._main = main
+        self.hello: Hello | None = None  # what it says when it starts
+        self._setting = setting
+
+    @property
+    def endpoint(self) -> RankEndpoint:
+        me = self.identity
+        return RankEndpoint(me.rank, me.cp_rank, me.tp_rank, me.incarnation, "", self.memory.layout)
+
+    @property
+    def name(self) -> str:
+        return self.identity.incarnation
+
+    def _say(self, receiver: str, message: Message) -> None:
+        self.outbox.append((self.name, receiver, message))
+
+    @property
+    def is_quiet(self) -> bool:
+        return not (self.reads or self.handoffs.num_open)
+
+    # -- steps of its own --------------------------------------------------------------------------
+
+    def options(self) -> list[Option]:
+        """What can happen here without a message."""
+        found: list[Option] = []
+        for reading in dict.fromkeys(self.reads.values()):
+            ways = (DONE, FAILED, CORRUPTED) if self._setting.reads_corrupt else (DONE, FAILED)
+            found += [ReadEnds(reading.incarnation, reading.runs, how) for how in ways]
+        if self._setting.leases_end and self._is_waiting_for_readers():
+            found.append(LeaseEnds())
+        return found
+
+    def _is_waiting_for_readers(self) -> bool:
+        handoffs = self.handoffs.source._handoffs.values()
+        return any(handoff.state is SourceState.CLOSING for handoff in handoffs)
+
+    def take(self, option: Option, found: bytes | None) -> None:
+        """Take one of its options; ``found`` is what a read finds at its source."""
+        match option:
+            case LeaseEnds():
+                self._do(self.handoffs.tick(0.0))
+                self._do(self.handoffs.tick(2 * LEASE_S))
+            case ReadEnds():
+                reading = _Reading(option.incarnation, option.runs)
+                read_id = next(n for n, other in self.reads.items() if other == reading)
+                del self.reads[read_id]
+                self.memory.land(option.runs, found if option.how == DONE else None)
+                is_done = option.how != FAILED
+                self._do(self.handoffs.read_ended(read_id, 0.0, is_done=is_done))
+
+    # -- what it is told ---------------------------------------------------------------------------
+
+    def receive(self, sender: str, message: Message) -> None:
+        """From the coordinator, the launcher, the main thread or another rank."""
+        if isinstance(message, HandoffMessage):
+            self._on_rank(sender, message)
+        elif isinstance(message, Command | Compute):
+            self._on_main(message)
+        else:
+            assert isinstance(message, ToRank | Start), f"not for a rank: {message}"
+            self._on_control(message)
+
+    def _on_control(self, message: ToRank | Start) -> None:
+        match message:
+            case Start():
+                assert self.hello is not None
+                self._say(COORDINATOR, self.hello)
+            case Welcome():
+                self.around.epoch = message.pool_epoch
+                self._say(COORDINATOR, GangReady())
+            case Topology():
+                self._do(self.handoffs.pools_changed(message.pools))
+                if self.identity.is_leader:
+                    self._say(self._main, PoolsChanged(message.pools))
+                self._say(COORDINATOR, Connected(message.version))
+            case _:
+                self._say(self._main, ControlReceived(message))
+
+    def _on_main(self, message: Command | Compute) -> None:
+        match message:
+            case Compute():
+                for block_id, content in message.blocks:
+                    self.memory.write(block_id, content)
+                self._say(self._main, Computed(self.identity.rank))
+            case SendControl():
+                if self._setting.informs or not isinstance(message.message, CacheUpdate | Progress):
+                    self._say(COORDINATOR, message.message)
+            case _:
+                self._do(self.handoffs.command(message, 0.0))
+
+    def _on_rank(self, incarnation: str, message: HandoffMessage) -> None:
+        """Who is not in the topology is not listened to."""
+        for pool in self.around.pools.values():
+            for endpoint in pool.ranks:
+                if endpoint.incarnation == incarnation:
+                    name = PeerName(pool.pool_id, endpoint.rank)
+                    self._do(self.handoffs.message(name, message, 0.0))
+                    return
+
+    # -- what it does ------------------------------------------------------------------------------
+
+    def _do(self, actions: Iterable[Action]) -> None:
+        pending, to_self = deque(actions), deque[HandoffMessage]()
+        while pending or to_self:
+            if not pending:
+                name = self.identity.name
+                pending.extend(self.handoffs.message(name, to_self.popleft(), 0.0))
+                continue
+            match pending.popleft():
+                case Send(peer, message) if peer == self.identity.name:
+                    to_self.append(message)
+                case Send(peer, message):
+                    endpoint = self.around.endpoint(peer)
+                    if endpoint is not None:
+                        self._say(endpoint.incarnation, message)
+                case Emit(event) if self.identity.is_leader:
+                    self._say(self._main, event)
+                case StartRead(read_id, incarnation, runs):
+                    self.reads[read_id] = _Reading(incarnation, runs)
+                case Emit() | Warn():
+                    pass
