@@ -22,7 +22,7 @@ from bench.exploration.mains import FINGERPRINT, MAX_MODEL_LEN, next_token, prom
 from bench.exploration.memory import BLOCK_SIZE
 from coordinator.config import CoordinatorConfig, ExpectedPool
 from coordinator.delivery import Delivery, Generation
-from coordinator.joining import Terms
+from coordinator.joining import HelloRefused, Terms
 from coordinator.records import Record
 from coordinator.registry import Patience, PoolState, Registry
 from coordinator.service import Service
@@ -36,6 +36,7 @@ from protocol.messages import (
     GangReady,
     Hello,
     NewToken,
+    Refused,
     ToCoordinator,
     ToRank,
 )
@@ -50,7 +51,8 @@ MOMENT_S = 2.0
 class Calls:
     """Who calls.
 
-    ``num_tokens`` and ``max_tokens`` of each; ``may_leave`` says which may give up.
+    ``num_tokens`` and ``max_tokens`` are of each. ``is_patient``: a request that has lost its pool
+    waits for another one without an end, or else it may be failed after a moment.
     """
 
     num_requests: int = 1
@@ -58,6 +60,7 @@ class Calls:
     max_tokens: int = 2
     may_leave: bool = True
     max_attempts: int = 1
+    is_patient: bool = True
 
 
 class Collector(Delivery):
@@ -95,7 +98,7 @@ class Coordinator:
             local_prefill_threshold=0,
             stall_timeout_s=LONG_S,
             handoff_timeout_s=LONG_S,
-            failover_wait_s=LONG_S,
+            failover_wait_s=LONG_S if calls.is_patient else MOMENT_S / 2,
             resume_wait_s=LONG_S,
             release_grace_s=LONG_S,
             max_attempts=calls.max_attempts,
@@ -130,8 +133,12 @@ class Coordinator:
             found.append(Submit())
         if self._calls.may_leave:
             found += [Leave(name) for name, (record, _) in self._callers.items() if _is_on(record)]
-        waiting = (record.wait for record, _ in self._callers.values() if record is not None)
-        if any(wait is not None and wait.not_before > self._now for wait in waiting):
+        records = [record for record, _ in self._callers.values() if record is not None]
+        waits = [record.wait for record in records if record.is_active]
+        if any(
+            wait is not None and (wait.not_before > self._now or not self._calls.is_patient)
+            for wait in waits
+        ):
             found.append(Wait())
         return found
 
@@ -176,7 +183,7 @@ class Coordinator:
                 self._say(name, Start())
             return
         if isinstance(message, Hello):
-            self._deliver(self.registry.on_hello(sender, message, self._now))
+            self._on_hello(sender, message)
             return
         known = self.registry.pool_of(sender)
         if known is None:
@@ -193,6 +200,12 @@ class Coordinator:
                 assert isinstance(message, ToCoordinator)
                 if known[0].state is PoolState.READY:
                     self.service.on_message(known[0].pool_id, message)
+
+    def _on_hello(self, sender: str, message: Hello) -> None:
+        try:
+            self._deliver(self.registry.on_hello(sender, message, self._now))
+        except HelloRefused as error:  # of a gang that has died since
+            self._say(sender, Refused(str(error)))
 
     def _serving(self) -> set[str]:
         return {pool.pool_id for pool in self.registry.pools.values() if pool.is_serving}
