@@ -23,7 +23,7 @@ from bench.exploration.memory import BLOCK_SIZE
 from coordinator.config import CoordinatorConfig, ExpectedPool
 from coordinator.delivery import Delivery
 from coordinator.generation import Generation
-from coordinator.joining import Terms
+from coordinator.joining import HelloRefused, Terms
 from coordinator.records import Record
 from coordinator.registry import Patience, PoolState, Registry
 from coordinator.service import Service
@@ -37,6 +37,7 @@ from protocol.messages import (
     GangReady,
     Hello,
     NewToken,
+    Refused,
     ToCoordinator,
     ToRank,
 )
@@ -51,7 +52,8 @@ MOMENT_S = 2.0
 class Calls:
     """Who calls.
 
-    ``num_tokens`` and ``max_tokens`` of each; ``may_leave`` says which may give up.
+    ``num_tokens`` and ``max_tokens`` are of each. ``is_patient``: a request that has lost its pool
+    waits for another one without an end, or else it may be failed after a moment.
     """
 
     num_requests: int = 1
@@ -59,6 +61,7 @@ class Calls:
     max_tokens: int = 2
     may_leave: bool = True
     max_attempts: int = 1
+    is_patient: bool = True
 
 
 class Collector(Delivery):
@@ -96,7 +99,7 @@ class Coordinator:
             local_prefill_threshold=0,
             stall_timeout_s=LONG_S,
             handoff_timeout_s=LONG_S,
-            failover_wait_s=LONG_S,
+            failover_wait_s=LONG_S if calls.is_patient else MOMENT_S / 2,
             resume_wait_s=LONG_S,
             release_grace_s=LONG_S,
             max_attempts=calls.max_attempts,
@@ -131,8 +134,12 @@ class Coordinator:
             found.append(Submit())
         if self._calls.may_leave:
             found += [Leave(name) for name, (record, _) in self._callers.items() if _is_on(record)]
-        waiting = (record.wait for record, _ in self._callers.values() if record is not None)
-        if any(wait is not None and wait.not_before > self._now for wait in waiting):
+        records = [record for record, _ in self._callers.values() if record is not None]
+        waits = [record.wait for record in records if record.is_active]
+        if any(
+            wait is not None and (wait.not_before > self._now or not self._calls.is_patient)
+            for wait in waits
+        ):
             found.append(Wait())
         return found
 
@@ -177,7 +184,7 @@ class Coordinator:
                 self._say(name, Start())
             return
         if isinstance(message, Hello):
-            self._deliver(self.registry.on_hello(sender, message, self._now))
+            self._on_hello(sender, message)
             return
         known = self.registry.pool_of(sender)
         if known is None:
@@ -194,6 +201,12 @@ class Coordinator:
                 assert isinstance(message, ToCoordinator)
                 if known[0].state is PoolState.READY:
                     self.service.on_message(known[0].pool_id, message)
+
+    def _on_hello(self, sender: str, message: Hello) -> None:
+        try:
+            self._deliver(self.registry.on_hello(sender, message, self._now))
+        except HelloRefused as error:  # of a gang that has died since
+            self._say(sender, Refused(str(error)))
 
     def _serving(self) -> set[str]:
         return {pool.pool_id for pool in self.registry.pools.values() if pool.is_serving}

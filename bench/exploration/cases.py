@@ -57,20 +57,39 @@ def _faults() -> list[Named]:
 def _deaths() -> list[Named]:
     """A gang dies at any moment and is started again under a new epoch."""
     one = Case(num_deaths=1)
+    again = replace(one, calls=Calls(max_attempts=2))
     resumed = Case(
         prefill=Gang("prefill", num_blocks=3),
         decode=Gang("decode", num_blocks=3),
         calls=Calls(num_tokens=4, max_tokens=2, max_attempts=2),
-        setting=SILENT,
         num_deaths=1,
         mortal=("prefill",),
     )
+    for_good = Calls(max_attempts=2, is_patient=False)
+    company = Calls(2, max_tokens=1, may_leave=False, max_attempts=2, is_patient=False)
+    twice = Calls(max_attempts=2, may_leave=False, is_patient=False)
+    pairs = Case(
+        prefill=Gang("prefill", tp_size=2),
+        decode=Gang("decode", tp_size=2),
+        calls=Calls(max_tokens=1, may_leave=False),
+        setting=SILENT,
+        num_heads=2,
+        num_deaths=1,
+    )
     return [
         Named("a gang dies, one token", replace(one, calls=Calls(max_tokens=1)), True),
-        Named("a gang dies", replace(one, num_repeats=1)),
-        Named("a gang dies, a second attempt", replace(one, calls=Calls(max_attempts=2))),
+        Named("a gang dies, a message twice", replace(one, num_repeats=1)),
+        Named("a gang dies for good", replace(one, restarts=False, calls=for_good)),
+        Named("a gang dies, a second attempt", again),
+        Named("a gang dies, queues", replace(again, queues=True, setting=SILENT)),
+        Named("a gang dies, two requests", replace(pairs, prefill=Gang("prefill", num_blocks=1),
+                                                   decode=Gang("decode", num_blocks=1),
+                                                   calls=company)),
+        Named("a gang of 2 dies", pairs),
+        Named("two deaths, a second attempt", replace(one, num_deaths=2, setting=SILENT,
+                                                      calls=twice)),
         Named("resumed and fetched after a death", resumed),
-    ]
+    ]  # fmt: skip
 
 
 def _rings() -> list[Named]:

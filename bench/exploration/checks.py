@@ -8,10 +8,13 @@ their states.
 2. KV that a pool may compute with, or find in its cache, is byte by byte what it should be.
 3. What is computed with has been handed over in full, on every rank.
 4. Whoever has an open hand-off on a rank is known to the main thread, which holds its blocks.
-5. Every view of a block space agrees, and all blocks are accounted for (in mains.py, at each step).
+5. A block space refuses what its table does not have, and references to earlier generations, and
+   is then what it was.
+6. Every view of a block space agrees, and all blocks are accounted for (in mains.py, at each step).
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Hashable
 
 import numpy as np
 
@@ -22,10 +25,12 @@ from bench.exploration.leaders import Leader, Node, main_of, rank_of
 from bench.exploration.mains import FINGERPRINT, Main, prompt_of
 from bench.exploration.memory import BLOCK_SIZE, blocks_of, tag
 from bench.exploration.ranks import Rank
+from bench.exploration.snapshots import freeze
 from bench.exploration.tables import Ints, PairTable
-from kvcache.blocks import BlockPool, State
+from kvcache.blocks import TABLE, BlockPool, Event, State
 from kvcache.prefix import block_salt, hash_blocks
-from protocol.kv import RankEndpoint
+from protocol.errors import IllegalTransition, StaleError
+from protocol.kv import BlockRef, RankEndpoint
 
 MOVING = (State.IN_FLIGHT, State.DRAINING, State.QUARANTINED)
 Check = Callable[[Node, Node], str]
@@ -43,9 +48,13 @@ class Checks:
         self._tags = self._tags_of_hashes()
         self._tables: list[tuple[int, int, PairTable]] = []
         self._problems = [""]
+        self._spaces: set[Hashable] = (
+            set()
+        )  # in these states they have refused all that they should
         lives = network.cluster.lives
         for life in lives:
             main = network.node_at(life.main)
+            self._add(main, life.ranks[0], self._refuses)
             for name in life.ranks:
                 self._add(main, name, self._holds_what_it_should)
                 self._add(main, name, _is_kept_from_reuse)
@@ -98,6 +107,18 @@ class Checks:
         for block, content in promised:
             if not rank.memory.holds(block, content):
                 return f"{rank.name}: block {block} does not hold what it should"
+        return ""
+
+    def _refuses(self, node: Node, _: Node) -> str:
+        for space in main_of(node).spaces():
+            frozen = freeze(space)
+            if frozen in self._spaces:
+                continue
+            self._spaces.add(frozen)
+            for block_id in range(space.num_blocks):
+                text = _accepted(space, block_id)
+                if text or freeze(space) != frozen:
+                    return text or f"a refusal has changed block {block_id}"
         return ""
 
     # -- at an end ---------------------------------------------------------------------------------
@@ -184,4 +205,26 @@ def _are_moving(space: BlockPool, blocks: set[int]) -> str:
         state = space.state(block_id)
         if state not in MOVING:
             return f"block {block_id} that is {state.value}"
+    return ""
+
+
+def _accepted(space: BlockPool, block_id: int) -> str:
+    """What a block should have refused."""
+    now = space._blocks[block_id].generation
+    ways = {
+        Event.SHARE: space.share,
+        Event.RELEASE: space.release,
+        Event.BEGIN_TRANSFER: space.begin_transfer,
+        Event.END_TRANSFER: space.end_transfer,
+        Event.QUARANTINE: space.quarantine,
+        Event.END_QUARANTINE: space.end_quarantine,
+    }
+    state = space.state(block_id)
+    for event, apply in ways.items():
+        for generation in (now - 1, now, now + 1):
+            if generation == now and (state, event) in TABLE:
+                continue
+            with contextlib.suppress(IllegalTransition, StaleError):
+                apply([BlockRef(block_id, generation)])
+                return f"{event.value} of block {block_id}/{generation} that is {state.value}/{now}"
     return ""

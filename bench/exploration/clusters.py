@@ -42,8 +42,8 @@ class Case:
 
     ``queues``: a leader's main and transfer thread say everything to each other in queues, and are
     nodes of their own. ``hurries``: what commutes with everything else is done at once (steps.py).
-    ``num_deaths`` and ``num_repeats`` are how many gangs may die and how many
-    messages may come twice.
+    ``num_deaths`` and ``num_repeats`` are how many gangs may die and how many messages between
+    processes may come twice.
     """
 
     prefill: Gang = field(default_factory=lambda: Gang("prefill"))
@@ -177,6 +177,6 @@ class Cluster:
 
 
 def _life(pool: ExpectedPool, number: int) -> Life:
-    name = pool.pool_id if number == 1 else f"{pool.pool_id}'"
+    name = pool.pool_id + "'" * (number - 1)
     ranks = tuple(f"{name}/{rank}" for rank in range(pool.num_ranks))
     return Life(pool.pool_id, number, f"{name}.main", ranks)

@@ -95,6 +95,7 @@ class Rank:
         self.outbox: Outbox = []
         self._main = main
         self.hello: Hello | None = None  # what it says when it starts
+        self.has_started = False
         self._setting = setting
 
     @property
@@ -159,6 +160,7 @@ class Rank:
         match message:
             case Start():
                 assert self.hello is not None
+                self.has_started = True
                 self._say(COORDINATOR, self.hello)
             case Welcome():
                 self.around.epoch = message.pool_epoch

@@ -24,7 +24,8 @@ from bench.exploration.inputs import (
     ReadEnds,
     Submit,
 )
-from bench.exploration.tables import NOT_POSSIBLE, Ints, Places, Tables
+from bench.exploration.leaders import rank_of
+from bench.exploration.tables import NOT_POSSIBLE, Flags, Ints, Places, Tables
 
 # Such a message commutes with whatever else can happen to its receiver before it comes, and nothing
 # that is checked depends on it: it is taken before anything else happens.
@@ -71,10 +72,14 @@ class Steps:
         self._deaths = self.num_nodes + self.num_links
         self._repeats = self._deaths + 1
         self._receivers = [network.node_at(to) for _, to in network.links]
-        ranks = {rank for life in network.cluster.lives for rank in life.ranks}
-        self._may_repeat = [ranks.issuperset(link) for link in network.links]
+        self._may_repeat = [self._is_repeated(*link) for link in network.links]
         self._is_at_once = np.zeros(64, np.bool_)  # by message
         self._num_known_messages = 0
+
+    def _is_repeated(self, sender: str, receiver: str) -> bool:
+        """Whether what is said there may come twice."""
+        ranks = {rank for life in self.network.cluster.lives for rank in life.ranks}
+        return ranks.issuperset({sender, receiver} - {COORDINATOR})
 
     def first(self) -> Ints:
         """The state in which all have come up."""
@@ -115,7 +120,7 @@ class Steps:
 
     # -- kinds of steps ----------------------------------------------------------------------------
 
-    def _at_once(self, rows: Ints, link: int, waits: np.typing.NDArray[np.bool_]) -> Iterator[Step]:
+    def _at_once(self, rows: Ints, link: int, waits: Flags) -> Iterator[Step]:
         """The first thing that is taken at once, for rows that have one."""
         column = self.num_nodes + link
         where = np.flatnonzero(waits & (rows[:, column] != EMPTY))
@@ -196,8 +201,9 @@ class Steps:
             if life.pool_id not in self._case.mortal:
                 continue
             nodes = self._nodes_of(life)
-            may_die = (rows[waiting, self._deaths] > 0) & (rows[waiting, nodes[0]] != DEAD)
-            where = waiting[may_die]
+            leader = self.network.node_at(life.ranks[0])
+            has_started = self._started(leader)[rows[waiting, leader]]
+            where = waiting[(rows[waiting, self._deaths] > 0) & has_started]
             if life.number > self._case.num_deaths or not len(where):
                 continue  # the last life is spared
             none = np.zeros(len(where), np.int32)
@@ -208,6 +214,12 @@ class Steps:
                     changes.append((self.num_nodes + link, none + EMPTY))
             changes.append(self._notice(rows, where, life))
             yield Step(Kind("kill", number), where, changes)
+
+    def _started(self, leader: int) -> Flags:
+        """By the states of a leader: whether it is there to be killed."""
+        nodes = self.network.automata[leader].states
+        flags = [node is not None and rank_of(node).has_started for node in nodes]
+        return np.array(flags, np.bool_)
 
     def _notice(self, rows: Ints, where: Places, life: Life) -> tuple[int, Ints]:
         following = self.network.cluster.life_after(life)

@@ -9,6 +9,7 @@ from bench.exploration.automata import EMPTY, Effect, Network
 
 Ints = npt.NDArray[np.int32]
 Digest = npt.NDArray[np.uint64]
+Flags = npt.NDArray[np.bool_]
 Places = npt.NDArray[np.intp]
 NOT_POSSIBLE = -1
 _UNKNOWN = -2
