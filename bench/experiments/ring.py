@@ -298,14 +298,13 @@ def _live_reading(rows: Sequence[dict[str, Any]]) -> str:
     quiet = ""
     if cores < QUIET_CORES:
         quiet = (
-            f" The two ranks had but {cores:.1f} of two cores even then, for others ran here, "
-            "and a ring waits for its slowest rank: these figures want another run."
+            f" The two ranks had but {cores:.1f} of two cores even then: others ran here, and a "
+            "ring waits for its slowest rank. These figures want another run."
         )
     return (
-        f"Live, the gain that the cost model predicts for a ring of two is off by {found} (the least "
-        "of some runs: the system may put both ranks on one core for a second, and then a short "
-        "prompt gains nothing). Rings "
-        f"of four were not run: this machine has no four cores.{quiet}"
+        f"Live, the gain that the cost model predicts for a ring of two is off by {found} (the "
+        "least of some runs: the system may put both ranks on one core for a second, and then a short "
+        f"prompt gains nothing). Rings of four were not run: there are no four cores here.{quiet}"
     )
 
 
