@@ -303,7 +303,7 @@ def _live_reading(rows: Sequence[dict[str, Any]]) -> str:
         )
     return (
         f"Live, the gain that the cost model predicts for a ring of two is off by {found} (the "
-        "least of some runs: the system may put both ranks on one core for a second, and then a short "
+        "least of some runs: the system may put both ranks on one core for a second, and a short "
         "prompt gains nothing). Rings of four were not run: there are no four cores here."
         f"{quiet}"
     )
