@@ -4,6 +4,7 @@ import contextlib
 import json
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,14 @@ def _tokens_of(stream: bytes) -> list[int]:
     return [token for chunk in chunks for token in chunk["choices"][0].get("token_ids", ())]
 
 
+def _read_tokens(pieces: Iterator[bytes], num_tokens: int) -> bytes:
+    """What has come once ``num_tokens`` tokens have, and no more than that."""
+    received = b""
+    while len(_tokens_of(received.rpartition(b"\n\n")[0])) < num_tokens:
+        received += next(pieces)
+    return received
+
+
 def _stream(client: httpx.Client, prompt: list[int], max_tokens: int) -> Any:
     body = {"prompt": prompt, "stream": True, "max_tokens": max_tokens, "return_token_ids": True}
     return client.stream("POST", "/v1/completions", json={**body, "ignore_eos": True})
@@ -90,14 +99,16 @@ def test_a_lost_prefill_pool(start_coordinator: Any, helpers: Any, tmp_path: Pat
             replies = [
                 stack.enter_context(_stream(client, prompt, 4)) for prompt in (decoding, prefilling)
             ]
+            pieces = [reply.iter_bytes() for reply in replies]
+            begun = _read_tokens(pieces[0], 2)
             fake.silent.add("prefill0")
             fake.wait_for(lambda: [m for m in fake.got(Reserve) if m.attempt == 2], "attempt 2")
             fake.wait_for(lambda: [m for m in fake.got(Abort) if m.attempt == 1], "its abort")
             fake.wait_for(lambda: [m for m in fake.got(ComputeHere) if m.attempt == 2])
             fake.release(prefilling)
             fake.release(decoding)
-            for reply, prompt in zip(replies, (decoding, prefilling), strict=True):
-                received = b"".join(reply.iter_bytes())
+            received_of = [begun + b"".join(pieces[0]), b"".join(pieces[1])]
+            for received, prompt in zip(received_of, (decoding, prefilling), strict=True):
                 assert received.endswith(b"data: [DONE]\n\n")
                 assert _tokens_of(received) == helpers.reply(prompt, 4)
         reply = running.complete([3] * 300, max_tokens=2)
@@ -117,13 +128,15 @@ def test_a_lost_decode_pool_costs_an_attempt(
         with _stream(client, prompt, 8) as reply:
             [first] = fake.wait_for(lambda: fake.got(Reserve))
             home = next(p for p, _, m in fake.received if m is first)
+            pieces = reply.iter_bytes()
+            received = _read_tokens(pieces, 3)
             fake.silent.add(home)
             again = fake.wait_for(lambda: [m for m in fake.got(Reserve) if m.attempt == 2])[0]
             assert again.prompt_token_ids == (*prompt, *helpers.reply(prompt, 3))
             assert (again.num_output_tokens, again.sampling) == (3, first.sampling)
             fake.wait_for(lambda: [m for m in fake.got(Prefill) if m.attempt == 2])
             fake.release(prompt)
-            received = b"".join(reply.iter_bytes())
+            received += b"".join(pieces)
         assert _tokens_of(received) == helpers.reply(prompt, 8)
         assert received.endswith(b"data: [DONE]\n\n")
         chunk = json.loads(received.split(b"\n\n")[0].removeprefix(b"data: "))
