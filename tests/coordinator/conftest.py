@@ -117,6 +117,7 @@ class Job:
     decode: str
     prefill: str = ""
     script: Script = field(default_factory=Script)
+    is_begun: bool = False  # somebody was told to compute it
     num_sent: int = 0  # by all attempts
     holders: set[str] = field(default_factory=set)
 
@@ -172,7 +173,7 @@ class FakeCluster(threading.Thread):
 
         def go_on() -> None:
             for job in list(self.jobs.values()):
-                if job.prompt == tuple(prompt):
+                if job.prompt == tuple(prompt) and job.is_begun:
                     self._generate(job)
 
         self.do(go_on)
@@ -301,6 +302,7 @@ class FakeCluster(threading.Thread):
         return NewToken(reserve.request_id, reserve.attempt, index, token_id, finish, logprobs)
 
     def _generate(self, job: Job) -> None:
+        job.is_begun = True
         script, tokens = job.script, []
         while job.holders:
             if script.fail_after == job.num_sent:
