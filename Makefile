@@ -31,7 +31,7 @@ test: $(READY) ## the tests that every change runs (under 10 minutes on 2 cores)
 	$(BIN)/python -m pytest -m "not slow" $(addprefix --ignore=,$(COMPUTING))
 
 test-all: $(READY) ## all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --hypothesis-profile=anew
 
 check: $(READY) ## ruff, mypy --strict, import layers
 	$(BIN)/ruff check .
