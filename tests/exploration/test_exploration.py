@@ -156,8 +156,8 @@ def test_an_end_that_is_none_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.trace[-1] == "prefill/0 takes from coordinator: Prefill r0 1"
 
 
-def test_a_step_that_is_refused_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(decode.states.TABLE[decode.states.State.RESERVED], Change.CLOSE)
+def test_a_step_that_is_refused_is_wrong(remove_way: Any) -> None:
+    remove_way(decode.states.TABLE[decode.states.State.RESERVED], Change.CLOSE)
     found = Search(Case()).run()
     assert found.problem == "IllegalTransition: close while reserved"
     assert found.trace[-1] == "decode/0 takes from coordinator: Abort r0 1"

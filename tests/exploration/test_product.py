@@ -1,5 +1,7 @@
 """The tables alone: a request with several ranks, and several requests together."""
 
+from typing import Any
+
 import pytest
 
 from bench.exploration import product
@@ -45,8 +47,8 @@ def test_classes_tell_apart_what_others_can_tell_apart() -> None:
         )
 
 
-def test_a_way_that_is_missing_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(TARGET_TABLE, (TargetState.MANIFESTED, TargetEvent.CLOSE))
+def test_a_way_that_is_missing_is_noticed(remove_way: Any) -> None:
+    remove_way(TARGET_TABLE, (TargetState.MANIFESTED, TargetEvent.CLOSE))
     assert "close of a hand-off that is manifested" in product.explore(1, 1).problem
 
 
