@@ -10,13 +10,9 @@ import msgspec
 from launcher.bench_commands import add_bench, run_bench
 from launcher.client_flags import CLIENT_COMMANDS, add_client_flags
 from launcher.config import resolve
+from launcher.serve_flags import EPILOG, add_serve_flags
 from protocol.errors import ConfigError
 from protocol.logs import configure_logging
-
-EPILOG = """\
-a pool is written cp2, tp2 or cp4tp2; repeat --prefill and --decode for more pools.
---decode tp2 without --prefill is a colocated server: the decode pool computes its prompts itself.
-"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -38,11 +34,13 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
-    _add_serve_flags(serve)
+    add_serve_flags(serve)
     show = commands.add_parser("config", help="show the configuration that serve would run")
     show.add_argument("action", choices=["show"])
-    show.add_argument("--resolved", action="store_true", help="with every default filled in")
-    _add_serve_flags(show)
+    show.add_argument(
+        "--resolved", action="store_true", help="what each process would be told, all of it"
+    )
+    add_serve_flags(show)
     doctor = commands.add_parser("doctor", help="check this machine: versions, transports, speed")
     doctor.add_argument("--json", action="store_true", help="for programs")
     demo = commands.add_parser("demo", help="a small disaggregated cluster at work")
@@ -52,33 +50,6 @@ def build_parser() -> argparse.ArgumentParser:
     add_bench(commands)
     add_client_flags(commands)
     return parser
-
-
-def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    suppress = argparse.SUPPRESS
-    add("model", nargs="?", default=suppress, help="a Hugging Face checkpoint folder")
-    add("--prefill", action="append", metavar="POOL", default=suppress, help="cp2, cp4tp2, ...")
-    add("--decode", action="append", metavar="POOL", default=suppress, help="tp2, ...")
-    add("--config", metavar="FILE", default=None, help="a TOML file with the same names")
-    add("--launcher", metavar="local|ray", default=suppress)
-    add("--transport", metavar="auto|nixl|tcp", default=suppress)
-    add("--device", metavar="auto|cpu|cuda", default=suppress)
-    add("--dtype", metavar="auto|bfloat16|float32", default=suppress)
-    add("--block-size", type=int, metavar="TOKENS", default=suppress)
-    add("--kv-memory", metavar="SIZE", default=suppress, help="KV pool of each rank, 1GiB")
-    add("--max-model-len", type=int, metavar="N", default=suppress)
-    add("--host", default=suppress)
-    add("--port", type=int, default=suppress, help="0 for any free one")
-    add("--api-key", action="append", metavar="KEY", default=suppress, help="one tenant each")
-    add("--threads-per-rank", type=int, metavar="N", default=suppress)
-    add("--data-dir", metavar="DIR", default=suppress, help="what survives: jobs, documents, KV")
-    add("--store-memory", metavar="SIZE", default=suppress, help="host memory for KV, 1GiB")
-    add("--disk-quota", metavar="SIZE", default=suppress, help="disk for KV, 64GiB")
-    add("--checksum", metavar="off|sampled|always", default=suppress)
-    add("--log-level", default=suppress)
-    add("--log-dir", metavar="DIR", default=suppress, help="one log file per process")
-    add("--set", action="append", dest="sets", metavar="a.b=c", default=[])
 
 
 def _serve_config(arguments: argparse.Namespace) -> Any:  # noqa: ANN401 - resolved lazily
@@ -111,8 +82,10 @@ def _run(arguments: argparse.Namespace, argv: list[str] | None) -> int:
         configure_logging("launcher", config.log_level)
         return serve(config)
     if arguments.command == "config":
-        config = _serve_config(arguments)
-        print(msgspec.json.format(msgspec.json.encode(config), indent=2).decode())
+        from launcher.show import asked, resolved
+
+        shown = (resolved if arguments.resolved else asked)(_serve_config(arguments))
+        print(msgspec.json.format(msgspec.json.encode(shown), indent=2).decode())
         return 0
     if arguments.command == "doctor":
         from launcher.doctor import doctor

@@ -122,6 +122,8 @@ def resolve(file: str | None, flags: Mapping[str, Any], sets: tuple[str, ...]) -
     try:
         return msgspec.convert(values, ServeConfig, strict=False)
     except msgspec.ValidationError as error:
+        if isinstance(error.__cause__, ConfigError):  # it says already which flag is wrong
+            raise error.__cause__ from None
         raise ConfigError(f"configuration: {error}") from error
 
 

@@ -1,0 +1,90 @@
+"""The flags of ``baton serve``, with the defaults that ``ServeConfig`` has."""
+
+import argparse
+
+from launcher.config import ServeConfig
+
+EPILOG = """\
+a pool is written cp2, tp2 or cp4tp2: context and tensor parallelism, a rank for each of cp * tp.
+--decode tp2 without --prefill is a colocated server: the decode pool computes its prompts itself.
+a size is written 1GiB, 512MiB or 2000000000.
+"""
+
+NUMBERS = ("--threads-per-rank", "--max-model-len", "--block-size", "--port")
+_Flag = tuple[str, str, str]  # its name, what is written behind it, help
+GROUPS: tuple[tuple[str, tuple[_Flag, ...]], ...] = (
+    (
+        "the cluster",
+        (
+            ("--prefill", "POOL", "a ring that computes prompts; repeat for more"),
+            ("--decode", "POOL", "a pool that answers; repeat for more"),
+            ("--launcher", "local|ray", "processes here, or actors on a Ray cluster"),
+            ("--device", "auto|cpu|cuda", "where ranks compute"),
+            ("--transport", "auto|nixl|tcp", "how KV moves; auto is NIXL where it works"),
+            ("--threads-per-rank", "N", "CPU threads; else the cores are shared out"),
+        ),
+    ),
+    (
+        "the model and its KV",
+        (
+            ("--dtype", "auto|bfloat16|float32", "of weights and KV; auto is the model's"),
+            ("--max-model-len", "N", "tokens of prompt and answer; else what the model can"),
+            ("--block-size", "TOKENS", "of a KV block"),
+            ("--kv-memory", "SIZE", "of each rank's KV pool"),
+            ("--checksum", "off|sampled|always", "of KV on its way, verified on arrival"),
+        ),
+    ),
+    (
+        "documents, files and batches",
+        (
+            ("--data-dir", "DIR", "where they outlive a restart of everything"),
+            ("--store-memory", "SIZE", "host memory for their KV"),
+            ("--disk-quota", "SIZE", "of --data-dir, for their KV"),
+        ),
+    ),
+    (
+        "the server",
+        (
+            ("--host", "HOST", "to listen on; beyond this machine only with --api-key"),
+            ("--port", "PORT", "0 is any free one"),
+            ("--api-key", "KEY", "a tenant with a cache of its own; repeat for more"),
+            ("--log-level", "LEVEL", "DEBUG, INFO, WARNING or ERROR"),
+            ("--log-dir", "DIR", "one log file for each process; else they share stderr"),
+        ),
+    ),
+)
+
+
+def add_serve_flags(parser: argparse.ArgumentParser) -> None:
+    """Add them all. What is not said does not occur in the namespace: a file may say it."""
+    parser.add_argument(
+        "model",
+        nargs="?",
+        default=argparse.SUPPRESS,
+        help="a Hugging Face checkpoint folder, or arithmetic; without one the embedded model",
+    )
+    for title, flags in GROUPS:
+        group = parser.add_argument_group(title)
+        for flag, metavar, text in flags:
+            default = getattr(ServeConfig(), flag[2:].replace("-", "_"))
+            group.add_argument(
+                flag,
+                metavar=metavar,
+                help=f"{text} (default {default})" if default not in (None, ()) else text,
+                default=argparse.SUPPRESS,
+                action="append" if isinstance(default, tuple) else "store",
+                type=int if flag in NUMBERS else str,
+            )
+    other = parser.add_argument_group("everything else")
+    other.add_argument(
+        "--config", metavar="FILE", default=None, help="a TOML file with the same names"
+    )
+    other.add_argument(
+        "--set",
+        action="append",
+        dest="sets",
+        metavar="TABLE.FIELD=VALUE",
+        default=[],
+        help="any field of any process, as prefill_pool.chunk_tokens=4096; "
+        "baton config show --resolved has them all",
+    )

@@ -1,0 +1,57 @@
+"""``baton config show``: what was asked for, or what every process would be told."""
+
+import dataclasses
+import io
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from launcher.config import ServeConfig
+from launcher.data_folder import DataFolder
+from launcher.ranks import coordinator_config, rank_config
+from launcher.resolved import Cluster, resolve_cluster
+from launcher.topology import store_pool
+
+_OF_A_RUN = ("control_address", "control_listen", "listen", "parent_pid", "gang_start", "rank")
+_SECRET = ("token", "secret")
+_TABLES = {"prefill": "prefill_pool", "decode": "decode_pool", "store": "store"}
+
+
+def asked(serve: ServeConfig) -> dict[str, Any]:
+    """Flags, file and ``--set`` together, with the defaults of ``baton serve``."""
+    shown = msgspec.structs.asdict(serve)
+    shown["api_key"] = ["hidden"] * len(serve.api_key)
+    return shown
+
+
+def resolved(serve: ServeConfig) -> dict[str, Any]:
+    """Every field of every process: "auto" is a value here, and no default is left out.
+
+    The tables have the names that ``--set`` and ``--config`` know. Pools of one kind share a table,
+    so what differs between them stands under ``pools``. Nothing is started, made or locked.
+
+    Raises:
+        ConfigError: whatever would keep the cluster from starting.
+    """
+    cluster = _without_side_effects(serve)
+    where = {"control_address": "", "listen": "ipc://", "parent_pid": 0, "gang_start": 1}
+    coordinator = msgspec.json.decode(coordinator_config(cluster, {}))
+    shown: dict[str, Any] = {"coordinator": coordinator}
+    for pool in cluster.pools:
+        shown[_TABLES[pool.role]] = msgspec.json.decode(rank_config(cluster, pool, 0, where))
+    for table in shown.values():
+        for name in (*_OF_A_RUN, *_SECRET, "pool_id", "cp_size", "tp_size"):
+            table.pop(name, None)
+    shown["pools"] = coordinator.pop("pools")
+    coordinator["api_keys"] = ["hidden"] * len(serve.api_key)
+    return shown
+
+
+def _without_side_effects(serve: ServeConfig) -> Cluster:
+    """The cluster of ``serve``, whose folder is not opened."""
+    cluster = resolve_cluster(msgspec.structs.replace(serve, data_dir=None))
+    if serve.data_dir is None:
+        return cluster
+    folder = DataFolder(Path(serve.data_dir).expanduser().resolve(), "", io.StringIO())
+    return dataclasses.replace(cluster, pools=(*cluster.pools, store_pool()), data=folder)
