@@ -75,6 +75,7 @@ def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
     add("--data-dir", metavar="DIR", default=suppress, help="what survives: jobs, documents, KV")
     add("--store-memory", metavar="SIZE", default=suppress, help="host memory for KV, 1GiB")
     add("--disk-quota", metavar="SIZE", default=suppress, help="disk for KV, 64GiB")
+    add("--disk-io", metavar="vectored|nixl-posix|nixl-gds", default=suppress)
     add("--checksum", metavar="off|sampled|always", default=suppress)
     add("--log-level", default=suppress)
     add("--log-dir", metavar="DIR", default=suppress, help="one log file per process")
