@@ -1,6 +1,6 @@
 """How fast a store's packs move between memory and a file, by each way of ``--disk-io``.
 
-    python -m bench.files [--mib 64] [--piece-kib 1024] [--rounds 5]
+    python -m bench.files [--mib 64] [--piece-kib 1024 32] [--rounds 30]
 
 All move the same bytes between the same memory and a file, in pieces as large as a block of one
 layer might be, by the code that a store runs. The file is in the kernel's page cache, so this is
@@ -67,24 +67,26 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.files")
     parser.add_argument("--mib", type=int, default=64)
-    parser.add_argument("--piece-kib", type=int, default=1024)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--piece-kib", type=int, nargs="+", default=[1024, 32])
+    parser.add_argument("--rounds", type=int, default=30)
     arguments = parser.parse_args()
-    size, piece = arguments.mib << 20, arguments.piece_kib << 10
+    size = arguments.mib << 20
     memory = bytearray(size)
-    pieces = [Piece(start, min(piece, size - start)) for start in range(0, size, piece)]
     print(headline())
     with ExitStack() as stack:
         movers = open_ways(stack, memory)
-        reading, writing = measure(movers, memory, pieces, arguments.rounds)
-    for name in movers:
-        read, written = (
-            size / statistics.median(seconds[name]) / 1e9 for seconds in (reading, writing)
-        )
-        print(
-            f"{name:10s} {read:5.2f} GB/s read {written:5.2f} GB/s written "
-            f"in pieces of {arguments.piece_kib} KiB"
-        )
+        for piece_kib in arguments.piece_kib:
+            piece = piece_kib << 10
+            pieces = [Piece(start, min(piece, size - start)) for start in range(0, size, piece)]
+            reading, writing = measure(movers, memory, pieces, arguments.rounds)
+            print(f"{arguments.mib} MiB in pieces of {piece_kib} KiB, GB/s (median, best)")
+            for name in movers:
+                read, written = _speed(size, reading[name]), _speed(size, writing[name])
+                print(f"  {name:10s} read {read} written {written}")
+
+
+def _speed(size: int, seconds: list[float]) -> str:
+    return f"{size / statistics.median(seconds) / 1e9:5.2f} {size / min(seconds) / 1e9:5.2f}"
 
 
 if __name__ == "__main__":

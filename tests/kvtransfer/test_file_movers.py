@@ -1,6 +1,7 @@
 """One contract for every way between memory and a file."""
 
 import errno
+import gc
 import os
 import tempfile
 from collections import Counter
@@ -201,19 +202,23 @@ def test_nothing_is_kept(way: Way, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(nixl_agent, "register_memory", count_in)
     monkeypatch.setattr(nixl_agent, "deregister_memory", count_out)
+    gc.collect()
     without = _num_descriptors()
     fresh = Way(way.name)
     use(fresh)
-    before = (_num_descriptors(), held.total())
+    before, registered = _num_descriptors(), held.total()
     for _ in range(50):
         use(fresh)
-    assert (_num_descriptors(), held.total()) == before
+    assert held.total() == registered
+    assert _num_descriptors() <= before
     for _ in range(20):
         fail(fresh)
         use(fresh)
-    assert (_num_descriptors(), held.total()) == before
+    assert held.total() == registered
+    assert _num_descriptors() <= before
     fresh.mover.close()
-    assert (_num_descriptors(), held.total()) == (without, 0)
+    assert held.total() == 0
+    assert _num_descriptors() <= without
 
 
 def test_the_file_system_says_why(way: Way, tmp_path: Path) -> None:
