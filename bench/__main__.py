@@ -16,6 +16,7 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "ring": ("bench.ring",),
     "handoff": ("bench.handoff",),
     "transfer": ("bench.transfer",),
+    "files": ("bench.files",),
     "kernels": ("bench.kernels",),
 }
 

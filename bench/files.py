@@ -1,9 +1,10 @@
-"""How fast a store's packs could come from disk: vectored reads against NIXL's POSIX backend.
+"""How fast a store's packs move between memory and a file, by each way of ``--disk-io``.
 
-    python -m bench.files [--mib 64] [--piece-kib 1024] [--rounds 5]
+    python -m bench.files [--mib 64] [--piece-kib 1024 32] [--rounds 30]
 
-Both read the same file into the same memory, in pieces as large as a block of one layer might be.
-The file is in the kernel's page cache, so this is the cost of the way, not of the disk.
+All move the same bytes between the same memory and a file, in pieces as large as a block of one
+layer might be, by the code that a store runs. The file is in the kernel's page cache, so this is
+the cost of the way, not of the disk. A way that does not run here is named with the reason.
 """
 
 import argparse
@@ -11,84 +12,81 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from contextlib import ExitStack, closing
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-from nixl import nixl_agent, nixl_agent_config
-
 from bench.environment import headline
+from kvcache.tiers.movers import FileMover, Piece
+from kvtransfer.store.disk_io import open_mover
+from protocol.errors import ConfigError
 
-VECTOR = 64
-Bytes = npt.NDArray[np.uint8]
-
-
-def vectored(file: int, memory: Bytes, piece: int) -> Callable[[], None]:
-    """One read of the whole file with ``preadv``."""
-    view = memory.data
-    views = [view[start : start + piece] for start in range(0, len(memory), piece)]
-
-    def read() -> None:
-        offset = 0
-        while offset < len(memory):
-            first = offset // piece
-            num_bytes = os.preadv(file, views[first : first + VECTOR], offset)
-            assert num_bytes and num_bytes % piece == 0, "a short read"
-            offset += num_bytes
-
-    return read
+WAYS = ("vectored", "nixl-posix", "nixl-gds")
+Seconds = dict[str, list[float]]  # per round, by way
 
 
-def nixl_posix(file: int, memory: Bytes, piece: int) -> Callable[[], None]:
-    """The same as one NIXL transfer."""
-    agent = nixl_agent("bench.files", nixl_agent_config(backends=["POSIX"]))
-    address, size = memory.ctypes.data, len(memory)
-    agent.register_memory([(address, size, 0, "")], "DRAM", backends=["POSIX"])
-    agent.register_memory([(0, size, file, "")], "FILE", backends=["POSIX"])
-    starts = range(0, size, piece)
-    target = agent.get_xfer_descs([(address + start, piece, 0) for start in starts], "DRAM")
-    source = agent.get_xfer_descs([(start, piece, file) for start in starts], "FILE")
+def open_ways(stack: ExitStack, memory: bytearray) -> dict[str, FileMover]:
+    """Those that run here; the others are printed."""
+    movers = {}
+    for name in WAYS:
+        try:
+            movers[name] = stack.enter_context(closing(open_mover(name, memoryview(memory))))
+        except ConfigError as error:
+            print(f"not measured: {error}")
+    return movers
 
-    def read() -> None:
-        handle = agent.initialize_xfer("READ", target, source, "bench.files")
-        state = agent.transfer(handle)
-        while state not in ("DONE", "ERR"):
-            state = agent.check_xfer_state(handle)
-        assert state == "DONE", state
-        agent.release_xfer_handle(handle)
 
-    return read
+def measure(
+    movers: dict[str, FileMover], memory: bytearray, pieces: list[Piece], num_rounds: int
+) -> tuple[Seconds, Seconds]:
+    """(reading, writing): each way in turn, so that a slow moment is nobody's own."""
+    content = os.urandom(len(memory))
+    reading: Seconds = {name: [] for name in movers}
+    writing: Seconds = {name: [] for name in movers}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "pack"
+        path.write_bytes(content)
+        for number in range(num_rounds + 1):
+            for name, mover in movers.items():
+                memory[:] = bytes(len(memory))
+                with path.open("rb", buffering=0) as file:
+                    started = time.perf_counter()
+                    mover.read(file.fileno(), 0, pieces)
+                    read_s = time.perf_counter() - started
+                assert memory == content, name
+                with path.open("r+b", buffering=0) as file:
+                    started = time.perf_counter()
+                    mover.write(file.fileno(), 0, pieces)
+                    write_s = time.perf_counter() - started
+                if number:  # the first touches pages and libraries
+                    reading[name].append(read_s)
+                    writing[name].append(write_s)
+        assert path.read_bytes() == content
+    return reading, writing
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.files")
     parser.add_argument("--mib", type=int, default=64)
-    parser.add_argument("--piece-kib", type=int, default=1024)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--piece-kib", type=int, nargs="+", default=[1024, 32])
+    parser.add_argument("--rounds", type=int, default=30)
     arguments = parser.parse_args()
-    size, piece = arguments.mib << 20, arguments.piece_kib << 10
+    size = arguments.mib << 20
+    memory = bytearray(size)
     print(headline())
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "pack"
-        content = os.urandom(size)
-        path.write_bytes(content)
-        with path.open("rb", buffering=0) as file:
-            memory = np.zeros(size, dtype=np.uint8)
-            ways = {"preadv": vectored, "NIXL POSIX": nixl_posix}
-            reads = {name: way(file.fileno(), memory, piece) for name, way in ways.items()}
-            seconds: dict[str, list[float]] = {name: [] for name in ways}
-            for number in range(arguments.rounds + 1):
-                for name, read in reads.items():
-                    memory[:] = 0
-                    started = time.perf_counter()
-                    read()
-                    if number:  # the first touches pages and libraries
-                        seconds[name].append(time.perf_counter() - started)
-                    assert memory.tobytes() == content, name
-    for name, values in seconds.items():
-        rate = size / statistics.median(values) / 1e9
-        print(f"{name:10s} {rate:6.2f} GB/s in pieces of {arguments.piece_kib} KiB")
+    with ExitStack() as stack:
+        movers = open_ways(stack, memory)
+        for piece_kib in arguments.piece_kib:
+            piece = piece_kib << 10
+            pieces = [Piece(start, min(piece, size - start)) for start in range(0, size, piece)]
+            reading, writing = measure(movers, memory, pieces, arguments.rounds)
+            print(f"{arguments.mib} MiB in pieces of {piece_kib} KiB, GB/s (median, best)")
+            for name in movers:
+                read, written = _speed(size, reading[name]), _speed(size, writing[name])
+                print(f"  {name:10s} read {read} written {written}")
+
+
+def _speed(size: int, seconds: list[float]) -> str:
+    return f"{size / statistics.median(seconds) / 1e9:5.2f} {size / min(seconds) / 1e9:5.2f}"
 
 
 if __name__ == "__main__":

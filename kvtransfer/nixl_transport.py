@@ -17,12 +17,12 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 
 import msgspec
-import nixl._bindings as nixl_errors
 import numpy as np
 import numpy.typing as npt
 from nixl import nixl_agent, nixl_agent_config
 
 from kvcache.pool import KVPool
+from kvtransfer.nixl_library import NIXL_ERRORS, route_library_log
 from kvtransfer.plan import Run
 from kvtransfer.transport import KVTransport, ReadHandle, ReadState, check_runs
 from protocol.errors import ConfigError, TransferError
@@ -32,19 +32,6 @@ _log = logging.getLogger(__name__)
 
 MAX_METADATA_BYTES = 256 << 10
 _POST_BYTES = {"DRAM": 8 << 20, "VRAM": 256 << 20}
-_ERRORS = (
-    nixl_errors.nixlBackendError,
-    nixl_errors.nixlCancelledError,
-    nixl_errors.nixlInvalidParamError,
-    nixl_errors.nixlMismatchError,
-    nixl_errors.nixlNotAllowedError,
-    nixl_errors.nixlNotFoundError,
-    nixl_errors.nixlNotPostedError,
-    nixl_errors.nixlNotSupportedError,
-    nixl_errors.nixlRemoteDisconnectError,
-    nixl_errors.nixlRepostActiveError,
-    nixl_errors.nixlUnknownError,
-)
 
 
 class _Memory(msgspec.Struct, frozen=True, array_like=True):
@@ -87,11 +74,11 @@ class NixlTransport(KVTransport):
     name = "nixl"
 
     def __init__(self, incarnation: str, post_bytes: int | None = None) -> None:
-        _route_library_log()
+        route_library_log()
         config = nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
         try:
             self._agent = nixl_agent(incarnation, config)
-        except (*_ERRORS, RuntimeError) as error:
+        except (*NIXL_ERRORS, RuntimeError) as error:
             raise ConfigError(f"NIXL cannot start UCX ({error}): use --transport tcp") from error
         if "UCX" not in self._agent.backends:
             raise ConfigError("NIXL has no UCX plugin: use --transport tcp")
@@ -110,7 +97,7 @@ class NixlTransport(KVTransport):
         region = (pool.base_address, pool.layout.num_bytes, self._memory.device_id, "")
         try:
             self._registered = self._agent.register_memory([region], self._memory.segment)
-        except _ERRORS as error:
+        except NIXL_ERRORS as error:
             raise TransferError(f"NIXL cannot register the KV pool: {error}") from error
         self._pool = pool
 
@@ -131,7 +118,7 @@ class NixlTransport(KVTransport):
         metadata = self._decode(endpoint)
         try:
             name = self._agent.add_remote_agent(metadata.agent)
-        except _ERRORS as error:
+        except NIXL_ERRORS as error:
             raise TransferError(f"NIXL does not accept {incarnation}: {error}") from error
         if isinstance(name, bytes):
             name = name.decode("utf-8", "replace")
@@ -140,7 +127,7 @@ class NixlTransport(KVTransport):
             raise TransferError(f"the NIXL agent of {incarnation} calls itself {name}")
         try:
             self._agent.make_connection(incarnation)
-        except _ERRORS as error:
+        except NIXL_ERRORS as error:
             self._remove(incarnation)
             raise TransferError(f"NIXL cannot connect to {incarnation}: {error}") from error
         self._peers[incarnation] = _Peer(
@@ -168,7 +155,7 @@ class NixlTransport(KVTransport):
     def _remove(self, agent_name: str) -> None:
         try:
             self._agent.remove_remote_agent(agent_name)
-        except _ERRORS as error:  # the peer has died first
+        except NIXL_ERRORS as error:  # the peer has died first
             _log.debug("removing %s: %s", agent_name, error)
 
     # -- reads -------------------------------------------------------------------------------------
@@ -188,7 +175,7 @@ class NixlTransport(KVTransport):
         self._in_flight[incarnation] += 1
         try:
             self._post_next(read)
-        except _ERRORS as error:
+        except NIXL_ERRORS as error:
             self._end(read, ReadState.FAILED)
             raise TransferError(f"cannot read from {incarnation}: {error}") from error
         return read
@@ -206,7 +193,7 @@ class NixlTransport(KVTransport):
                 self._end(handle, ReadState.DONE)
             elif status != "PROC":
                 self._end(handle, ReadState.FAILED)
-        except _ERRORS as error:
+        except NIXL_ERRORS as error:
             _log.warning("read from %s failed: %s", handle.incarnation, error)
             self._end(handle, ReadState.FAILED)
         return handle.state
@@ -236,7 +223,7 @@ class NixlTransport(KVTransport):
             return
         try:
             self._agent.release_xfer_handle(handle)
-        except _ERRORS as error:
+        except NIXL_ERRORS as error:
             _log.warning("a handle of %s cannot be released yet: %s", read.incarnation, error)
             self._unreleased.append(handle)
 
@@ -256,7 +243,7 @@ class NixlTransport(KVTransport):
     def progress(self) -> None:
         try:
             self._agent.get_new_notifs()  # drives UCX; nobody sends any
-        except _ERRORS as error:
+        except NIXL_ERRORS as error:
             _log.debug("progress: %s", error)
 
     def close(self) -> None:
@@ -267,16 +254,8 @@ class NixlTransport(KVTransport):
         registered, self._registered = self._registered, None
         try:
             self._agent.deregister_memory(registered)
-        except _ERRORS as error:
+        except NIXL_ERRORS as error:
             _log.debug("deregistering: %s", error)
-
-
-def _route_library_log() -> None:
-    """Put NIXL's Python log under ours; it would print to standard output, from INFO on."""
-    library = logging.getLogger("nixl")
-    library.handlers.clear()
-    library.propagate = True
-    library.setLevel(logging.WARNING)
 
 
 def _cut(runs: Sequence[Run], post_bytes: int) -> Iterator[_Pieces]:

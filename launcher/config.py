@@ -41,6 +41,7 @@ class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kv_memory: str = "1GiB"
     store_memory: str = "1GiB"  # host memory of the store, which is there with --data-dir
     disk_quota: str = "64GiB"  # of the KV in --data-dir
+    disk_io: str = "vectored"  # how that is read and written
     max_model_len: int | None = None
     host: str = "127.0.0.1"
     port: int = 8000
@@ -66,6 +67,7 @@ class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         _choice("--launcher", self.launcher, ("local", "ray"))
         _choice("--transport", self.transport, ("auto", "nixl", "tcp"))
         _choice("--device", self.device, ("auto", "cpu", "cuda"))
+        _choice("--disk-io", self.disk_io, ("vectored", "nixl-posix", "nixl-gds"))
         _choice("--dtype", self.dtype, ("auto", "bfloat16", "float32"))
         _choice("--checksum", self.checksum, ("off", "sampled", "always"))
         _choice("--log-level", self.log_level, ("DEBUG", "INFO", "WARNING", "ERROR"))

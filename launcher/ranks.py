@@ -126,6 +126,7 @@ def _store_fields(cluster: Cluster) -> dict[str, Any]:
         "folder": str(cluster.data.kv),
         "kv_memory_bytes": cluster.store_memory_bytes,
         "disk_quota_bytes": cluster.disk_quota_bytes,
+        "disk_io": cluster.serve.disk_io,
         "device": "cpu",
         "threads": 1,
     }

@@ -40,6 +40,7 @@ GROUPS: tuple[tuple[str, tuple[_Flag, ...]], ...] = (
             ("--data-dir", "DIR", "where they outlive a restart of everything"),
             ("--store-memory", "SIZE", "host memory for their KV"),
             ("--disk-quota", "SIZE", "of --data-dir, for their KV"),
+            ("--disk-io", "vectored|nixl-posix|nixl-gds", "how that is read and written"),
         ),
     ),
     (

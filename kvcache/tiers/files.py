@@ -1,8 +1,8 @@
 """Reading and writing packs, straight from and into the memory of a store.
 
-The bytes of one block of one layer are one run in memory and one run in the file, so a vectored
-read or write moves them without a copy on the way. What fails leaves no pack behind, and nothing
-that anybody would take for one.
+The bytes of one block of one layer are one piece in memory and one in the file, so a mover
+(:mod:`kvcache.tiers.movers`) needs no copy on the way. What fails leaves no pack behind, and
+nothing that anybody would take for one.
 """
 
 import itertools
@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from kvcache.pool import KVPool
+from kvcache.tiers.movers import FileMover, Piece, VectoredMover
 from kvcache.tiers.pack import (
     SUFFIX,
     UNFINISHED,
@@ -22,8 +23,6 @@ from kvcache.tiers.pack import (
     read_header,
 )
 
-_MAX_VECTOR = 1024  # IOV_MAX of Linux
-
 
 class PackFiles:
     """The packs of one model in one folder. Any thread may call it.
@@ -32,14 +31,22 @@ class PackFiles:
         folder: made if it is not there; unfinished files in it are removed.
         pool: the store's memory, on the host, with all heads.
         model_fingerprint: packs of other models are left alone.
+        mover: of the pool's memory; vectored if none is given. Whoever gives one closes it.
     """
 
-    def __init__(self, folder: Path, pool: KVPool, model_fingerprint: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        pool: KVPool,
+        model_fingerprint: str,
+        mover: FileMover | None = None,
+    ) -> None:
         self.folder = folder
         self.shape = KVShape.of(pool.layout)
         self.block_bytes = pool.layout.num_layers * pool.layout.block_bytes
         self._layout = pool.layout
         self._memory = pool.view()
+        self._mover = mover if mover is not None else VectoredMover(self._memory)
         self._model_fingerprint = model_fingerprint
         self._numbers = itertools.count()
         folder.mkdir(parents=True, exist_ok=True)
@@ -82,9 +89,8 @@ class PackFiles:
         part = self.folder / f"{name}{UNFINISHED}"
         try:
             with part.open("wb", buffering=0) as file:
-                views = [memoryview(encode_header(header))]
-                views += [view for block_id in block_ids for view in self._views(block_id)]
-                _write_all(file.fileno(), views)
+                start = _write_all(file.fileno(), encode_header(header))
+                self._mover.write(file.fileno(), start, self._pieces(block_ids))
                 os.fsync(file.fileno())
             part.rename(self.folder / f"{name}{SUFFIX}")
             _sync_folder(self.folder)
@@ -104,10 +110,9 @@ class PackFiles:
         try:
             with path.open("rb", buffering=0) as file:
                 for first, count in _runs(indices):
-                    ids = block_ids[first : first + count]
-                    views = [view for block_id in ids for view in self._views(block_id)]
                     offset = start + indices[first] * self.block_bytes
-                    _read_all(file.fileno(), views, offset)
+                    pieces = self._pieces(block_ids[first : first + count])
+                    self._mover.read(file.fileno(), offset, pieces)
         except OSError as error:
             raise PackError(f"{name}: {error}") from error
         for index, block_id in zip(indices, block_ids, strict=True):
@@ -121,16 +126,17 @@ class PackFiles:
     def checksum(self, block_id: int) -> int:
         """CRC-32 of a block in memory."""
         value = 0
-        for view in self._views(block_id):
-            value = zlib.crc32(view, value)
+        for offset, num_bytes in self._pieces([block_id]):
+            value = zlib.crc32(self._memory[offset : offset + num_bytes], value)
         return value
 
-    def _views(self, block_id: int) -> list[memoryview]:
-        size = self._layout.block_bytes
-        offsets = (
-            self._layout.offset(layer, block_id, 0) for layer in range(self.shape.num_layers)
-        )
-        return [self._memory[offset : offset + size] for offset in offsets]
+    def _pieces(self, block_ids: Sequence[int]) -> list[Piece]:
+        """Where these blocks lie in memory, in the order in which a pack has them."""
+        return [
+            Piece(self._layout.offset(layer, block_id, 0), self._layout.block_bytes)
+            for block_id in block_ids
+            for layer in range(self.shape.num_layers)
+        ]
 
 
 def _runs(indices: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -142,34 +148,12 @@ def _runs(indices: Sequence[int]) -> Iterator[tuple[int, int]]:
             start = position
 
 
-def _write_all(file: int, views: list[memoryview]) -> None:
-    for chunk in _chunks(views):
-        while chunk:
-            chunk = _after(chunk, os.writev(file, chunk))
-
-
-def _read_all(file: int, views: list[memoryview], offset: int) -> None:
-    for chunk in _chunks(views):
-        while chunk:
-            num_bytes = os.preadv(file, chunk, offset)
-            if num_bytes == 0:
-                raise OSError("the file ends early")
-            offset += num_bytes
-            chunk = _after(chunk, num_bytes)
-
-
-def _chunks(views: list[memoryview]) -> Iterator[list[memoryview]]:
-    for start in range(0, len(views), _MAX_VECTOR):
-        yield views[start : start + _MAX_VECTOR]
-
-
-def _after(views: list[memoryview], num_bytes: int) -> list[memoryview]:
-    """What is left of ``views`` when the first ``num_bytes`` are done."""
-    for index, view in enumerate(views):
-        if num_bytes < len(view):
-            return [view[num_bytes:], *views[index + 1 :]]
-        num_bytes -= len(view)
-    return []
+def _write_all(file: int, content: bytes) -> int:
+    """Write at the file's beginning; returns where it ends."""
+    done = 0
+    while done < len(content):
+        done += os.pwrite(file, content[done:], done)
+    return done
 
 
 def _sync_folder(folder: Path) -> None:

@@ -12,6 +12,7 @@ class StoreConfig(RankConfig, frozen=True, kw_only=True, forbid_unknown_fields=T
         disk_quota_bytes: the packs take no more than that.
         num_io_threads: packs that are read or written at one time.
         pack_blocks: blocks of one pack at most.
+        disk_io: how packs are read and written, see :mod:`kvtransfer.store.disk_io`.
 
     Raises:
         ConfigError: a value that no store can run with.
@@ -21,6 +22,7 @@ class StoreConfig(RankConfig, frozen=True, kw_only=True, forbid_unknown_fields=T
     disk_quota_bytes: int = 64 << 30
     num_io_threads: int = 2
     pack_blocks: int = 256
+    disk_io: str = "vectored"
 
     def __post_init__(self) -> None:
         super().__post_init__()

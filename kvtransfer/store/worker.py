@@ -21,6 +21,7 @@ from kvtransfer.events import FromDisk
 from kvtransfer.process import RankProcess
 from kvtransfer.store.config import StoreConfig
 from kvtransfer.store.disk import Disk
+from kvtransfer.store.disk_io import open_mover
 from kvtransfer.store.jobs import DiskDone
 from kvtransfer.store.scheduler import DISK, StoreFacts, StoreScheduler
 from modeling.config import load_config
@@ -44,8 +45,9 @@ def serve(config: StoreConfig) -> None:
     model = load_config(config.model, max_model_len=config.max_model_len)
     layout = plan_layout(config, model, resolve_dtype(config, model))
     pool = KVPool(layout, torch.device("cpu"))
+    mover = open_mover(config.disk_io, pool.view())
     try:
-        files = PackFiles(Path(config.folder), pool, model.fingerprint)
+        files = PackFiles(Path(config.folder), pool, model.fingerprint, mover)
     except OSError as error:
         raise ConfigError(f"--data-dir: {config.folder}: {error.strerror}") from error
     index = PackIndex(config.disk_quota_bytes)
@@ -60,7 +62,7 @@ def serve(config: StoreConfig) -> None:
         def answer(done: DiskDone) -> None:
             process.thread.events.put(FromDisk(done))
 
-        with closing(Disk(files, config.num_io_threads, answer)) as disk:
+        with closing(mover), closing(Disk(files, config.num_io_threads, answer)) as disk:
             _log.info(
                 "%d blocks of host memory, %d packs with %d blocks on disk",
                 layout.num_blocks,

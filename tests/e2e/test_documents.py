@@ -47,6 +47,12 @@ class Cluster:
                 found[words[words.index("-m") + 1]] = pid
         return found
 
+    @property
+    def has_nixl_files(self) -> bool:
+        """Whether its store has NIXL's file backend loaded."""
+        store = self.pids()["kvtransfer.store"]
+        return "libplugin_POSIX" in Path(f"/proc/{store}/maps").read_text()
+
     def kill(self) -> None:
         """All of it, at once."""
         children = _children(self.process.pid)
@@ -125,9 +131,14 @@ def answer() -> list[int]:
 def test_a_document_outlives_every_process(
     tmp_path: Path, answer: list[int], no_leaks: Any
 ) -> None:
-    """Ingested on cp2 and tp2, everything killed, asked about on cp1 and tp1."""
+    """Ingested on cp2 and tp2, everything killed, asked about on cp1 and tp1.
+
+    Packs are written and read through NIXL; the last cluster reads them without it.
+    """
     data = ("--data-dir", str(tmp_path / "data"), *SEGMENTS)
-    with running("--prefill", "cp2", "--decode", "tp2", *data) as first:
+    through_nixl = ("--disk-io", "nixl-posix")
+    with running("--prefill", "cp2", "--decode", "tp2", *data, *through_nixl) as first:
+        assert first.has_nixl_files
         document_id = first.ingest(pin={"mode": "hard", "ttl": "1h", "tier": "disk"})
         found = first.ready(document_id)
         assert found["tokens"] == {"total": len(DOCUMENT), "done": len(DOCUMENT), "cached": 0}
@@ -138,7 +149,8 @@ def test_a_document_outlives_every_process(
         assert first.ask(document_id)[:2] == (answer, NUM_KEPT)
         no_leaks(_Leaks(first))
         first.kill()
-    with running("--prefill", "cp1", "--decode", "tp1", *data) as second:
+    with running("--prefill", "cp1", "--decode", "tp1", *data, *through_nixl) as second:
+        assert second.has_nixl_files
         assert second.document(document_id)["status"] == "ready"
         tokens, cached, path = second.ask(document_id)
         assert (tokens, cached) == (answer, NUM_KEPT)
@@ -149,6 +161,7 @@ def test_a_document_outlives_every_process(
     content[-1000] ^= 1
     pack.write_bytes(content)
     with running("--prefill", "cp1", "--decode", "tp1", *data) as third:
+        assert not third.has_nixl_files
         tokens, cached, _ = third.ask(document_id)
         assert tokens == answer, "KV that was damaged on disk was used"
         assert cached < NUM_KEPT

@@ -3,7 +3,8 @@
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,12 @@ from kvcache.pool import KVPool
 from kvcache.tiers.files import PackFiles
 from kvcache.tiers.index import HALF_LIFE_S, PackIndex
 from kvcache.tiers.pack import KVShape, PackError, PackHeader, read_header
+from kvtransfer.store.disk_io import open_mover
 from protocol.kv import KVLayout
 
 LAYOUT = KVLayout(3, 8, 2, 0, 1, 4, 8, "float32")
 SHAPE = KVShape.of(LAYOUT)
+WAYS = ["vectored", "nixl-posix"]
 
 
 def hash_of(number: int) -> bytes:
@@ -36,9 +39,10 @@ def pool() -> KVPool:
     return pool
 
 
-@pytest.fixture
-def files(tmp_path: Path, pool: KVPool) -> PackFiles:
-    return PackFiles(tmp_path / "kv", pool, "model")
+@pytest.fixture(params=WAYS)
+def files(request: pytest.FixtureRequest, tmp_path: Path, pool: KVPool) -> Iterator[PackFiles]:
+    with closing(open_mover(request.param, pool.view())) as mover:
+        yield PackFiles(tmp_path / "kv", pool, "model", mover)
 
 
 def test_what_was_written_comes_back_into_any_blocks(files: PackFiles, pool: KVPool) -> None:
@@ -88,21 +92,34 @@ def test_unfinished_and_foreign_files(tmp_path: Path, files: PackFiles, pool: KV
     assert (tmp_path / "kv" / "notes.txt").exists()
 
 
-def test_a_full_disk_leaves_no_trace(tmp_path: Path) -> None:
+def test_a_pack_is_the_same_whatever_wrote_it(tmp_path: Path, pool: KVPool) -> None:
+    contents = set()
+    for way in WAYS:
+        with closing(open_mover(way, pool.view())) as mover:
+            files = PackFiles(tmp_path / way, pool, "model", mover)
+            name, _ = files.write(0, b"", hashes_of(1, 2), [3, 1])
+        contents.add((tmp_path / way / f"{name}.pack").read_bytes())
+    assert len(contents) == 1
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_full_disk_leaves_no_trace(tmp_path: Path, way: str) -> None:
     """The limit on a file's size is the smallest disk there is."""
     script = f"""
-import resource, signal, sys
+import errno, resource, signal, sys
 from pathlib import Path
 from kvcache.pool import KVPool
 from kvcache.tiers.files import PackFiles
+from kvtransfer.store.disk_io import open_mover
 from protocol.kv import KVLayout
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-files = PackFiles(Path({str(tmp_path)!r}), KVPool(KVLayout(3, 8, 2, 0, 1, 4, 8, "float32")), "m")
+pool = KVPool(KVLayout(3, 8, 2, 0, 1, 4, 8, "float32"))
+files = PackFiles(Path({str(tmp_path)!r}), pool, "m", open_mover({way!r}, pool.view()))
 resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
 try:
     files.write(0, b"", (b"a" * 16, b"b" * 16), [0, 1])
 except OSError as error:
-    sys.exit(7)
+    sys.exit(7 if error.errno == errno.EFBIG else 8)
 """
     done = subprocess.run([sys.executable, "-c", script], check=False, timeout=60)
     assert done.returncode == 7

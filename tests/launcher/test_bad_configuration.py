@@ -39,6 +39,7 @@ def _assert_one_line(result: subprocess.CompletedProcess[str], *words: str) -> N
         (("--kv-memory", "plenty"), ("--kv-memory plenty", "1GiB")),
         (("arithmetic", "--kv-memory", "1KiB"), ("--kv-memory", "at least")),
         (("--launcher", "slurm"), ("--launcher slurm", "local")),
+        (("--disk-io", "tape"), ("--disk-io tape", "vectored", "nixl-posix", "nixl-gds")),
         (("--block-size", "0"), ("--block-size 0",)),
         (("--port", "70000"), ("--port 70000",)),
         (("--set", "nonsense"), ("--set nonsense",)),
