@@ -64,6 +64,7 @@ DEADLINE_S = 20.0
 TOKEN = "secret"
 EPOCHS = {"p": 5, "d": 8}
 GANG = GangAddress(plan="", store="")
+SENT_TWICE = {"messages_resent", "dropped_repeated"}  # by a machine that is busy for 0.2 s
 _OUT: Codec[ToRank] = Codec(ToRank)
 _IN: Codec[ToCoordinator] = Codec(ToCoordinator)
 
@@ -294,7 +295,7 @@ def test_it_commits_with_every_byte(cluster: Cluster, build: Any, transport: str
         for rank in transfer.target
     )
     for rank in cluster.all:
-        assert not cluster.beat(rank).counters
+        assert cluster.beat(rank).counters.keys() <= SENT_TWICE
         assert not rank.told(ThreadDied)
 
 
