@@ -8,7 +8,8 @@ The life of a message:
 3. The inbox owes an acknowledgement of all that has come without a gap. The next message that goes
    the other way carries it; after ``ACK_DELAY_S`` without one it goes alone.
 4. The outbox forgets what is acknowledged. What is not is sent again after a timeout, which doubles
-   while nothing is acknowledged and starts small again when something is.
+   while nothing is acknowledged and starts small again when something is. The receiver
+   says what it holds behind a gap, and only what fills it is sent.
 
 A receiver that acknowledges nothing through ``MAX_TIMEOUTS`` timeouts, some 30 s, is to be given
 up. These are counted rather than the seconds: time in which this process did not run says nothing
@@ -17,6 +18,7 @@ of the other one.
 
 import math
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import islice
 from typing import Generic, TypeVar
@@ -25,7 +27,7 @@ FIRST_TIMEOUT_S, MAX_TIMEOUT_S = 0.2, 2.0
 MAX_TIMEOUTS = 17  # 0.2 + 0.4 + 0.8 + 1.6 s, and 2 s each from there on: 29 s
 MAX_BURST = 64  # messages that are sent again at one time
 MAX_WAITING = 10_000  # messages that are not acknowledged
-MAX_EARLY = 1_000  # messages that came before one that is missing
+MAX_EARLY = 256  # messages that came before one that is missing
 ACK_DELAY_S = 0.02  # far below the first timeout
 MAX_OWED = 32  # frames received after which an acknowledgement does not wait for a message
 
@@ -47,6 +49,7 @@ class Outbox(Generic[M]):
         self._num_sent = 0
         self._timeout_s = FIRST_TIMEOUT_S
         self._num_timeouts = 0  # since something was acknowledged
+        self._held: Collection[int] = ()  # what the receiver has behind a gap
 
     @property
     def num_waiting(self) -> int:
@@ -70,11 +73,16 @@ class Outbox(Generic[M]):
         self._waiting.append(_Sent(self._num_sent, message, now))
         return self._num_sent
 
-    def acknowledge(self, number: int) -> bool:
-        """All up to ``number`` has come. False, and nothing is done, if it was never sent."""
+    def acknowledge(self, number: int, held: Collection[int] = ()) -> bool:
+        """All up to ``number`` has come, and ``held`` behind a gap.
+
+        False, and nothing is done, if ``number`` was never sent.
+        """
         if number > self._num_sent:
             return False
         waiting = self._waiting
+        if number >= self._num_sent - len(waiting):
+            self._held = held
         if waiting and waiting[0].number <= number:
             self._timeout_s, self._num_timeouts = FIRST_TIMEOUT_S, 0
             while waiting and waiting[0].number <= number:
@@ -84,12 +92,16 @@ class Outbox(Generic[M]):
     def take_due(self, now: float) -> list[tuple[int, M]]:
         """What is to be sent again now, oldest first, with its numbers.
 
-        The oldest messages only: when they are acknowledged, the next ones are due at once.
+        The oldest messages only: when they are acknowledged, the next ones are due at once. Half as
+        many each time, down to one, while nothing is acknowledged: who is silent is not flooded,
+        and who loses each n-th frame does not lose the same one for ever.
         """
         if now < self.due_at:
             return []
         found = []
-        for sent in islice(self._waiting, MAX_BURST):
+        limit = max(1, MAX_BURST >> self._num_timeouts)
+        missing = (sent for sent in self._waiting if sent.number not in self._held)
+        for sent in islice(missing, limit):
             if now < sent.sent_at + self._timeout_s:
                 break
             sent.sent_at = now
@@ -135,10 +147,12 @@ class Inbox(Generic[M]):
             ready.append(self._early.pop(self._num_delivered))
         return ready
 
-    def acknowledgement(self) -> int:
-        """The number up to which all has been delivered, for a frame that is sent now."""
+    def acknowledgement(self) -> tuple[int, tuple[int, ...]]:
+        """For a frame that is sent now: up to which number all has been delivered, and the first
+        ones that are held behind a gap."""
         self._num_owed = 0
-        return self._num_delivered
+        held = tuple(sorted(self._early)[:MAX_BURST]) if self._early else ()
+        return self._num_delivered, held
 
     def rest(self) -> None:
         """The sender is gone, perhaps to come back: keep only what tells its repeats apart."""

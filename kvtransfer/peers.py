@@ -179,10 +179,10 @@ class Peers:
                 self._give_up(link)
             elif link.inbox.due_at <= now:
                 line, inbox = link.inbox.line, link.inbox
-                self._transmit(link, Acknowledgement(line, inbox.acknowledgement()))
+                self._transmit(link, Acknowledgement(line, *inbox.acknowledgement()))
 
     def _numbered(self, link: Link, number: int, message: HandoffMessage) -> Numbered:
-        return Numbered(number, message, link.inbox.line, link.inbox.acknowledgement())
+        return Numbered(number, message, link.inbox.line, *link.inbox.acknowledgement())
 
     def _transmit(self, link: Link, frame: Frame) -> None:
         """Put a frame on its way; if the socket takes none now, it is sent again when it is due."""
@@ -230,7 +230,7 @@ class Peers:
 
     def _take(self, link: Link, line: int, frame: Frame) -> Sequence[HandoffMessage]:
         """What is to be delivered now that a frame has come."""
-        if frame.ack_line == link.line and not link.outbox.acknowledge(frame.ack):
+        if frame.ack_line == link.line and not link.outbox.acknowledge(frame.ack, frame.held):
             self._counters["dropped_wrong_acknowledgement"] += 1
         if isinstance(frame, Acknowledgement):
             return ()

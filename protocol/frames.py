@@ -14,12 +14,14 @@ from protocol.handoff import HandoffMessage
 
 
 class Numbered(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """A message. Of the receiver's line ``ack_line`` all up to number ``ack`` has come; 0: none."""
+    """A message. Of the receiver's line ``ack_line`` all up to number ``ack`` has come, and behind a
+    gap at least the numbers ``held``."""
 
     number: int
     message: HandoffMessage
     ack_line: int = 0
     ack: int = 0
+    held: tuple[int, ...] = ()
 
 
 class Acknowledgement(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -27,6 +29,7 @@ class Acknowledgement(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
     ack_line: int
     ack: int
+    held: tuple[int, ...] = ()
 
 
 Frame = Numbered | Acknowledgement

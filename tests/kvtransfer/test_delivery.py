@@ -36,7 +36,7 @@ class Line:
     outbox: Outbox[str] = field(default_factory=Outbox)
     inbox: Inbox[str] = field(default_factory=lambda: Inbox(1))
     frames: list[tuple[int, str]] = field(default_factory=list)
-    acks: list[int] = field(default_factory=list)
+    acks: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
     sent: list[str] = field(default_factory=list)
     delivered: list[str] = field(default_factory=list)
     num_resent: int = 0
@@ -47,7 +47,7 @@ class Line:
 
     def deliver(self) -> None:
         if self.acks:
-            assert self.outbox.acknowledge(self.acks.pop(0))
+            assert self.outbox.acknowledge(*self.acks.pop(0))
         if self.frames:
             self.delivered += self.inbox.take(*self.frames.pop(0), self.now) or ()
 
@@ -161,6 +161,37 @@ def test_much_is_sent_again_in_bursts_each_after_the_one_before_has_arrived() ->
     assert len(outbox.take_due(now)) == 1
 
 
+def test_only_what_fills_a_gap_is_sent_again() -> None:
+    outbox = _outbox(7)
+    assert outbox.acknowledge(1, held=(3, 5, 6))
+    assert outbox.take_due(outbox.due_at) == [(2, "m2"), (4, "m4"), (7, "m7")]
+    assert outbox.acknowledge(3, held=(5, 6))
+    assert outbox.acknowledge(1, held=(4,)), "an older one tells nothing new"
+    assert outbox.take_due(outbox.due_at) == [(4, "m4"), (7, "m7")]
+    assert outbox.acknowledge(3)
+    now = outbox.due_at
+    assert outbox.take_due(now)[:3] == [(4, "m4"), (5, "m5"), (6, "m6")], "it has let go of them"
+
+
+def test_nothing_that_is_missing_is_kept_waiting_by_what_is_held() -> None:
+    outbox, inbox = _outbox(MAX_EARLY), Inbox[str](1)
+    for number in range(2, MAX_EARLY + 1):
+        assert inbox.take(number, f"m{number}", 0.0) == []
+    number, held = inbox.acknowledgement()
+    assert (number, held) == (0, tuple(range(2, MAX_BURST + 2)))
+    assert outbox.acknowledge(number, held)
+    due = outbox.take_due(outbox.due_at)
+    assert due[0] == (1, "m1")
+    assert due[1][0] == MAX_BURST + 2, "of which the sender was not told"
+
+
+def test_a_silent_receiver_is_sent_less_and_less() -> None:
+    outbox, counts = _outbox(MAX_BURST), []
+    for _ in range(8):
+        counts.append(len(outbox.take_due(outbox.due_at)))
+    assert counts == [64, 32, 16, 8, 4, 2, 1, 1]
+
+
 def test_what_was_sent_just_now_is_not_sent_again_with_the_rest() -> None:
     outbox = _outbox(1)
     outbox.add("later", FIRST_TIMEOUT_S / 2)
@@ -200,12 +231,12 @@ def test_no_more_than_so_much_is_kept() -> None:
 def test_what_comes_early_waits_for_what_is_missing() -> None:
     inbox = Inbox[str](1)
     assert inbox.take(2, "b", 0.0) == []
-    assert inbox.acknowledgement() == 0, "nothing has come without a gap"
+    assert inbox.acknowledgement() == (0, (2,)), "nothing has come without a gap"
     assert inbox.take(4, "d", 0.0) == []
     assert inbox.take(1, "a", 0.0) == ["a", "b"]
-    assert inbox.acknowledgement() == 2
+    assert inbox.acknowledgement() == (2, (4,))
     assert inbox.take(3, "c", 0.0) == ["c", "d"]
-    assert inbox.acknowledgement() == 4
+    assert inbox.acknowledgement() == (4, ())
 
 
 def test_what_comes_again_is_dropped_and_acknowledged_again() -> None:
@@ -217,7 +248,7 @@ def test_what_comes_again_is_dropped_and_acknowledged_again() -> None:
     assert inbox.take(1, "a", 5.0) is None
     assert inbox.due_at == 5.0 + ACK_DELAY_S
     assert inbox.take(3, "c", 5.0) is None
-    assert inbox.acknowledgement() == 1
+    assert inbox.acknowledgement() == (1, (3,))
 
 
 def test_what_is_too_far_ahead_is_not_kept() -> None:
