@@ -14,8 +14,8 @@ from protocol.handoff import HandoffMessage
 
 
 class Numbered(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """A message. Of the receiver's line ``ack_line`` all up to number ``ack`` has come, and behind a
-    gap at least the numbers ``held``."""
+    """A message. Of the receiver's line ``ack_line`` all up to number ``ack`` has come, and behind
+    a gap at least the numbers ``held``."""
 
     number: int
     message: HandoffMessage
