@@ -35,7 +35,7 @@ LATE_S = 0.05
 MANY_ATTEMPTS = ("--set", "coordinator.max_attempts=12")
 TOLD_TWICE = ("reserve", "prefill", "abort")  # by the coordinator
 ONE_ATTEMPT = ("--set", "coordinator.max_attempts=1")
-SILENCE_LEASE_S, SILENCE_HANDOFF_S = 0.5, 2.0  # the audit waits for 2 s in all
+SILENCE_HANDOFF_S, SILENCE_GRACE_S, SILENCE_LEASE_S = 2.0, 0.5, 0.5  # an audit waits for 2 s
 
 
 @dataclass
@@ -201,14 +201,15 @@ async def drops(context: Context, num_requests: int) -> None:
 async def silence(context: Context, num_requests: int) -> None:
     """What is sent again is lost again: hand-offs end all the same, and nothing is held for them.
 
-    An attempt is given up after ``coordinator.handoff_timeout_s``; what the source holds for it is
-    free when its lease ends. No hand-off can be whole, so requests of more than a few tokens end
-    with an error.
+    An attempt is given up after ``coordinator.handoff_timeout_s``, the hand-off of a request that
+    has ended after ``coordinator.release_grace_s``; what a source holds is free with its lease. No
+    hand-off can be whole, so requests of more tokens than attempts end with an error.
     """
     kind = context.rng.choice(("announce", "confirm", "commit"))
     flags = (
         *failpoints("prefill", f"handoff.send.{kind}:drop"),
         *("--set", f"prefill_pool.lease_s={SILENCE_LEASE_S}"),
+        *("--set", f"coordinator.release_grace_s={SILENCE_GRACE_S}"),
         *("--set", f"coordinator.handoff_timeout_s={SILENCE_HANDOFF_S}"),
         *("--set", "coordinator.max_attempts=2"),
     )

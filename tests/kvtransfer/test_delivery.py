@@ -6,6 +6,7 @@ overtaken for as long as the history says; then the way is good again.
 
 import math
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import pytest
 from hypothesis import given
@@ -24,6 +25,7 @@ from kvtransfer.delivery import (
     Outbox,
 )
 
+T = TypeVar("T")
 STEP_S = 0.07
 STEPS = ("send", "send", "deliver", "deliver", "lose", "double", "overtake", "acknowledge", "wait")
 
@@ -66,16 +68,19 @@ class Line:
         if name in ("send", "deliver", "acknowledge", "wait"):
             getattr(self, name)()
             return
-        for way in (self.frames, self.acks):
-            if not way:
-                continue
-            index = chosen % len(way)  # type: ignore[arg-type]
-            if name == "lose":
-                del way[index]  # type: ignore[attr-defined]
-            elif name == "double":
-                way.append(way[index])  # type: ignore[attr-defined]
-            else:
-                way.append(way.pop(index))  # type: ignore[attr-defined]
+        self._disturb(name, self.frames, chosen)
+        self._disturb(name, self.acks, chosen)
+
+    @staticmethod
+    def _disturb(name: str, way: list[T], chosen: int) -> None:
+        if not way:
+            return
+        if name == "double":
+            way.append(way[chosen % len(way)])
+            return
+        taken = way.pop(chosen % len(way))
+        if name == "overtake":
+            way.append(taken)
 
 
 @given(st.lists(st.tuples(st.sampled_from(STEPS), st.integers(0, 1_000)), max_size=300))
