@@ -1,8 +1,8 @@
 """What should have come of a request, and has not. Pure; time comes as an argument.
 
-Messages are lost when a connection breaks, on the way to the coordinator or between two pools. No
-request depends on a single one: a pool that is silent about it is asked how it stands, and what
-cannot come any more costs an attempt.
+Messages are lost when a connection to the coordinator breaks; between ranks they are sent again,
+but two pools may not reach each other at all. No request depends on a single message: a pool that
+is silent about it is asked how it stands, and what cannot come any more costs an attempt.
 """
 
 from coordinator.config import CoordinatorConfig

@@ -2,7 +2,7 @@
 
 Each is what it stands in for with one method in front of it, and is used only if failpoints are
 configured. What a fault is made of is real: a late read is posted late and lands late, a corrupted
-one has landed before its bytes are changed, a dropped message was encoded and is gone.
+one has landed before its bytes are changed, a dropped frame is gone and has to be sent again.
 """
 
 import heapq
@@ -11,14 +11,14 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import zmq
 
 from kvcache.pool import KVPool
 from kvtransfer.control import ControlLine
-from kvtransfer.identity import PeerName, RankIdentity, TransferConfig
-from kvtransfer.peers import Peers
+from kvtransfer.identity import RankIdentity, TransferConfig
+from kvtransfer.peers import Link, Peers
 from kvtransfer.plan import Run
 from kvtransfer.transport import KVTransport, ReadHandle, ReadState
 from protocol.errors import TransferError
@@ -36,7 +36,7 @@ from protocol.failpoints import (
     Fault,
     kind_of,
 )
-from protocol.handoff import HandoffMessage
+from protocol.frames import Frame, Numbered
 from protocol.kv import RankEndpoint
 from protocol.messages import ToCoordinator
 from protocol.sockets import Poller
@@ -54,7 +54,7 @@ def exit_here(name: str) -> None:
 
 
 class FaultyPeers(Peers):
-    """Drops, repeats and delays what is sent to other ranks."""
+    """Drops, repeats and delays frames on their way to other ranks, below what makes up for it."""
 
     def __init__(
         self,
@@ -67,28 +67,30 @@ class FaultyPeers(Peers):
         super().__init__(context, identity, listen, counters)
         self._failpoints = failpoints
         self._numbers = itertools.count()
-        self._late: list[tuple[float, int, PeerName, HandoffMessage]] = []  # a heap, by time
+        self._late: list[tuple[float, int, Link, Frame]] = []  # a heap, by time
 
-    def send(self, peer: PeerName, message: HandoffMessage) -> None:
-        fault = self._failpoints.reach(HANDOFF_SEND, kind_of(type(message)))
+    def _transmit(self, link: Link, frame: Frame) -> None:
+        kind = kind_of(type(frame.message if isinstance(frame, Numbered) else frame))
+        fault = self._failpoints.reach(HANDOFF_SEND, kind)
         match fault:
             case Fault(action="drop"):
                 return
             case Fault(action="delay", seconds=seconds):
                 due = time.monotonic() + seconds
-                heapq.heappush(self._late, (due, next(self._numbers), peer, message))
+                heapq.heappush(self._late, (due, next(self._numbers), link, frame))
                 return
             case Fault(action="exit"):
-                exit_here(f"{HANDOFF_SEND}.{kind_of(type(message))}")
+                exit_here(f"{HANDOFF_SEND}.{kind}")
             case Fault(action="duplicate"):
-                super().send(peer, message)
-        super().send(peer, message)
+                super()._transmit(link, frame)
+        super()._transmit(link, frame)
 
-    def receive(self) -> Iterator[tuple[PeerName, HandoffMessage]]:
-        while self._late and self._late[0][0] <= time.monotonic():
-            _, _, peer, message = heapq.heappop(self._late)
-            super().send(peer, message)
-        return super().receive()
+    def keep_up(self, now: float) -> None:
+        while self._late and self._late[0][0] <= now:
+            _, _, link, frame = heapq.heappop(self._late)
+            if self._links.get(link.routing_id) is link:
+                super()._transmit(link, frame)
+        super().keep_up(now)
 
 
 class FaultyControlLine(ControlLine):

@@ -8,7 +8,8 @@ transport and its reads, the heartbeat and the state of the hand-offs.
    hand-offs' logic (handoffs.py, pure), and what comes out is done here, in order.
 5. Requests of the coordinator are passed up. When it is silent for too long, all of them are
    aborted in its place, and the rank says ``Hello`` to the next one (allegiance.py, pure).
-6. Shutdown, a refusal or an error end the thread, and with it the process: its last event is
+6. What other ranks have not acknowledged is sent to them again (peers.py).
+7. Shutdown, a refusal or an error end the thread, and with it the process: its last event is
    ``ThreadDied``.
 
 The loop waits in one poll for all sockets and for the main thread's commands; while bytes may be
@@ -194,7 +195,8 @@ class _Loop:
         try:
             while True:
                 is_busy = bool(self._reads) or self._handoffs.is_being_read
-                poller.wait(config.busy_poll_s if is_busy else config.idle_poll_s)
+                poll_s = config.busy_poll_s if is_busy else config.idle_poll_s
+                poller.wait(min(poll_s, self._peers.due_at - time.monotonic()))
                 waker.drain()
                 self._turn()
                 was_welcome = self._control.allegiance.was_welcome
@@ -231,6 +233,7 @@ class _Loop:
         if self._reconnect_at is not None and now > self._reconnect_at:
             self._connect()
         self._do(self._handoffs.tick(now))
+        self._peers.keep_up(now)
         self._control.beat(now)
 
     # -- the coordinator ---------------------------------------------------------------------------

@@ -8,8 +8,11 @@ A configuration is a list of ``NAME:ACTION[TRIGGER]``, separated by commas:
     step:hang                               each time, which here is the first
 
 ``control.send`` and ``handoff.send`` can be narrowed to one kind of message: ``.announce``,
-``.read_done``, ``.ticket``... A place asks ``reach`` and does what it is answered; every hit is
-counted, and the heartbeat carries the counts, so that a test can see that its fault took effect.
+``.read_done``, ``.ticket``... ``handoff.send`` is reached by frames on their way to another rank:
+what is dropped there is sent again, and reaches it again, and ``.acknowledgement`` is a kind too.
+
+A place asks ``reach`` and does what it is answered; every hit is counted, and the heartbeat carries
+the counts, so that a test can see that its fault took effect.
 """
 
 import random
@@ -20,6 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from protocol.errors import ConfigError
+from protocol.frames import Acknowledgement
 from protocol.handoff import HandoffMessage
 from protocol.messages import ToCoordinator, ToRank
 
@@ -44,7 +48,7 @@ def kind_of(message: type) -> str:
 
 
 KINDS: dict[str, frozenset[str]] = {
-    HANDOFF_SEND: frozenset(map(kind_of, typing.get_args(HandoffMessage))),
+    HANDOFF_SEND: frozenset(map(kind_of, typing.get_args(HandoffMessage | Acknowledgement))),
     CONTROL_SEND: frozenset(map(kind_of, typing.get_args(ToCoordinator | ToRank))),
 }
 

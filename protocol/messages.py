@@ -38,7 +38,7 @@ from protocol.request import (
     TransferStats,
 )
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 class _Message(

@@ -9,6 +9,7 @@ A ROUTER here is bound, a DEALER connects; a DEALER's routing id names its proce
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,12 +61,21 @@ class Router:
     Args:
         context: the process's ZMQ context.
         address: ``ipc://PATH``, or ``tcp://HOST:*`` for a free port.
+        hands_over: a second connection under a routing id takes the place of the first; by default
+            it is ignored for good, even after the first has turned out to be dead.
     """
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str) -> None:
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        address: str,
+        *,
+        hands_over: bool = False,
+    ) -> None:
         self.socket = context.socket(zmq.ROUTER)
         _configure(self.socket)
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self.socket.setsockopt(zmq.ROUTER_HANDOVER, hands_over)
         self.address = _bind(self.socket, address)
 
     def receive(self) -> tuple[str, bytes] | None:
@@ -218,8 +228,11 @@ class Poller:
         self._poller.unregister(member.socket)
 
     def wait(self, timeout_s: float) -> bool:
-        """Whether something is there, at the latest after ``timeout_s``."""
-        return bool(self._poller.poll(max(0, int(timeout_s * 1000))))
+        """Whether something is there, at the latest after ``timeout_s``, in whole milliseconds.
+
+        Rounded up: who waits for a moment that is less than one away must not spin until it.
+        """
+        return bool(self._poller.poll(max(0, math.ceil(timeout_s * 1000))))
 
 
 @contextlib.contextmanager

@@ -30,13 +30,15 @@ SHARES = {
     "landing": 0.2,
     "messages": 0.1,
     "drops": 0.05,
-    "bytes": 0.15,
+    "silence": 0.02,
+    "bytes": 0.13,
     "unchecked": 0.05,
     "stops": 0.1,
     "kills": 0.1,
     "links": 0.05,
 }
 MIN_UNCHECKED = 60
+MIN_SILENCE = 40
 
 
 def parse() -> argparse.Namespace:
@@ -85,6 +87,7 @@ async def campaign(arguments: argparse.Namespace, tally: Tally) -> None:
         "landing": lambda: stages.landing(context, arguments.late),
         "messages": lambda: stages.messages(context, rest // 2),
         "drops": lambda: stages.drops(context, rest // 8),
+        "silence": lambda: stages.silence(context, max(MIN_SILENCE, rest // 100)),
         "bytes": lambda: stages.changed_bytes(context, rest // 2),
         "unchecked": lambda: stages.unchecked(context, MIN_UNCHECKED),
         "stops": lambda: signals.stops(context, 3 * num_signals // 4),

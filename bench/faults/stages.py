@@ -3,7 +3,8 @@
 abandon    clients go away in every phase; how long until every block is free again
 landing    reads land after their request was given up, while others take its blocks
 messages   hand-off messages come twice, late and out of order, steps are slow: all must be exact
-drops      messages between pools are lost: each costs an attempt, not the request
+drops      frames between ranks are lost: each is sent again, and costs nobody an attempt
+silence    all of one kind are lost, each time: attempts end by their budgets, nothing stays held
 bytes      read bytes are changed, reads fail and come late: never a wrong token
 unchecked  the same without checksums: a wrong token *must* be seen, or the fault is not one
 """
@@ -28,12 +29,13 @@ BASE_FLAGS = ("--block-size", "8", "--threads-per-rank", "1", "--log-level", "WA
 SETTINGS = ("--set", "coordinator.local_prefill_threshold=16")
 SMALL, TINY = ("--kv-memory", "2MiB"), ("--kv-memory", "1MiB")
 POOLS = ("--prefill", "cp2", "--decode", "tp2")
-HANDOFF_FAILED = "error handoff_failed"
+HANDOFF_FAILED, STALLED = "error handoff_failed", "error stalled"
 LATE_S = 0.05
 # Each of many messages and reads goes wrong by chance: the default of 4 attempts is for real life.
 MANY_ATTEMPTS = ("--set", "coordinator.max_attempts=12")
 TOLD_TWICE = ("reserve", "prefill", "abort")  # by the coordinator
-DROPS_LEASE_S, DROPS_HANDOFF_S = 2.0, 2.0
+ONE_ATTEMPT = ("--set", "coordinator.max_attempts=1")
+SILENCE_HANDOFF_S, SILENCE_GRACE_S, SILENCE_LEASE_S = 2.0, 0.5, 0.5  # an audit waits for 2 s
 
 
 @dataclass
@@ -172,28 +174,55 @@ async def messages(context: Context, num_requests: int) -> None:
 
 
 async def drops(context: Context, num_requests: int) -> None:
-    """Lost messages: no wrong token, nothing held when their clients have gone.
+    """Frames are lost: every stream is whole and exact, at its first attempt.
 
-    Ranks say nothing twice: a hand-off whose message is lost is given up after
-    ``coordinator.handoff_timeout_s``, and the request goes on with another attempt; what the source
-    holds for the first is free when its lease ends.
+    Ranks send again what is not acknowledged (kvtransfer/peers.py). There is no second attempt, so
+    a request whose message stays lost ends with an error, which is a problem.
     """
-    seed, tally = context.seed, context.tally
+    seed = context.seed
     lost = "handoff.send.{}:drop%{}:0.02"
-    sources = [lost.format(kind, seed()) for kind in ("announce", "confirm", "commit")]
-    targets = [lost.format(kind, seed()) for kind in ("read_done", "reads_ended")]
-    waits = (
-        *("--set", f"prefill_pool.lease_s={DROPS_LEASE_S}"),
-        *("--set", f"coordinator.handoff_timeout_s={DROPS_HANDOFF_S}"),
-        *MANY_ATTEMPTS,
+    kinds = {
+        "prefill": ("announce", "confirm", "commit", "source_done", "acknowledgement"),
+        "decode": ("read_done", "reads_ended", "target_opened", "closed", "acknowledgement"),
+    }
+    flags = [*SMALL, *ONE_ATTEMPT]
+    for role, names in kinds.items():
+        flags += failpoints(role, *(lost.format(kind, seed()) for kind in names))
+    async with context.cluster(*flags) as (cluster, watch):
+        mix = Mix(leave_share=0.2)
+        load = Workload(cluster, context.oracle, context.rng, context.tally, mix)
+        await load.run(until(context, load, num_requests))
+        await audit(watch, context.tally)
+        _expect_hits(context, watch, "handoff.send.announce:drop", "handoff.send.confirm:drop")
+        if num_requests and not watch.total("messages_resent"):
+            context.tally.problem("no message was sent again: the fault has no effect")
+
+
+async def silence(context: Context, num_requests: int) -> None:
+    """What is sent again is lost again: hand-offs end all the same, and nothing is held for them.
+
+    An attempt is given up after ``coordinator.handoff_timeout_s``, the hand-off of a request that
+    has ended after ``coordinator.release_grace_s``; what a source holds is free with its lease. No
+    hand-off can be whole, so requests of more tokens than attempts end with an error.
+    """
+    kind = context.rng.choice(("announce", "confirm", "commit"))
+    flags = (
+        *failpoints("prefill", f"handoff.send.{kind}:drop"),
+        *("--set", f"prefill_pool.lease_s={SILENCE_LEASE_S}"),
+        *("--set", f"coordinator.release_grace_s={SILENCE_GRACE_S}"),
+        *("--set", f"coordinator.handoff_timeout_s={SILENCE_HANDOFF_S}"),
+        *("--set", "coordinator.max_attempts=2"),
     )
-    flags = (*failpoints("prefill", *sources), *failpoints("decode", *targets), *waits)
+    tally = context.tally
     async with context.cluster(*SMALL, *flags) as (cluster, watch):
-        mix = context.mix(Mix(leave_share=0.2), HANDOFF_FAILED, "late")
-        load = Workload(cluster, context.oracle, context.rng, tally, mix)
+        mix = Mix(leave_share=0.2, allowed=frozenset({HANDOFF_FAILED, STALLED}))
+        load = Workload(cluster, context.short, context.rng, tally, mix)
+        before = tally.ends[HANDOFF_FAILED] + tally.ends[STALLED]
         await load.run(until(context, load, num_requests))
         await audit(watch, tally)
-        _expect_hits(context, watch, "handoff.send.announce:drop", "handoff.send.confirm:drop")
+        _expect_hits(context, watch, f"handoff.send.{kind}:drop")
+        if num_requests and tally.ends[HANDOFF_FAILED] + tally.ends[STALLED] == before:
+            tally.problem(f"no hand-off was given up, although each {kind} was lost")
 
 
 async def changed_bytes(context: Context, num_requests: int) -> None:

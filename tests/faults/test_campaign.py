@@ -58,11 +58,23 @@ def test_messages_that_come_twice_and_late_change_nothing() -> None:
     assert tally["ends"].keys() == {"done", "left"}
 
 
+def test_messages_that_are_lost_are_sent_again_and_cost_no_attempt() -> None:
+    tally = _campaign("drops", "--requests", "800", "--aborts", "0")
+    assert tally["faults"]["handoff.send.announce:drop"] > 0
+    assert tally["ends"].keys() == {"done", "left"}
+
+
+def test_messages_that_are_lost_each_time_end_attempts_and_hold_nothing() -> None:
+    tally = _campaign("silence", "--requests", "100", "--aborts", "0")
+    assert tally["ends"]["done"] > 0
+    assert "error" in " ".join(tally["ends"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("transport", ["nixl", "tcp"])
 def test_a_longer_campaign(transport: str) -> None:
     _campaign(
-        "abandon,landing,messages,drops,bytes,unchecked,links",
+        "abandon,landing,messages,drops,silence,bytes,unchecked,links",
         *("--requests", "2000", "--aborts", "600", "--late", "60", "--transport", transport),
         minutes=5.0,
     )
