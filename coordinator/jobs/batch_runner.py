@@ -23,6 +23,7 @@ from coordinator.jobs.batch_states import RUNNING, State, Step
 from coordinator.jobs.batches import Batches
 from coordinator.jobs.slots import Slots
 from protocol.errors import RequestError
+from protocol.failpoints import RESULT_ANSWERED
 
 TICK_S = 1.0
 TRY_AGAIN = frozenset({429, 503, 507})  # there may be room later
@@ -252,6 +253,7 @@ class BatchRunner:
 
     async def _answer(self, batch: Batch, claim: Claim) -> None:
         result = await self._result(batch, claim)
+        await self._batches.files.places.pass_by(RESULT_ANSWERED)
         await self._patiently(lambda: self._table.record(batch.batch_id, claim.line.number, result))
 
     async def _patiently(self, work: Callable[[], Awaitable[None]]) -> None:
