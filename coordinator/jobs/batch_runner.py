@@ -71,7 +71,7 @@ class BatchRunner:
 
     async def run(self) -> None:
         """Until cancelled. What was under way then is run again after the next start."""
-        await self._recover()
+        await self._recover_patiently()
         try:
             while True:
                 self._wakeup.clear()
@@ -82,8 +82,17 @@ class BatchRunner:
         finally:
             busy = {batch_id: set(lines) for batch_id, lines in self._busy.items()}
             await _end(*self._tasks.values())
-            for batch_id, numbers in busy.items():
-                await self._table.unclaim(batch_id, numbers)
+            with contextlib.suppress(RequestError):  # a full disk: then the attempts count
+                for batch_id, numbers in busy.items():
+                    await self._table.unclaim(batch_id, numbers)
+
+    async def _recover_patiently(self) -> None:
+        while True:
+            try:
+                return await self._recover()
+            except RequestError as error:  # a full disk: requests are served nevertheless
+                _log.error("batches wait: %s", error)
+                await asyncio.sleep(TICK_S)
 
     async def _recover(self) -> None:
         open_ids = await self._table.open_ids()

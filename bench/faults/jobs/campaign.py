@@ -12,6 +12,7 @@
 import random
 import shutil
 import sqlite3
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -28,9 +29,10 @@ from protocol.places import EXIT_FAILPOINT
 KILLS_PER_FOLDER = 60
 READY_S, REACH_S, FINISH_S = 60.0, 30.0, 120.0
 SETTLE_S = 0.1
+MOST_MISSES = 4
 RANDOM_S = 0.35  # within which a random moment lies
 EARLY_SHARE = 0.3  # of the random moments; these may come before the engine is ready
-FULL_SHARE = 0.4  # of the random lives have a disk that is full now and then
+FULL_SHARE, FULL_CHANCE = 0.4, 0.08  # of the random lives some have a disk that is full at times
 RANDOM = "a random moment"
 # The places that are met often in a life: it ends at any one of the first so many.
 OFTEN = {
@@ -106,15 +108,20 @@ class Campaign:
             if self._rng.random() < random_share:
                 self._at_random()
             else:
-                self._at_place(self._least_seen(least))
+                self.kill_at(self._least_seen(least))
             if (number + 1) % KILLS_PER_FOLDER == 0:
                 self.finish()
                 self._next_folder()
+                print(f"{number + 1} lives, {len(self.tally.problems)} problems", file=sys.stderr)
         self.finish()
 
-    def finish(self) -> None:
-        """A life that is left alone, until nothing is to be done; then everything is looked at."""
-        self._begin("")
+    def finish(self, faults: str = "") -> None:
+        """A life that is not killed, until nothing is to be done; then everything is looked at.
+
+        Args:
+            faults: failpoints that it has to get over.
+        """
+        self._begin(faults)
         self._lives.ask(finish=True)
         deadline = time.monotonic() + FINISH_S
         while (said := self._lives.next(deadline - time.monotonic())) is not None:
@@ -145,7 +152,9 @@ class Campaign:
         faults = ""
         if self._rng.random() < FULL_SHARE:
             names = [n for n in ACTIONS if n.startswith(("jobs.", "pack.")) and FAIL in ACTIONS[n]]
-            faults = ",".join(f"{n}:{FAIL}%{self._rng.randrange(1 << 30)}:0.02" for n in names)
+            faults = ",".join(
+                f"{n}:{FAIL}%{self._rng.randrange(1 << 30)}:{FULL_CHANCE}" for n in names
+            )
         is_early = self._rng.random() < EARLY_SHARE
         self._lives.begin(self._folder, faults)
         if is_early or self._is_ready():
@@ -157,7 +166,8 @@ class Campaign:
         else:
             self._problem(f"a life ended with {self._lives.code}: {self._lives.last_words()}")
 
-    def _at_place(self, place: str) -> None:
+    def kill_at(self, place: str) -> None:
+        """A life that ends at a place."""
         trigger = self._rng.randint(1, OFTEN.get(place, 1))
         self._begin(f"{place}:{EXIT}@{trigger}")
         self._ask(place)
@@ -176,11 +186,14 @@ class Campaign:
             self._problem(f"{place}: a life ended with {self._lives.code}: {words}")
 
     def _least_seen(self, places: Mapping[str, float]) -> str:
-        seen, cannot = self.tally.kills + self.tally.missed, len(self._free()) == 0
-        return min(
-            places,
-            key=lambda p: (cannot and any(part in p for part in DELETES), seen[p], places[p]),
-        )
+        """The place that is next; one that was not met is tried again, but not forever."""
+        tally, cannot = self.tally, not self._free()
+
+        def rank(place: str) -> tuple[bool, int, float]:
+            seen = tally.kills[place] + tally.missed[place] // MOST_MISSES
+            return cannot and any(part in place for part in DELETES), seen, places[place]
+
+        return min(places, key=rank)
 
     def _stop_busy(self) -> None:
         """Tell a life to stop that has begun with a batch."""
@@ -238,7 +251,7 @@ class Campaign:
         needs_parser = any(part in place for part in READS_FILES)
         deletes = any(part in place for part in DELETES)
         rng, ledger, lives = self._rng, self._ledger, self._lives
-        known = sorted(ledger.asked - ledger.dropped)
+        known = [] if deletes else sorted(ledger.asked - ledger.dropped)
         again = rng.sample(known, min(1, len(known)))
         keys = [str(self._number), str(self._number + 1), *again]
         self._number += 2

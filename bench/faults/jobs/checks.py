@@ -213,10 +213,12 @@ def result_lines(
         if count != 1:
             wrong.append(f"{'lost' if not count else 'duplicated'}: line {line['custom_id']}")
     wrong += [f"line {name} was not asked for" for name in counts]
-    statuses = Counter(line["response"]["status_code"] == 200 for line in lines)
+    found = {line["custom_id"]: line["response"] for line in lines}
+    wrong += [f"lost: the answer to {name}" for name, response in found.items() if not response]
+    statuses = Counter(line["response"]["status_code"] == 200 for line in lines if line["response"])
     if (batch["num_completed"], batch["num_failed"]) != (statuses[True], statuses[False]):
         wrong.append(f"{batch['num_completed']} lines are counted of {statuses[True]}")
-    return {line["custom_id"]: line["response"] for line in lines}, wrong
+    return found, wrong
 
 
 def _results(
