@@ -15,7 +15,7 @@ import sqlite3
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,13 +27,15 @@ from protocol.failpoints import ACTIONS, EXIT, FAIL, KINDS
 from protocol.places import EXIT_FAILPOINT
 
 KILLS_PER_FOLDER = 60
-READY_S, REACH_S, FINISH_S = 60.0, 30.0, 120.0
+READY_S, REACH_S, FINISH_S = 60.0, 30.0, 60.0
 SETTLE_S = 0.1
 MOST_MISSES = 4
+ENOUGH_PROBLEMS = 20
 RANDOM_S = 0.35  # within which a random moment lies
 EARLY_SHARE = 0.3  # of the random moments; these may come before the engine is ready
 FULL_SHARE, FULL_CHANCE = 0.4, 0.08  # of the random lives some have a disk that is full at times
 RANDOM = "a random moment"
+PREFIXES = ("jobs.", "pack.")
 # The places that are met often in a life: it ends at any one of the first so many.
 OFTEN = {
     "jobs.commit.before.document_changed": 12,
@@ -58,7 +60,7 @@ STOPPING = "lines_unclaimed"  # is only met by a life that is told to stop
 
 def all_places() -> list[str]:
     """Every place of jobs and packs, by kind where it has kinds."""
-    names = [name for name in ACTIONS if name.startswith(("jobs.", "pack."))]
+    names = [name for name in ACTIONS if name.startswith(PREFIXES)]
     return [f"{n}.{k}" for n in names for k in sorted(KINDS.get(n, ()))] + [
         name for name in names if name not in KINDS
     ]
@@ -109,6 +111,8 @@ class Campaign:
                 self._at_random()
             else:
                 self.kill_at(self._least_seen(least))
+            if len(self.tally.problems) >= ENOUGH_PROBLEMS:
+                break  # each may cost a deadline
             if (number + 1) % KILLS_PER_FOLDER == 0:
                 self.finish()
                 self._next_folder()
@@ -151,10 +155,7 @@ class Campaign:
     def _at_random(self) -> None:
         faults = ""
         if self._rng.random() < FULL_SHARE:
-            names = [n for n in ACTIONS if n.startswith(("jobs.", "pack.")) and FAIL in ACTIONS[n]]
-            faults = ",".join(
-                f"{n}:{FAIL}%{self._rng.randrange(1 << 30)}:{FULL_CHANCE}" for n in names
-            )
+            faults = ",".join(self._full_disk())
         is_early = self._rng.random() < EARLY_SHARE
         self._lives.begin(self._folder, faults)
         if is_early or self._is_ready():
@@ -165,6 +166,11 @@ class Campaign:
             self.tally.kills[RANDOM] += 1
         else:
             self._problem(f"a life ended with {self._lives.code}: {self._lives.last_words()}")
+
+    def _full_disk(self) -> Iterator[str]:
+        for name, actions in ACTIONS.items():
+            if name.startswith(PREFIXES) and FAIL in actions:
+                yield f"{name}:{FAIL}%{self._rng.randrange(1 << 30)}:{FULL_CHANCE}"
 
     def kill_at(self, place: str) -> None:
         """A life that ends at a place."""
