@@ -13,8 +13,11 @@ import pytest
 
 from coordinator.config import BatchLimits
 from coordinator.jobs.database import Database
+from coordinator.jobs.document import Document
 from coordinator.jobs.document_files import DocumentFiles
 from coordinator.jobs.files import BATCH, SCHEMA, Files, StoredFile
+from coordinator.jobs.library import Library, ModelFacts
+from coordinator.tokenizing import Tokenization
 from kvcache.pool import KVPool
 from kvcache.tiers.files import PackFiles
 from protocol.errors import RequestError
@@ -101,6 +104,29 @@ def test_a_source_that_a_full_disk_refuses_is_told(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="disk is full"):
         files.write("doc_a", "text", b"abc")
     assert list(files.folder.iterdir()) == []
+
+
+def test_who_stops_an_encoding_finds_it_ended(tmp_path: Path) -> None:
+    """Else the tokens of a document that is deleted would be written when it is gone."""
+
+    async def run() -> None:
+        places = Places("jobs.file.write.tokens:delay=0.2")
+        files = DocumentFiles(tmp_path, places)
+        files.write("doc_a", "text", b"A text.")
+        tokenization = Tokenization("arithmetic", 1)
+        library = Library(files, tokenization, ModelFacts("arithmetic", "f", 4))
+        document = Document("doc_a", "t", "salt", 0.0, "text", form="text")
+        encoding = asyncio.create_task(library.encode(document, 100))
+        async with asyncio.timeout(20):
+            while not places.hits:  # noqa: ASYNC110 - a thread's doing
+                await asyncio.sleep(0.001)
+            encoding.cancel()
+            await asyncio.wait({encoding})
+        assert encoding.cancelled()
+        assert files.has("doc_a", "tokens")
+        tokenization.close()
+
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize("place", [name for name in ACTIONS if name.startswith("pack.")])

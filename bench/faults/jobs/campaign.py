@@ -28,7 +28,7 @@ from protocol.places import EXIT_FAILPOINT
 
 KILLS_PER_FOLDER = 60
 READY_S, REACH_S, FINISH_S = 60.0, 30.0, 60.0
-SETTLE_S = 0.1
+SETTLE_S, STRAY_S = 0.1, 10.0
 MOST_MISSES = 4
 ENOUGH_PROBLEMS = 20
 RANDOM_S = 0.35  # within which a random moment lies
@@ -116,7 +116,11 @@ class Campaign:
             if (number + 1) % KILLS_PER_FOLDER == 0:
                 self.finish()
                 self._next_folder()
-                print(f"{number + 1} lives, {len(self.tally.problems)} problems", file=sys.stderr)
+                print(
+                    f"{number + 1} lives, {len(self.tally.problems)} problems",
+                    file=sys.stderr,
+                    flush=True,
+                )
         self.finish()
 
     def finish(self, faults: str = "") -> None:
@@ -233,19 +237,19 @@ class Campaign:
             self._problem(problem)
         return True
 
-    def _strays(self) -> list[str]:
-        """Files that should not be there; not those that a life was about to remove at its end."""
-        found = list(checks.strays(self._folder))
-        if not found:
-            return []
-        said = self._lives.next(SETTLE_S)
-        while said is not None:
-            self._hear([said])
-            if "ended" in said:
-                return []
+    def _strays(self) -> set[str]:
+        """Files that nothing refers to. One whose document is being made is known soon, one that a
+        life was about to remove when it died does not count."""
+        found = set(checks.strays(self._folder))
+        deadline = time.monotonic() + STRAY_S
+        while found and time.monotonic() < deadline:
             said = self._lives.next(SETTLE_S)
-        again = set(checks.strays(self._folder))
-        return [stray for stray in found if stray in again]
+            if said is not None:
+                self._hear([said])
+                if "ended" in said:
+                    return set()
+            found &= set(checks.strays(self._folder))
+        return found
 
     def _free(self) -> list[str]:
         """Keys of documents that may be deleted: no other begins alike."""
@@ -284,6 +288,7 @@ class Campaign:
 
     def _problem(self, text: str) -> None:
         self.tally.problems.append(f"{self._folder.name}: {text}")
+        print(self.tally.problems[-1], file=sys.stderr, flush=True)
 
     def _next_folder(self) -> None:
         self._folder = self._parent / f"site-{self._number}"
