@@ -14,7 +14,7 @@ import contextlib
 import logging
 import uuid
 from collections.abc import Awaitable, Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from coordinator.errors import error_object
 from coordinator.jobs.batch import DOCUMENTS, Batch, Claim, Line, Result, answered
@@ -29,6 +29,7 @@ TICK_S = 1.0
 TRY_AGAIN = frozenset({429, 503, 507})  # there may be room later
 MAX_DOCUMENTS = 8  # of one batch that are waited for; making them is not this runner's work
 
+T = TypeVar("T")
 Reply = tuple[int, dict[str, Any]]
 _log = logging.getLogger(__name__)
 
@@ -244,8 +245,11 @@ class BatchRunner:
         num_documents = sum(task.get_name() == DOCUMENTS for task in busy.values())
         task: asyncio.Task[None] | None = None
         try:
-            claim = await self._table.claim(
-                batch.batch_id, list(busy), takes_documents=num_documents < MAX_DOCUMENTS
+            # An error would end the lines that are under way.
+            claim = await self._patiently(
+                lambda: self._table.claim(
+                    batch.batch_id, list(busy), takes_documents=num_documents < MAX_DOCUMENTS
+                )
             )
             if claim is None:
                 return None if was_idle else False
@@ -265,15 +269,14 @@ class BatchRunner:
         await self._batches.files.places.pass_by(RESULT_ANSWERED)
         await self._patiently(lambda: self._table.record(batch.batch_id, claim.line.number, result))
 
-    async def _patiently(self, work: Callable[[], Awaitable[None]]) -> None:
-        """An answer is not thrown away because the disk is full for a while."""
+    async def _patiently(self, work: Callable[[], Awaitable[T]]) -> T:
+        """No answer is thrown away because the disk is full for a while."""
         pause_s = self._limits.retry_s
         while True:
             try:
-                await work()
-                return
+                return await work()
             except RequestError as error:
-                _log.warning("a batch's answer cannot be kept for now: %s", error)
+                _log.warning("a batch's lines wait: %s", error)
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, self._limits.max_retry_s)
 

@@ -35,6 +35,7 @@ RANDOM_S = 0.35  # within which a random moment lies
 EARLY_SHARE = 0.3  # of the random moments; these may come before the engine is ready
 FULL_SHARE, FULL_CHANCE = 0.4, 0.08  # of the random lives some have a disk that is full at times
 RANDOM = "a random moment"
+BUG = "by a bug"  # the engine's own words
 PREFIXES = ("jobs.", "pack.")
 # The places that are met often in a life: it ends at any one of the first so many.
 OFTEN = {
@@ -146,6 +147,7 @@ class Campaign:
             self._lives.kill()
         elif self._lives.code:
             self._problem(f"a life ended with {self._lives.code}: {self._lives.last_words()}")
+        self._look_for_bugs()
         self.tally.num_checks += 1
         wrong = list(checks.ended(self._folder, self._ledger))
         for problem in wrong:
@@ -168,8 +170,14 @@ class Campaign:
         self._hear(self._lives.kill())
         if self._lives.code == -9:
             self.tally.kills[RANDOM] += 1
+            self._look_for_bugs()
         else:
             self._problem(f"a life ended with {self._lives.code}: {self._lives.last_words()}")
+
+    def _look_for_bugs(self) -> None:
+        """What the engine got over, and should not have met."""
+        if BUG in (words := self._lives.last_words()):
+            self._problem(words)
 
     def _full_disk(self) -> Iterator[str]:
         for name, actions in ACTIONS.items():

@@ -45,6 +45,7 @@ def test_killed_at_random_moments(lives: Lives, tmp_path: Path) -> None:
         ("jobs.commit.after.batch_closed", "lines_removed"),
         ("jobs.commit.after.line_claimed", "owner_claimed"),
         ("jobs.commit.after.document_changed", "document_changed"),
+        ("jobs.commit.after.line_answered", "line_claimed"),
     ],
 )
 def test_a_full_disk_at_a_start_delays_it(
