@@ -249,7 +249,8 @@ class BatchRunner:
             claim = await self._patiently(
                 lambda: self._table.claim(
                     batch.batch_id, list(busy), takes_documents=num_documents < MAX_DOCUMENTS
-                )
+                ),
+                "a batch's line cannot be begun",
             )
             if claim is None:
                 return None if was_idle else False
@@ -267,16 +268,19 @@ class BatchRunner:
     async def _answer(self, batch: Batch, claim: Claim) -> None:
         result = await self._result(batch, claim)
         await self._batches.files.places.pass_by(RESULT_ANSWERED)
-        await self._patiently(lambda: self._table.record(batch.batch_id, claim.line.number, result))
+        await self._patiently(
+            lambda: self._table.record(batch.batch_id, claim.line.number, result),
+            "a batch's answer cannot be kept",
+        )
 
-    async def _patiently(self, work: Callable[[], Awaitable[T]]) -> T:
+    async def _patiently(self, work: Callable[[], Awaitable[T]], otherwise: str) -> T:
         """No answer is thrown away because the disk is full for a while."""
         pause_s = self._limits.retry_s
         while True:
             try:
                 return await work()
             except RequestError as error:
-                _log.warning("a batch's lines wait: %s", error)
+                _log.warning("%s for now: %s", otherwise, error)
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, self._limits.max_retry_s)
 
