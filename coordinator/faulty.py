@@ -5,16 +5,13 @@ on its way to a rank is what a broken network would.
 """
 
 import asyncio
-import os
-import sys
 
 from coordinator.control import ControlPlane, Owner
 from coordinator.registry import Registry
 from protocol.failpoints import CONTROL_SEND, DELAY, DROP, DUPLICATE, EXIT, Failpoints, kind_of
 from protocol.messages import ToRank
+from protocol.places import exit_here
 from protocol.sockets import AsyncRouter
-
-EXIT_FAILPOINT = 86
 
 
 class FaultyControlPlane(ControlPlane):
@@ -38,9 +35,7 @@ class FaultyControlPlane(ControlPlane):
         fault = self._failpoints.reach(CONTROL_SEND, kind)
         action = fault.action if fault is not None else ""
         if action == EXIT:
-            sys.stderr.write(f"failpoint {CONTROL_SEND}.{kind}: exit\n")
-            sys.stderr.flush()
-            os._exit(EXIT_FAILPOINT)
+            exit_here(f"{CONTROL_SEND}.{kind}")
         if fault is not None and action == DELAY:
             task = asyncio.create_task(self._send_late(fault.seconds, peer, message))
             self._late.add(task)

@@ -13,6 +13,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import socket
 import time
@@ -181,7 +182,8 @@ class Coordinator:
         ingestor = self._ingestor or Tiering(
             self._config, registry, service, control.send, time.monotonic
         )
-        return Jobs(self._surroundings(registry, ingestor))
+        surroundings = self._surroundings(registry, ingestor)
+        return Jobs(dataclasses.replace(surroundings, counters=control.counters))
 
     def _surroundings(self, registry: Registry, ingestor: Ingestor) -> Surroundings:
         config, model = self._config, self._model

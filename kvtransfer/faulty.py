@@ -7,8 +7,6 @@ one has landed before its bytes are changed, a dropped frame is gone and has to 
 
 import heapq
 import itertools
-import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -39,18 +37,11 @@ from protocol.failpoints import (
 from protocol.frames import Frame, Numbered
 from protocol.kv import RankEndpoint
 from protocol.messages import ToCoordinator
+from protocol.places import exit_here
 from protocol.sockets import Poller
 
-EXIT_FAILPOINT = 86
 _CORRUPTED_BYTES = 64
 _FLIP = 0x20  # of each fourth byte: in fp32 and bf16 another finite number
-
-
-def exit_here(name: str) -> None:
-    """Die as a killed process does: nothing is flushed, closed or said, but one line."""
-    sys.stderr.write(f"failpoint {name}: exit\n")
-    sys.stderr.flush()
-    os._exit(EXIT_FAILPOINT)
 
 
 class FaultyPeers(Peers):

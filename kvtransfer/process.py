@@ -26,7 +26,6 @@ from kvtransfer.events import (
     ThreadDied,
     Welcomed,
 )
-from kvtransfer.faulty import exit_here
 from kvtransfer.identity import RankIdentity
 from kvtransfer.rank_config import RankConfig
 from kvtransfer.thread import TransferThread
@@ -35,6 +34,7 @@ from protocol.errors import PeerError
 from protocol.failpoints import EXIT, HANG, STEP, Failpoints
 from protocol.gang import CHECK_INTERVAL_S, FollowerChannel, LeaderChannel
 from protocol.messages import BlockCounts, ToCoordinator, Welcome
+from protocol.places import exit_here
 from protocol.plans import Plan, StepResult, Stop
 
 _log = logging.getLogger(__name__)

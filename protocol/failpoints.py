@@ -8,8 +8,10 @@ A configuration is a list of ``NAME:ACTION[TRIGGER]``, separated by commas:
     step:hang                               each time, which here is the first
 
 ``control.send`` and ``handoff.send`` can be narrowed to one kind of message: ``.announce``,
-``.read_done``, ``.ticket``... ``handoff.send`` is reached by frames on their way to another rank:
-what is dropped there is sent again, and reaches it again, and ``.acknowledgement`` is a kind too.
+``.read_done``, ``.ticket``..., ``jobs.commit.before`` and ``.after`` to one kind of change, and
+``jobs.file.*`` to one kind of file (see ``KINDS``). ``handoff.send`` is reached by frames on their
+way to another rank: what is dropped there is sent again, and reaches it again, and
+``.acknowledgement`` is a kind too.
 
 A place asks ``reach`` and does what it is answered; every hit is counted, and the heartbeat carries
 the counts, so that a test can see that its fault took effect.
@@ -33,12 +35,40 @@ COUNTER_PREFIX = "failpoint:"
 
 HANDOFF_SEND, CONTROL_SEND = "handoff.send", "control.send"
 TRANSFER_READ, STEP = "transfer.read", "step"
+# What jobs and packs make durable: each place lies between two effects that outlive the process.
+COMMIT_BEFORE, COMMIT_AFTER = "jobs.commit.before", "jobs.commit.after"
+FILE_WRITE, FILE_RENAMED = "jobs.file.write", "jobs.file.renamed"
+FILE_REMOVED = "jobs.file.removed"
+PARSE = "jobs.parse"
+SEGMENT_BEFORE, SEGMENT_AFTER = "jobs.segment.before", "jobs.segment.after"
+RESULT_ANSWERED, RESULT_APPEND = "jobs.result.answered", "jobs.result.append"
+RESULT_DONE = "jobs.result.done"
+PACK_WRITTEN, PACK_SYNCED = "pack.written", "pack.synced"
+PACK_RENAMED, PACK_DELETED = "pack.renamed", "pack.deleted"
+
+_LATE = frozenset({DELAY, EXIT})  # it is done: nothing can fail any more
+_FULL = frozenset({DELAY, EXIT, FAIL})  # a full disk, before it is done
 
 ACTIONS: dict[str, frozenset[str]] = {
     HANDOFF_SEND: frozenset({DROP, DUPLICATE, DELAY, EXIT}),
     CONTROL_SEND: frozenset({DROP, DUPLICATE, DELAY, EXIT}),
     TRANSFER_READ: frozenset({CORRUPT, DELAY, FAIL, EXIT}),
     STEP: frozenset({DELAY, HANG, EXIT}),
+    COMMIT_BEFORE: _FULL,  # the changes of a transaction are made, and not committed
+    COMMIT_AFTER: _LATE,
+    FILE_WRITE: _FULL,  # all of a file is on the disk, under another name
+    FILE_RENAMED: _LATE,  # it has its name, or its link; the folder is not synced
+    FILE_REMOVED: _LATE,
+    PARSE: _LATE,  # an uploaded file is to be read
+    SEGMENT_BEFORE: _LATE,
+    SEGMENT_AFTER: _LATE,  # a document's segment is stored, and not recorded
+    RESULT_ANSWERED: _LATE,  # a line of a batch is answered, and not recorded
+    RESULT_APPEND: _LATE,  # lines are in the files of a batch, which are not synced
+    RESULT_DONE: _LATE,  # both files are synced, neither has its name
+    PACK_WRITTEN: _FULL,
+    PACK_SYNCED: _FULL,
+    PACK_RENAMED: _FULL,  # the folder is not synced
+    PACK_DELETED: _LATE,
 }
 
 
@@ -47,9 +77,22 @@ def kind_of(message: type) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "_", message.__name__).lower()
 
 
+CHANGES = frozenset(
+    {
+        *("owner_claimed", "document_added", "document_changed", "document_deleted"),
+        *("deletion_finished", "file_added", "file_deleted", "files_expired", "batch_added"),
+        *("batch_changed", "batch_closed", "batches_forgotten", "lines_added", "lines_removed"),
+        *("line_claimed", "lines_unclaimed", "line_answered"),
+    }
+)
 KINDS: dict[str, frozenset[str]] = {
     HANDOFF_SEND: frozenset(map(kind_of, typing.get_args(HandoffMessage | Acknowledgement))),
     CONTROL_SEND: frozenset(map(kind_of, typing.get_args(ToCoordinator | ToRank))),
+    COMMIT_BEFORE: CHANGES,
+    COMMIT_AFTER: CHANGES,
+    FILE_WRITE: frozenset({"upload", "output", "source", "text", "tokens"}),
+    FILE_RENAMED: frozenset({"upload", "output", "input", "source", "text", "tokens"}),
+    FILE_REMOVED: frozenset({"upload", "input", "source", "text", "tokens"}),
 }
 
 

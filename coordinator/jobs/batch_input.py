@@ -15,6 +15,8 @@ from coordinator.jobs.batch import DOCUMENTS, Line, LineError
 from coordinator.jobs.files import sync_folder
 from coordinator.json_body import parse_json
 from protocol.errors import RequestError
+from protocol.failpoints import FILE_REMOVED, FILE_RENAMED
+from protocol.places import Places
 
 CUSTOM = "custom:"  # a document_id that begins so names a line of the same batch
 MAX_CUSTOM_ID_CHARS = 512
@@ -27,9 +29,13 @@ class Inputs:
         folder: for them alone; made if it is not there.
         limits: of one batch.
         json_limits: of the body of one line, as of a request.
+        places: told of what becomes durable.
     """
 
-    def __init__(self, folder: Path, limits: BatchLimits, json_limits: Limits) -> None:
+    def __init__(
+        self, folder: Path, limits: BatchLimits, json_limits: Limits, places: Places | None = None
+    ) -> None:
+        self._places = Places() if places is None else places
         self.folder = folder
         self._limits = limits
         self._json_limits = json_limits
@@ -39,10 +45,12 @@ class Inputs:
     def add(self, batch_id: str, source: Path) -> None:
         """Keep a file, on the same disk, as the input of a batch until ``remove``."""
         os.link(source, self._path(batch_id))
+        self._places.reach(FILE_RENAMED, "input")
         sync_folder(self.folder)
 
     def remove(self, batch_id: str) -> None:
         self._path(batch_id).unlink(missing_ok=True)
+        self._places.reach(FILE_REMOVED, "input")
 
     def recover(self, batch_ids: Collection[str]) -> None:
         """Remove what an earlier process has left, but for the inputs of these batches."""

@@ -11,8 +11,9 @@ from typing import BinaryIO
 
 from coordinator.jobs.batch import Batch, unanswered
 from coordinator.jobs.batch_table import BatchTable, Written
-from coordinator.jobs.files import BATCH_OUTPUT, Files, StoredFile, move_durably
+from coordinator.jobs.files import BATCH_OUTPUT, Files, StoredFile
 from coordinator.jobs.space import told_when_full
+from protocol.failpoints import RESULT_APPEND, RESULT_DONE
 
 
 async def write_files(batch: Batch, table: BatchTable, files: Files) -> list[StoredFile]:
@@ -27,12 +28,15 @@ async def write_files(batch: Batch, table: BatchTable, files: Files) -> list[Sto
         after = 0
         while rows := await table.rows(batch.batch_id, after):
             await asyncio.to_thread(_write, batch, rows, output, errors)
+            await files.places.pass_by(RESULT_APPEND)
             after = rows[-1].number
         sizes = [await asyncio.to_thread(_sync, file) for file in (output, errors)]
+    await files.places.pass_by(RESULT_DONE)
     written = []
     for name, path, size in zip(names, paths, sizes, strict=True):
         if size:
-            await asyncio.to_thread(move_durably, path, files.path(name))
+            with told_when_full():
+                await asyncio.to_thread(files.move_durably, path, files.path(name), "output")
             written.append(_as_file(batch, name, size, int(files.clock())))
         else:
             await asyncio.to_thread(path.unlink)

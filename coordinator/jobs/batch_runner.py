@@ -14,7 +14,7 @@ import contextlib
 import logging
 import uuid
 from collections.abc import Awaitable, Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from coordinator.errors import error_object
 from coordinator.jobs.batch import DOCUMENTS, Batch, Claim, Line, Result, answered
@@ -23,11 +23,13 @@ from coordinator.jobs.batch_states import RUNNING, State, Step
 from coordinator.jobs.batches import Batches
 from coordinator.jobs.slots import Slots
 from protocol.errors import RequestError
+from protocol.failpoints import RESULT_ANSWERED
 
 TICK_S = 1.0
 TRY_AGAIN = frozenset({429, 503, 507})  # there may be room later
 MAX_DOCUMENTS = 8  # of one batch that are waited for; making them is not this runner's work
 
+T = TypeVar("T")
 Reply = tuple[int, dict[str, Any]]
 _log = logging.getLogger(__name__)
 
@@ -70,7 +72,7 @@ class BatchRunner:
 
     async def run(self) -> None:
         """Until cancelled. What was under way then is run again after the next start."""
-        await self._recover()
+        await self._recover_patiently()
         try:
             while True:
                 self._wakeup.clear()
@@ -81,8 +83,17 @@ class BatchRunner:
         finally:
             busy = {batch_id: set(lines) for batch_id, lines in self._busy.items()}
             await _end(*self._tasks.values())
-            for batch_id, numbers in busy.items():
-                await self._table.unclaim(batch_id, numbers)
+            with contextlib.suppress(RequestError):  # a full disk: then the attempts count
+                for batch_id, numbers in busy.items():
+                    await self._table.unclaim(batch_id, numbers)
+
+    async def _recover_patiently(self) -> None:
+        while True:
+            try:
+                return await self._recover()
+            except RequestError as error:  # a full disk: requests are served nevertheless
+                _log.error("batches wait: %s", error)
+                await asyncio.sleep(TICK_S)
 
     async def _recover(self) -> None:
         open_ids = await self._table.open_ids()
@@ -234,8 +245,12 @@ class BatchRunner:
         num_documents = sum(task.get_name() == DOCUMENTS for task in busy.values())
         task: asyncio.Task[None] | None = None
         try:
-            claim = await self._table.claim(
-                batch.batch_id, list(busy), takes_documents=num_documents < MAX_DOCUMENTS
+            # An error would end the lines that are under way.
+            claim = await self._patiently(
+                lambda: self._table.claim(
+                    batch.batch_id, list(busy), takes_documents=num_documents < MAX_DOCUMENTS
+                ),
+                "a batch's line cannot be begun",
             )
             if claim is None:
                 return None if was_idle else False
@@ -252,17 +267,20 @@ class BatchRunner:
 
     async def _answer(self, batch: Batch, claim: Claim) -> None:
         result = await self._result(batch, claim)
-        await self._patiently(lambda: self._table.record(batch.batch_id, claim.line.number, result))
+        await self._batches.files.places.pass_by(RESULT_ANSWERED)
+        await self._patiently(
+            lambda: self._table.record(batch.batch_id, claim.line.number, result),
+            "a batch's answer cannot be kept",
+        )
 
-    async def _patiently(self, work: Callable[[], Awaitable[None]]) -> None:
-        """An answer is not thrown away because the disk is full for a while."""
+    async def _patiently(self, work: Callable[[], Awaitable[T]], otherwise: str) -> T:
+        """No answer is thrown away because the disk is full for a while."""
         pause_s = self._limits.retry_s
         while True:
             try:
-                await work()
-                return
+                return await work()
             except RequestError as error:
-                _log.warning("a batch's answer cannot be kept for now: %s", error)
+                _log.warning("%s for now: %s", otherwise, error)
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, self._limits.max_retry_s)
 

@@ -101,7 +101,7 @@ class BatchTable:
                 (batch.batch_id, batch.tenant, batch.expires_at, _ENCODER.encode(batch)),
             )
 
-        await self._database.write(work)
+        await self._database.write(work, "batch_added")
 
     async def find(self, batch_id: str) -> Batch | None:
         return await self._database.read(lambda connection: _find(connection, batch_id))
@@ -140,12 +140,12 @@ class BatchTable:
         Raises:
             IllegalTransition: of ``work``; then nothing has changed.
         """
-        return await self._database.write(lambda c: _change(c, batch_id, work))
+        return await self._database.write(lambda c: _change(c, batch_id, work), "batch_changed")
 
     async def forget(self, before: int) -> None:
         """Remove the batches that ended, and expired, before a time."""
         query = "DELETE FROM batch WHERE is_open = 0 AND expires_at < ?"
-        await self._database.write(lambda c: c.execute(query, (before,)))
+        await self._database.write(lambda c: c.execute(query, (before,)), "batches_forgotten")
 
     # -- lines -------------------------------------------------------------------------------------
 
@@ -163,7 +163,7 @@ class BatchTable:
             )
 
     async def _write_rows(self, query: str, rows: Sequence[tuple[object, ...]]) -> None:
-        await self._database.write(lambda c: c.executemany(query, rows))
+        await self._database.write(lambda c: c.executemany(query, rows), "lines_added")
 
     async def claim(
         self, batch_id: str, busy: Collection[int], *, takes_documents: bool
@@ -196,11 +196,13 @@ class BatchTable:
             _count_attempts(connection, batch_id, [line[0]], 1)
             return Claim(Line(*line), num_attempts + 1, document_id)
 
-        return await self._database.write(work)
+        return await self._database.write(work, "line_claimed")
 
     async def unclaim(self, batch_id: str, numbers: Collection[int]) -> None:
         """These lines were given up through no fault of theirs: the attempt does not count."""
-        await self._database.write(lambda c: _count_attempts(c, batch_id, numbers, -1))
+        await self._database.write(
+            lambda c: _count_attempts(c, batch_id, numbers, -1), "lines_unclaimed"
+        )
 
     async def record(self, batch_id: str, number: int, result: Result) -> None:
         """Keep the answer to a line, unless there is one, or the batch is ending."""
@@ -222,7 +224,7 @@ class BatchTable:
             )
             _change(connection, batch_id, lambda batch: _counted(batch, result))
 
-        await self._database.write(work)
+        await self._database.write(work, "line_answered")
 
     async def rows(self, batch_id: str, after: int) -> list[Written]:
         """Lines behind a number, in their order, with their results; empty at the end."""
@@ -250,7 +252,9 @@ class BatchTable:
                 pass
 
     async def _remove_some(self, query: str, values: dict[str, object]) -> int:
-        return await self._database.write(lambda c: c.execute(query, values).rowcount)
+        return await self._database.write(
+            lambda c: c.execute(query, values).rowcount, "lines_removed"
+        )
 
     async def leftovers(self) -> list[str]:
         """Ended batches that have lines still: the process ended before they were removed."""
@@ -293,7 +297,7 @@ class BatchTable:
                 ),
             )
 
-        await self._database.write(work)
+        await self._database.write(work, "batch_closed")
 
 
 def _find(connection: sqlite3.Connection, batch_id: str) -> Batch | None:

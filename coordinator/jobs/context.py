@@ -9,8 +9,9 @@ import contextlib
 import logging
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from coordinator.config import CoordinatorConfig
@@ -36,6 +37,7 @@ from coordinator.jobs.runner import Runner
 from coordinator.tokenizing import Tokenization
 from modeling.config import ModelConfig
 from protocol.errors import RequestError
+from protocol.places import Places
 
 _log = logging.getLogger(__name__)
 
@@ -57,6 +59,7 @@ class Surroundings:
     max_model_len: Callable[[], int]  # of a request, now
     clock: Callable[[], float] = time.time  # Unix time, as callers see it
     min_free_bytes: int = 0  # 0 takes what is configured
+    counters: Counter[str] = field(default_factory=Counter)  # hits of failpoints, too
 
 
 class Jobs:
@@ -78,20 +81,21 @@ class Jobs:
         path = self.folder / DATABASE_NAME if config.data_dir else None
         if path is not None:
             path.touch(mode=0o600, exist_ok=True)  # it holds the tenants' salts
-        self.database = Database(path, (*DOCUMENT_SCHEMA, *FILE_SCHEMA, *BATCH_SCHEMA))
+        places = Places(config.failpoints, surroundings.counters)
+        self.database = Database(path, (*DOCUMENT_SCHEMA, *FILE_SCHEMA, *BATCH_SCHEMA), places)
         self._leftovers.callback(self.database.close)
         self.min_free_bytes = surroundings.min_free_bytes or config.batches.min_free_bytes
         clock = surroundings.clock
-        self.files = Files(self.database, self.folder / "files", config.batches, clock)
-        inputs = Inputs(self.folder / "batches", config.batches, config.limits)
+        self.files = Files(self.database, self.folder / "files", config.batches, clock, places)
+        inputs = Inputs(self.folder / "batches", config.batches, config.limits, places)
         table = BatchTable(self.database, clock)
         self.batches = Batches(table, self.files, inputs, config.batches)
         self._batch_runner: BatchRunner | None = None
-        self.documents = self._documents(surroundings)
+        self.documents = self._documents(surroundings, places)
         self.questions = Questions(self.documents)
         self._tasks: list[asyncio.Task[None]] = []
 
-    def _documents(self, surroundings: Surroundings) -> Documents:
+    def _documents(self, surroundings: Surroundings, places: Places) -> Documents:
         config, model, ingestor = surroundings.config, surroundings.model, surroundings.ingestor
         limits, max_model_len = config.jobs, surroundings.max_model_len
 
@@ -100,14 +104,14 @@ class Jobs:
 
         facts = ModelFacts(config.model_name, model.fingerprint, config.block_size)
         num_prefill_pools = sum(pool.role == "prefill" for pool in config.pools)
-        files = DocumentFiles(self.folder / "documents")
+        files = DocumentFiles(self.folder / "documents", places)
         # A long document is encoded for seconds: requests have other threads.
         tokenization = surroundings.tokenization.aside(NUM_THREADS)
         self._leftovers.callback(tokenization.close)
         library = Library(files, tokenization, facts)
         policy = PinPolicy(limits, kv_bytes_per_token(model))
         table = DocumentTable(self.database, limits, surroundings.clock)
-        preparing = Preparing(table, files, library, limits, max_tokens)
+        preparing = Preparing(table, files, library, limits, max_tokens, places)
         max_running = limits.max_running or max(1, num_prefill_pools)
         runner = Runner(table, preparing, ingestor, policy, limits, max_running)
         keeper = Keeper(table, files, library, ingestor, runner)

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from protocol.errors import ConfigError, RequestError
+from protocol.failpoints import COMMIT_AFTER, COMMIT_BEFORE
+from protocol.places import Places
 
 T = TypeVar("T")
 _FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
@@ -26,12 +28,16 @@ class Database:
     Args:
         path: its file; None keeps it in memory.
         schema: statements that make what is not there yet.
+        places: told of every commit.
 
     Raises:
         ConfigError: the file cannot be opened, or is not ours.
     """
 
-    def __init__(self, path: Path | None, schema: Sequence[str]) -> None:
+    def __init__(
+        self, path: Path | None, schema: Sequence[str], places: Places | None = None
+    ) -> None:
+        self._places = Places() if places is None else places
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="database")
         try:
             self._connection = self._thread.submit(_open, path, schema).result()
@@ -39,13 +45,17 @@ class Database:
             self._thread.shutdown()
             raise ConfigError(f"--data-dir: {path}: {error}") from error
 
-    async def write(self, work: Callable[[sqlite3.Connection], T]) -> T:
+    async def write(self, work: Callable[[sqlite3.Connection], T], kind: str = "") -> T:
         """One transaction: all of ``work`` or nothing of it.
+
+        Args:
+            work: makes the changes.
+            kind: of change, one of ``protocol.failpoints.CHANGES``.
 
         Raises:
             RequestError: the disk is full (507); what ``work`` raises.
         """
-        return await self._run(self._transaction, work)
+        return await self._run(lambda change: self._transaction(change, kind), work)
 
     async def read(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """``work`` on what has been committed."""
@@ -66,18 +76,20 @@ class Database:
         # A cancelled caller must not leave a transaction half done: the thread ends it.
         return await asyncio.shield(loop.run_in_executor(self._thread, how, work))
 
-    def _transaction(self, work: Callable[[sqlite3.Connection], T]) -> T:
+    def _transaction(self, work: Callable[[sqlite3.Connection], T], kind: str) -> T:
         connection = self._connection
         try:
             connection.execute("BEGIN IMMEDIATE")
             result = work(connection)
+            self._places.reach(COMMIT_BEFORE, kind)
             connection.execute("COMMIT")
         except BaseException as error:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
-            if isinstance(error, sqlite3.OperationalError) and _is_full(error):
+            if _is_full(error):
                 raise insufficient_storage("the disk is full") from error
             raise
+        self._places.reach(COMMIT_AFTER, kind)
         return result
 
 
@@ -86,8 +98,10 @@ def insufficient_storage(reason: str) -> RequestError:
     return RequestError(f"this cannot be stored: {reason}", code="insufficient_storage", status=507)
 
 
-def _is_full(error: sqlite3.Error) -> bool:
-    return (error.sqlite_errorcode & 0xFF) in _FULL or errno.ENOSPC in error.args
+def _is_full(error: BaseException) -> bool:
+    if isinstance(error, sqlite3.OperationalError):
+        return (error.sqlite_errorcode & 0xFF) in _FULL or errno.ENOSPC in error.args
+    return isinstance(error, OSError) and error.errno == errno.ENOSPC  # a failpoint's
 
 
 def _open(path: Path | None, schema: Sequence[str]) -> sqlite3.Connection:

@@ -20,7 +20,10 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from coordinator.jobs.database import insufficient_storage
+from coordinator.jobs.space import told_when_full
 from protocol.errors import RequestError
+from protocol.failpoints import FILE_REMOVED, FILE_RENAMED, FILE_WRITE
+from protocol.places import Places
 
 SOURCE, TEXT, TOKENS = "source", "text", "tokens"
 _MAGIC = b"BTK1"
@@ -33,9 +36,11 @@ class DocumentFiles:
 
     Args:
         folder: made if it is not there, readable for nobody else.
+        places: told of what becomes durable.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, places: Places | None = None) -> None:
+        self._places = Places() if places is None else places
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
@@ -51,14 +56,13 @@ class DocumentFiles:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            new.replace(path)
-        _sync_folder(self.folder)
+            self._name(new, path, kind)
 
     def adopt(self, document_id: str, path: Path) -> None:
         """Take over an uploaded file, which is on the same disk."""
-        _sync_file(path)
-        path.replace(self.path(document_id, SOURCE))
-        _sync_folder(self.folder)
+        with told_when_full():
+            _sync_file(path)
+            self._name(path, self.path(document_id, SOURCE), SOURCE)
 
     def copy(self, document_id: str, path: Path) -> None:
         """Keep another's file: nothing that happens to it afterwards is seen here."""
@@ -66,6 +70,12 @@ class DocumentFiles:
         with _counted_on(new):
             shutil.copyfile(path, new)
             self.adopt(document_id, new)
+
+    def _name(self, new: Path, path: Path, kind: str) -> None:
+        self._places.reach(FILE_WRITE, kind)
+        new.replace(path)
+        self._places.reach(FILE_RENAMED, kind)
+        _sync_folder(self.folder)
 
     def has(self, document_id: str, kind: str) -> bool:
         return self.path(document_id, kind).exists()
@@ -112,7 +122,9 @@ class DocumentFiles:
     def remove(self, document_id: str, *kinds: str) -> None:
         """Remove some, or all, of a document's files. Idempotent."""
         for kind in kinds or (SOURCE, TEXT, TOKENS):
-            self.path(document_id, kind).unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                self.path(document_id, kind).unlink()
+                self._places.reach(FILE_REMOVED, kind)
 
     def sweep(self, known: Collection[str]) -> int:
         """Remove what belongs to no known document; how many files that were."""

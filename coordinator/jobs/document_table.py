@@ -48,9 +48,9 @@ class DocumentTable:
 
     async def claim(self) -> None:
         """Be the one process that writes, from now on: an older one that is still there is not."""
-        self._epoch = await self._database.write(rows.claim)
+        self._epoch = await self._database.write(rows.claim, "owner_claimed")
 
-    async def _write(self, work: Callable[[sqlite3.Connection], T]) -> T:
+    async def _write(self, work: Callable[[sqlite3.Connection], T], kind: str) -> T:
         if not self._epoch:
             raise RequestError("the server is starting", code="starting", status=503)
 
@@ -58,7 +58,7 @@ class DocumentTable:
             rows.check_owner(connection, self._epoch)
             return work(connection)
 
-        return await self._database.write(transaction)
+        return await self._database.write(transaction, kind)
 
     # -- changing ----------------------------------------------------------------------------------
 
@@ -104,7 +104,7 @@ class DocumentTable:
             self._tell(connection, Change(document, (state_event(document),)))
             return document, True
 
-        return await self._write(work)
+        return await self._write(work, "document_added")
 
     async def change(
         self,
@@ -141,7 +141,7 @@ class DocumentTable:
             self._tell(connection, change)
             return change.document
 
-        following = await self._write(transaction)
+        following = await self._write(transaction, "document_changed")
         self.bell.ring(document_id)
         return following
 
@@ -163,7 +163,7 @@ class DocumentTable:
             connection.execute("DELETE FROM documents WHERE document_id = ?", (document_id,))
             return document
 
-        document = await self._write(work)
+        document = await self._write(work, "document_deleted")
         self.bell.ring(document_id)
         return document
 
@@ -175,7 +175,7 @@ class DocumentTable:
                 "DELETE FROM deleted_documents WHERE document_id = ?", (document_id,)
             )
 
-        await self._write(work)
+        await self._write(work, "deletion_finished")
 
     # -- looking -----------------------------------------------------------------------------------
 

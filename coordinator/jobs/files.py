@@ -18,7 +18,10 @@ import msgspec
 
 from coordinator.config import BatchLimits
 from coordinator.jobs.database import Database
+from coordinator.jobs.space import told_when_full
 from protocol.errors import RequestError
+from protocol.failpoints import FILE_REMOVED, FILE_RENAMED, FILE_WRITE
+from protocol.places import Places
 
 ID_PREFIX = "file-"
 BATCH, BATCH_OUTPUT = "batch", "batch_output"
@@ -69,11 +72,18 @@ class Files:
         folder: for their bytes alone; made if it is not there.
         limits: how many there may be.
         clock: Unix time.
+        places: told of what becomes durable.
     """
 
     def __init__(
-        self, database: Database, folder: Path, limits: BatchLimits, clock: Callable[[], float]
+        self,
+        database: Database,
+        folder: Path,
+        limits: BatchLimits,
+        clock: Callable[[], float],
+        places: Places | None = None,
     ) -> None:
+        self.places = Places() if places is None else places
         self.folder = folder
         self.limits = limits
         self.clock = clock
@@ -92,7 +102,8 @@ class Files:
             RequestError: the tenant has too many files, or the disk is full.
         """
         path = self.path(file.file_id)
-        await asyncio.to_thread(move_durably, arrived, path)
+        with told_when_full():
+            await asyncio.to_thread(self.move_durably, arrived, path, "upload")
 
         def work(connection: sqlite3.Connection) -> None:
             query = "SELECT count(*) FROM file WHERE tenant = ?"
@@ -106,7 +117,7 @@ class Files:
             insert_file(connection, file)
 
         try:
-            await self._database.write(work)
+            await self._database.write(work, "file_added")
         except RequestError:
             await asyncio.to_thread(path.unlink)
             raise
@@ -165,16 +176,16 @@ class Files:
         """
         await self.get(tenant, file_id)
         await self._database.write(
-            lambda c: c.execute("DELETE FROM file WHERE file_id = ?", (file_id,))
+            lambda c: c.execute("DELETE FROM file WHERE file_id = ?", (file_id,)), "file_deleted"
         )
-        await asyncio.to_thread(self.path(file_id).unlink, missing_ok=True)
+        await asyncio.to_thread(self._remove, file_id)
 
     async def recover(self) -> None:
         """Remove what an earlier process has left and no row tells of. Before batches go on."""
         rows = await self._database.read(lambda c: c.execute("SELECT file_id FROM file").fetchall())
         # Only what was there before anything could be uploaded: a new file is moved, then written.
         for name in self._found.difference(file_id for (file_id,) in rows):
-            await asyncio.to_thread(self.path(name).unlink, missing_ok=True)
+            await asyncio.to_thread(self._remove, name)
         self._found.clear()
 
     async def remove_expired(self) -> None:
@@ -185,8 +196,19 @@ class Files:
             query = "DELETE FROM file WHERE expires_at <= ? RETURNING file_id"
             return [file_id for (file_id,) in connection.execute(query, (now,)).fetchall()]
 
-        for file_id in await self._database.write(work):
-            await asyncio.to_thread(self.path(file_id).unlink, missing_ok=True)
+        for file_id in await self._database.write(work, "files_expired"):
+            await asyncio.to_thread(self._remove, file_id)
+
+    def move_durably(self, source: Path, target: Path, kind: str) -> None:
+        """Give a synced file its name, so that it has it after a crash, too. Blocks."""
+        self.places.reach(FILE_WRITE, kind)
+        source.replace(target)
+        self.places.reach(FILE_RENAMED, kind)
+        sync_folder(target.parent)
+
+    def _remove(self, name: str) -> None:
+        self.path(name).unlink(missing_ok=True)
+        self.places.reach(FILE_REMOVED, "upload")
 
     def _is_expired(self, file: StoredFile) -> bool:
         return file.expires_at is not None and file.expires_at <= self.clock()
@@ -202,12 +224,6 @@ def insert_file(connection: sqlite3.Connection, file: StoredFile) -> None:
     connection.execute(
         f"INSERT INTO file ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)", msgspec.structs.astuple(file)
     )
-
-
-def move_durably(source: Path, target: Path) -> None:
-    """Give a synced file its name, so that it has it after a crash, too. Blocks."""
-    source.replace(target)
-    sync_folder(target.parent)
 
 
 def sync_folder(folder: Path) -> None:

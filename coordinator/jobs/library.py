@@ -4,6 +4,7 @@ Reading and hashing a long document takes a fraction of a second: it is done in 
 and the latest few are kept.
 """
 
+import asyncio
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -82,7 +83,14 @@ class Library:
                 self._files.write_tokens(document.document_id, token_ids)
             return self._hashed(document, token_ids)
 
-        prompt = await self._tokenization.run(work)
+        encoding = asyncio.ensure_future(self._tokenization.run(work))
+        try:
+            prompt = await asyncio.shield(encoding)
+        except asyncio.CancelledError:
+            # No thread stops: it must not write a file of a document that is deleted next.
+            await asyncio.wait({encoding})
+            encoding.exception()
+            raise
         self._keep(document.document_id, prompt)
         return prompt
 

@@ -15,7 +15,10 @@ from coordinator.config import JobLimits
 from coordinator.jobs.database import insufficient_storage
 from coordinator.jobs.formats import unprocessable
 from coordinator.jobs.parse import UNREADABLE, UNWRITABLE
+from coordinator.jobs.space import told_when_full
 from protocol.errors import BatonError
+from protocol.failpoints import FILE_RENAMED, FILE_WRITE, PARSE
+from protocol.places import Places
 
 MAX_REASON_BYTES = 2000
 
@@ -24,7 +27,13 @@ class ParserCrashed(BatonError):
     """The process died, or did not end. The message says how."""
 
 
-async def extract(source: Path, text: Path, media_type: str, limits: JobLimits) -> None:
+async def extract(
+    source: Path,
+    text: Path,
+    media_type: str,
+    limits: JobLimits,
+    places: Places | None = None,
+) -> None:
     """Make the file ``text`` out of ``source``.
 
     Args:
@@ -32,17 +41,23 @@ async def extract(source: Path, text: Path, media_type: str, limits: JobLimits) 
         text: appears when it is whole and on the disk.
         media_type: as it was identified.
         limits: of the process.
+        places: told of what becomes durable.
 
     Raises:
-        RequestError: ``unprocessable_document``, with the reason.
+        RequestError: ``unprocessable_document``, with the reason; or the disk is full.
         ParserCrashed: see there.
     """
+    places = Places() if places is None else places
     new = text.with_name(f"{text.name}.new")
+    await places.pass_by(PARSE)
     try:
         with source.open("rb") as input_, new.open("wb") as output:
             await _run(media_type, limits, input_.fileno(), output.fileno())
             await asyncio.to_thread(os.fsync, output.fileno())
-        new.replace(text)
+        with told_when_full():
+            await places.pass_by(FILE_WRITE, "text")
+            new.replace(text)
+        await places.pass_by(FILE_RENAMED, "text")
     finally:
         new.unlink(missing_ok=True)
 

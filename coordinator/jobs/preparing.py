@@ -16,6 +16,7 @@ from coordinator.jobs.document_table import DocumentTable
 from coordinator.jobs.library import Library, check_size
 from coordinator.jobs.parser_process import ParserCrashed, extract
 from protocol.errors import RequestError
+from protocol.places import Places
 
 _log = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ class Preparing:
         library: encodes.
         limits: of the process that reads files.
         max_tokens: of the largest document that can be asked about now.
+        places: told of what becomes durable.
     """
 
     def __init__(
@@ -38,8 +40,10 @@ class Preparing:
         library: Library,
         limits: JobLimits,
         max_tokens: Callable[[], int],
+        places: Places,
     ) -> None:
         self.library = library
+        self.places = places
         self._table = table
         self._files = files
         self._limits = limits
@@ -76,7 +80,7 @@ class Preparing:
         while True:
             try:
                 text = self._files.path(document_id, TEXT)
-                return await extract(source, text, document.media_type, self._limits)
+                return await extract(source, text, document.media_type, self._limits, self.places)
             except ParserCrashed as error:
                 _log.warning("%s: the parser crashed: %s", document_id, error)
                 document = await self._table.change(document_id, _crashed(str(error)))

@@ -58,7 +58,7 @@ class Runner:
         self._policy = policy
         self._limits = limits
         self._max_running = max_running
-        self._segments = Segments(table, ingestor, limits, preparing.library)
+        self._segments = Segments(table, ingestor, limits, preparing.library, preparing.places)
         self._slots = asyncio.Semaphore(max_running)
         self._work: dict[str, asyncio.Task[None]] = {}
         self._not_before: dict[str, float] = {}  # monotonic

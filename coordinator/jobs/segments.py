@@ -28,6 +28,8 @@ from coordinator.jobs.library import Library
 from coordinator.jobs.states import State, Step
 from coordinator.tokenizing import Prompt
 from protocol.errors import RequestError
+from protocol.failpoints import SEGMENT_AFTER, SEGMENT_BEFORE
+from protocol.places import Places
 
 MAX_ROUNDS = 3  # a store that cannot hold all of a document loses one end while the other comes
 
@@ -48,11 +50,18 @@ class Segments:
         ingestor: does the work.
         limits: the size of a segment.
         library: has the tokens.
+        places: told of what becomes durable.
     """
 
     def __init__(
-        self, table: DocumentTable, ingestor: Ingestor, limits: JobLimits, library: Library
+        self,
+        table: DocumentTable,
+        ingestor: Ingestor,
+        limits: JobLimits,
+        library: Library,
+        places: Places,
     ) -> None:
+        self.places = places
         self.live: dict[str, Live] = {}
         self.table = table
         self.ingestor = ingestor
@@ -137,7 +146,9 @@ class _Run:
             await self._change(values)
         self._show(resumed)
         for end in segment_ends(resumed, len(prompt.token_ids), segments.segment_tokens):
+            await segments.places.pass_by(SEGMENT_BEFORE)
             result = await self._segment(end)
+            await segments.places.pass_by(SEGMENT_AFTER)
             self._num_computed += result.num_computed_tokens
             self._show(end)
             await self._written(end, result)

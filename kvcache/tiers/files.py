@@ -22,6 +22,8 @@ from kvcache.tiers.pack import (
     encode_header,
     read_header,
 )
+from protocol.failpoints import PACK_DELETED, PACK_RENAMED, PACK_SYNCED, PACK_WRITTEN
+from protocol.places import Places
 
 
 class PackFiles:
@@ -32,6 +34,7 @@ class PackFiles:
         pool: the store's memory, on the host, with all heads.
         model_fingerprint: packs of other models are left alone.
         mover: of the pool's memory; vectored if none is given. Whoever gives one closes it.
+        places: told of what becomes durable.
     """
 
     def __init__(
@@ -40,7 +43,9 @@ class PackFiles:
         pool: KVPool,
         model_fingerprint: str,
         mover: FileMover | None = None,
+        places: Places | None = None,
     ) -> None:
+        self._places = Places() if places is None else places
         self.folder = folder
         self.shape = KVShape.of(pool.layout)
         self.block_bytes = pool.layout.num_layers * pool.layout.block_bytes
@@ -86,16 +91,20 @@ class PackFiles:
             tuple(self.checksum(block_id) for block_id in block_ids),
         )
         name = f"{hashes[0].hex()}-{len(hashes)}-{os.getpid()}-{next(self._numbers)}"
-        part = self.folder / f"{name}{UNFINISHED}"
+        part, pack = self.folder / f"{name}{UNFINISHED}", self._path(name)
         try:
             with part.open("wb", buffering=0) as file:
                 start = _write_all(file.fileno(), encode_header(header))
                 self._mover.write(file.fileno(), start, self._pieces(block_ids))
+                self._places.reach(PACK_WRITTEN)
                 os.fsync(file.fileno())
-            part.rename(self.folder / f"{name}{SUFFIX}")
+            self._places.reach(PACK_SYNCED)
+            part.rename(pack)
+            self._places.reach(PACK_RENAMED)
             _sync_folder(self.folder)
         except OSError:
             part.unlink(missing_ok=True)
+            pack.unlink(missing_ok=True)  # nobody will know of it
             raise
         return name, header
 
@@ -105,7 +114,7 @@ class PackFiles:
         Raises:
             PackError: it is gone or damaged; what is in those blocks now is nothing.
         """
-        path = self.folder / f"{name}{SUFFIX}"
+        path = self._path(name)
         header, start = read_header(path)
         try:
             with path.open("rb", buffering=0) as file:
@@ -121,7 +130,11 @@ class PackFiles:
 
     def delete(self, name: str) -> None:
         """Idempotent."""
-        (self.folder / f"{name}{SUFFIX}").unlink(missing_ok=True)
+        self._path(name).unlink(missing_ok=True)
+        self._places.reach(PACK_DELETED)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}{SUFFIX}"
 
     def checksum(self, block_id: int) -> int:
         """CRC-32 of a block in memory."""

@@ -27,6 +27,7 @@ from kvtransfer.store.scheduler import DISK, StoreFacts, StoreScheduler
 from modeling.config import load_config
 from protocol.errors import ConfigError
 from protocol.messages import CacheUpdate, GangReady
+from protocol.places import Places
 
 IDLE_WAIT_S = 1.0
 MAX_HASHES = 100_000  # of one CacheUpdate
@@ -45,9 +46,10 @@ def serve(config: StoreConfig) -> None:
     model = load_config(config.model, max_model_len=config.max_model_len)
     layout = plan_layout(config, model, resolve_dtype(config, model))
     pool = KVPool(layout, torch.device("cpu"))
+    places = Places(config.failpoints)
     mover = open_mover(config.disk_io, pool.view())
     try:
-        files = PackFiles(Path(config.folder), pool, model.fingerprint, mover)
+        files = PackFiles(Path(config.folder), pool, model.fingerprint, mover, places)
     except OSError as error:
         raise ConfigError(f"--data-dir: {config.folder}: {error.strerror}") from error
     index = PackIndex(config.disk_quota_bytes)
@@ -73,10 +75,10 @@ def serve(config: StoreConfig) -> None:
             for start in range(0, len(hashes), MAX_HASHES):
                 process.tell(CacheUpdate(hashes[start : start + MAX_HASHES], tier=DISK))
             process.tell(GangReady())
-            lead(process, scheduler, disk)
+            lead(process, scheduler, disk, places)
 
 
-def lead(process: RankProcess, scheduler: StoreScheduler, disk: Disk) -> None:
+def lead(process: RankProcess, scheduler: StoreScheduler, disk: Disk, places: Places) -> None:
     """The loop; never returns but by an exception."""
     while True:
         for event in process.drain(IDLE_WAIT_S):
@@ -91,5 +93,8 @@ def lead(process: RankProcess, scheduler: StoreScheduler, disk: Disk) -> None:
             num_waiting=waiting,
             num_running=running,
             blocks=(scheduler.counts(),),
-            counters=tuple(scheduler.counters().items()),
+            counters=(
+                *scheduler.counters().items(),
+                *((name, float(n)) for name, n in places.hits.copy().items()),
+            ),
         )

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bench.faults.jobs.asked import batch_lines
 from coordinator.auth import Tenants
 from coordinator.control import Owner
 from coordinator.frontend import Frontend
@@ -31,21 +32,6 @@ from tests.coordinator.jobs.batches.composition import (
 NUM_LINES = 40
 NUM_OPEN = 2
 TENANT = "default"
-
-
-def input_of(seed: int) -> list[dict[str, Any]]:
-    """Lines of every kind; those that ask differently are answered differently."""
-    lines = []
-    for number in range(NUM_LINES):
-        url, body = "/v1/completions", {"prompt": [seed % 200 + 1, number + 1], "max_tokens": 3}
-        if number % 10 == 3:
-            body = {"prompt": [], "max_tokens": 3}  # an error
-        if number % 10 == 4:
-            url, body = "/v1/documents", {"source": {"text": "good"}}
-        if number % 10 == 5:
-            body["metadata"] = {"after": "a document"}
-        lines.append({"custom_id": f"{seed}-{number}", "method": "POST", "url": url, "body": body})
-    return lines
 
 
 class Noting(Server):
@@ -90,7 +76,7 @@ class Life(WithBatches):
 
     async def _make_one(self, seed: int) -> str:
         files = self.jobs.files
-        text = "\n".join(json.dumps(line) for line in input_of(seed))
+        text = "\n".join(json.dumps(line) for line in batch_lines(seed, NUM_LINES))
         arrived = files.folder / f"{seed}.upload"
         arrived.write_text(text)
         file_id, now = new_file_id(), int(self.clock())

@@ -8,12 +8,13 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bench.faults.jobs.asked import batch_lines
+from bench.faults.jobs.checks import result_lines
 from tests.coordinator.jobs.batches import lives
 
 MAX_RUNNING = (
@@ -91,18 +92,11 @@ def check(folder: Path, num_kills: int) -> int:
 
 def check_batch(folder: Path, batch: dict[str, Any], seed: int) -> None:
     assert batch["state"] == "completed"
-    lines = [
-        json.loads(line)
-        for name in ("output_file_id", "error_file_id")
-        for line in (folder / "files" / batch[name]).read_text().splitlines()
-    ]
-    asked = lives.input_of(seed)
-    assert Counter(line["custom_id"] for line in lines) == {a["custom_id"]: 1 for a in asked}
-    statuses = Counter(line["response"]["status_code"] for line in lines)
-    assert (batch["num_completed"], batch["num_failed"]) == (statuses[200], statuses[400])
-    answers = {line["custom_id"]: line["response"]["body"] for line in lines}
+    asked = batch_lines(seed, lives.NUM_LINES)
+    answers, wrong = result_lines(folder / "files", batch, asked)
+    assert not wrong
     for line in asked:
-        body = answers[line["custom_id"]]
+        body = answers[line["custom_id"]]["body"]
         if line["url"] == "/v1/documents":
             assert body["object"] == "document"
         elif line["body"]["prompt"]:

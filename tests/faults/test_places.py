@@ -1,0 +1,147 @@
+"""What a place does when a failpoint says so, and what those who write then leave behind."""
+
+import asyncio
+import errno
+import sqlite3
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from coordinator.config import BatchLimits
+from coordinator.jobs.database import Database
+from coordinator.jobs.document import Document
+from coordinator.jobs.document_files import DocumentFiles
+from coordinator.jobs.files import BATCH, SCHEMA, Files, StoredFile
+from coordinator.jobs.library import Library, ModelFacts
+from coordinator.tokenizing import Tokenization
+from kvcache.pool import KVPool
+from kvcache.tiers.files import PackFiles
+from protocol.errors import RequestError
+from protocol.failpoints import ACTIONS, FAIL, KINDS
+from protocol.kv import KVLayout
+from protocol.places import EXIT_FAILPOINT, Places
+
+
+def test_without_failpoints_a_place_does_nothing() -> None:
+    places = Places()
+    assert not places
+    places.reach("jobs.commit.before", "file_added")
+    assert not places.hits
+
+
+def test_a_full_disk_a_delay_and_their_counts() -> None:
+    hits: Counter[str] = Counter()
+    places = Places("jobs.file.write.text:fail@1,jobs.parse:delay=0.02", hits)
+    places.reach("jobs.file.write", "tokens")
+    with pytest.raises(OSError, match=r"jobs\.file\.write") as caught:
+        places.reach("jobs.file.write", "text")
+    assert caught.value.errno == errno.ENOSPC
+    started = time.monotonic()
+    places.reach("jobs.parse")
+    asyncio.run(places.pass_by("jobs.parse"))
+    assert time.monotonic() - started >= 0.04
+    assert hits == {"failpoint:jobs.file.write.text:fail": 1, "failpoint:jobs.parse:delay": 2}
+
+
+def test_a_place_ends_the_process_as_a_kill_does() -> None:
+    script = (
+        "import atexit; from protocol.places import Places; atexit.register(print, 'no')\n"
+        "places = Places('jobs.commit.after.line_answered:exit@2')\n"
+        "places.reach('jobs.commit.after', 'line_claimed')\n"
+        "places.reach('jobs.commit.after', 'line_answered'); print('once', flush=True)\n"
+        "places.reach('jobs.commit.after', 'line_answered'); print('twice')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (EXIT_FAILPOINT, b"once\n")
+    assert done.stderr == b"failpoint jobs.commit.after.line_answered: exit\n"
+
+
+def test_a_full_disk_at_a_commit_changes_nothing() -> None:
+    async def run() -> None:
+        places = Places("jobs.commit.before.file_added:fail@1")
+        database = Database(None, ("CREATE TABLE item (name TEXT)",), places)
+
+        def add(connection: sqlite3.Connection) -> None:
+            connection.execute("INSERT INTO item VALUES ('a')")
+
+        with pytest.raises(RequestError) as caught:
+            await database.write(add, "file_added")
+        assert (caught.value.code, caught.value.status) == ("insufficient_storage", 507)
+        count = "SELECT count(*) FROM item"
+        assert await database.read(lambda c: c.execute(count).fetchone()) == (0,)
+        await database.write(add, "file_added")
+        assert await database.read(lambda c: c.execute(count).fetchone()) == (1,)
+        database.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("place", ["jobs.file.write.upload", "jobs.commit.before.file_added"])
+def test_an_upload_that_a_full_disk_refuses_leaves_nothing(tmp_path: Path, place: str) -> None:
+    async def run() -> None:
+        places = Places(f"{place}:fail")
+        database = Database(None, SCHEMA, places)
+        files = Files(database, tmp_path / "files", BatchLimits(), lambda: 1.0, places)
+        (arrived := tmp_path / "arrived").write_bytes(b"abc")
+        with pytest.raises(RequestError) as caught:
+            await files.add(StoredFile("file-a", "t", BATCH, "in", 3, 1), arrived)
+        assert caught.value.code == "insufficient_storage"
+        assert list(files.folder.iterdir()) == []
+        database.close()
+
+    asyncio.run(run())
+
+
+def test_a_source_that_a_full_disk_refuses_is_told(tmp_path: Path) -> None:
+    files = DocumentFiles(tmp_path / "documents", Places("jobs.file.write:fail"))
+    (arrived := tmp_path / "arrived").write_bytes(b"abc")
+    with pytest.raises(RequestError, match="disk is full"):
+        files.adopt("doc_a", arrived)
+    with pytest.raises(RequestError, match="disk is full"):
+        files.write("doc_a", "text", b"abc")
+    assert list(files.folder.iterdir()) == []
+
+
+def test_who_stops_an_encoding_finds_it_ended(tmp_path: Path) -> None:
+    """Else the tokens of a document that is deleted would be written when it is gone."""
+
+    async def run() -> None:
+        places = Places("jobs.file.write.tokens:delay=0.2")
+        files = DocumentFiles(tmp_path, places)
+        files.write("doc_a", "text", b"A text.")
+        tokenization = Tokenization("arithmetic", 1)
+        library = Library(files, tokenization, ModelFacts("arithmetic", "f", 4))
+        document = Document("doc_a", "t", "salt", 0.0, "text", form="text")
+        encoding = asyncio.create_task(library.encode(document, 100))
+        async with asyncio.timeout(20):
+            while not places.hits:  # noqa: ASYNC110 - a thread's doing
+                await asyncio.sleep(0.001)
+            encoding.cancel()
+            await asyncio.wait({encoding})
+        assert encoding.cancelled()
+        assert files.has("doc_a", "tokens")
+        tokenization.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("place", [name for name in ACTIONS if name.startswith("pack.")])
+def test_a_pack_that_fails_leaves_no_trace(tmp_path: Path, place: str) -> None:
+    if FAIL not in ACTIONS[place]:
+        assert place == "pack.deleted"
+        return
+    pool = KVPool(KVLayout(3, 8, 2, 0, 1, 4, 8, "float32"))
+    files = PackFiles(tmp_path, pool, "model", places=Places(f"{place}:fail@1"))
+    with pytest.raises(OSError, match=place):
+        files.write(0, b"", (b"a" * 16,), [0])
+    assert list(tmp_path.iterdir()) == []
+    files.write(0, b"", (b"a" * 16,), [0])
+    assert len(list(files.scan())) == 1
+
+
+def test_kinds_are_of_places() -> None:
+    assert KINDS.keys() <= ACTIONS.keys()
