@@ -3,10 +3,8 @@
 import json
 from typing import Any
 
-import msgspec
 import pytest
 
-from bench.load.samples import sample_of
 from coordinator.parameters import mixed_seed
 from protocol.messages import ComputeHere, Prefill, Reserve
 
@@ -134,21 +132,6 @@ def test_models_tokenize_and_state(cluster: Any) -> None:
     state = cluster.state()
     assert [pool["pool_id"] for pool in state["pools"]] == ["prefill0", "decode0", "decode1"]
     assert all(pool["serving"] for pool in state["pools"])
-
-
-def test_the_load_driver_can_read_the_state(cluster: Any) -> None:
-    """Its samples are decoded by field names: a renamed one would come out as nothing."""
-    answer = cluster.client.get("/v1/cluster")
-    sample = sample_of(answer.content, "t", 1.0, 0.01)
-    assert sample is not None
-    for told, kept in zip(answer.json()["pools"], sample.pools, strict=True):
-        for name in ("pool_id", "role", "serving", "num_running", "num_waiting", "pending_tokens"):
-            assert getattr(kept, name) == told[name], name
-        assert msgspec.to_builtins(kept.counters) == told["ranks"][0]["counters"]
-        assert [
-            {name: getattr(space, name) for name in told["blocks"][0]} for space in kept.blocks
-        ] == (told["blocks"])
-    assert sample.pools[0].blocks[0].total > 0
 
 
 def test_metrics_and_timeline(cluster: Any) -> None:

@@ -148,7 +148,7 @@ def _time(shown: Focus) -> Section:
         (in_flight,),
         tuple(occupancy(side, x) for side in told),
         tuple(kv_use(side, x) for side in told),
-        (prompt_tokens(told, x),),
+        (prompt_tokens(sides, x),),
         (out_tokens,),
         (transfers,),
         (send_lag(sides),),

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from bench.load.report.plot import Axis, Layer, Line, Plot
 from bench.load.report.runs import Side
-from bench.load.report.slice_figures import GUTTER
+from bench.load.report.slice_figures import GUTTER, titled
 from bench.load.samples import ClusterSample, PoolSample
 
 HALF_S = 0.9  # of the window of a rate: a second, less than what samples jitter by
@@ -91,14 +91,11 @@ def _shares(pool: PoolSample) -> tuple[float, float] | None:
 
 def prompt_tokens(sides: Sequence[Side], x: Axis) -> Plot:
     """Prompt tokens that were computed per second, of each target."""
-    layers = tuple(
-        Line(side.name, side.color, rates_of(_computed(side.samples)))
-        for side in sides
-        if len(side.samples) > 1
-    )
+    shown = [side for side in sides if len(side.samples) > 1]
+    layers = tuple(Line(side.name, side.color, rates_of(_computed(side.samples))) for side in shown)
     return Plot(
         "cluster-prompt-tokens",
-        "Prefill: prompt tokens computed per second",
+        titled("Prefill: prompt tokens computed per second", shown, sides),
         x,
         Axis("prompt tokens/s", "rate", low=0.0),
         layers,

@@ -64,6 +64,11 @@ def slices(sides: Sequence[Side], x: Axis) -> list[Plot]:
     ]
 
 
+def titled(title: str, shown: Sequence[Side], of: Sequence[Side]) -> str:
+    """With the target's name where it is one of several: a single line has no legend."""
+    return f"{title}: {shown[0].name}" if len(shown) == 1 < len(of) else title
+
+
 def _end(side: Side) -> float:
     ends = [record.finished_s or record.intended_s for record in side.records]
     return max([*ends, *(sample.at_s for sample in side.samples)], default=0.0)
@@ -123,7 +128,7 @@ def _transfers(sides: Sequence[Side], x: Axis, width_s: float) -> Plot:
     )
     return Plot(
         "slices-transfers",
-        "KV transfer rate",
+        titled("KV transfer rate", [side for side, _ in found], sides),
         x,
         Axis(f"KV from prefill to decode pools, {unit}", "rate", low=0.0),
         lines,

@@ -187,6 +187,9 @@ def test_what_was_not_told_is_said() -> None:
     assert "colocated told nothing of queues" in leads[1]
     assert "disaggregated, colocated told nothing" in leads[2]
     assert "No KV transfer was told" in leads[2]
+    titles = {plot.key: plot.title for plot in build_report([replace(run, samples=partly)]).plots}
+    for key in ("cluster-prompt-tokens", "slices-transfers"):  # one line has no legend
+        assert titles[key].endswith(": disaggregated")
 
 
 def test_a_renamed_run_keeps_its_samples() -> None:
