@@ -88,6 +88,7 @@ def _run(arguments: argparse.Namespace, command: str) -> int:
     from bench.load.planning import recipe_of
     from bench.load.record import write_run
     from bench.load.run import execute
+    from bench.load.samples import ClusterSample
     from bench.load.terminal import show_run, watched
 
     console = Console()
@@ -96,10 +97,12 @@ def _run(arguments: argparse.Namespace, command: str) -> int:
     target = target_of(arguments)
     with watched(console, target.name) as on_progress:
         plan = recipe.plan(target, command, schedule, None)
-        manifest, records = execute(plan, on_progress)
+        samples: list[ClusterSample] = []
+        on_sample = samples.append if recipe.options.samples else None
+        manifest, records = execute(plan, on_progress, on_sample)
     summary = summarise(records, recipe.slo)
     if arguments.output is not None:
-        write_run(arguments.output, manifest, records)
+        write_run(arguments.output, manifest, records, samples)
     show_run(console, manifest, summary)
     if not manifest.valid:
         return EXIT_INVALID

@@ -58,6 +58,13 @@ def add_load_flags(parser: argparse.ArgumentParser) -> None:
     add("--slo", str, "FILE|PRESET", "objectives")
     add("--timeout", float, "SECONDS", "of each request")
     add("--processes", int, "N", "of the driver")
+    parser.add_argument(
+        "--no-samples",
+        dest="samples",
+        action="store_false",
+        default=argparse.SUPPRESS,
+        help="do not ask a Baton cluster for its state, once a second",
+    )
 
 
 def options_of(arguments: argparse.Namespace) -> "Options":

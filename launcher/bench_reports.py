@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from bench.load.driver import Target
     from bench.load.record import Manifest
     from bench.load.report.runs import Run
+    from bench.load.watch import OnSample
 
 FORMATS = ("vllm", "aiperf")
 TARGET_HELP = "[NAME=]URL, or [NAME=]'local:FLAGS of baton serve' for a cluster of its own"
@@ -166,13 +167,15 @@ def _compare(arguments: argparse.Namespace, command: str) -> int:
     from bench.load.report.files import write_report
     from bench.load.report.runs import load_runs, write_comparison
     from bench.load.report.terminal import show
+    from bench.load.samples import ClusterSample
 
     gates = [parse_gate(text) for text in arguments.gate]
     console = Console()
-    with _contest(arguments, command, console) as contest:
+    samples: list[ClusterSample] = []
+    with _contest(arguments, command, console, samples.append) as contest:
         manifest, records = alternate(contest)
     found = conclusion(contest, manifest, records, gates, strict=arguments.strict)
-    write_run(arguments.output, manifest, records)
+    write_run(arguments.output, manifest, records, samples)
     write_comparison(arguments.output, found)
     show(console, write_report(load_runs([arguments.output]), arguments.output, pngs=False))
     _tell(console, found)
@@ -188,7 +191,7 @@ def _tell(console: "Console", found: "Comparison") -> None:
 
 @contextlib.contextmanager
 def _contest(
-    arguments: argparse.Namespace, command: str, console: "Console"
+    arguments: argparse.Namespace, command: str, console: "Console", on_sample: "OnSample"
 ) -> "Iterator[Contest]":
     """The contest, for as long as the clusters run that it has started."""
     from bench.load.alternation import Contest
@@ -224,6 +227,7 @@ def _contest(
             {name: count for name, count in counts.items() if count},
             on_progress=stack.enter_context(watched(console, "requests")),
             on_turn=on_turn,
+            on_sample=on_sample if recipe.options.samples else None,
         )
 
 

@@ -29,7 +29,9 @@ from bench.load.planning import Recipe
 from bench.load.process import OnProgress
 from bench.load.record import Manifest, RequestRecord
 from bench.load.run import execute
+from bench.load.samples import ClusterSample, shifted_sample
 from bench.load.validity import STOPPED
+from bench.load.watch import OnSample
 from protocol.errors import ConfigError
 
 SEEDS_PER_RUN = 1000  # the blocks of a run with another seed share none with this one's
@@ -45,6 +47,7 @@ class Contest:
         num_accelerators: by name, where it is known.
         num_blocks: the more, the better an interval knows how much blocks differ.
         pause_s: between turns, for what is left over of the one before.
+        on_sample: gets the state of whichever target is being asked, at the time of its block.
     """
 
     targets: Sequence[Target]
@@ -55,6 +58,7 @@ class Contest:
     pause_s: float = 0.5
     on_progress: OnProgress | None = None
     on_turn: OnTurn | None = None
+    on_sample: OnSample | None = None
 
     def __post_init__(self) -> None:
         names = [target.name for target in self.targets]
@@ -96,7 +100,8 @@ def alternate(contest: Contest) -> tuple[Manifest, list[RequestRecord]]:
             if manifests:
                 time.sleep(contest.pause_s)
             plan = contest.recipe.plan(target, contest.command, schedule, None)
-            manifest, found = execute(plan, contest.on_progress)
+            on_sample = None if contest.on_sample is None else _later(contest.on_sample, first_s)
+            manifest, found = execute(plan, contest.on_progress, on_sample)
             manifests.append(manifest)
             reasons += [f"block {block + 1}, {target.name}: {r}" for r in manifest.invalid_reasons]
             moved = [shifted(record, first_index, first_s) for record in found]
@@ -111,6 +116,15 @@ def alternate(contest: Contest) -> tuple[Manifest, list[RequestRecord]]:
         first_s = end_s + contest.pause_s
     records.sort(key=lambda record: (record.target, record.index))
     return _joined(contest, manifests, starts, reasons), records
+
+
+def _later(on_sample: OnSample, by_s: float) -> OnSample:
+    """For samples of a later block."""
+
+    def pass_on(sample: ClusterSample) -> None:
+        on_sample(shifted_sample(sample, by_s))
+
+    return pass_on
 
 
 def shifted(record: RequestRecord, index: int, by_s: float) -> RequestRecord:
@@ -147,6 +161,11 @@ def _joined(
         name: max(manifest.send_lag.get(name, 0.0) for manifest in manifests)
         for name in first.send_lag
     }
+    driver = {**first.driver, "block_starts": list(starts), "order": "ABBA"}
+    watched = [m.driver["samples"] for m in manifests if "samples" in m.driver]
+    if watched:
+        counts = {name: sum(one[name] for one in watched) for name in ("num_samples", "num_missed")}
+        driver["samples"] = {**watched[0], **counts}
     hashes = "".join(dict.fromkeys(manifest.schedule_sha256 for manifest in manifests))
     return msgspec.structs.replace(
         first,
@@ -157,7 +176,7 @@ def _joined(
         valid=not reasons,
         invalid_reasons=list(reasons),
         send_lag=lag,
-        driver={**first.driver, "block_starts": list(starts), "order": "ABBA"},
+        driver=driver,
     )
 
 

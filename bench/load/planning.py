@@ -40,6 +40,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     timeout_s: float = 600.0
     processes: int | None = None
     timelines: bool = True
+    samples: bool = True
+    """Of a Baton cluster's own state, once a second."""
 
 
 @dataclass(frozen=True, slots=True)

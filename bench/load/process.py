@@ -15,8 +15,9 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -35,6 +36,8 @@ CORE_EVENTS_PER_S = 20_000.0
 
 OnProgress = Callable[[Progress], bool]
 """Gets the sum over all processes; true stops the run."""
+Beside = Callable[[float], Coroutine[Any, Any, None]]
+"""Gets the run's start; runs in the parent from before it until the run's end."""
 
 
 class DriverError(RuntimeError):
@@ -63,7 +66,7 @@ def num_processes_for(schedule: Schedule, num_cores: int) -> int:
 
 
 async def drive(
-    loads: Sequence[Load], on_progress: OnProgress | None = None
+    loads: Sequence[Load], on_progress: OnProgress | None = None, beside: Beside | None = None
 ) -> tuple[list[RequestRecord], list[Audit]]:
     """Run every load in a process of its own, all from one start. Records in order of indexes.
 
@@ -80,11 +83,14 @@ async def drive(
             start_at = time.monotonic() + _LEAD_S
             for child in children:
                 child.tell(repr(start_at))
-            watch = asyncio.create_task(_watch(children, on_progress))
+            helpers = [asyncio.create_task(_watch(children, on_progress))]
+            if beside is not None:
+                helpers.append(asyncio.create_task(beside(start_at)))
             try:
                 audits = await asyncio.gather(*(child.follow() for child in children))
             finally:
-                watch.cancel()
+                for helper in helpers:
+                    helper.cancel()
             if on_progress is not None:
                 on_progress(total([child.progress for child in children]))
         finally:

@@ -1,7 +1,8 @@
 """What a run leaves behind: ``manifest.json`` and one line of ``requests.jsonl`` per request.
 
-Every figure of a summary or a report is computed from these two files and from nothing else, so a
-run can be judged again later, by other rules, or by other programs.
+Every figure of a summary is computed from these two files and from nothing else, so a run can be
+judged again later, by other rules, or by other programs. What a Baton cluster said of itself on the
+way stands beside them (``samples.py``): a report draws it, and no figure depends on it.
 """
 
 from collections.abc import Iterable
@@ -10,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from bench.load.samples import ClusterSample, write_samples
 from protocol.errors import ConfigError
 
 MANIFEST_FILE = "manifest.json"
@@ -139,10 +141,16 @@ def read_manifest(path: Path) -> Manifest:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def write_run(folder: Path, manifest: Manifest, records: Iterable[RequestRecord]) -> None:
-    """Both files of a run; the manifest last, so that a folder that has one is whole."""
+def write_run(
+    folder: Path,
+    manifest: Manifest,
+    records: Iterable[RequestRecord],
+    samples: Iterable[ClusterSample] = (),
+) -> None:
+    """The files of a run; the manifest last, so that a folder that has one is whole."""
     folder.mkdir(parents=True, exist_ok=True)
     write_records(folder / RECORDS_FILE, records)
+    write_samples(folder, samples)
     write_manifest(folder / MANIFEST_FILE, manifest)
 
 

@@ -2,7 +2,7 @@
 
 1. A ``Plan`` says everything; its schedule is drawn already.
 2. ``execute`` drives it from processes of their own, judges the driver, and asks a Baton server for
-   the time lines of the requests.
+   the time lines of the requests; on the way it may watch the cluster's own state.
 3. What comes back is a manifest and the records; ``record.write_run`` puts them into a folder.
 """
 
@@ -26,6 +26,7 @@ from bench.load.schedule import Schedule, ideal_cached_share
 from bench.load.slo import Slo
 from bench.load.target import join_timelines
 from bench.load.validity import Audit, invalid_reasons, send_lag
+from bench.load.watch import OnSample, Watch
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,28 +55,40 @@ class Plan:
 
 
 def execute(
-    plan: Plan, on_progress: OnProgress | None = None
+    plan: Plan, on_progress: OnProgress | None = None, on_sample: OnSample | None = None
 ) -> tuple[Manifest, list[RequestRecord]]:
     """Run it.
 
     Args:
         on_progress: called twice a second; true ends the run early.
+        on_sample: called about once a second with the state of a Baton cluster, never for another
+            server; without it nobody is asked.
 
     Raises:
         DriverError: a driver's process has died.
     """
-    return asyncio.run(_execute(plan, on_progress))
+    return asyncio.run(_execute(plan, on_progress, on_sample))
 
 
 async def _execute(
-    plan: Plan, on_progress: OnProgress | None
+    plan: Plan, on_progress: OnProgress | None, on_sample: OnSample | None
 ) -> tuple[Manifest, list[RequestRecord]]:
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
     loads = loads_of(plan)
-    records, audits = await drive(loads, on_progress)
+    watched: dict[str, Any] | None = None
+    if on_sample is None:
+        records, audits = await drive(loads, on_progress)
+    else:
+        async with Watch(plan.target, on_sample) as watch:
+            records, audits = await drive(loads, on_progress, watch.follow)
+            await watch.end()
+        watched = watch.described()
     if plan.wants_timelines:
         records = await join_timelines(plan.target, records)
-    return _manifest(plan, started_at, records, audits), records
+    manifest = _manifest(plan, started_at, records, audits)
+    if watched is not None:
+        manifest.driver["samples"] = watched
+    return manifest, records
 
 
 def loads_of(plan: Plan) -> list[Load]:

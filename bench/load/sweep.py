@@ -16,6 +16,7 @@ from bench.load.planning import Recipe
 from bench.load.process import OnProgress
 from bench.load.record import Manifest, RequestRecord, write_run
 from bench.load.run import execute
+from bench.load.samples import ClusterSample
 from bench.load.slo import Slo
 from bench.load.validity import NOT_THE_DRIVERS, STOPPED
 from protocol.errors import ConfigError
@@ -104,9 +105,11 @@ class Sweep:
             return is_lost or is_stopped
 
         plan = self.recipe.plan(self.target, self.command, schedule, rate)
-        manifest, records = execute(plan, watch)
+        samples: list[ClusterSample] = []
+        on_sample = samples.append if self.recipe.options.samples else None
+        manifest, records = execute(plan, watch, on_sample)
         name = f"rate-{rate:.4g}-seed-{seed}"
-        write_run(self.folder / name, manifest, records)
+        write_run(self.folder / name, manifest, records, samples)
         folders.append(name)
         if self.on_run is not None:
             self.on_run(rate, manifest, records)

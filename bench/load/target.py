@@ -38,7 +38,7 @@ def discover(
     """
     address = Address.parse(url)
     base = _base(address)
-    with httpx.Client(base_url=base, headers=_headers(api_key), timeout=_TIMEOUT_S) as client:
+    with httpx.Client(base_url=base, headers=headers_of(api_key), timeout=_TIMEOUT_S) as client:
         try:
             model = dialect.model or _only_model(client)
             dialect = msgspec.structs.replace(dialect, model=model, extensions=not plain)
@@ -58,7 +58,8 @@ def _base(address: Address) -> str:
     return f"http{'s' * address.is_tls}://{host}:{address.port}{address.prefix}"
 
 
-def _headers(api_key: str) -> dict[str, str]:
+def headers_of(api_key: str) -> dict[str, str]:
+    """What every question to a server carries."""
     return {"authorization": f"Bearer {api_key}"} if api_key else {}
 
 
@@ -88,15 +89,16 @@ def _try(client: httpx.Client, dialect: Dialect) -> tuple[str | None, bool]:
 
 
 def num_accelerators(target: Target) -> int | None:
-    """All ranks of a Baton cluster, prefill and decode; None of any other server."""
+    """All ranks of a Baton cluster, prefill and decode; None of any other server. A store's ranks
+    have none: they keep KV in the host's memory and on its disk."""
     with httpx.Client(
-        base_url=target.url, headers=_headers(target.api_key), timeout=_TIMEOUT_S
+        base_url=target.url, headers=headers_of(target.api_key), timeout=_TIMEOUT_S
     ) as client:
         try:
             reply = client.get("/v1/cluster")
             pools = reply.json()["pools"] if reply.status_code == 200 else []
-            return sum(len(pool["ranks"]) for pool in pools) or None
-        except (httpx.HTTPError, ValueError, LookupError, TypeError):
+            return sum(len(p["ranks"]) for p in pools if p.get("role") != "store") or None
+        except (httpx.HTTPError, ValueError, LookupError, TypeError, AttributeError):
             return None
 
 
@@ -110,7 +112,7 @@ async def join_timelines(target: Target, records: Sequence[RequestRecord]) -> li
         (r for r in records if r.outcome == OK and r.request_id), key=lambda r: -r.sent_s
     )
     async with httpx.AsyncClient(
-        base_url=target.url, headers=_headers(target.api_key), timeout=_TIMEOUT_S
+        base_url=target.url, headers=headers_of(target.api_key), timeout=_TIMEOUT_S
     ) as client:
         num_missing = 0
         for start in range(0, len(asked), _NUM_AT_ONCE):

@@ -3,16 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from bench.load.report.cluster_figures import has_samples, kv_use, occupancy, prompt_tokens
 from bench.load.report.compare_figures import ratio_plots
 from bench.load.report.distributions import distributions, first_token_by_length
 from bench.load.report.documents import documents
+from bench.load.report.focus import Focus, focus
 from bench.load.report.load_figures import attainment, goodput, pareto, send_lag
-from bench.load.report.load_points import focus
 from bench.load.report.phase_figures import decomposition, gantt, has_timelines, pools
 from bench.load.report.plot import Plot
 from bench.load.report.runs import Run, Side, sides_of
-from bench.load.report.scale import compact
-from bench.load.report.slice_figures import slices
+from bench.load.report.slice_figures import slices, time_axis
+from bench.load.report.strictness import attainment_by_scale
 from bench.load.report.table import Table
 from bench.load.report.tables import (
     comparison_tables,
@@ -59,25 +60,21 @@ class Report:
 def build_report(runs: Sequence[Run]) -> Report:
     """The report of all runs together. Sections without a single mark are left out."""
     sides = sides_of(runs)
-    detailed = focus(sides)
+    shown = focus(sides)
+    detailed = shown.sides
     sections = [
-        _summary(runs, detailed),
+        _summary(runs, shown),
         _comparison(runs),
-        _load(sides),
+        _load(sides, shown),
         Section(
             "latency",
             "Latency",
-            _which(runs, detailed) + "Every plot shows all requests, not only the good ones.",
+            shown.words + "Every plot shows all requests, not only the good ones.",
             (tuple(distributions(detailed)), tuple(first_token_by_length(detailed))),
         ),
-        _phases(runs, detailed),
-        _documents(detailed),
-        Section(
-            "time",
-            "Over the run",
-            _which(runs, detailed),
-            (tuple(slices(detailed)), (send_lag(detailed),)),
-        ),
+        _phases(shown),
+        _documents(shown),
+        _time(shown),
         Section("requests", "Single requests", "", ((worst_table(detailed),),)),
     ]
     kept = [stripped for section in sections if (stripped := _stripped(section)).groups]
@@ -91,21 +88,15 @@ def _stripped(section: Section) -> Section:
     return Section(section.key, section.title, section.lead, kept)
 
 
-def _which(runs: Sequence[Run], detailed: Sequence[Side]) -> str:
-    if len(runs) < 2 or not detailed:
-        return ""
-    run = detailed[0].run
-    return f"Of the run {run.folder.name}, {compact(run.rate)} requests/s. "
-
-
-def _summary(runs: Sequence[Run], detailed: Sequence[Side]) -> Section:
+def _summary(runs: Sequence[Run], shown: Focus) -> Section:
+    detailed = shown.sides
     groups: list[tuple[Item, ...]] = [(load_table(detailed),)]
     groups.append(tuple(metrics_table(side) for side in detailed))
     if any(len(side.summary.by_kind) > 1 for side in detailed):
         groups.append(tuple(kinds_table(side) for side in detailed))
     if len(runs) > 1:
         groups.insert(0, (runs_table(runs),))
-    lead = _which(runs, detailed) + "Latencies count from the moment a request was meant to start."
+    lead = shown.words + "Latencies count from the moment a request was meant to start."
     return Section("summary", "Summary", lead, tuple(groups))
 
 
@@ -118,15 +109,17 @@ def _comparison(runs: Sequence[Run]) -> Section:
     return Section("comparison", "Comparison", lead, (tuple(items),))
 
 
-def _load(sides: Sequence[Side]) -> Section:
+def _load(sides: Sequence[Side], shown: Focus) -> Section:
     lead = "Rates are per accelerator: prefill, decode and idle ones count alike."
-    plots = (attainment(sides), goodput(sides), pareto(sides))
+    by_scale = attainment_by_scale(shown.points)
+    plots = (attainment(sides), by_scale, goodput(sides), pareto(sides))
     return Section("load", "Objectives under load", lead, tuple((plot,) for plot in plots))
 
 
-def _phases(runs: Sequence[Run], detailed: Sequence[Side]) -> Section:
+def _phases(shown: Focus) -> Section:
+    detailed = shown.sides
     told = [side for side in detailed if has_timelines(side)]
-    lead = _which(runs, detailed) + (
+    lead = shown.words + (
         "The driver's clock joined with the time lines of the server."
         if told
         else "The server has told no time lines: there is the wait, and there are the tokens."
@@ -139,7 +132,39 @@ def _phases(runs: Sequence[Run], detailed: Sequence[Side]) -> Section:
     return Section("phases", "Where the time goes", lead, groups)
 
 
-def _documents(detailed: Sequence[Side]) -> Section:
-    plot = documents(detailed)
-    lead = "A document is read once; what is asked about it later finds it in the cache."
-    return Section("documents", "Documents", lead, ((plot,),) if plot is not None else ())
+def _documents(shown: Focus) -> Section:
+    words = "A document is read once; what is asked about it later finds it in the cache."
+    return Section("documents", "Documents", shown.words + words, (tuple(documents(shown.sides)),))
+
+
+def _time(shown: Focus) -> Section:
+    """One plot below the other, on one axis: a stall is to be seen from above to below."""
+    sides = shown.sides
+    x = time_axis(sides)
+    first, in_flight, out_tokens, transfers = slices(sides, x)
+    told = [side for side in sides if has_samples(side)]
+    groups: tuple[tuple[Item, ...], ...] = (
+        (first,),
+        (in_flight,),
+        tuple(occupancy(side, x) for side in told),
+        tuple(kv_use(side, x) for side in told),
+        (prompt_tokens(sides, x),),
+        (out_tokens,),
+        (transfers,),
+        (send_lag(sides),),
+    )
+    return Section("time", "Over the run", shown.words + _untold(sides, told, transfers), groups)
+
+
+def _untold(sides: Sequence[Side], told: Sequence[Side], transfers: Plot) -> str:
+    """What is not there, and why."""
+    silent = [side.name for side in sides if side not in told]
+    found = ["All plots over the run's time have one axis."]
+    if silent:
+        found.append(
+            f"{', '.join(silent)} told nothing of queues, KV use and prefill: only a Baton cluster "
+            "does, to a run that asks for it."
+        )
+    if transfers.is_empty:
+        found.append("No KV transfer was told.")
+    return " ".join(found)

@@ -142,13 +142,19 @@ def _by_length(side: Side, max_dots: int, limits: tuple[float, float]) -> Plot:
     knows_cache = any(record.num_cached_tokens is not None for record in answered)
     dots = tuple(_dot(record, _deadline_s(side, record)) for record in shown)
     layers: list[Layer] = [Dots("requests", side.color, dots)]
+    num_unseen = 0
     if side.slo is not None and answered:
         lengths = sorted({record.num_prompt_tokens for record in answered})
         kinds = {record.kind for record in answered}
         curves = _deadlines(side, sorted(kinds), (lengths[0], lengths[-1]))
-        layers += [_below(curve, limits[1]) for curve in curves]
+        seen = [below for curve in curves if (below := _below(curve, limits[1])).points]
+        layers += seen
+        num_unseen = len(curves) - len(seen)
     left_out = len(answered) - len(shown)
     note = "From the intended time; both axes are logarithmic. Hollow dots missed their deadline."
+    if num_unseen:
+        which = "The deadline lies" if num_unseen == 1 else f"{num_unseen} deadlines lie"
+        note += f" {which} above the drawing, far from every request."
     if left_out:
         note += f" {left_out} of {len(answered)} requests are left out of the drawing, evenly."
     return Plot(

@@ -88,7 +88,7 @@ def frame_of(plot: Plot, width: int) -> Frame:
         y = scale(plot.y, y_values(plot.layers), top + height, top)
         values = ticks(y, max(3, int(height / 44)))
         labels = [tick_text(value, plot.y.unit, values) for value in values]
-        left = max((text_width(label) for label in labels), default=0.0) + 12
+        left = max(plot.gutter, max((text_width(label) for label in labels), default=0.0) + 12)
     right = width - _right_margin(plot, width)
     x = scale(plot.x, x_values(plot.layers), left, right)
     bottom = top + height

@@ -93,23 +93,3 @@ def load_points(sides: Sequence[Side]) -> dict[str, list[LoadPoint]]:
     return {
         name: found[name] for name in dict.fromkeys(side.name for side in sides) if name in found
     }
-
-
-def focus(sides: Sequence[Side]) -> list[Side]:
-    """The sides of the one run that detailed plots show: of a sweep, the fastest that a target met.
-
-    Plots of single requests would be unreadable with all rates in them. A valid run is preferred;
-    where no target met its objectives anywhere it is the slowest run, and without objectives the
-    fastest.
-    """
-    if not sides:
-        return []
-    known = [side for side in sides if side.run.manifest.valid] or list(sides)
-    if known[0].slo is None:
-        chosen = known[-1].run
-    else:
-        points = [point for own in load_points(known).values() for point in own]
-        met = [point for point in points if point.attains("share")]
-        best = max(met, key=lambda point: point.rate, default=None)
-        chosen = best.sides[0].run if best is not None else known[0].run
-    return [side for side in sides if side.run is chosen]

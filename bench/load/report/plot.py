@@ -134,6 +134,8 @@ class Plot:
     """What the sequential colours of dots mean, from 0 to 1."""
     table: tuple[tuple[str, ...], ...] = ()
     """The same figures to read; the first row is the head."""
+    gutter: float = 0.0
+    """Pixels left of the frame, at least: plots below one another then share an axis."""
 
     @property
     def is_empty(self) -> bool:

@@ -10,6 +10,7 @@ import msgspec
 from bench.load.compare import Comparison
 from bench.load.metrics import Summary, summarise
 from bench.load.record import MANIFEST_FILE, Manifest, RequestRecord, read_run
+from bench.load.samples import ClusterSample, read_samples
 from bench.load.slo import Slo, parse_slo
 from bench.load.sweep import SWEEP_FILE, SweepRecord, read_sweep
 from protocol.errors import ConfigError
@@ -28,6 +29,8 @@ class Run:
     """What ``baton bench compare`` has concluded, if it made this run."""
     sweep: SweepRecord | None = None
     """The sweep that it is a round of."""
+    samples: Sequence[ClusterSample] = ()
+    """What the targets that are Baton clusters said of themselves on the way."""
 
     @property
     def rate(self) -> float:
@@ -63,6 +66,12 @@ class Side:
     @property
     def rate_per_accelerator(self) -> float:
         return self.run.rate / self.num_accelerators
+
+    @property
+    def samples(self) -> list[ClusterSample]:
+        """What it said of itself, in order of time; nothing of a server that is not a Baton."""
+        own = [sample for sample in self.run.samples if sample.target == self.name]
+        return sorted(own, key=lambda sample: sample.at_s)
 
     @property
     def answered(self) -> list[RequestRecord]:
@@ -119,7 +128,9 @@ def renamed(run: Run, prefix: str) -> Run:
     replace = msgspec.structs.replace
     targets = [{**target, "name": new(target.get("name"))} for target in run.manifest.targets]
     records = [replace(record, target=new(record.target)) for record in run.records]
-    return Run(run.folder, replace(run.manifest, targets=targets), records, None, run.sweep)
+    samples = [replace(sample, target=new(sample.target)) for sample in run.samples]
+    manifest = replace(run.manifest, targets=targets)
+    return Run(run.folder, manifest, records, None, run.sweep, samples)
 
 
 def _load(folder: Path, sweep: SweepRecord | None) -> Run:
@@ -131,7 +142,7 @@ def _load(folder: Path, sweep: SweepRecord | None) -> Run:
             comparison = msgspec.json.decode(content, type=dict[str, Any])
         except msgspec.DecodeError as error:
             raise ConfigError(f"{folder / COMPARISON_FILE}: {error}") from error
-    return Run(folder, manifest, records, comparison, sweep)
+    return Run(folder, manifest, records, comparison, sweep, read_samples(folder))
 
 
 def sides_of(runs: Sequence[Run]) -> list[Side]:

@@ -12,9 +12,11 @@ from random import Random
 
 from bench.load.record import FORMAT_VERSION, Manifest, RequestRecord
 from bench.load.report.runs import Run
+from bench.load.report.sample_cluster import sample_states
 
 PREFILL_S_PER_TOKEN = 4e-5
 STEP_S = 0.016
+KV_BYTES_PER_TOKEN = 131_072
 SLO = {
     "short": {"ttft_ms": {"base": 350, "per_1k_tokens": 120}, "tpot_ms": 30, "target": 0.9},
     "long": {"ttft_ms": {"base": 350, "per_1k_tokens": 120}, "tpot_ms": 30, "target": 0.9},
@@ -91,6 +93,8 @@ class _Server:
         if len(times) > 1:
             events["first_decode"] = times[1] - base - 0.001
         events["finished"] = times[-1] - base - 0.001
+        moved = {"transport": "example", "num_bytes": KV_BYTES_PER_TOKEN * asked.num_prompt_tokens}
+        transfer = {**moved, "read_s": round(compute_s + transfer_s, 6)}
         prefill = {"pool_id": "prefill0", "queue_s": queue_s, "compute_s": compute_s}
         return {
             "num_prompt_tokens": asked.num_prompt_tokens,
@@ -98,7 +102,7 @@ class _Server:
             "prefill_pool": None if self.is_colocated else "prefill0",
             "events": {name: round(at, 6) for name, at in events.items()},
             "prefill": None if self.is_colocated else prefill,
-            "transfer": None,
+            "transfer": None if self.is_colocated else transfer,
         }
 
 
@@ -175,4 +179,9 @@ def sample_run(
 
 def sample_runs(seed: int = 0, rates: tuple[float, ...] = (2, 6, 10, 14, 18)) -> list[Run]:
     """A sweep: one run per rate."""
-    return [Run(Path(f"rate-{rate:g}"), *sample_run(seed, rate)) for rate in rates]
+    runs: list[Run] = []
+    for rate in rates:
+        manifest, records = sample_run(seed, rate)
+        folder, states = Path(f"rate-{rate:g}"), sample_states(records)
+        runs.append(Run(folder, manifest, records, samples=states))
+    return runs

@@ -12,6 +12,7 @@ import pytest
 from bench.load.record import Manifest, RequestRecord, write_run
 from bench.load.report.build import build_report
 from bench.load.report.page import render
+from bench.load.report.plot import Line
 from bench.load.report.runs import Run, load_runs
 from bench.load.report.sample import sample_run, sample_runs
 from bench.load.report.svg import NARROW, WIDE, draw
@@ -182,3 +183,13 @@ def test_a_page_stays_small_however_many_requests_there_are() -> None:
     assert len(large[1]) > 20 * len(small[1])
     assert sizes[1] < 1_200_000
     assert sizes[1] < 4 * sizes[0]
+
+
+def test_a_deadline_far_above_every_request_is_told_instead_of_drawn(example: list[Run]) -> None:
+    far = {"default": {"ttft_s": 900, "target": 0.9}}
+    run = Run(Path("run"), _manifest(slo=far), example[0].records)
+    plots = [p for p in build_report([run]).plots if p.key.startswith("ttft-length")]
+    assert len(plots) == 2
+    for plot in plots:
+        assert all(layer.name != "deadline" for layer in plot.layers if isinstance(layer, Line))
+        assert "The deadline lies above the drawing" in plot.note

@@ -13,8 +13,9 @@ from bench.load.goodput import Point, Verdict
 from bench.load.record import write_run
 from bench.load.report.build import build_report
 from bench.load.report.files import write_report
+from bench.load.report.focus import focus
 from bench.load.report.load_figures import attainment, goodput
-from bench.load.report.load_points import focus, load_points
+from bench.load.report.load_points import load_points
 from bench.load.report.plot import Line
 from bench.load.report.runs import load_runs, sides_of, write_comparison
 from bench.load.report.sample import sample_run, sample_runs
@@ -85,8 +86,8 @@ def test_details_are_of_the_fastest_rate_that_was_met() -> None:
     sides = sides_of(sample_runs(0, (2, 5, 14)))
     met = [side.run.rate for side in sides if side.summary.attains]
     assert met
-    assert {side.run.rate for side in focus(sides)} == {max(met)}
-    assert focus([]) == []
+    assert {side.run.rate for side in focus(sides).sides} == {max(met)}
+    assert focus([]).sides == ()
 
 
 @pytest.mark.parametrize("case", ["none", "empty", "damaged", "comparison"])
