@@ -27,6 +27,7 @@ from modeling.config import ModelConfig, load_config
 from protocol.codec import Codec
 from protocol.kv import KVLayout, RankEndpoint
 from protocol.messages import (
+    PROTOCOL_VERSION,
     Abort,
     Ask,
     BlockCounts,
@@ -82,7 +83,7 @@ def hello(pool: tuple[str, str, int, int], rank: int, config: ModelConfig, **cha
     incarnation = changes.pop("incarnation", f"i{pool_id}{rank}")
     endpoint = RankEndpoint(rank, cp_rank, tp_rank, incarnation, "inproc://nowhere", layout)
     fields: dict[str, Any] = {
-        "version": 1,
+        "version": PROTOCOL_VERSION,
         "token": "secret-token",
         "role": role,
         "pool_id": pool_id,

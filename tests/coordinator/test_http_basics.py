@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from coordinator.parameters import mixed_seed
-from protocol.messages import ComputeHere, Prefill, Reserve
+from protocol.messages import PROTOCOL_VERSION, ComputeHere, Prefill, Reserve
 
 
 def parse_path(header: str) -> dict[str, str]:
@@ -128,7 +128,7 @@ def test_models_tokenize_and_state(cluster: Any) -> None:
     assert client.post("/tokenize", json={"messages": messages}).json()["count"] > 1
     assert client.get("/health").status_code == 200
     assert client.get("/ready").json()["ready"] is True
-    assert client.get("/version").json()["protocol"] == 1
+    assert client.get("/version").json()["protocol"] == PROTOCOL_VERSION
     state = cluster.state()
     assert [pool["pool_id"] for pool in state["pools"]] == ["prefill0", "decode0", "decode1"]
     assert all(pool["serving"] for pool in state["pools"])

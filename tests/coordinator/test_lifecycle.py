@@ -14,6 +14,7 @@ import pytest
 from coordinator.config import CoordinatorConfig, ExpectedPool, is_loopback
 from protocol.errors import ConfigError
 from protocol.messages import (
+    PROTOCOL_VERSION,
     Abort,
     ComputeHere,
     Heartbeat,
@@ -273,7 +274,7 @@ def test_strangers_on_the_control_socket_change_nothing(
         ):
             fake.do(lambda message=message: fake.say("decode0", message))
         fake.wait_for(lambda: len(fake.got(Refused)) == 2)
-        fake.do(lambda: fake._ranks["decode0", 0].send(b"\x01\xc1"))
+        fake.do(lambda: fake._ranks["decode0", 0].send(bytes([PROTOCOL_VERSION, 0xC1])))
         fake.do(lambda: fake._ranks["decode0", 0].send(b""))
         fake.do(lambda: fake._ranks["decode0", 0].send(b"\x09\x80"))
         assert running.complete("x", max_tokens=1).status_code == 200

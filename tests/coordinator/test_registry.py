@@ -14,6 +14,7 @@ from coordinator.registry import EPOCH_BITS, Patience, PoolState, Registry
 from modeling.config import load_config
 from protocol.errors import PeerError
 from protocol.messages import (
+    PROTOCOL_VERSION,
     Alive,
     Connected,
     GangReady,
@@ -92,7 +93,7 @@ def spoil_layout(hello: Any, **changes: Any) -> Any:
     [
         {"token": "wrong"},
         {"token": "f\u00e4lsch"},
-        {"version": 2},
+        {"version": PROTOCOL_VERSION + 1},
         {"pool_id": "nobody"},
         {"role": "prefill"},
         {"tp_size": 4},

@@ -47,7 +47,15 @@ from prefill.manifest import cached_blocks, layer_groups, moving_blocks
 from prefill.placement import Geometry
 from prefill.scheduler import PrefillScheduler
 from protocol.kv import KVLayout, PoolEndpoint, RankEndpoint
-from protocol.messages import Connected, GangAddress, GangReady, Hello, ToCoordinator, ToRank
+from protocol.messages import (
+    PROTOCOL_VERSION,
+    Connected,
+    GangAddress,
+    GangReady,
+    Hello,
+    ToCoordinator,
+    ToRank,
+)
 from protocol.plans import ChunkWork, PrefillPlan, SampledToken, StepResult
 from protocol.request import SamplingParams, TransferStats
 from tests.decode.fake_cluster import FakeRank, next_token, reference
@@ -198,7 +206,8 @@ class WholeCluster:
             endpoint = RankEndpoint(rank, rank, 0, f"{pool_id}{rank}.{life}", "", layout)
             gang = GangAddress("", "") if rank == 0 else None
             where = (spec.role, pool_id, spec.cp_size, 1, endpoint, FINGERPRINT, 1000, gang)
-            self.registry.on_hello(f"{pool_id}/{rank}/{life}", Hello(1, "t", *where), self.now)
+            hello = Hello(PROTOCOL_VERSION, "t", *where)
+            self.registry.on_hello(f"{pool_id}/{rank}/{life}", hello, self.now)
         for rank in range(spec.num_ranks):
             self.registry.on_gang_ready(f"{pool_id}/{rank}/{life}", GangReady(), self.now)
         epoch = self.registry.pools[pool_id].epoch

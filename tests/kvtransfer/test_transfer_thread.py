@@ -582,7 +582,7 @@ def test_strangers_and_garbage_are_dropped_and_counted(
     address = cluster.hellos[rank.around.identity.routing_id].endpoint.address
     with open_context() as context:
         stranger = Dealer(context, address, "p/0/someone-else")
-        for frame in (b"", b"GET / HTTP/1.1", b"\x01\x80", b"\x00" * 100):
+        for frame in (b"", b"GET / HTTP/1.1", b"\x02\x80", b"\x00" * 100):
             stranger.send(frame)
         cluster.pump(lambda: cluster.beat(rank).counters.get("dropped_unknown_sender") == 4)
         stranger.close()
