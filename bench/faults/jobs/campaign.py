@@ -220,6 +220,8 @@ class Campaign:
             self._hear([said])
             if "ended" in said or "batch" in str(said.get("asked")):
                 break
+        # Its lines are under way by then: one of them makes a document.
+        self._hear(self._lives.until_end(self._rng.uniform(0.01, 0.05))[0])
         self._lives.ask(stop=True)
 
     def _begin(self, faults: str) -> None:
