@@ -272,8 +272,8 @@ def main() -> None:
             os.waitpid(dead, 0)
         dead = os.fork()
         if dead == 0:
+            say(began=os.getpid())  # here, so that it is the first that is said of a life
             live(Path(asked["live"]), asked["failpoints"])
-        say(began=dead)
         ended = os.waitid(os.P_PID, dead, os.WEXITED | os.WNOWAIT)
         assert ended is not None, "it was waited for"
         os.set_blocking(0, True)  # the life had it otherwise
