@@ -173,10 +173,14 @@ class Gangs:
         if epoch == gang.start and gang.phase is Phase.SERVING:
             gang.deadline = now + self._waits.coordinator_silent_s
 
-    def on_start_failed(self, name: str, reason: str, now: float) -> list[Action]:
+    def on_start_failed(self, name: str, start: int, reason: str, now: float) -> list[Action]:
         """Not every process of the gang could be started; none of them is left."""
         gang = self._gangs[name]
+        if start != gang.start:
+            return []
         gang.running.clear()
+        if gang.phase is Phase.ENDING:  # given up meanwhile: no process is left to exit
+            return self._ended(gang, now)
         return self._lose(gang, reason, now)
 
     def tick(self, now: float) -> list[Action]:

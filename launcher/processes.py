@@ -44,13 +44,22 @@ class Exited:
 
 
 @dataclass(frozen=True, slots=True)
+class StartFailed:
+    """Not every process of a gang could be started, and none of them is left."""
+
+    name: str  # of the gang
+    start: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class StopAsked:
     """A signal asks us to end."""
 
     signal_name: str
 
 
-Report = OutputLine | Exited | StopAsked
+Report = OutputLine | Exited | StartFailed | StopAsked
 
 
 class Child:

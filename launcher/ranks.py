@@ -28,7 +28,9 @@ class RankStarter(ABC):
 
     @abstractmethod
     def start(self, pool: PoolSpec, start: int, control_address: str) -> None:
-        """Start every rank of a pool, as its gang's start number ``start``.
+        """Start every rank of a pool, as its gang's start number ``start``. Does not wait.
+
+        What shows only later is reported as ``StartFailed``.
 
         Raises:
             ConfigError: not all of them can be started.

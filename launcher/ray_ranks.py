@@ -6,6 +6,8 @@
 3. Each rank is one actor whose process has the rank's environment before torch is imported. Its one
    method runs the rank until it ends.
 4. A gang that is started again has new actors, in the placement that its pool has.
+5. Ray may take its time to find room for a gang, so a thread of its own waits for that: nobody else
+   does, and a gang that is killed meanwhile is not brought up any more.
 
 Nothing of Ray is on the path of a request: ranks reach the coordinator and each other by ZMQ and
 NIXL, as local processes do.
@@ -17,6 +19,8 @@ import os
 import queue
 import signal
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +31,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from decode.config import DecodeConfig
 from kvtransfer.store.config import StoreConfig
 from launcher.config import child_environment
-from launcher.processes import Exited, Report
+from launcher.processes import Exited, Report, StartFailed
 from launcher.ranks import RankStarter, rank_config
 from launcher.resolved import Cluster
 from launcher.topology import PoolSpec
@@ -38,6 +42,7 @@ log = logging.getLogger(__name__)
 
 PLACEMENT_BUDGET_S = 60.0
 STOP_BUDGET_S = 10.0
+POLL_S = 0.5  # how soon a gang that is not wanted any more is not waited for
 _ENVIRONMENT_OF_A_RANK = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
@@ -104,6 +109,7 @@ def head_address(address: str | None) -> str:
 class _Actor:
     handle: Any  # Ray's own type
     pid: int
+    ip: str  # of its node
     is_here: bool  # on the launcher's node
 
 
@@ -113,36 +119,66 @@ class RayRanks(RankStarter):
     def __init__(self, cluster: Cluster, reports: "queue.SimpleQueue[Report]") -> None:
         self._cluster = cluster
         self._reports = reports
+        self._lock = threading.Lock()  # of the following, which threads that bring up gangs share
         self._groups: dict[str, PlacementGroup] = {}  # by pool
+        self._wanted: dict[str, int] = {}  # by pool: the start that is to run, if any
         self._actors: dict[str, list[_Actor]] = {}
-        self._watchers: list[threading.Thread] = []
+        self._threads: list[threading.Thread] = []
 
     def start(self, pool: PoolSpec, start: int, control_address: str) -> None:
         connect(self._cluster.serve.ray_address)
-        group = self._groups.get(pool.pool_id) or self._place(pool)
-        for actor in self._actors.get(pool.pool_id, ()):
+        for actor in self._take_actors(pool, start):
             ray.kill(actor.handle)  # its rank has ended, its process need not have
-        self._actors[pool.pool_id] = []
-        self._watchers = [watcher for watcher in self._watchers if watcher.is_alive()]
-        try:
-            for rank in range(pool.num_ranks):
-                where = {"control_address": control_address, "gang_start": start}
-                self._start_rank(pool, rank, group, where)
-        except ray.exceptions.RayError as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"Ray cannot start {pool.pool_id}: {reason}") from error
+        where = {"control_address": control_address, "gang_start": start}
+        self._run_thread(self._bring_up, pool, where)
 
     def terminate(self, pool: PoolSpec) -> None:
         """An actor cannot be asked while its one method runs; the coordinator has told it."""
 
     def kill(self, pool: PoolSpec) -> None:
-        for actor in self._actors.get(pool.pool_id, ()):
+        for actor in self._take_actors(pool, None):
             ray.kill(actor.handle)
             if actor.is_here:  # Ray asks the process, and one that is stopped does not hear it
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(actor.pid, signal.SIGKILL)
 
-    def _place(self, pool: PoolSpec) -> PlacementGroup:
+    def _take_actors(self, pool: PoolSpec, start: int | None) -> list[_Actor]:
+        """The actors that there are, which are nobody's from now on; ``start`` may have others."""
+        with self._lock:
+            self._wanted.pop(pool.pool_id, None)
+            if start is not None:
+                self._wanted[pool.pool_id] = start
+            return self._actors.pop(pool.pool_id, [])
+
+    def _run_thread(self, work: Callable[..., None], *arguments: Any) -> None:  # noqa: ANN401
+        thread = threading.Thread(target=work, args=arguments, daemon=True)
+        thread.start()
+        with self._lock:
+            self._threads = [*(other for other in self._threads if other.is_alive()), thread]
+
+    # -- bringing a gang up, in a thread -----------------------------------------------------------
+
+    def _bring_up(self, pool: PoolSpec, where: dict[str, Any]) -> None:
+        start = int(where["gang_start"])
+        try:
+            group = self._groups.get(pool.pool_id) or self._place(pool, start)
+            for rank in range(pool.num_ranks):
+                self._start_rank(pool, rank, group, where)
+        except ConfigError as error:
+            reason = str(error)
+        except ray.exceptions.RayError as error:
+            reason = f"Ray cannot start {pool.pool_id}: {str(error).splitlines()[0]}"
+        else:
+            return
+        if self._wanted.get(pool.pool_id) == start:
+            self.kill(pool)
+        self._reports.put(StartFailed(pool.pool_id, start, reason))
+
+    def _check_wanted(self, pool: PoolSpec, start: int) -> None:
+        if self._wanted.get(pool.pool_id) != start:
+            raise ConfigError(f"{pool.pool_id} was ended before Ray had started it")
+
+    def _place(self, pool: PoolSpec, start: int) -> PlacementGroup:
         strategy = (
             "STRICT_PACK" if pool.role == "decode" else self._cluster.serve.ray_prefill_strategy
         )
@@ -152,12 +188,20 @@ class RayRanks(RankStarter):
         if pool.role == "store":  # where the folder of --data-dir is
             bundle = {"CPU": 0.01, f"node:{head_address(None)}": 0.001}
         group: PlacementGroup = placement_group([bundle] * pool.num_ranks, strategy=strategy)
-        self._groups[pool.pool_id] = group
-        if not group.wait(timeout_seconds=PLACEMENT_BUDGET_S):
-            raise ConfigError(
-                f"Ray has no room for {pool.pool_id}: {pool.num_ranks} ranks of {bundle}, "
-                f"{strategy}; add nodes or choose smaller pools"
-            )
+        deadline = time.monotonic() + PLACEMENT_BUDGET_S
+        try:
+            while not group.wait(timeout_seconds=POLL_S):
+                self._check_wanted(pool, start)
+                if time.monotonic() > deadline:
+                    raise ConfigError(
+                        f"Ray has no room for {pool.pool_id}: {pool.num_ranks} ranks of {bundle}, "
+                        f"{strategy}; add nodes or choose smaller pools"
+                    )
+        except ConfigError:
+            remove_placement_group(group)
+            raise
+        with self._lock:
+            self._groups[pool.pool_id] = group
         return group
 
     def _num_cpus(self) -> float:
@@ -184,17 +228,31 @@ class RayRanks(RankStarter):
                 }
             },
         }
-        handle = ray.remote(RankActor).options(**options).remote()
-        asked = [handle.node_ip.remote(), handle.pid.remote()]
-        node_ip, pid = ray.get(asked, timeout=PLACEMENT_BUDGET_S)
-        is_here = node_ip == ray.util.get_node_ip_address()
-        self._actors[pool.pool_id].append(_Actor(handle, pid, is_here))
-        config = rank_config(self._cluster, pool, rank, where | {"listen": f"tcp://{node_ip}"})
-        running = handle.run.remote(pool.role, config)
         name, start = f"{pool.pool_id}/{rank}", int(where["gang_start"])
-        watcher = threading.Thread(target=self._watch, args=(name, start, running), daemon=True)
-        watcher.start()
-        self._watchers.append(watcher)
+        handle = ray.remote(RankActor).options(**options).remote()
+        try:
+            actor = self._wait_for_actor(pool, start, handle)
+            config = rank_config(self._cluster, pool, rank, where | {"listen": f"tcp://{actor.ip}"})
+            with self._lock:
+                self._check_wanted(pool, start)
+                self._actors.setdefault(pool.pool_id, []).append(actor)
+        except (ConfigError, ray.exceptions.RayError):
+            ray.kill(handle)
+            raise
+        self._run_thread(self._watch, name, start, handle.run.remote(pool.role, config))
+
+    def _wait_for_actor(self, pool: PoolSpec, start: int, handle: Any) -> _Actor:  # noqa: ANN401
+        asked = [handle.node_ip.remote(), handle.pid.remote()]
+        deadline = time.monotonic() + PLACEMENT_BUDGET_S
+        while ray.wait(asked, num_returns=len(asked), timeout=POLL_S)[1]:
+            self._check_wanted(pool, start)
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"Ray has not started a rank of {pool.pool_id} in {PLACEMENT_BUDGET_S:.0f} s: "
+                    "is there a node with this version of Baton and room?"
+                )
+        node_ip, pid = ray.get(asked)
+        return _Actor(handle, pid, node_ip, node_ip == ray.util.get_node_ip_address())
 
     def _watch(self, name: str, start: int, running: Any) -> None:  # noqa: ANN401 - Ray's own
         try:
@@ -208,14 +266,19 @@ class RayRanks(RankStarter):
         return len([node for node in ray.nodes() if node["Alive"]]) == 1
 
     def stop(self) -> None:
-        for watcher in self._watchers:  # the coordinator has told the ranks to end
-            watcher.join(STOP_BUDGET_S / max(1, len(self._watchers)))
-        for actors in self._actors.values():
-            for actor in actors:
-                ray.kill(actor.handle)
-        for group in self._groups.values():
+        with self._lock:
+            self._wanted.clear()
+            threads = self._threads
+        for thread in threads:  # the coordinator has told the ranks to end
+            thread.join(STOP_BUDGET_S / max(1, len(threads)))
+        with self._lock:
+            actors = [actor for pool in self._actors.values() for actor in pool]
+            groups = list(self._groups.values())
+            self._actors.clear()
+            self._groups.clear()
+        for actor in actors:
+            ray.kill(actor.handle)
+        for group in groups:
             remove_placement_group(group)
-        self._actors.clear()
-        self._groups.clear()
         if ray.is_initialized():
             ray.shutdown()

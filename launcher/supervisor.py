@@ -20,7 +20,14 @@ from typing import Any
 
 from launcher.config import child_environment
 from launcher.gangs import COORDINATOR, Action, End, Fail, Gangs, Kill, Say, Start, Waits
-from launcher.processes import Exited, OutputLine, ProcessGroup, Report, StopAsked
+from launcher.processes import (
+    Exited,
+    OutputLine,
+    ProcessGroup,
+    Report,
+    StartFailed,
+    StopAsked,
+)
 from launcher.ranks import LocalRanks, RankStarter, coordinator_config
 from launcher.resolved import Cluster
 from launcher.restarts import RestartPolicy
@@ -135,6 +142,8 @@ class Supervisor:
                     deadline = min(deadline, time.monotonic() + EXIT_WAIT_S)
                 if key in said:
                     return said
+            if isinstance(report, StartFailed):
+                raise ClusterFailed(report.reason, is_config=True)
             if isinstance(report, Exited):
                 raise ClusterFailed(report.reason, is_config=report.code == 2)
 
@@ -172,6 +181,8 @@ class Supervisor:
         if isinstance(report, Exited):
             name, _, rank = report.name.partition("/")
             return gangs.on_exit(name, int(rank or 0), report.start, report.reason, now)
+        if isinstance(report, StartFailed):
+            return gangs.on_start_failed(report.name, report.start, report.reason, now)
         if isinstance(report, OutputLine) and report.name == COORDINATOR:
             return self._on_line(gangs, json.loads(report.line), now)
         return []
@@ -228,7 +239,8 @@ class Supervisor:
             self._starter.start(pool, action.start, self._control_address)
         except ConfigError as error:
             self._starter.kill(pool)
-            self._do(gangs.on_start_failed(action.name, str(error), time.monotonic()))
+            reason, now = str(error), time.monotonic()
+            self._do(gangs.on_start_failed(action.name, action.start, reason, now))
 
     # -- the end -----------------------------------------------------------------------------------
 

@@ -86,7 +86,18 @@ def test_a_start_that_takes_too_long_or_fails_counts() -> None:
     mine = gangs()
     mine.on_exit("decode1", 0, 1, "dead", 1.0)
     mine.tick(2.0)
-    assert told(mine.on_start_failed("decode1", "no room", 2.5)) == []
+    assert mine.on_start_failed("decode1", 1, "late news", 2.4) == []
+    assert told(mine.on_start_failed("decode1", 2, "no room", 2.5)) == []
+    assert mine.phase("decode1") is Phase.WAITING
+
+
+def test_a_gang_that_is_ended_before_it_was_started_has_nobody_left_to_exit() -> None:
+    mine = gangs()
+    mine.on_exit("decode1", 0, 1, "dead", 1.0)
+    mine.tick(2.0)
+    assert told(mine.on_lost("decode1", 2, "it did not come up", 3.0)) == [End("decode1")]
+    assert mine.phase("decode1") is Phase.ENDING
+    assert told(mine.on_start_failed("decode1", 2, "it was ended before", 3.1)) == []
     assert mine.phase("decode1") is Phase.WAITING
 
 
