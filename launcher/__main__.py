@@ -41,8 +41,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--resolved", action="store_true", help="what each process would be told, all of it"
     )
     add_serve_flags(show)
-    doctor = commands.add_parser("doctor", help="check this machine: versions, transports, speed")
+    doctor = commands.add_parser(
+        "doctor",
+        help="check this machine, and a cluster that runs",
+    )
     doctor.add_argument("--json", action="store_true", help="for programs")
+    doctor.add_argument("--url", help="of a running cluster, to be looked at too")
     demo = commands.add_parser("demo", help="a small disaggregated cluster at work")
     demo.add_argument("--keep", action="store_true", help="leave the cluster running")
     demo.add_argument("--tokens", type=int, default=32_768, metavar="N", help="of the document")
@@ -90,7 +94,7 @@ def _run(arguments: argparse.Namespace, argv: list[str] | None) -> int:
     if arguments.command == "doctor":
         from launcher.doctor import doctor
 
-        return doctor(as_json=arguments.json)
+        return doctor(as_json=arguments.json, url=arguments.url)
     if arguments.command == "bench":
         return run_bench(arguments, argv)
     from launcher.demo import demo

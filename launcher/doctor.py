@@ -1,22 +1,15 @@
-"""``baton doctor``: what this machine has, and whether KV can move on it, measured."""
+"""``baton doctor``: what this machine has, whether KV can move on it, how a cluster there is."""
 
 import sys
-from dataclasses import dataclass
 
 import msgspec
 
 from bench.environment import describe
-from protocol.errors import BatonError
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One line of the report. ``advice`` says what to do when it is not well."""
-
-    name: str
-    is_well: bool
-    found: str
-    advice: str = ""
+from coordinator.client import BatonConnectionError, Client, ClientError
+from launcher.cluster_health import ask
+from launcher.config import default_api_key, default_url
+from launcher.findings import Finding
+from protocol.errors import BatonError, ConfigError
 
 
 def _check_transports() -> list[Finding]:
@@ -34,10 +27,31 @@ def _check_transports() -> list[Finding]:
     return findings
 
 
-def doctor(*, as_json: bool) -> int:
-    """Print the report; returns 0 when a cluster can be served from here, else 1."""
+def _check_cluster(url: str | None) -> list[Finding]:
+    """How the cluster at ``url`` is. That none is at the default one is nothing to report."""
+    address = url or default_url()
+    try:
+        with Client(address, api_key=default_api_key()) as client:
+            return ask(client)
+    except BatonConnectionError as error:
+        return [Finding("cluster", False, str(error), "set --url")] if url else []
+    except (ClientError, ConfigError) as error:
+        return [Finding("cluster", False, f"{address}: {error}", "set --url, or BATON_API_KEY")]
+
+
+def doctor(*, as_json: bool, url: str | None = None) -> int:
+    """Print the report.
+
+    Args:
+        as_json: for programs.
+        url: of a cluster that must be there; without it one is looked for at the usual place.
+
+    Returns:
+        0 when a cluster can be served from here, and the one that was looked at is well; else 1.
+    """
     environment = describe()
-    findings = _check_transports()
+    transports, cluster = _check_transports(), _check_cluster(url)
+    findings = [*transports, *cluster]
     if as_json:
         report = {"environment": environment, "findings": findings}
         sys.stdout.write(msgspec.json.encode(report).decode() + "\n")
@@ -45,7 +59,6 @@ def doctor(*, as_json: bool) -> int:
         for name, value in environment.items():
             sys.stdout.write(f"  {name:<14} {value}\n")
         for finding in findings:
-            mark = "ok" if finding.is_well else "NO"
-            advice = f" ({finding.advice})" if finding.advice else ""
-            sys.stdout.write(f"  {mark} {finding.name:<14} {finding.found}{advice}\n")
-    return 0 if any(finding.is_well for finding in findings) else 1
+            sys.stdout.write(finding.line() + "\n")
+    can_serve = any(finding.is_well for finding in transports)
+    return 0 if can_serve and all(finding.is_well for finding in cluster) else 1

@@ -8,6 +8,8 @@ import httpx
 import openai
 import pytest
 
+from launcher.__main__ import main
+
 MODEL = "arithmetic:layers=2,heads=4,kv_heads=2,vocab=512,max_len=4096"
 
 
@@ -114,3 +116,22 @@ def test_over_long_prompts_name_both_numbers(cluster: Any) -> None:
     assert reply.json()["error"]["code"] == "context_length_exceeded"
     assert "4096" in reply.json()["error"]["message"]
     assert "5000" in reply.json()["error"]["message"]
+
+
+@pytest.mark.cluster
+def test_the_doctor_finds_the_cluster_well(
+    cluster: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Right after a client has left, whose blocks are still on their way back."""
+    body = {"prompt": [6] * 2000, "max_tokens": 1500, "stream": True, "ignore_eos": True}
+    with (
+        httpx.Client(base_url=cluster.url, timeout=30.0) as client,
+        client.stream("POST", "/v1/completions", json=body) as reply,
+    ):
+        next(reply.iter_lines())
+    assert main(["doctor", "--json", "--url", cluster.url]) == 0
+    report = json.loads(capsys.readouterr().out)
+    told = {finding["name"]: finding["found"] for finding in report["findings"]}
+    assert told["pools"] == "2 of 2 pools serve"
+    assert told["requests"] == "0 active, 0 ended but still held"
+    assert told["blocks"].startswith("all ") and told["blocks"].endswith(" accounted for, 0 held")
