@@ -76,7 +76,8 @@ def measure_paged_decode(kernel: CpuKernel) -> None:
 
 def measure_attend(kernel: CpuKernel) -> None:
     print("\nattention pieces")
-    print("| heads | dtype | piece | ms | GFLOP/s | of GEMM |\n|" + "---|" * 6)
+    print("| heads | dtype | piece | ms | GFLOP/s | of GEMM | of torch's op |\n|" + "---|" * 7)
+    torch_kernel = CpuKernel(native=False)
     for dtype in (torch.bfloat16, torch.float32):
         a, b = torch.randn(1024, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
         limit = 2 * 1024**3 / best_s(lambda: a @ b) / 1e9  # noqa: B023 - called here
@@ -89,14 +90,16 @@ def measure_attend(kernel: CpuKernel) -> None:
                 piece = Piece(causal, start, torch.arange(num_keys))
 
                 seconds = best_s(lambda: kernel.attend(q, kv[0], kv[1], piece), 5)  # noqa: B023 - called here
+                torch_s = best_s(lambda: torch_kernel.attend(q, kv[0], kv[1], piece), 5)  # noqa: B023 - called here
                 pairs = num_queries * (num_keys + 1) / 2 if causal else num_queries * num_keys
                 rate = 4 * pairs * num_heads * head_dim / seconds / 1e9
                 name = f"{num_queries}x{num_keys}{' causal' if causal else ''}"
                 print(
                     f"| {num_heads}/{num_kv_heads}x{head_dim} | {str(dtype)[6:]} | {name} "
-                    f"| {seconds * 1e3:.2f} | {rate:.0f} | {rate / limit:.0%} |"
+                    f"| {seconds * 1e3:.2f} | {rate:.0f} | {rate / limit:.0%} "
+                    f"| {torch_s / seconds:.2f} |"
                 )
-        print(f"| GEMM 1024^3 | {str(dtype)[6:]} | | | {limit:.0f} | |")
+        print(f"| GEMM 1024^3 | {str(dtype)[6:]} | | | {limit:.0f} | | |")
 
 
 def measure_all_reduce() -> None:

@@ -1,4 +1,4 @@
-"""Attention on CPU: torch's flash op for pieces, our own C++ kernel for paged decode.
+"""Attention on CPU: for pieces torch's flash op, or a C++ kernel in bf16; for paged decode another.
 
 ``attend``: the flash op has traps that decide how it is called. An empty input kills the process, a
 last stride other than 1 gives wrong numbers, and a row that is masked out altogether comes back
@@ -15,6 +15,7 @@ import torch
 
 from modeling.attention import AttentionKernel, Piece
 from modeling.native import load_native
+from modeling.native_attention import NativeAttention
 from modeling.partials import attend_windowed, merge_, window_cuts
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -25,13 +26,14 @@ class CpuKernel(AttentionKernel):
 
     Args:
         cache_dir: of the compiled library; None is the user's.
-        native: False takes the torch path of ``paged_decode`` even where C++ could be compiled.
+        native: False takes the torch paths even where C++ could be compiled.
     """
 
     def __init__(self, cache_dir: Path | None = None, *, native: bool = True) -> None:
         self._library = load_native("paged_decode", cache_dir) if native else None
         if self._library is not None:
             self._library.paged_decode.argtypes = (ctypes.POINTER(_PagedDecodeArgs),)
+        self._attention = NativeAttention(cache_dir) if native else None
 
     @property
     def is_native(self) -> bool:
@@ -50,6 +52,8 @@ class CpuKernel(AttentionKernel):
         assert len(q_TNH) and len(k_SKH), "the op dies of an empty piece"
         if window_cuts(piece, len(q_TNH)):
             return attend_windowed(q_TNH, k_SKH, v_SKH, piece, _attend)
+        if self._attention is not None and self._attention.takes(q_TNH, k_SKH):
+            return self._attention.attend(q_TNH, k_SKH, v_SKH, is_causal=piece.causal)
         return _attend(q_TNH, k_SKH, v_SKH, is_causal=piece.causal)
 
     def merge_(
