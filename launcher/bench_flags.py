@@ -19,7 +19,10 @@ EXIT_MISSED = 4  # the objectives were not attained, or a gate of a comparison d
 
 def add_target_flags(parser: argparse.ArgumentParser) -> None:
     """One server, and where the run is to go."""
-    parser.add_argument("--url", help="of any OpenAI-compatible server")
+    parser.add_argument(
+        "--url",
+        help="of any OpenAI-compatible server; SSL_CERT_FILE for a certificate of one's own",
+    )
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="where to leave manifest and records"
     )

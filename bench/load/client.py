@@ -8,7 +8,6 @@
 """
 
 import asyncio
-import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any, cast
 from urllib.parse import urlsplit
 
 import httptools
+import httpx
 import msgspec
 
 from bench.load.reply import Reply
@@ -225,7 +225,7 @@ class Client:
         self._peer = str(host), int(port)
         if self.address.is_tls:
             self._tls = {
-                "ssl": ssl.create_default_context(),
+                "ssl": httpx.create_ssl_context(),  # whom the rest of the harness trusts
                 "server_hostname": self.address.host,
             }
 

@@ -15,8 +15,8 @@ import asyncio
 import contextlib
 import heapq
 import itertools
+import ssl
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any, cast
@@ -26,54 +26,7 @@ import msgspec
 
 from bench.load.event_loop import run
 from bench.load.pacer import Pacer
-
-Stall = tuple[float, float]  # (from, seconds)
-
-
-class ToyConfig(msgspec.Struct, frozen=True):
-    """What it does. Rates are shares of the requests."""
-
-    base_s: float = 0.02
-    prefill_s_per_1k: float = 0.05
-    token_s: float = 0.01
-    tokens_per_event: int = 1
-    num_slots: int = 0
-    """0: as many as there are requests. A request holds its slot for its whole planned time."""
-    stalls: tuple[Stall, ...] = ()
-    """(seconds after the server's start or restart, seconds)."""
-    failure_rate: float = 0.0
-    """Answered with status 500 at once."""
-    error_rate: float = 0.0
-    """An error inside the stream, after half of the tokens."""
-    disconnect_rate: float = 0.0
-    """The connection is closed after half of the tokens."""
-    early_role: bool = False
-    """Chat: sends the role at once, which some harnesses take for the first token."""
-    is_strict: bool = False
-    """Refuses fields that are not OpenAI's."""
-    seed: int = 0
-
-    def prefill_s(self, num_prompt_tokens: int) -> float:
-        return self.base_s + self.prefill_s_per_1k * num_prompt_tokens / 1000
-
-    def service_s(self, num_prompt_tokens: int, num_output_tokens: int) -> float:
-        """From a request's turn to its last token."""
-        num_gaps = -(-num_output_tokens // self.tokens_per_event) - 1
-        return self.prefill_s(num_prompt_tokens) + num_gaps * self.token_s
-
-
-def advance(start: float, duration_s: float, stalls: Sequence[Stall]) -> float:
-    """When ``duration_s`` of work that is taken up at ``start`` are done, given the stalls."""
-    now, left_s = start, duration_s
-    for begin, length_s in sorted(stalls):
-        end = begin + length_s
-        if begin <= now < end:
-            now = end
-        elif now < begin < now + left_s:
-            left_s -= begin - now
-            now = end
-    return now + left_s
-
+from bench.load.toy import Stall, ToyConfig, advance
 
 _PLAIN_FIELDS = frozenset(
     ("model", "prompt", "messages", "max_tokens", "temperature", "stream", "stream_options")
@@ -117,9 +70,11 @@ class ToyServer:
         self.log = []
         self._slots = [0.0] * self.config.num_slots
 
-    async def listen(self, host: str, port: int) -> asyncio.Server:
+    async def listen(
+        self, host: str, port: int, tls: ssl.SSLContext | None = None
+    ) -> asyncio.Server:
         return await asyncio.get_running_loop().create_server(
-            lambda: _ToyConnection(self), host, port, backlog=4096
+            lambda: _ToyConnection(self), host, port, backlog=4096, ssl=tls
         )
 
     def admit(self, request_id: str, num_prompt_tokens: int, num_output_tokens: int) -> Served:
@@ -325,11 +280,12 @@ def _count(body: _Body) -> int:
     return sum(len(text.split()) for text in texts)
 
 
-async def serve(config: ToyConfig, host: str, port: int) -> None:
+async def serve(config: ToyConfig, host: str, port: int, tls: ssl.SSLContext | None = None) -> None:
     """Listen until cancelled; says where on standard output."""
     server = ToyServer(config)
-    listener = await server.listen(host, port)
-    print(f"ready http://{host}:{listener.sockets[0].getsockname()[1]}", flush=True)
+    listener = await server.listen(host, port, tls)
+    scheme = "http" if tls is None else "https"
+    print(f"ready {scheme}://{host}:{listener.sockets[0].getsockname()[1]}", flush=True)
     try:
         await listener.serve_forever()
     finally:
@@ -358,13 +314,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--disconnects", type=float, default=0.0, help="share that are cut off")
     add("--early-role", action="store_true")
     add("--strict", action="store_true", help="refuse fields that are not OpenAI's")
+    add("--tls", metavar="FILE", help="speak HTTPS with the key and the certificates in this file")
     add("--seed", type=int, default=0)
     return parser
 
 
 def main() -> None:
     """Serve until interrupted."""
-    given = _parser().parse_args()
+    parser = _parser()
+    given = parser.parse_args()
     config = ToyConfig(
         base_s=given.base_ms / 1e3,
         prefill_s_per_1k=given.prefill_ms_per_1k / 1e3,
@@ -379,8 +337,15 @@ def main() -> None:
         is_strict=given.strict,
         seed=given.seed,
     )
+    tls = None
+    if given.tls is not None:
+        tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        try:
+            tls.load_cert_chain(given.tls)
+        except OSError as error:
+            parser.error(f"argument --tls: {given.tls}: {error}")
     with contextlib.suppress(KeyboardInterrupt):
-        run(serve(config, given.host, given.port))
+        run(serve(config, given.host, given.port, tls))
 
 
 if __name__ == "__main__":

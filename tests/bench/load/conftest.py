@@ -16,7 +16,8 @@ from bench.load.prompts import Api, Dialect
 from bench.load.record import RequestRecord
 from bench.load.schedule import Planned, Schedule
 from bench.load.slo import Slo
-from bench.load.toy_server import ToyConfig, ToyServer
+from bench.load.toy import ToyConfig
+from bench.load.toy_server import ToyServer
 from bench.load.validity import Audit
 from bench.load.workload import Segment, Turn
 

@@ -21,7 +21,7 @@ from bench.load.run import Plan, execute
 from bench.load.schedule import Planned, Schedule
 from bench.load.slo import Deadline, Objective, Slo
 from bench.load.target import discover
-from bench.load.toy_server import ToyConfig
+from bench.load.toy import ToyConfig
 from bench.load.workload import Segment, Turn
 
 START = Callable[..., str]

@@ -17,7 +17,7 @@ from bench.load.prompts import Api
 from bench.load.record import RequestRecord
 from bench.load.schedule import Planned, Schedule
 from bench.load.slo import Deadline, Objective, Slo
-from bench.load.toy_server import ToyConfig
+from bench.load.toy import ToyConfig
 from bench.load.validity import invalid_reasons
 from bench.load.workload import Segment, Turn
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import trustme
 
 from bench.load.arrival import Gamma, Poisson, Ramp
 from bench.load.driver import Progress
@@ -103,6 +104,28 @@ def test_the_run_command(toy: START, tmp_path: Path, capsys: pytest.CaptureFixtu
     shown = capsys.readouterr().out
     for word in ("open loop", "document", "attainment", "missed", "http_error"):
         assert word in shown
+
+
+def test_a_run_over_https(
+    toy: START, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    authority = trustme.CA()
+    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(
+        str(tmp_path / "server.pem")
+    )
+    url = toy(*QUICK, "--tls", str(tmp_path / "server.pem"))
+    assert url.startswith("https://")
+    flags = ["bench", "run", "--url", url, "--workload", "lengths:prompt=8,output=4"]
+    flags += ["--rate", "50", "--requests", "20", "--output", str(tmp_path / "run")]
+    assert main(flags) == 2
+    assert "certificate" in capsys.readouterr().err
+    authority.cert_pem.write_to_path(str(tmp_path / "authority.pem"))
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "authority.pem"))
+    assert main(flags) in (0, 3)  # a busy machine may make it late
+    _, records = read_run(tmp_path / "run")
+    assert {record.outcome for record in records} == {"ok"}
+    assert {record.num_output_tokens for record in records} == {4}
+    assert all(record.timeline is not None for record in records)
 
 
 def test_the_sweep_command(toy: START, tmp_path: Path) -> None:

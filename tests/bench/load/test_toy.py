@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from bench.load.event_loop import run
 from bench.load.pacer import Pacer
-from bench.load.toy_server import ToyConfig, ToyServer, advance
+from bench.load.toy import ToyConfig, advance
+from bench.load.toy_server import ToyServer
 
 TIMES = st.integers(0, 400).map(lambda eighths: eighths / 8)  # sums of these are exact
 STALLS = st.lists(st.tuples(TIMES, TIMES), max_size=4).map(
