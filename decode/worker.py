@@ -21,12 +21,9 @@ from decode.runner import DecodeRunner, sampling_row
 from decode.scheduler import DecodeScheduler
 from decode.startup import Speed, warm_up
 from kvcache.blocks import BlockPool
-from kvcache.pool import KVPool
-from kvtransfer.boot import plan_layout, resolve_device, resolve_dtype, start_rank
+from kvtransfer.boot import start_shard
 from kvtransfer.process import RankProcess
-from modeling.config import ModelConfig, load_config
-from modeling.loader import load_model
-from modeling.parallel import make_tensor_parallel
+from modeling.config import ModelConfig
 from protocol.kv import KVLayout
 from protocol.messages import GangReady
 from protocol.plans import DecodePlan
@@ -44,30 +41,16 @@ def serve(config: DecodeConfig) -> None:
         PeerError: the gang has broken.
         SystemExit: it was asked to stop.
     """
-    model_config = load_config(config.model, max_model_len=config.max_model_len)
-    dtype, device = resolve_dtype(config, model_config), resolve_device(config)
-    layout = plan_layout(config, model_config, dtype)
-    pool = KVPool(layout, device)
-    with start_rank("decode", config, model_config, pool) as process:
-        process.form_gang(device)
-        tp = make_tensor_parallel(
-            config.rank, config.cp_size, config.tp_size, device, same_host=config.same_host
-        )
-        model = load_model(
-            config.model,
-            tp=tp,
-            dtype=dtype,
-            device=str(device),
-            max_model_len=config.max_model_len,
-        )
-        runner = DecodeRunner(config.rank, model, pool)
-        speed = warm_up(runner, layout, model_config)
-        _log.info("%d blocks of KV, %s", layout.num_blocks, speed)
+    with start_shard("decode", config) as shard:
+        process = shard.process
+        runner = DecodeRunner(config.rank, shard.model, shard.pool)
+        speed = warm_up(runner, shard.layout, shard.model_config)
+        _log.info("%d blocks of KV, %s", shard.layout.num_blocks, speed)
         process.tell(GangReady(tokens_per_s=speed.prefill_tokens_per_s))
         gc.collect()
         gc.freeze()  # a model's many small objects need not be walked in the middle of a step
         if config.is_leader:
-            scheduler = make_scheduler(config, model_config, layout)
+            scheduler = make_scheduler(config, shard.model_config, shard.layout)
             Leader(process, scheduler, runner, speed, config.step_timeout_s).run()
         else:
             process.follow(runner.execute)

@@ -2,11 +2,12 @@
 
 The life of a rank's process
 1. ``main`` reads the configuration, ties the process to its parent's life and to SIGTERM, and calls
-   the role's ``serve``, which sizes the KV pool with ``plan_layout``.
+   the role's ``serve``, which has the KV pool sized by ``plan_layout``.
 2. ``start_rank`` binds the leader's sockets and starts the transfer thread, which says HELLO.
-3. ``RankProcess.form_gang``: the coordinator's WELCOME, torch.distributed, the plan channel.
-4. The role loads its shard, warms up, says GangReady and enters its loop: the leader calls
-   ``drain`` and ``step``, a follower ``follow``.
+3. ``RankProcess.form_gang``: the coordinator's WELCOME, torch.distributed, the plan channel. A rank
+   that computes loads its shard: ``start_shard`` does all that.
+4. The role warms up, says GangReady and enters its loop: the leader calls ``drain`` and ``step``, a
+   follower ``follow``.
 5. Shutdown, SIGTERM or the leader's Stop: exit code 0. A mistake of the operator: 2. The rest: 1.
 
 Nobody outlives the gang: the parent's death kills the process, the transfer thread's death ends it.
@@ -21,6 +22,7 @@ import signal
 import sys
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn, TypeVar
@@ -34,8 +36,10 @@ from kvtransfer.identity import RankIdentity, TransferConfig
 from kvtransfer.process import RankProcess
 from kvtransfer.rank_config import RankConfig
 from kvtransfer.thread import TransferThread
-from modeling.config import ModelConfig
-from modeling.parallel import open_gang_store
+from modeling.config import ModelConfig, load_config
+from modeling.loader import load_model
+from modeling.model import Model
+from modeling.parallel import make_tensor_parallel, open_gang_store
 from protocol.errors import BatonError, ConfigError, PeerError
 from protocol.gang import LeaderChannel
 from protocol.kv import DTYPE_BYTES, KVLayout
@@ -194,6 +198,46 @@ def plan_layout(config: RankConfig, model: ModelConfig, dtype: str) -> KVLayout:
             f"give more or choose a smaller --block-size"
         )
     return msgspec.structs.replace(one_block, num_blocks=num_blocks)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What a rank computes with."""
+
+    process: RankProcess
+    model_config: ModelConfig
+    model: Model
+    pool: KVPool
+    layout: KVLayout
+    device: torch.device
+
+
+@contextlib.contextmanager
+def start_shard(role: str, config: RankConfig) -> Iterator[Shard]:
+    """Size the KV pool, say HELLO, form the gang, load this rank's part of the weights.
+
+    Raises:
+        ConfigError: it cannot run as configured.
+        PeerError: the gang has broken.
+        SystemExit: it was asked to stop.
+    """
+    model_config = load_config(config.model, max_model_len=config.max_model_len)
+    dtype, device = resolve_dtype(config, model_config), resolve_device(config)
+    layout = plan_layout(config, model_config, dtype)
+    pool = KVPool(layout, device)
+    with start_rank(role, config, model_config, pool) as process:
+        process.form_gang(device)
+        tp = make_tensor_parallel(
+            config.rank, config.cp_size, config.tp_size, device, same_host=config.same_host
+        )
+        model = load_model(
+            config.model,
+            tp=tp,
+            dtype=dtype,
+            device=str(device),
+            max_model_len=config.max_model_len,
+        )
+        yield Shard(process, model_config, model, pool, layout, device)
 
 
 @contextlib.contextmanager

@@ -11,12 +11,9 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from kvcache.pool import KVPool
-from kvtransfer.boot import plan_layout, resolve_device, resolve_dtype, start_rank
+from kvtransfer.boot import start_shard
 from kvtransfer.process import RankProcess
-from modeling.config import ModelConfig, load_config
-from modeling.loader import load_model
-from modeling.parallel import make_tensor_parallel
+from modeling.config import ModelConfig
 from prefill.announcer import Announcer
 from prefill.config import PrefillConfig
 from prefill.facts import PoolFacts
@@ -41,38 +38,26 @@ def serve(config: PrefillConfig) -> None:
         PeerError: the gang has broken.
         SystemExit: it was asked to stop.
     """
-    model_config = load_config(config.model, max_model_len=config.max_model_len)
-    dtype, device = resolve_dtype(config, model_config), resolve_device(config)
-    layout = plan_layout(config, model_config, dtype)
-    pool = KVPool(layout, device)
-    with start_rank("prefill", config, model_config, pool) as process:
-        process.form_gang(device)
-        tp = make_tensor_parallel(
-            config.rank, config.cp_size, config.tp_size, device, same_host=config.same_host
-        )
-        model = load_model(
-            config.model,
-            tp=tp,
-            dtype=dtype,
-            device=str(device),
-            max_model_len=config.max_model_len,
-        )
-        comm = open_ring(config, device)
-        tokens_per_s = warm_up(config, model, pool)
-        costs = measure(config, model, pool, comm)
-        groups = layer_groups(model_config.num_layers, config.layers_per_group)
+    with start_shard("prefill", config) as shard:
+        process, model = shard.process, shard.model
+        comm = open_ring(config, shard.device)
+        tokens_per_s = warm_up(config, model, shard.pool)
+        costs = measure(config, model, shard.pool, comm)
+        groups = layer_groups(shard.model_config.num_layers, config.layers_per_group)
         announcer = Announcer(
             process.submit,
             cp_rank=config.cp_rank,
             block_size=config.block_size,
             groups=groups,
-            device=device,
+            device=shard.device,
         )
-        runner = PrefillRunner(config.rank, model, pool, comm, announcer)
-        _log.info("%d blocks of KV, %.0f tokens/s, %s", layout.num_blocks, tokens_per_s, costs)
+        runner = PrefillRunner(config.rank, model, shard.pool, comm, announcer)
+        _log.info(
+            "%d blocks of KV, %.0f tokens/s, %s", shard.layout.num_blocks, tokens_per_s, costs
+        )
         process.tell(GangReady(tokens_per_s=tokens_per_s))
         if config.is_leader:
-            facts = pool_facts(config, model_config, layout)
+            facts = pool_facts(config, shard.model_config, shard.layout)
             lead(process, PrefillScheduler(facts, costs), runner)
         else:
             process.follow(runner.execute)
