@@ -10,6 +10,7 @@ import msgspec
 
 from protocol.errors import ConfigError
 from protocol.failpoints import Failpoints
+from protocol.kv import DTYPE_BYTES
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
@@ -113,6 +114,7 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     port: int = 8000  # 0 takes a free one
     served_model_name: str = ""  # "" takes the model's own name
     block_size: int = 32
+    kv_dtype: str = ""  # what the ranks keep KV in; "" takes the model's own
     max_model_len: int | None = None
     api_keys: tuple[str, ...] = ()
     secret: str = ""  # salts every tenant's cache; "" takes the token
@@ -162,6 +164,8 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
         if self.log_level not in LOG_LEVELS:
             raise ConfigError(f"--log-level {self.log_level}: choose one of {LOG_LEVELS}")
         self._check_pools()
+        if self.kv_dtype and self.kv_dtype not in DTYPE_BYTES:
+            raise ConfigError(f"kv_dtype {self.kv_dtype}: choose one of {tuple(DTYPE_BYTES)}")
         if self.max_model_len is not None and self.max_model_len < 2:
             raise ConfigError(f"--max-model-len {self.max_model_len}: must be at least 2 tokens")
         if self.num_tokenizer_threads < 1:

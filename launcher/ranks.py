@@ -147,6 +147,7 @@ def coordinator_config(cluster: Cluster, where: dict[str, Any]) -> bytes:
         "token": cluster.token,
         "model": cluster.model,
         "block_size": serve.block_size,
+        "kv_dtype": cluster.dtype,
         "max_model_len": cluster.max_model_len,
         "pools": [
             msgspec.structs.asdict(

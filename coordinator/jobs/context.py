@@ -37,12 +37,12 @@ from coordinator.jobs.runner import Runner
 from coordinator.tokenizing import Tokenization
 from modeling.config import ModelConfig
 from protocol.errors import RequestError
+from protocol.kv import DTYPE_BYTES
 from protocol.places import Places
 
 _log = logging.getLogger(__name__)
 
 DATABASE_NAME = "jobs.sqlite"
-DTYPE_BYTES = {"float32": 4}  # else two
 NUM_THREADS = 2
 RECOVERY_PAUSE_S = 1.0
 ROOM_TO_ASK = 1  # tokens that must fit behind a document
@@ -109,7 +109,7 @@ class Jobs:
         tokenization = surroundings.tokenization.aside(NUM_THREADS)
         self._leftovers.callback(tokenization.close)
         library = Library(files, tokenization, facts)
-        policy = PinPolicy(limits, kv_bytes_per_token(model))
+        policy = PinPolicy(limits, kv_bytes_per_token(model, config.kv_dtype or model.dtype))
         table = DocumentTable(self.database, limits, surroundings.clock)
         preparing = Preparing(table, files, library, limits, max_tokens, places)
         max_running = limits.max_running or max(1, num_prefill_pools)
@@ -181,7 +181,6 @@ class Jobs:
         self._leftovers.close()
 
 
-def kv_bytes_per_token(model: ModelConfig) -> int:
+def kv_bytes_per_token(model: ModelConfig, dtype: str) -> int:
     """Of all layers, on all ranks together."""
-    width = DTYPE_BYTES.get(model.dtype, 2)
-    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * width
+    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * DTYPE_BYTES[dtype]

@@ -294,6 +294,7 @@ def test_strangers_on_the_control_socket_change_nothing(
         {"api_keys": ("a b",)},
         {"api_keys": ("",)},
         {"num_tokenizer_threads": 0},
+        {"kv_dtype": "int3"},
     ],
 )
 def test_configurations_that_cannot_be_served_with(changes: dict[str, Any]) -> None:

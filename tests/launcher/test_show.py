@@ -28,6 +28,7 @@ def test_every_process_is_told_what_it_says(capsys: pytest.CaptureFixture[str]) 
     assert shown["prefill_pool"]["chunk_tokens"] == 4096
     assert shown["coordinator"]["session_ttl_s"] == 60.0
     assert (shown["decode_pool"]["device"], shown["decode_pool"]["dtype"]) == ("cpu", "float32")
+    assert shown["coordinator"]["kv_dtype"] == "float32"
     assert [(p["pool_id"], p["cp_size"], p["tp_size"]) for p in shown["pools"]] == [
         ("prefill0", 2, 1),
         ("decode0", 1, 2),

@@ -114,6 +114,19 @@ def test_quotas(start_site: Any, tmp_path: Path) -> None:
         assert site.client.patch(path, json={"pin": {"mode": "hard"}}).status_code == 200
 
 
+def test_pins_count_what_the_ranks_keep(start_site: Any, tmp_path: Path) -> None:
+    """KV may be kept in another dtype than the checkpoint's."""
+
+    def bytes_per_token(**fields: Any) -> int:
+        folder = tmp_path / fields.get("kv_dtype", "own")
+        folder.mkdir()
+        with start_site(folder, **fields) as site:
+            count: int = site.running.jobs.documents.policy.bytes_per_token
+            return count
+
+    assert bytes_per_token() == 2 * bytes_per_token(kv_dtype="bfloat16")
+
+
 def test_a_sliding_pin_is_extended_by_questions(site: Any) -> None:
     pin = {"mode": "soft", "ttl": 2, "sliding": True}
     made = site.post(source={"text": f"Sliding. {TEXT}"}, pin=pin).json()
