@@ -168,6 +168,9 @@ class RayRanks(RankStarter):
             reason = str(error)
         except ray.exceptions.RayError as error:
             reason = f"Ray cannot start {pool.pool_id}: {str(error).splitlines()[0]}"
+        except Exception as error:  # the thread's outermost frame: a bug must not pass in silence
+            log.exception("starting %s ended by a bug", pool.pool_id)
+            reason = f"{pool.pool_id} cannot be started: {error}"
         else:
             return
         if self._wanted.get(pool.pool_id) == start:
@@ -182,11 +185,11 @@ class RayRanks(RankStarter):
         strategy = (
             "STRICT_PACK" if pool.role == "decode" else self._cluster.serve.ray_prefill_strategy
         )
-        bundle: dict[str, float] = {"CPU": self._num_cpus()}
-        if self._cluster.device == "cuda":
-            bundle["GPU"] = 1
+        bundle = {"CPU": self._num_cpus(pool)}
+        if self._num_gpus(pool):
+            bundle["GPU"] = self._num_gpus(pool)
         if pool.role == "store":  # where the folder of --data-dir is
-            bundle = {"CPU": 0.01, f"node:{head_address(None)}": 0.001}
+            bundle[f"node:{head_address(None)}"] = 0.001
         group: PlacementGroup = placement_group([bundle] * pool.num_ranks, strategy=strategy)
         deadline = time.monotonic() + PLACEMENT_BUDGET_S
         try:
@@ -204,7 +207,12 @@ class RayRanks(RankStarter):
             self._groups[pool.pool_id] = group
         return group
 
-    def _num_cpus(self) -> float:
+    def _num_gpus(self, pool: PoolSpec) -> float:
+        return 1.0 if self._cluster.device == "cuda" and pool.role != "store" else 0.0
+
+    def _num_cpus(self, pool: PoolSpec) -> float:
+        if pool.role == "store":
+            return 0.01  # it copies now and then
         # On a machine with fewer cores than ranks they share; Ray counts, it does not pin.
         total = float(ray.cluster_resources().get("CPU", 1.0))
         num_ranks = sum(pool.num_ranks for pool in self._cluster.pools)
@@ -215,8 +223,8 @@ class RayRanks(RankStarter):
     ) -> None:
         environment = child_environment(self._cluster.threads, is_local=self._is_one_node())
         options = {
-            "num_cpus": self._num_cpus(),
-            "num_gpus": 1 if self._cluster.device == "cuda" else 0,
+            "num_cpus": self._num_cpus(pool),
+            "num_gpus": self._num_gpus(pool),
             "scheduling_strategy": PlacementGroupSchedulingStrategy(
                 group, placement_group_bundle_index=rank
             ),
@@ -236,7 +244,7 @@ class RayRanks(RankStarter):
             with self._lock:
                 self._check_wanted(pool, start)
                 self._actors.setdefault(pool.pool_id, []).append(actor)
-        except (ConfigError, ray.exceptions.RayError):
+        except BaseException:
             ray.kill(handle)
             raise
         self._run_thread(self._watch, name, start, handle.run.remote(pool.role, config))

@@ -15,16 +15,35 @@ MODEL = "arithmetic:layers=3,heads=4,kv_heads=2,vocab=512,max_len=4096"
 
 
 @pytest.mark.cluster
-def test_the_same_requests_pass_under_ray(start_cluster: Any, no_leaks: Any) -> None:
+def test_the_same_requests_pass_under_ray(
+    start_cluster: Any, no_leaks: Any, until: Any, tmp_path: Path
+) -> None:
     rng = random.Random(5)
     config = load_config(MODEL)
     flags = ("--launcher", "ray", "--prefill", "cp2", "--decode", "tp2", "--kv-memory", "32MiB")
+    flags += ("--data-dir", str(tmp_path), "--store-memory", "8MiB")
     with start_cluster(MODEL, *flags, "--block-size", "16") as cluster:
         for length in (1, 40, 700):
             prompt = [rng.randrange(500) for _ in range(length)]
             assert cluster.tokens(prompt, 8) == expected_tokens(config, prompt, 8)
             longer = prompt + [rng.randrange(500) for _ in range(200)]
             assert cluster.tokens(longer, 8) == expected_tokens(config, longer, 8)
+        document = [rng.randrange(500) for _ in range(1600)]
+        source = {"token_ids": document}
+        made = cluster.client.post("/v1/documents", json={"source": source}).json()
+        path = f"/v1/documents/{made['id']}"
+
+        def is_ready() -> bool:
+            status = cluster.client.get(path, params={"wait": 5}).json()["status"]
+            assert status not in ("failed", "cancelled")
+            return bool(status == "ready")
+
+        until(is_ready, "the document is ready", 60.0)
+        assert list(tmp_path.glob("kv/**/*")), "its KV is on the disk"
+        asked = cluster.complete([7, 3], 8, document_id=made["id"])
+        assert int(asked["path"]["cached"]) == 1600
+        want = expected_tokens(config, [*document, 7, 3], 8)
+        assert asked["choices"][0]["token_ids"] == want
         no_leaks(cluster)
 
 

@@ -4,6 +4,7 @@ import json
 import queue
 import sys
 import time
+from dataclasses import replace
 
 import ray
 
@@ -48,6 +49,10 @@ def main() -> None:
 
     ray.kill(hog)
     ranks.start(pool, 3, "tcp://127.0.0.1:1")
+    tell(reports)
+
+    bug = replace(pool, pool_id="store0", role="store")  # of a cluster that has no folder for it
+    ranks.start(bug, 4, "tcp://127.0.0.1:1")
     tell(reports)
     ranks.stop()
 

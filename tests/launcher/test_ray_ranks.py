@@ -19,7 +19,7 @@ def test_a_gang_that_ray_has_no_room_for() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    first, ended, full, came_up = map(json.loads, done.stdout.splitlines())
+    first, ended, full, came_up, bug = map(json.loads, done.stdout.splitlines())
     assert first["start_returned_after_s"] < 5.0, "it waits for Ray"
     assert (ended["kind"], ended["name"], ended["start"]) == ("StartFailed", "decode0", 1)
     assert "was ended before" in ended["reason"]
@@ -27,3 +27,5 @@ def test_a_gang_that_ray_has_no_room_for() -> None:
     assert full["reason"].startswith("Ray has no room for decode0: 1 ranks")
     came_up.pop("reason")
     assert came_up == {"kind": "Exited", "name": "decode0/0", "start": 3}
+    assert (bug["kind"], bug["name"], bug["start"]) == ("StartFailed", "store0", 4)
+    assert "needs a folder" in bug["reason"]
