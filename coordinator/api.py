@@ -23,7 +23,7 @@ from coordinator.files_api import add_files
 from coordinator.frontend import Asker, Frontend
 from coordinator.json_body import parse_json
 from coordinator.limits import LimitsMiddleware
-from coordinator.metrics import CONTENT_TYPE
+from coordinator.metrics import CONTENT_TYPE, render_lag
 from coordinator.parameters import check_token_ids
 from coordinator.schemas import DetokenizeBody, TokenizeBody, validate
 from protocol.errors import RequestError
@@ -145,11 +145,11 @@ def _add_state(app: FastAPI, frontend: Frontend) -> None:
 
     @app.get("/ready")
     async def ready() -> JSONResponse:
-        is_ready = frontend.control.complete.is_set() and bool(frontend.registry.serving("decode"))
-        missing = "" if is_ready else frontend.registry.missing()
-        return JSONResponse(
-            {"ready": is_ready, "reason": missing}, status_code=200 if is_ready else 503
-        )
+        error = frontend.unready(time.monotonic())
+        if error is None:
+            return JSONResponse({"ready": True, "reason": "", "code": None})
+        body = {"ready": False, "reason": error.message, "code": error.code}
+        return JSONResponse(body, status_code=error.status)
 
     @app.get("/version")
     async def version() -> dict[str, Any]:
@@ -161,13 +161,11 @@ def _add_state(app: FastAPI, frontend: Frontend) -> None:
 
     @app.get("/metrics")
     async def metrics() -> PlainTextResponse:
-        service = frontend.service
+        service, now = frontend.service, time.monotonic()
         text = service.metrics.render(
-            frontend.registry.pools.values(),
-            service.num_active,
-            service.num_leaked(time.monotonic()),
+            frontend.registry.pools.values(), service.num_active, service.num_leaked(now)
         )
-        return PlainTextResponse(text, media_type=CONTENT_TYPE)
+        return PlainTextResponse(text + render_lag(frontend.lag, now), media_type=CONTENT_TYPE)
 
 
 async def _on_request_error(_request: Request, error: Exception) -> Response:

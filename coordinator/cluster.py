@@ -22,10 +22,12 @@ def version_info() -> dict[str, Any]:
 
 def describe_cluster(frontend: Frontend, now: float) -> dict[str, Any]:
     """Pools, ranks and what they hold. No addresses and no names of tenants."""
-    registry, service = frontend.registry, frontend.service
+    registry, service, lag = frontend.registry, frontend.service, frontend.lag
+    unready = frontend.unready(now)
     return {
         "object": "cluster",
-        "ready": frontend.control.complete.is_set() and bool(registry.serving("decode")),
+        "ready": unready is None,
+        "unready_reason": None if unready is None else unready.message,
         "coordinator_epoch": registry.coordinator_epoch,
         "missing": registry.missing() or None,
         "model": frontend.config.model_name,
@@ -35,6 +37,7 @@ def describe_cluster(frontend: Frontend, now: float) -> dict[str, Any]:
         "topology_version": registry.version,
         "num_active_requests": service.num_active,
         "num_leaked": service.num_leaked(now),
+        "loop": {"lag_s": round(lag.largest(now), 6), "num_stalls": lag.num_stalls},
         "counters": dict(frontend.control.counters),
         "pools": [_describe_pool(pool, now) for pool in registry.pools.values()],
     }

@@ -20,6 +20,7 @@ from coordinator.jobs.batches import Batches
 from coordinator.jobs.context import Jobs
 from coordinator.jobs.files import Files
 from coordinator.jobs.questions import Attached
+from coordinator.lag import LoopLag
 from coordinator.limits import SCOPE_CLIENT_REQUEST_ID, SCOPE_REQUEST_ID
 from coordinator.parameters import (
     Options,
@@ -36,6 +37,7 @@ from modeling.config import ModelConfig
 from protocol.errors import RequestError
 
 MAX_SESSION_ID_CHARS = 256
+LAG_MEMORY_S = 5.0  # a loop that was late is ready again after so long without being it
 MAX_BYTES_PER_TOKEN = 8  # a text longer than this for each token of the context is not tokenized
 
 
@@ -97,6 +99,7 @@ class Frontend:
     service: Service
     tokenization: Tokenization
     traces: Traces
+    lag: LoopLag
     started_at: int  # Unix time
     jobs: Jobs | None = None  # where documents are offered; these two as well
     files: Files | None = None
@@ -120,6 +123,19 @@ class Frontend:
         """Raises RequestError until every pool has served once."""
         if not self.control.complete.is_set():
             raise RequestError("the cluster is starting", code="starting", status=503)
+
+    def unready(self, now: float) -> RequestError | None:
+        """Why new work had better go elsewhere; what comes nevertheless is served if it can be."""
+        if not self.control.complete.is_set() or not self.registry.serving("decode"):
+            return RequestError(self.registry.missing(), code="starting", status=503)
+        lag_s = self.lag.largest(now, LAG_MEMORY_S)
+        if lag_s > self.config.max_loop_lag_s:
+            return RequestError(
+                f"the coordinator is overloaded: its event loop was {lag_s:.1f} s late",
+                code="overloaded",
+                status=503,
+            )
+        return None
 
     def check_text(self, text: str, param: str) -> None:
         """Refuse by its length a text that cannot fit, before it costs seconds to tokenize."""

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable
 
+from coordinator.lag import LoopLag
 from coordinator.records import Record
 from coordinator.registry import Pool
 from protocol.request import FinishReason
@@ -96,6 +97,15 @@ class Metrics:
         for pool in pools:
             lines += _pool_lines(pool)
         return "\n".join(lines) + "\n"
+
+
+def render_lag(lag: LoopLag, now: float) -> str:
+    """How late the event loop runs, as text."""
+    name, count = "baton_coordinator_loop_lag_seconds", "baton_coordinator_loop_stalls_total"
+    return (
+        f"# TYPE {name} gauge\n{name} {lag.largest(now):.6f}\n"
+        f"# TYPE {count} counter\n{count} {lag.num_stalls}\n"
+    )
 
 
 def _pool_lines(pool: Pool) -> list[str]:

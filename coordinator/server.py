@@ -35,6 +35,7 @@ from coordinator.frontend import Frontend
 from coordinator.jobs.context import Jobs, Surroundings
 from coordinator.jobs.ingestor import Ingestor
 from coordinator.joining import Terms
+from coordinator.lag import INTERVAL_S, LoopLag
 from coordinator.line_server import LineServer
 from coordinator.registry import Patience, Registry
 from coordinator.service import Service
@@ -92,6 +93,7 @@ class Coordinator:
         self._on_ready = on_ready
         self._owner = owner
         self._stop = asyncio.Event()
+        self._lag = LoopLag(time.monotonic())
         self._model = load_config(config.model, max_model_len=config.max_model_len)
         self._tokenization = Tokenization(config.model, config.num_tokenizer_threads)
         self._socket = bind_http(config.host, config.port)
@@ -118,6 +120,7 @@ class Coordinator:
                 watching = tasks.create_task(jobs.watch())
                 serving = tasks.create_task(http.serve(sockets=[self._socket]))
                 plane = tasks.create_task(control.run())
+                measuring = tasks.create_task(self._measure_lag())
                 self._on_control(router.address, self.url)
                 try:
                     await self._wait_ready(control, registry)
@@ -125,6 +128,7 @@ class Coordinator:
                 except StartFailed as error:
                     failure = error  # raised when everything has been put away
                 finally:
+                    measuring.cancel()
                     watching.cancel()
                     await jobs.stop()
                     service.shut_down()
@@ -137,6 +141,11 @@ class Coordinator:
                     await jobs.close()
             if failure is not None:
                 raise failure
+
+    async def _measure_lag(self) -> None:
+        while True:
+            await asyncio.sleep(INTERVAL_S)
+            self._lag.fired(time.monotonic())
 
     @asynccontextmanager
     async def _control(self) -> AsyncIterator[tuple[ControlPlane, Registry, AsyncRouter]]:
@@ -207,6 +216,7 @@ class Coordinator:
             service=service,
             tokenization=self._tokenization,
             traces=Traces(),
+            lag=self._lag,
             started_at=int(time.time()),
             jobs=jobs,
             files=jobs.files,

@@ -27,7 +27,9 @@ def draw_cluster(cluster: ClusterState) -> RenderableType:
 
 def _headline(cluster: ClusterState) -> Text:
     state = (
-        ("ready", "bold green") if cluster.ready else (cluster.missing or "starting", "bold red")
+        ("ready", "bold green")
+        if cluster.ready
+        else (cluster.unready_reason or cluster.missing or "starting", "bold red")
     )
     text = Text.assemble(
         (cluster.model, "bold"),

@@ -13,6 +13,10 @@ A configuration is a list of ``NAME:ACTION[TRIGGER]``, separated by commas:
 way to another rank: what is dropped there is sent again, and reaches it again, and
 ``.acknowledgement`` is a kind too.
 
+``loop`` is reached by the coordinator's event loop before it sends a message to a rank, and can be
+narrowed as ``control.send``: ``loop.alive:hold=8@20`` keeps the GIL and a core for 8 s, ``delay=8``
+blocks the loop without either, ``hang`` does so for good, ``stop`` is SIGSTOP.
+
 A place asks ``reach`` and does what it is answered; every hit is counted, and the heartbeat carries
 the counts, so that a test can see that its fault took effect.
 """
@@ -31,10 +35,11 @@ from protocol.messages import ToCoordinator, ToRank
 
 DROP, DUPLICATE, DELAY, EXIT = "drop", "duplicate", "delay", "exit"
 CORRUPT, FAIL, HANG = "corrupt", "fail", "hang"
+HOLD, STOP = "hold", "stop"
 COUNTER_PREFIX = "failpoint:"
 
 HANDOFF_SEND, CONTROL_SEND = "handoff.send", "control.send"
-TRANSFER_READ, STEP = "transfer.read", "step"
+TRANSFER_READ, STEP, LOOP = "transfer.read", "step", "loop"
 # What jobs and packs make durable: each place lies between two effects that outlive the process.
 COMMIT_BEFORE, COMMIT_AFTER = "jobs.commit.before", "jobs.commit.after"
 FILE_WRITE, FILE_RENAMED = "jobs.file.write", "jobs.file.renamed"
@@ -46,6 +51,7 @@ RESULT_DONE = "jobs.result.done"
 PACK_WRITTEN, PACK_SYNCED = "pack.written", "pack.synced"
 PACK_RENAMED, PACK_DELETED = "pack.renamed", "pack.deleted"
 
+_TIMED = frozenset({DELAY, HOLD})
 _LATE = frozenset({DELAY, EXIT})  # it is done: nothing can fail any more
 _FULL = frozenset({DELAY, EXIT, FAIL})  # a full disk, before it is done
 
@@ -54,6 +60,7 @@ ACTIONS: dict[str, frozenset[str]] = {
     CONTROL_SEND: frozenset({DROP, DUPLICATE, DELAY, EXIT}),
     TRANSFER_READ: frozenset({CORRUPT, DELAY, FAIL, EXIT}),
     STEP: frozenset({DELAY, HANG, EXIT}),
+    LOOP: frozenset({DELAY, HANG, HOLD, STOP, EXIT}),
     COMMIT_BEFORE: _FULL,  # the changes of a transaction are made, and not committed
     COMMIT_AFTER: _LATE,
     FILE_WRITE: _FULL,  # all of a file is on the disk, under another name
@@ -88,6 +95,7 @@ CHANGES = frozenset(
 KINDS: dict[str, frozenset[str]] = {
     HANDOFF_SEND: frozenset(map(kind_of, typing.get_args(HandoffMessage | Acknowledgement))),
     CONTROL_SEND: frozenset(map(kind_of, typing.get_args(ToCoordinator | ToRank))),
+    LOOP: frozenset(map(kind_of, typing.get_args(ToRank))),
     COMMIT_BEFORE: CHANGES,
     COMMIT_AFTER: CHANGES,
     FILE_WRITE: frozenset({"upload", "output", "source", "text", "tokens"}),
@@ -98,7 +106,7 @@ KINDS: dict[str, frozenset[str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What a place is to do. ``seconds`` is of a delay."""
+    """What a place is to do. ``seconds`` is of what takes a time."""
 
     action: str
     seconds: float = 0.0
@@ -172,8 +180,10 @@ def _parse_fault(entry: str, place: str, text: str) -> Fault:
     if action not in ACTIONS[place]:
         choices = ", ".join(sorted(ACTIONS[place]))
         raise ConfigError(f"failpoints: {entry!r}: {place} cannot {action!r}, only {choices}")
-    if (action == DELAY) != bool(equals):
-        raise ConfigError(f"failpoints: {entry!r}: write delay=SECONDS, and no other with '='")
+    if (action in _TIMED) != bool(equals):
+        raise ConfigError(
+            f"failpoints: {entry!r}: write delay=SECONDS or hold=SECONDS, and no other with '='"
+        )
     if not equals:
         return Fault(action)
     seconds = _number(entry, amount, "seconds")

@@ -55,6 +55,7 @@ class ClusterState(msgspec.Struct, frozen=True):
 
     ready: bool
     model: str = ""
+    unready_reason: str | None = None
     missing: str | None = None
     coordinator_epoch: int = 0
     max_model_len: int = 0

@@ -106,7 +106,7 @@ def test_what_is_wrong_is_named(text: str, part: str) -> None:
 def test_every_action_of_every_place_is_understood() -> None:
     for place, actions in ACTIONS.items():
         for action in actions:
-            text = f"{place}:{action}=1" if action == "delay" else f"{place}:{action}"
+            text = f"{place}:{action}=1" if action in ("delay", "hold") else f"{place}:{action}"
             fault = Failpoints(text).reach(place)
             assert fault is not None
             assert fault.action == action
