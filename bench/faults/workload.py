@@ -61,11 +61,14 @@ class Workload:
         self._mix = mix
         self._watches: set[asyncio.Task[None]] = set()
 
-    async def run(self, goes_on: Callable[[], bool]) -> None:
-        """Until ``goes_on`` says no; returns when every stream and every watch has ended."""
+    async def run(self, goes_on: Callable[[], bool], pause_s: float = 0.0) -> None:
+        """Until ``goes_on`` says no; returns when every stream and every watch has ended.
+
+        Each client waits ``pause_s`` before its next request.
+        """
         async with asyncio.TaskGroup() as workers:
             for _ in range(self._mix.concurrency):
-                workers.create_task(self._work(goes_on))
+                workers.create_task(self._work(goes_on, pause_s))
         await self.settled()
 
     async def settled(self) -> None:
@@ -73,9 +76,10 @@ class Workload:
         if self._watches:
             await asyncio.wait(self._watches)
 
-    async def _work(self, goes_on: Callable[[], bool]) -> None:
+    async def _work(self, goes_on: Callable[[], bool], pause_s: float) -> None:
         while goes_on():
             await self.one()
+            await asyncio.sleep(pause_s)
 
     async def one(self, leave: Leave | None = None) -> Stream:
         """One request to its end, compared and counted."""
