@@ -39,6 +39,7 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     body_timeout_s: float = 60.0
     max_json_depth: int = 32
     max_json_objects: int = 20_000
+    max_json_values: int = 2_000_000  # of every kind; a prompt's token ids are some
     max_messages: int = 2048
     max_content_parts: int = 64
     max_prompts: int = 128  # prompts of one completion request

@@ -3,17 +3,23 @@
 Refused: what is not UTF-8, a byte order mark, NaN and infinities (also as 1e400), duplicate keys,
 half surrogate pairs, and structures deeper or larger than any real request. Python's own parser
 takes most of these, and an engine behind it may not survive them.
+
+Every step costs time in proportion to the body's bytes, whatever they are; values are counted
+before any is made, since each takes many times the memory of its text.
 """
 
 import json
 import math
 import re
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from coordinator.config import Limits
 from protocol.errors import RequestError
 
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
+_NO_MARKS = bytes(set(range(256)) - set(b'",[{'))
+_TEXT = re.compile(rb'"[^"]*"')
 
 
 def parse_json(body: bytes, limits: Limits) -> dict[str, Any]:
@@ -30,6 +36,7 @@ def parse_json(body: bytes, limits: Limits) -> dict[str, Any]:
         raise RequestError(
             f"the body is not UTF-8 at byte {error.start}", code="invalid_encoding"
         ) from error
+    _check_size(body, limits)
     parser = _Parser(limits)
     try:
         value = json.loads(
@@ -52,6 +59,23 @@ def parse_json(body: bytes, limits: Limits) -> dict[str, Any]:
     return value
 
 
+def _check_size(body: bytes, limits: Limits) -> None:
+    """Refuse more values than are served before any is made. Each stands behind a mark or first."""
+    most = limits.max_json_values
+    if sum(body.count(mark) for mark in (b",", b"[", b"{")) < most:
+        return
+    # Marks within strings are text. All that is neither mark nor quote is dropped, then strings
+    # without marks: the end of one and the start of the next, in a row, are as good as none.
+    marks = body.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, _NO_MARKS)
+    marks = marks.replace(b'""', b"")
+    num_quotes = marks.count(b'"')
+    num_values = len(marks) - num_quotes + 1
+    if num_quotes // 2 <= 2 * most:  # so many strings are too many values, whatever is in them
+        num_values -= sum(len(text[0]) - 2 for text in _TEXT.finditer(marks))
+    if num_values > most:
+        raise RequestError(f"the body has more than {most} values", code="too_large")
+
+
 class _Parser:
     """Sees each object as it is completed."""
 
@@ -67,12 +91,20 @@ class _Parser:
             )
         value = dict(pairs)
         if len(value) < len(pairs):
-            keys = [key for key, _ in pairs]
-            double = next(key for key in keys if keys.count(key) > 1)
-            raise RequestError(
-                f"the key {double[:64]!r} is given twice", code="duplicate_key", param=double[:64]
-            )
+            raise _duplicate_key(key for key, _ in pairs)
         return value
+
+
+def _duplicate_key(keys: Iterable[str]) -> RequestError:
+    seen: set[str] = set()
+    double = ""
+    for double in keys:
+        if double in seen:
+            break
+        seen.add(double)
+    return RequestError(
+        f"the key {double[:64]!r} is given twice", code="duplicate_key", param=double[:64]
+    )
 
 
 def _refuse_constant(name: str) -> NoReturn:
