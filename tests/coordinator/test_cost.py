@@ -4,6 +4,7 @@ Time is the thread's own, the least of several runs, so that a busy machine does
 ratio: twice the input takes twice the time, and four times where every part looks at every other.
 """
 
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from protocol.errors import RequestError
 MAX_RATIO = 3.0
 NUM_RUNS = 3
 NUM_ROUNDS = 4  # of measuring both: only a ratio that never holds is a growth
-LIMITS = Limits()
+LIMITS = Limits(max_json_values=300_000)  # so that less is enough to be counted exactly
 
 
 def cost_s(work: Callable[[], object]) -> float:
@@ -27,10 +28,8 @@ def cost_s(work: Callable[[], object]) -> float:
     times = []
     for _ in range(NUM_RUNS):
         began = time.thread_time()
-        try:
+        with contextlib.suppress(RequestError):
             work()
-        except RequestError:
-            pass
         times.append(time.thread_time() - began)
     return min(times)
 
@@ -47,32 +46,30 @@ def assert_linear(work: Callable[[int], Callable[[], object]], size: int) -> Non
 
 
 BODIES: dict[str, tuple[Callable[[int], str], int]] = {
-    "keys": (lambda n: json.dumps({f"k{i}": 1 for i in range(n)}), 50_000),
+    "keys": (lambda n: json.dumps({f"k{i}": 1 for i in range(n)}), 30_000),
     "a duplicate of the last of many keys": (
         lambda n: "{" + "".join(f'"k{i}":1,' for i in range(n)) + f'"k{n - 1}":1}}',
-        50_000,
+        30_000,
     ),
     "objects": (lambda n: '{"a":[' + "{}," * n + "{}]}", 9_000),
     "nested objects": (lambda n: '{"a":[' + ('{"a":' * 15 + "1" + "}" * 15 + ",") * n + "1]}", 600),
     "empty arrays": (lambda n: '{"a":[' + "[]," * n + "[]]}", 50_000),
-    "many empty arrays": (lambda n: '{"a":[' + "[]," * n + "[]]}", 2_000_000),
+    "too many empty arrays": (lambda n: '{"a":[' + "[]," * n + "[]]}", 500_000),
     "nested arrays": (lambda n: '{"a":[' + ("[" * 28 + "]" * 28 + ",") * n + "1]}", 2_500),
-    "floats": (lambda n: '{"a":[' + "1.5," * n + "1.5]}", 100_000),
-    "many floats": (lambda n: '{"a":[' + "1.5," * n + "1.5]}", 3_000_000),
-    "a long float": (lambda n: '{"a":1.' + "1" * n + "}", 3_000_000),
-    "a long integer": (lambda n: '{"a":' + "1" * n + "}", 3_000_000),
-    "token ids": (lambda n: '{"prompt":[' + "123456," * n + "1]}", 300_000),
-    "strings": (lambda n: '{"a":[' + '"ab",' * n + "1]}", 300_000),
-    "strings of marks": (lambda n: '{"a":[' + '",[{",' * n + "1]}", 250_000),
-    "one string": (lambda n: '{"prompt":"' + "text, " * n + '"}', 2_000_000),
-    "escapes": (lambda n: '{"prompt":"' + "\\u00e9\\n" * n + '"}', 500_000),
-    "surrogate pairs": (lambda n: '{"prompt":"' + "\\ud83d\\ude00" * n + '"}', 300_000),
-    "backslashes": (
-        lambda n: '{"prompt":"' + "\\\\" * n + '","b":[' + "1," * 2_100_000 + "1]}",
-        10**6,
-    ),
+    "floats": (lambda n: '{"a":[' + "1.5," * n + "1.5]}", 50_000),
+    "too many floats": (lambda n: '{"a":[' + "1.5," * n + "1.5]}", 1_000_000),
+    "a long float": (lambda n: '{"a":1.' + "1" * n + "}", 2_000_000),
+    "a long integer": (lambda n: '{"a":' + "1" * n + "}", 2_000_000),
+    "token ids": (lambda n: '{"prompt":[' + "123456," * n + "1]}", 100_000),
+    "strings": (lambda n: '{"a":[' + '"ab",' * n + "1]}", 100_000),
+    "strings of marks": (lambda n: '{"a":[' + '",[{",' * n + "1]}", 100_000),
+    "too many strings of marks": (lambda n: '{"a":[' + '",[{",' * n + "1]}", 400_000),
+    "one string": (lambda n: '{"prompt":"' + "text, " * n + '"}', 600_000),
+    "escapes": (lambda n: '{"prompt":"' + "\\u00e9\\n" * n + '"}', 200_000),
+    "surrogate pairs": (lambda n: '{"prompt":"' + "\\ud83d\\ude00" * n + '"}', 100_000),
+    "backslashes": (lambda n: '{"prompt":"' + ",\\\\" * n + '"}', 500_000),
     "spaces": (lambda n: '{"prompt":1' + " " * n + "}", 8_000_000),
-    "lines before an error": (lambda n: '{"prompt":1' + "\n" * n + "x", 3_000_000),
+    "lines before an error": (lambda n: '{"prompt":1' + "\n" * n + "x", 4_000_000),
 }
 
 
