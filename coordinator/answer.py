@@ -135,6 +135,7 @@ class Answer(Response):
                 continue  # arrived after its stop string
             piece = state.text.push(tokens)
             state.num_tokens += len(piece.tokens)
+            self._frontend.service.metrics.num_output_tokens += len(piece.tokens)
             state.unsent.extend(piece.tokens)
             if piece.finish_reason is not None:
                 state.stop_reason = piece.stop_reason

@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from coordinator.auth import SCOPE_TENANT, AuthMiddleware, Tenants
@@ -23,7 +23,7 @@ from coordinator.files_api import add_files
 from coordinator.frontend import Asker, Frontend
 from coordinator.json_body import parse_json
 from coordinator.limits import LimitsMiddleware
-from coordinator.metrics import CONTENT_TYPE, render_lag
+from coordinator.metrics import lag_families, pool_families, render, request_families
 from coordinator.parameters import check_token_ids
 from coordinator.schemas import DetokenizeBody, TokenizeBody, validate
 from protocol.errors import RequestError
@@ -160,12 +160,18 @@ def _add_state(app: FastAPI, frontend: Frontend) -> None:
         return describe_cluster(frontend, time.monotonic())
 
     @app.get("/metrics")
-    async def metrics() -> PlainTextResponse:
+    async def metrics(request: Request) -> Response:
         service, now = frontend.service, time.monotonic()
-        text = service.metrics.render(
-            frontend.registry.pools.values(), service.num_active, service.num_leaked(now)
+        body, content_type = render(
+            (
+                *service.metrics.families(),
+                *request_families(service.num_active, service.num_leaked(now)),
+                *lag_families(frontend.lag, now),
+                *pool_families(frontend.registry.pools.values()),
+            ),
+            request.headers.get("accept", ""),
         )
-        return PlainTextResponse(text + render_lag(frontend.lag, now), media_type=CONTENT_TYPE)
+        return Response(body, headers={"content-type": content_type})
 
 
 async def _on_request_error(_request: Request, error: Exception) -> Response:

@@ -1,7 +1,18 @@
-"""Counters in Prometheus's text format, made from the ends and time lines of requests."""
+"""The figures of ``/metrics``, made from the ends and time lines of requests.
+
+The exposition formats are prometheus_client's; what it renders are *families* (one name, one type,
+one help text, all samples together), built anew for each scrape. Its own Counter and Histogram
+objects are not used: they lock, and add ``_created`` series that nobody asked for.
+"""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from prometheus_client import CollectorRegistry, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
 
 from coordinator.lag import LoopLag
 from coordinator.records import Record
@@ -9,13 +20,34 @@ from coordinator.registry import Pool
 from protocol.request import FinishReason
 from protocol.timeline import Event
 
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 BLOCK_STATES = ("total", "free", "owned", "in_flight", "quarantined", "cached")
 
 
+class _RankFigure(NamedTuple):
+    """A counter of a leader's heartbeat that is exported."""
+
+    name: str  # of the family, without its suffix
+    is_counter: bool
+    help: str
+
+
+RANK_FIGURES = {
+    "store_disk_bytes": _RankFigure("store_disk_bytes", False, "Bytes of packs on disk"),
+    "store_disk_quota_bytes": _RankFigure(
+        "store_disk_quota_bytes", False, "Bytes that packs may take on disk"
+    ),
+    "store_packs": _RankFigure("store_packs", False, "Packs on disk"),
+    "store_packs_evicted": _RankFigure("store_packs_evicted", True, "Packs given up for room"),
+    "store_packs_damaged": _RankFigure("store_packs_damaged", True, "Packs found damaged"),
+    "store_written_bytes": _RankFigure("store_written_bytes", True, "Bytes written to packs"),
+    "store_loaded_blocks": _RankFigure("store_loaded_blocks", True, "Blocks read from packs"),
+    "store_lent_blocks": _RankFigure("store_lent_blocks", True, "Blocks handed to other pools"),
+}
+
+
 class Histogram:
-    """Cumulative buckets, a sum and a count."""
+    """Counts by bucket, and a sum."""
 
     def __init__(self, bounds: tuple[float, ...] = BUCKETS_S) -> None:
         self._bounds = bounds
@@ -27,22 +59,23 @@ class Histogram:
         slot = next((i for i, b in enumerate(self._bounds) if value <= b), len(self._bounds))
         self._counts[slot] += 1
 
-    def lines(self, name: str) -> list[str]:
-        lines, total = [f"# TYPE {name} histogram"], 0
+    def family(self, name: str, help_text: str) -> Metric:
+        """As Prometheus has it: cumulative."""
+        buckets, total = [], 0
         for bound, count in zip((*self._bounds, "+Inf"), self._counts, strict=True):
             total += count
-            lines.append(f'{name}_bucket{{le="{bound}"}} {total}')
-        return [*lines, f"{name}_sum {self._sum:.6f}", f"{name}_count {total}"]
+            buckets.append((str(bound), total))
+        return HistogramMetricFamily(name, help_text, buckets=buckets, sum_value=self._sum)
 
 
 class Metrics:
     """What has happened since the start."""
 
     def __init__(self) -> None:
-        self.num_output_tokens = 0
+        self.num_output_tokens = 0  # delivered to callers
         self.num_quarantined = 0
         self._lost_attempts: Counter[str] = Counter()
-        self._num_prompt_tokens: Counter[str] = Counter()
+        self._num_prompt_tokens: Counter[str] = Counter(cached=0, computed=0)
         self._outcomes: Counter[str] = Counter()
         self._first_token = Histogram()
         self._exposed_transfer = Histogram()
@@ -67,61 +100,97 @@ class Metrics:
         if record.stats is not None:
             self._exposed_transfer.observe(record.stats.exposed_s)
 
-    def render(self, pools: Iterable[Pool], num_active: int, num_leaked: int) -> str:
-        """Everything, as text."""
-        lines = ["# TYPE baton_requests_total counter"]
-        lines += [
-            f'baton_requests_total{{outcome="{outcome}"}} {count}'
-            for outcome, count in sorted(self._outcomes.items())
-        ]
-        lines.append("# TYPE baton_attempts_lost_total counter")
-        lines += [
-            f'baton_attempts_lost_total{{reason="{reason}"}} {count}'
-            for reason, count in sorted(self._lost_attempts.items())
-        ]
-        lines.append("# TYPE baton_requests_quarantined_total counter")
-        lines.append(f"baton_requests_quarantined_total {self.num_quarantined}")
-        lines.append("# TYPE baton_prompt_tokens_total counter")
-        lines += [
-            f'baton_prompt_tokens_total{{kind="{kind}"}} {count}'
-            for kind, count in sorted(self._num_prompt_tokens.items())
-        ]
-        lines.append("# TYPE baton_output_tokens_total counter")
-        lines.append(f"baton_output_tokens_total {self.num_output_tokens}")
-        lines += ["# TYPE baton_requests_active gauge", f"baton_requests_active {num_active}"]
-        lines += ["# TYPE baton_requests_leaked gauge", f"baton_requests_leaked {num_leaked}"]
-        lines += self._first_token.lines("baton_time_to_first_token_seconds")
-        lines += self._total.lines("baton_request_seconds")
-        lines += self._exposed_transfer.lines("baton_exposed_transfer_seconds")
-        lines += ["# TYPE baton_pool_serving gauge", "# TYPE baton_blocks gauge"]
-        for pool in pools:
-            lines += _pool_lines(pool)
-        return "\n".join(lines) + "\n"
+    def families(self) -> Iterator[Metric]:
+        """Everything that was counted."""
+        yield _counters("requests", "Requests that have ended", "outcome", self._outcomes)
+        yield _counters(
+            "attempts_lost", "Attempts of requests that were lost", "reason", self._lost_attempts
+        )
+        yield _counter(
+            "requests_quarantined",
+            "Requests refused since pools died of them",
+            self.num_quarantined,
+        )
+        yield _counters("prompt_tokens", "Prompt tokens", "kind", self._num_prompt_tokens)
+        yield _counter("output_tokens", "Tokens delivered to callers", self.num_output_tokens)
+        yield self._first_token.family(
+            "baton_time_to_first_token_seconds", "From a request's arrival to its first token"
+        )
+        yield self._total.family("baton_request_seconds", "From a request's arrival to its end")
+        yield self._exposed_transfer.family(
+            "baton_exposed_transfer_seconds", "Moving of KV that no computation hid"
+        )
 
 
-def render_lag(lag: LoopLag, now: float) -> str:
-    """How late the event loop runs, as text."""
-    name, count = "baton_coordinator_loop_lag_seconds", "baton_coordinator_loop_stalls_total"
-    return (
-        f"# TYPE {name} gauge\n{name} {lag.largest(now):.6f}\n"
-        f"# TYPE {count} counter\n{count} {lag.num_stalls}\n"
+def request_families(num_active: int, num_leaked: int) -> Iterator[Metric]:
+    """How many requests there are."""
+    yield _gauge("requests_active", "Requests that have not ended", num_active)
+    yield _gauge("requests_leaked", "Ended requests that a pool still holds blocks of", num_leaked)
+
+
+def lag_families(lag: LoopLag, now: float) -> Iterator[Metric]:
+    """How late the event loop runs."""
+    yield _gauge(
+        "coordinator_loop_lag_seconds", "Largest lag of the event loop of late", lag.largest(now)
     )
+    yield _counter("coordinator_loop_stalls", "Times that the event loop was late", lag.num_stalls)
 
 
-def _pool_lines(pool: Pool) -> list[str]:
-    lines = [f'baton_pool_serving{{pool="{pool.pool_id}"}} {int(pool.is_serving)}']
-    heartbeat = pool.ranks[0].heartbeat if 0 in pool.ranks else None
-    if heartbeat is None:
-        return lines
-    lines += [
-        f'baton_{name}{{pool="{pool.pool_id}"}} {value:g}'
-        for name, value in sorted(heartbeat.counters.items())
-        if name.startswith("store_")
-    ]
-    for space, counts in enumerate(heartbeat.blocks):
-        lines += [
-            f'baton_blocks{{pool="{pool.pool_id}",space="{space}",state="{state}"}} '
-            f"{getattr(counts, state)}"
-            for state in BLOCK_STATES
-        ]
-    return lines
+def pool_families(pools: Iterable[Pool]) -> Iterator[Metric]:
+    """How the pools are, and what their leaders count."""
+    pools = list(pools)
+    serving = GaugeMetricFamily("baton_pool_serving", "Whether a pool serves", labels=["pool"])
+    blocks = GaugeMetricFamily(
+        "baton_blocks", "KV blocks of a pool by their state", labels=["pool", "space", "state"]
+    )
+    figures = {name: _labelled(figure) for name, figure in RANK_FIGURES.items()}
+    for pool in pools:
+        serving.add_metric([pool.pool_id], int(pool.is_serving))
+        heartbeat = pool.ranks[0].heartbeat if 0 in pool.ranks else None
+        if heartbeat is None:
+            continue
+        for space, counts in enumerate(heartbeat.blocks):
+            for state in BLOCK_STATES:
+                blocks.add_metric([pool.pool_id, str(space), state], getattr(counts, state))
+        for name, family in figures.items():
+            if name in heartbeat.counters:
+                family.add_metric([pool.pool_id], heartbeat.counters[name])
+    yield serving
+    yield blocks
+    yield from (family for family in figures.values() if family.samples)
+
+
+def render(families: Iterable[Metric], accept: str = "") -> tuple[bytes, str]:
+    """(body, content type) in the format that a scraper asks for by its Accept header."""
+    encode, content_type = choose_encoder(accept)
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Collected(list(families)))
+    return encode(registry), content_type
+
+
+class _Collected(Collector):
+    def __init__(self, families: list[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families
+
+
+def _gauge(name: str, help_text: str, value: float) -> Metric:
+    return GaugeMetricFamily(f"baton_{name}", help_text, value=value)
+
+
+def _counter(name: str, help_text: str, value: float) -> Metric:
+    return CounterMetricFamily(f"baton_{name}", help_text, value=value)
+
+
+def _counters(name: str, help_text: str, label: str, counts: Counter[str]) -> Metric:
+    family = CounterMetricFamily(f"baton_{name}", help_text, labels=[label])
+    for value, count in sorted(counts.items()):
+        family.add_metric([value], count)
+    return family
+
+
+def _labelled(figure: _RankFigure) -> Any:  # noqa: ANN401 - both kinds have the same add_metric
+    kind = CounterMetricFamily if figure.is_counter else GaugeMetricFamily
+    return kind(f"baton_{figure.name}", figure.help, labels=["pool"])

@@ -346,7 +346,6 @@ class Service:
             return
         record.stalled_since = None
         record.timeline.mark(Event.FIRST_TOKEN, self._clock())
-        self.metrics.num_output_tokens += len(ready)
         delivery, choice = self._deliveries[record.request_id]
         delivery.put(choice, ready)
         self._failover.on_tokens(record)
