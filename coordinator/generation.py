@@ -1,5 +1,6 @@
 """One sequence to generate, as the HTTP side asks the service for it. Pure."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from coordinator.router import SessionKey
@@ -11,7 +12,7 @@ class Generation:
     """One sequence to generate. ``request_id`` is the server's own, unique in the cluster."""
 
     request_id: str
-    prompt_token_ids: tuple[int, ...]
+    prompt_token_ids: Sequence[int]  # packed, if it may be long
     block_hashes: tuple[bytes, ...]
     sampling: SamplingParams
     tenant: str

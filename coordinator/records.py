@@ -21,6 +21,7 @@ from protocol.errors import IllegalTransition, RequestError
 from protocol.messages import FirstToken, NewToken, Prefill, Reserve
 from protocol.request import FinishReason, PrefillPath, SamplingParams, TransferStats
 from protocol.timeline import TimeLine
+from protocol.token_ids import TokenIds
 
 
 class State(enum.Enum):
@@ -69,6 +70,7 @@ TABLE: dict[tuple[State, Step], State] = {
 
 
 FIRST_ATTEMPT = 1
+NOTHING = TokenIds.of(())
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,7 @@ class Record:
 
     request_id: str
     attempt: int
-    prompt_token_ids: tuple[int, ...]
+    prompt_token_ids: TokenIds
     sampling: SamplingParams
     tenant: str
     cache_salt: str = ""
@@ -154,7 +156,7 @@ class Record:
         return Record(
             request_id=generation.request_id,
             attempt=FIRST_ATTEMPT,
-            prompt_token_ids=generation.prompt_token_ids,
+            prompt_token_ids=TokenIds.of(generation.prompt_token_ids),
             sampling=generation.sampling,
             tenant=generation.tenant,
             cache_salt=generation.cache_salt,
@@ -169,7 +171,7 @@ class Record:
 
     def forget_prompt(self) -> None:
         """What is kept of an ended request must be small."""
-        self.prompt_token_ids, self.block_hashes = (), ()
+        self.prompt_token_ids, self.block_hashes = NOTHING, ()
         self._early.clear()
 
     def step(self, step: Step) -> None:
@@ -205,18 +207,18 @@ class Record:
         self._early.clear()
 
     @property
-    def attempt_token_ids(self) -> tuple[int, ...]:
+    def attempt_token_ids(self) -> TokenIds:
         """The prompt of this attempt."""
         if self.num_replayed_tokens == 0:
             return self.prompt_token_ids
-        return (*self.prompt_token_ids, *self.output_token_ids[: self.num_replayed_tokens])
+        return self.prompt_token_ids.followed_by(self.output_token_ids[: self.num_replayed_tokens])
 
     def reserve(self, store: tuple[str, int, int] | None = None) -> Reserve:
         """What its decode pool is asked for; ``store`` has more of the prompt than it."""
         return Reserve(
             self.request_id,
             self.attempt,
-            self.attempt_token_ids,
+            self.attempt_token_ids.as_field(),
             self.sampling,
             self.cache_salt,
             self.num_replayed_tokens,
@@ -228,7 +230,7 @@ class Record:
         return Prefill(
             self.request_id,
             self.attempt,
-            self.attempt_token_ids,
+            self.attempt_token_ids.as_field(),
             self.sampling,
             self.decode_pool,
             target_epoch,

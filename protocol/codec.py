@@ -6,8 +6,16 @@ import msgspec
 
 from protocol.errors import VersionError
 from protocol.messages import PROTOCOL_VERSION
+from protocol.token_ids import TokenIds
 
-_ENCODER = msgspec.msgpack.Encoder()
+
+def _as_encoded(value: Any) -> msgspec.Raw:  # noqa: ANN401 - what a message may hold
+    if isinstance(value, TokenIds):
+        return msgspec.Raw(value.packed)
+    raise TypeError(f"a message cannot hold a {type(value).__name__}")
+
+
+_ENCODER = msgspec.msgpack.Encoder(enc_hook=_as_encoded)
 _VERSION_BYTE = bytes([PROTOCOL_VERSION])
 
 

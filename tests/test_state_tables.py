@@ -21,6 +21,7 @@ from kvtransfer.states import (
 )
 from protocol.errors import IllegalTransition
 from protocol.request import SamplingParams
+from protocol.token_ids import TokenIds
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs/protocol.md"
 
@@ -34,7 +35,9 @@ def test_the_document_shows_the_tables_as_they_are() -> None:
 
 @pytest.mark.parametrize(("state", "step"), list(itertools.product(State, Step)))
 def test_a_record_takes_only_the_steps_of_its_table(state: State, step: Step) -> None:
-    record = Record("r", 1, (1, 2), SamplingParams(max_tokens=1), "tenant", state=state)
+    record = Record(
+        "r", 1, TokenIds.of((1, 2)), SamplingParams(max_tokens=1), "tenant", state=state
+    )
     if (state, step) in TABLE:
         record.step(step)
         assert record.state is TABLE[state, step]

@@ -62,6 +62,7 @@ from protocol.messages import (
     Tokens,
 )
 from protocol.request import SamplingParams, TransferStats
+from protocol.token_ids import TokenIds
 
 TOKEN = "virtual"
 
@@ -269,8 +270,13 @@ class Cluster:
         )
         hashes = tuple(hash_blocks(prompt, BLOCK_SIZE, block_salt(FINGERPRINT, "")))
         return Record(
-            arrival.request_id, 1, prompt, sampling, "tenant", block_hashes=hashes
-        )  # fmt: skip
+            arrival.request_id,
+            1,
+            TokenIds.of(prompt),
+            sampling,
+            "tenant",
+            block_hashes=hashes,
+        )
 
     # -- what the pools say ------------------------------------------------------------------------
 

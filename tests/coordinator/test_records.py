@@ -12,10 +12,11 @@ from coordinator.records import TABLE, Record, State, Step, as_new_token
 from protocol.errors import IllegalTransition
 from protocol.messages import FirstToken, NewToken
 from protocol.request import FinishReason, PrefillPath, SamplingParams
+from protocol.token_ids import TokenIds
 
 
 def record(max_tokens: int = 8) -> Record:
-    return Record("r", 1, (1, 2, 3), SamplingParams(max_tokens=max_tokens), "tenant")
+    return Record("r", 1, TokenIds.of((1, 2, 3)), SamplingParams(max_tokens=max_tokens), "tenant")
 
 
 @given(st.permutations(range(8)), st.lists(st.integers(0, 7)))
@@ -81,7 +82,7 @@ def test_paths_and_pending_work() -> None:
     assert mine.accept(first) == [first]
     mine.step(Step.END)
     mine.forget_prompt()
-    assert (mine.num_prompt_tokens, mine.prompt_token_ids) == (3, ())
+    assert (mine.num_prompt_tokens, len(mine.prompt_token_ids)) == (3, 0)
     assert (mine.pending_prefill_tokens, mine.pending_decode_tokens) == (0, 0)
 
 
