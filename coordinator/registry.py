@@ -271,7 +271,7 @@ class Registry:
         self._seen(peer, now)
 
     def beat(self) -> list[Outgoing]:
-        """Our own sign of life, to every rank that has said HELLO."""
+        """A word to every rank that has said HELLO: it cannot be sent to one that is gone."""
         alive = Alive(self.coordinator_epoch)
         return [(peer, alive) for peer in self._peers]
 
@@ -364,7 +364,7 @@ class Registry:
         pool.state = PoolState.WELCOMED
         gang = pool.ranks[0].hello.gang
         assert gang is not None
-        welcome = Welcome(self.coordinator_epoch, pool.epoch, gang, CHECK_INTERVAL_S)
+        welcome = Welcome(self.coordinator_epoch, pool.epoch, gang)
         return [(rank.peer, welcome) for rank in pool.ranks.values()]
 
     def _is_held(self) -> bool:

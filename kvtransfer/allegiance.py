@@ -6,12 +6,12 @@ The life of an allegiance
 2. ``Welcome`` of an epoch that is not lower than any seen before begins it. A gang that has formed
    under an earlier coordinator is ready at once; its leader says anew what its cache holds.
 3. What the coordinator asks for is remembered until it has been told ``Released``.
-4. ``Alive`` keeps it. When none has come for ``timeout_s``, or the coordinator does not know this
-   rank, it ends: everything that was asked for is aborted in the coordinator's place, and the rank
-   introduces itself on a new line. It does not matter who listens there: the same coordinator after
-   a pause, or the next one, at a higher epoch.
-
-A coordinator is not expected to say ``Alive`` before it has, or has promised it in ``Welcome``.
+4. The connection keeps it: libzmq's threads, at both ends, hold it up as long as the processes
+   live, whatever these are busy with. A coordinator that says nothing for a minute is obeyed when
+   it goes on. When the connection is down and does not come back at once, or the coordinator does
+   not know this rank, the allegiance ends: everything that was asked for is aborted in the
+   coordinator's place, and the rank introduces itself on a new line. It does not matter who listens
+   there: the same coordinator after a pause, or the next one, at a higher epoch.
 """
 
 from collections import Counter, defaultdict
@@ -35,6 +35,7 @@ from protocol.messages import (
     Welcome,
 )
 
+RETURN_S = 0.3  # for a connection that has broken to come back
 PAUSE_S = 0.5  # the transfer thread looks many times a second: a longer gap is a pause of its own
 MAX_HASHES = 100_000  # of one CacheUpdate
 
@@ -45,7 +46,7 @@ class Allegiance:
     """A rank's relation to its coordinator, and to the next one.
 
     Args:
-        timeout_s: how long a coordinator may be silent.
+        timeout_s: how long a line may take to be connected; then another is tried.
         counters: counts what is not obeyed.
     """
 
@@ -55,8 +56,9 @@ class Allegiance:
         self.is_welcome = False  # on the present line
         self._timeout_s = timeout_s
         self._counters = counters
-        self._heard: float | None = None  # the last sign of life; None: there need not be any yet
-        self._looked: float | None = None
+        self._was_up = False  # the present line
+        self._up_at: float | None = None  # when it was last, or was begun; None: nobody has looked
+        self._looked = 0.0
         self._ready: GangReady | None = None
         self._asked: dict[tuple[str, int], None] = {}  # requests, in order of arrival
         # What the own pool has said that it holds, by tier.
@@ -64,27 +66,23 @@ class Allegiance:
 
     # -- what arrives ------------------------------------------------------------------------------
 
-    def obeys(self, message: ToRank, now: float) -> bool:
-        """Whether to act on a message; ``Alive`` asks for nothing but to be heard."""
+    def obeys(self, message: ToRank) -> bool:
+        """Whether to act on a message; ``Alive`` asks for nothing."""
         match message:
             case Alive() | Introduce() | Welcome() if message.coordinator_epoch < self.epoch:
                 self._counters["dropped_stale_coordinator"] += 1
                 return False
             case Alive():
-                self.epoch, self._heard = message.coordinator_epoch, now
+                self.epoch = message.coordinator_epoch
                 return False
             case Welcome():
                 self.epoch, self.is_welcome = message.coordinator_epoch, True
-                if message.alive_interval_s > 0:
-                    self._heard = now
-                self._hear(now)
                 return True
             case Introduce() | Refused() | Shutdown():
                 return True
         if not self.is_welcome:
             self._counters["dropped_unwelcome"] += 1
             return False
-        self._hear(now)
         if isinstance(message, _OPENS):
             self._asked[message.request_id, message.attempt] = None
         return True
@@ -118,21 +116,27 @@ class Allegiance:
 
     # -- its end -----------------------------------------------------------------------------------
 
-    def is_over(self, now: float) -> bool:
-        """Whether the coordinator has been silent for too long. Ask many times a second: time in
-        which nobody asked does not count, for then it was this process that paused."""
-        paused_s = 0.0 if self._looked is None else now - self._looked
-        self._looked = now
-        if self._heard is None:
+    def is_over(self, now: float, *, is_up: bool) -> bool:
+        """Whether the present line is to be given up; ``is_up``: it is connected.
+
+        Ask many times a second: time in which nobody asked does not count, for then it was this
+        process that paused.
+        """
+        paused_s, self._looked = now - self._looked, now
+        if is_up or self._up_at is None:
+            self._was_up, self._up_at = is_up, now
             return False
         if paused_s > PAUSE_S:
-            self._heard += paused_s
-        return now - self._heard > self._timeout_s
+            self._up_at += paused_s
+        if not self._was_up:
+            return now - self._up_at > self._timeout_s
+        # What was said on it may be lost, and HELLO is said once.
+        return not self.is_welcome or now - self._up_at > RETURN_S
 
     def end(self, now: float) -> list[Abort]:
         """Begin anew with whoever listens; what to abort of what the last one asked for."""
         self.is_welcome = False
-        self._hear(now)
+        self._was_up, self._up_at = False, now
         aborts = [Abort(request_id, attempt) for request_id, attempt in self._asked]
         self._asked.clear()
         return aborts
@@ -141,7 +145,3 @@ class Allegiance:
         """Note a WELCOME that was obeyed; whether it was the first."""
         is_first, self.was_welcome = not self.was_welcome, True
         return is_first
-
-    def _hear(self, now: float) -> None:
-        if self._heard is not None:
-            self._heard = now

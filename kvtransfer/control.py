@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from kvtransfer.allegiance import Allegiance
+from kvtransfer.allegiance import RETURN_S, Allegiance
 from kvtransfer.events import ReportStatus
 from kvtransfer.identity import RankIdentity, TransferConfig
 from kvtransfer.peers import is_milestone
@@ -30,10 +30,11 @@ from protocol.messages import (
     ToCoordinator,
     ToRank,
 )
-from protocol.sockets import Dealer, Poller
+from protocol.sockets import Dealer, Poller, Pulse
 
 _OUT: Codec[ToCoordinator] = Codec(ToCoordinator)
 _IN: Codec[ToRank] = Codec(ToRank)
+PULSE_INTERVAL_S = 0.3
 _PAGE_BYTES = 4096
 _log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class ControlLine:
     Args:
         context: the thread's ZMQ context.
         identity: who this rank is.
-        config: the coordinator's address, and how long it may be silent.
+        config: the coordinator's address, and after how long without a sign of life it is gone.
         counters: counts what is dropped.
         poller: waits for the line.
     """
@@ -64,6 +65,10 @@ class ControlLine:
         self._counters = counters
         self._poller = poller
         self._num_lines = 0
+        # A stopped coordinator is given up after the whole of the time-out: it answered up to one
+        # interval ago, does not answer, and does not come back.
+        unanswered_s = config.coordinator_timeout_s - PULSE_INTERVAL_S - RETURN_S
+        self._pulse = Pulse(PULSE_INTERVAL_S, max(PULSE_INTERVAL_S, unanswered_s))
         self._dealer = self._open_line()
         self._hello: Hello | None = None
         self._status = ReportStatus(num_steps=0, step_started=None)
@@ -74,7 +79,7 @@ class ControlLine:
         if self._num_lines:
             name += f"+{self._num_lines}"
         self._num_lines += 1
-        dealer = Dealer(self._context, self._config.control_address, name)
+        dealer = Dealer(self._context, self._config.control_address, name, self._pulse)
         self._poller.add(dealer)
         return dealer
 
@@ -129,8 +134,12 @@ class ControlLine:
                 if is_milestone(self._counters["dropped_undecodable"]):
                     _log.warning("from the coordinator: %s", error)
                 continue
-            if self.allegiance.obeys(message, time.monotonic()):
+            if self.allegiance.obeys(message):
                 yield message
+
+    def is_over(self, now: float) -> bool:
+        """Whether the coordinator is gone. Ask many times a second."""
+        return self.allegiance.is_over(now, is_up=self._dealer.is_up)
 
     def report(self, status: ReportStatus) -> None:
         """What the next heartbeats say."""

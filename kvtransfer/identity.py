@@ -63,7 +63,7 @@ class TransferConfig:
     transport_object: KVTransport | None = None  # a ready one instead, for ranks in one process
     hello_timeout_s: float = 600.0  # until the whole gang is there
     gang_start: int = 0  # how many times the launcher has started this gang
-    coordinator_timeout_s: float = 2.5  # a coordinator that is silent for longer is given up
+    coordinator_timeout_s: float = 2.5  # a coordinator without a sign of life is given up
     heartbeat_interval_s: float = 1.0
     busy_poll_s: float = 0.001  # while anything is being handed over
     idle_poll_s: float = 0.02

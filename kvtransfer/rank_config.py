@@ -32,7 +32,7 @@ class RankConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     parent_pid: int = 0  # the process to die with; 0 is nobody
     gang_start: int = 0  # which start of the gang this is, counted by the launcher
     log_level: str = "INFO"
-    coordinator_timeout_s: float = 2.5  # a coordinator that is silent for longer is given up
+    coordinator_timeout_s: float = 2.5  # a coordinator without a sign of life is given up
     start_timeout_s: float = 600.0  # until the whole gang is there
     step_timeout_s: float = 600.0  # a rank that is silent for longer has broken the gang
     lease_s: float = 30.0  # a closing hand-off waits so long for a silent reader

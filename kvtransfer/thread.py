@@ -6,7 +6,7 @@ transport and its reads, the heartbeat and the state of the hand-offs.
 3. Each ``Topology`` is connected to, and answered by ``Connected`` once all of it can be reached.
 4. From then on: commands of the main thread, messages of other ranks and ends of reads go into the
    hand-offs' logic (handoffs.py, pure), and what comes out is done here, in order.
-5. Requests of the coordinator are passed up. When it is silent for too long, all of them are
+5. Requests of the coordinator are passed up. When the connection to it is lost, all of them are
    aborted in its place, and the rank says ``Hello`` to the next one (allegiance.py, pure).
 6. What other ranks have not acknowledged is sent to them again (peers.py).
 7. Shutdown, a refusal or an error end the thread, and with it the process: its last event is
@@ -228,8 +228,8 @@ class _Loop:
             self._do(self._handoffs.message(sender, message, time.monotonic()))
         self._poll_reads()
         now = time.monotonic()
-        if self._control.allegiance.is_over(now):
-            self._change_coordinator("it is silent")
+        if self._control.is_over(now):
+            self._change_coordinator("its connection is lost")
         if self._reconnect_at is not None and now > self._reconnect_at:
             self._connect()
         self._do(self._handoffs.tick(now))

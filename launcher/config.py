@@ -55,7 +55,8 @@ class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     restart_budget: int = 5  # restarts of one gang, and of the coordinator, within the window
     restart_window_s: float = 600.0
     restart_backoff_s: float = 0.25  # before the first restart; doubled each time
-    coordinator_silence_s: float = 5.0  # a coordinator that is silent for longer is replaced
+    coordinator_silence_s: float = 5.0  # one that says and does nothing for longer is replaced
+    coordinator_stall_s: float = 60.0  # one that says nothing for longer, however busy
     ray_prefill_strategy: str = "PACK"
     ray_address: str | None = None
     coordinator: dict[str, Any] = {}
@@ -80,6 +81,11 @@ class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ConfigError(f"--max-model-len {self.max_model_len}: must be at least 2 tokens")
         if self.threads_per_rank is not None and self.threads_per_rank < 1:
             raise ConfigError(f"--threads-per-rank {self.threads_per_rank}: must be at least 1")
+        if not 0 < self.coordinator_silence_s <= self.coordinator_stall_s:
+            raise ConfigError(
+                f"coordinator_silence_s {self.coordinator_silence_s}: must be above 0, and at most "
+                f"coordinator_stall_s {self.coordinator_stall_s}"
+            )
         parse_size("--kv-memory", self.kv_memory)
         parse_size("--store-memory", self.store_memory)
         parse_size("--disk-quota", self.disk_quota)

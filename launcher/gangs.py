@@ -10,8 +10,9 @@ The life of a gang
 5. GIVEN_UP when its restarts are used up. The cluster goes on as long as it can answer: with one
    decode pool, and a coordinator.
 
-The coordinator is a gang of one, whose start number is its epoch. It is killed without grace: one
-that was only slow would tell every rank to end.
+The coordinator is a gang of one, whose start number is its epoch. When it says nothing it is looked
+at (silence.py): a busy one has time. It is killed without grace: one that was only slow would tell
+every rank to end.
 """
 
 import enum
@@ -19,6 +20,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from launcher.restarts import RestartBudget, RestartPolicy
+from launcher.silence import Silence, Vitals
 
 COORDINATOR = "coordinator"
 GRACE_S = 0.5
@@ -56,6 +58,14 @@ class Start:
 
 
 @dataclass(frozen=True, slots=True)
+class Look:
+    """Look at what the gang's process is doing, and tell ``on_vitals``."""
+
+    name: str
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
 class Say:
     """One line for the operator."""
 
@@ -69,7 +79,7 @@ class Fail:
     reason: str
 
 
-Action = End | Kill | Start | Say | Fail
+Action = End | Kill | Start | Look | Say | Fail
 
 
 @dataclass(slots=True)
@@ -94,7 +104,8 @@ class Waits:
 
     start_s: float  # a gang, until it serves
     coordinator_start_s: float  # until it listens
-    coordinator_silent_s: float
+    coordinator_silent_s: float  # and does nothing
+    coordinator_stall_s: float  # and is busy
 
 
 class Gangs:
@@ -122,7 +133,8 @@ class Gangs:
         self._policy = policy
         self._waits = waits
         self._ticked = now
-        self._gangs[COORDINATOR].deadline = now + waits.coordinator_silent_s
+        self._silence = Silence(waits.coordinator_silent_s, waits.coordinator_stall_s, now)
+        self._gangs[COORDINATOR].deadline = self._silence.look_at
 
     def phase(self, name: str) -> Phase:
         return self._gangs[name].phase
@@ -171,7 +183,17 @@ class Gangs:
         """A sign of life of the coordinator."""
         gang = self._gangs[COORDINATOR]
         if epoch == gang.start and gang.phase is Phase.SERVING:
-            gang.deadline = now + self._waits.coordinator_silent_s
+            self._silence.heard(now)
+            gang.deadline = self._silence.look_at
+
+    def on_vitals(self, epoch: int, vitals: Vitals | None, now: float) -> list[Action]:
+        """What a look at the coordinator showed; None is nothing."""
+        gang = self._gangs[COORDINATOR]
+        if epoch != gang.start or gang.phase is not Phase.SERVING:
+            return []
+        reason = self._silence.look(vitals, now)
+        gang.deadline = self._silence.look_at
+        return [] if reason is None else self._lose(gang, reason, now)
 
     def on_start_failed(self, name: str, start: int, reason: str, now: float) -> list[Action]:
         """Not every process of the gang could be started; none of them is left."""
@@ -194,6 +216,8 @@ class Gangs:
             is_for_others = gang.phase in (Phase.SERVING, Phase.STARTING)
             if pause_s > PAUSE_S and is_for_others:  # nobody listened: that is no silence
                 gang.deadline += pause_s
+                if gang.name == COORDINATOR:
+                    self._silence.excuse(pause_s)
             if now >= gang.deadline:
                 actions += self._overdue(gang, now)
         return actions
@@ -210,8 +234,7 @@ class Gangs:
             case Phase.STARTING:
                 return self._lose(gang, "it did not come up in time", now)
             case Phase.SERVING:
-                silent_s = self._waits.coordinator_silent_s
-                return self._lose(gang, f"it was silent for {silent_s:.0f} s", now)
+                return [Look(gang.name, gang.start)]
             case Phase.GIVEN_UP:
                 return []
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.config import child_environment
-from launcher.gangs import COORDINATOR, Action, End, Fail, Gangs, Kill, Say, Start, Waits
+from launcher.gangs import COORDINATOR, Action, End, Fail, Gangs, Kill, Look, Say, Start, Waits
 from launcher.processes import (
     Exited,
     OutputLine,
@@ -31,6 +31,7 @@ from launcher.processes import (
 from launcher.ranks import LocalRanks, RankStarter, coordinator_config
 from launcher.resolved import Cluster
 from launcher.restarts import RestartPolicy
+from launcher.vitals import read_vitals
 from protocol.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -98,7 +99,12 @@ class Supervisor:
         for pool in self.cluster.pools:
             self._ranks.start(pool, 1, self._control_address)
         self._wait_for("ready", time.monotonic() + serve.ready_timeout_s)
-        waits = Waits(serve.ready_timeout_s, COORDINATOR_START_S, serve.coordinator_silence_s)
+        waits = Waits(
+            serve.ready_timeout_s,
+            COORDINATOR_START_S,
+            serve.coordinator_silence_s,
+            serve.coordinator_stall_s,
+        )
         pools = [(pool.pool_id, pool.role, pool.num_ranks) for pool in self.cluster.pools]
         self._gangs = Gangs(pools, self._policy, waits, time.monotonic())
 
@@ -207,12 +213,20 @@ class Supervisor:
                     raise ClusterFailed(action.reason, is_config=False)
                 case Start():
                     self._start_again(action)
+                case Look():
+                    self._look(action)
                 case End() | Kill() if action.name == COORDINATOR:
                     self._group.kill(COORDINATOR)
                 case End():
                     self._starter.terminate(self._pools[action.name])
                 case Kill():
                     self._starter.kill(self._pools[action.name])
+
+    def _look(self, action: Look) -> None:
+        assert self._gangs is not None, "the cluster has come up"
+        pid = self._group.pids().get(action.name)
+        vitals = None if pid is None else read_vitals(pid)
+        self._do(self._gangs.on_vitals(action.start, vitals, time.monotonic()))
 
     @property
     def _starter(self) -> RankStarter:

@@ -6,9 +6,9 @@ The life of a pool
 2. a rank whose gang has formed says ``GangReady``;
 3. ``Topology`` names every pool that is ready; a rank answers ``Connected`` once it reaches them;
 4. ``Heartbeat`` each second from the transfer thread, so a long step does not look like a death;
-   ``Alive`` from the coordinator, so that its death does not go unnoticed. A rank that hears none
-   ends all its requests and says ``Hello`` again, to whoever listens at the control address then;
-   ``Introduce`` asks it to.
+   ``Alive`` from the coordinator, which finds by it who is gone. That the coordinator lives shows
+   in the connection itself, however busy it is. A rank that has lost it ends all its requests and
+   says ``Hello`` again, to whoever listens at the control address then; ``Introduce`` asks it to.
 
 The life of a request, all with ``(request_id, attempt)``
 1. coordinator -> decode ``Reserve``; decode -> coordinator ``Ticket``: blocks are granted;
@@ -81,7 +81,6 @@ class Welcome(_Message, frozen=True):
     coordinator_epoch: int
     pool_epoch: int
     gang: GangAddress
-    alive_interval_s: float = 0.0  # how often Alive comes from now on; 0 is never
 
 
 class Refused(_Message, frozen=True):
@@ -110,7 +109,8 @@ class Connected(_Message, frozen=True):
 
 
 class Alive(_Message, frozen=True):
-    """coordinator -> rank, a few times a second, from its HELLO on."""
+    """coordinator -> rank, a few times a second, from its HELLO on: it cannot be sent to a rank
+    that is gone. Nobody waits for it."""
 
     coordinator_epoch: int
 

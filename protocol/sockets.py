@@ -2,7 +2,9 @@
 
 - Mandatory routing: a ROUTER raises for an unknown peer where the default drops in silence.
 - High-water marks and a maximal message size: nobody can fill our memory.
-- ZMTP heartbeats notice a dead connection; they do not notice a hung process, the application's do.
+- ZMTP heartbeats notice a dead connection, and a process that is stopped: libzmq's own threads ask
+  and answer them, whatever the process's other threads do or hold, the GIL included. They do not
+  notice a process that hangs; the application's own heartbeats do.
 - Linger zero: a process that ends does not wait for a peer that will never read.
 
 A ROUTER here is bound, a DEALER connects; a DEALER's routing id names its process and incarnation.
@@ -11,15 +13,21 @@ A ROUTER here is bound, a DEALER connects; a DEALER's routing id names its proce
 import contextlib
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import zmq
 import zmq.asyncio
+from zmq.utils.monitor import recv_monitor_message
 
 from protocol.errors import ConfigError, PeerError
 
 MAX_MESSAGE_BYTES = 64 << 20
 HIGH_WATER_MARK = 10_000
+# Of one rank, unread by the coordinator. libzmq stops reading a connection whose queue is full, its
+# heartbeats too, so that a coordinator which is busy for a minute would look dead to a pool that
+# makes some hundred steps per second.
+CONTROL_HIGH_WATER_MARK = 200_000
 HEARTBEAT_INTERVAL_MS = 1_000
 HEARTBEAT_TIMEOUT_MS = 5_000
 
@@ -103,17 +111,55 @@ class Router:
         self.socket.close()
 
 
+@dataclass(frozen=True, slots=True)
+class Pulse:
+    """How a connection is watched: asked every ``interval_s``, and down when no byte has come for
+    ``timeout_s`` after that."""
+
+    interval_s: float
+    timeout_s: float
+
+
 class Dealer:
-    """A DEALER connected to one ROUTER. For one thread."""
+    """A DEALER connected to one ROUTER. For one thread.
+
+    Args:
+        context: the process's ZMQ context.
+        address: the ROUTER's.
+        routing_id: under which it knows us.
+        pulse: watch the connection, for :attr:`is_up`.
+    """
 
     def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], address: str, routing_id: str
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        address: str,
+        routing_id: str,
+        pulse: Pulse | None = None,
     ) -> None:
         self.socket = context.socket(zmq.DEALER)
         _configure(self.socket)
         self.socket.setsockopt_string(zmq.IDENTITY, routing_id)
+        self._monitor: zmq.Socket[bytes] | None = None
+        self._is_up = False
+        if pulse is not None:
+            self.socket.setsockopt(zmq.HEARTBEAT_IVL, math.ceil(pulse.interval_s * 1000))
+            self.socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, math.ceil(pulse.timeout_s * 1000))
+            events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+            self._monitor = self.socket.get_monitor_socket(events)
         self.socket.connect(address)
         self.address = address
+
+    @property
+    def is_up(self) -> bool:
+        """Whether the connection stands, of a dealer that has a pulse: its other end lives, though
+        it need not be doing anything."""
+        assert self._monitor is not None, "only with a pulse"
+        with contextlib.suppress(zmq.Again):
+            while True:
+                event = recv_monitor_message(self._monitor, zmq.NOBLOCK)["event"]
+                self._is_up = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+        return self._is_up
 
     def receive(self) -> bytes | None:
         """The next frame, or None when there is none now."""
@@ -134,6 +180,9 @@ class Dealer:
             raise PeerError(f"cannot send to {self.address}: {error.strerror}") from error
 
     def close(self) -> None:
+        if self._monitor is not None:
+            self.socket.disable_monitor()
+            self._monitor.close()
         self.socket.close()
 
 
@@ -144,7 +193,10 @@ class AsyncRouter:
         self._socket = context.socket(zmq.ROUTER)
         # The asyncio socket shares the options; only its send and receive are coroutines.
         _configure(self._socket)
+        self._socket.setsockopt(zmq.RCVHWM, CONTROL_HIGH_WATER_MARK)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        # A rank that has seen the end of its connection before we have comes back under its name.
+        self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self.address = _bind(self._socket, address)
         self._file = _file_number(self.address)
 

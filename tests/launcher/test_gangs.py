@@ -1,5 +1,7 @@
 """What becomes of gangs: every way down, and the way back up."""
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,17 +14,22 @@ from launcher.gangs import (
     Fail,
     Gangs,
     Kill,
+    Look,
     Phase,
     Say,
     Start,
     Waits,
 )
 from launcher.restarts import RestartBudget, RestartPolicy
+from launcher.silence import LOOK_AFTER_S, LOOK_INTERVAL_S, WORK_SHARE, Silence, Vitals
 from protocol.errors import ConfigError
 
 POOLS = (("prefill0", "prefill", 2), ("decode0", "decode", 2), ("decode1", "decode", 1))
 POLICY = RestartPolicy(max_restarts=2, window_s=100.0, backoff_s=1.0)
-WAITS = Waits(start_s=60.0, coordinator_start_s=30.0, coordinator_silent_s=5.0)
+WAITS = Waits(
+    start_s=60.0, coordinator_start_s=30.0, coordinator_silent_s=5.0, coordinator_stall_s=60.0
+)
+IDLE = Vitals(cpu_s=1.0, is_running=False)
 
 
 def gangs(policy: RestartPolicy = POLICY) -> Gangs:
@@ -133,12 +140,17 @@ def test_a_coordinator_that_dies_or_is_silent() -> None:
     for second in range(1, 9):
         mine.on_alive(1, float(second))
         assert mine.tick(float(second)) == []
-    for second in range(9, 13):
-        assert mine.tick(float(second)) == []
-    assert mine.tick(13.0) == [
+    assert mine.tick(9.0) == []
+    for second in range(10, 13):
+        assert mine.tick(float(second)) == [Look(COORDINATOR, 1)]
+        assert mine.on_vitals(1, IDLE, float(second)) == []
+    assert mine.on_vitals(2, IDLE, 13.0) == [], "not this one"
+    assert mine.tick(13.0) == [Look(COORDINATOR, 1)]
+    assert mine.on_vitals(1, IDLE, 13.0) == [
         Say("coordinator is lost: it was silent for 5 s"),
         Kill(COORDINATOR),
     ], "without grace: if it woke up it would end the ranks"
+    assert mine.on_vitals(1, IDLE, 13.0) == []
     mine.on_alive(1, 13.1)
     assert told(mine.on_exit(COORDINATOR, 0, 1, "code -9", 13.2)) == []
     assert told(mine.tick(14.2)) == [Start(COORDINATOR, 2)]
@@ -162,8 +174,69 @@ def test_our_own_pause_is_no_silence() -> None:
     mine = Gangs(POOLS, POLICY, WAITS, 0.0)
     assert mine.tick(1.0) == []
     assert mine.tick(60.0) == []
-    mine.on_alive(1, 60.1)
-    assert mine.tick(61.0) == []
+    assert mine.tick(60.6) == [Look(COORDINATOR, 1)]
+    assert mine.on_vitals(1, IDLE, 60.6) == []
+    mine.on_alive(1, 60.7)
+    assert mine.tick(61.7) == []
+
+
+def watch(silence: Silence, works: Callable[[float], Vitals], end: float) -> float | None:
+    """Look when it asks to, a little late; when it was given up, or None until ``end``."""
+    now = silence.look_at
+    while now < end:
+        if silence.look(works(now), now) is not None:
+            return now
+        now = silence.look_at
+    return None
+
+
+@given(
+    share=st.floats(WORK_SHARE * 1.5, 8.0),
+    silent_s=st.floats(2.0, 20.0),
+    stall_s=st.floats(20.0, 100.0),
+    started=st.floats(0.0, 1.0),
+)
+def test_a_busy_process_has_all_its_patience(
+    share: float, silent_s: float, stall_s: float, started: float
+) -> None:
+    """Work shows as the use of a processor, whenever it is looked at; and it has an end."""
+    silence = Silence(silent_s, stall_s, 0.0)
+    given_up = watch(silence, lambda now: Vitals(share * max(0.0, now - started), False), 200.0)
+    assert given_up == pytest.approx(stall_s)
+
+
+@given(silent_s=st.floats(2.0, 20.0), stall_s=st.floats(20.0, 100.0))
+def test_a_process_that_is_given_no_processor_works(silent_s: float, stall_s: float) -> None:
+    silence = Silence(silent_s, stall_s, 0.0)
+    assert watch(silence, lambda _: Vitals(1.0, True), 200.0) == pytest.approx(stall_s)
+
+
+@given(
+    silent_s=st.floats(2.0, 20.0),
+    worked_s=st.floats(0.0, 40.0),
+    share=st.floats(0.0, WORK_SHARE / 2),
+)
+def test_a_hung_process_is_given_up_when_its_work_is_over(
+    silent_s: float, worked_s: float, share: float
+) -> None:
+    """One that has not worked since its last line, as soon as if nobody had looked."""
+    silence = Silence(silent_s, 60.0, 0.0)
+
+    def works(now: float) -> Vitals:
+        return Vitals(min(now, worked_s) + share * now, is_running=now < worked_s)
+
+    given_up = watch(silence, works, 200.0)
+    assert given_up is not None
+    if worked_s < min(silent_s, LOOK_AFTER_S):
+        assert given_up == pytest.approx(silent_s)
+    assert given_up <= worked_s + LOOK_INTERVAL_S + silent_s + 1e-6
+
+
+def test_a_process_that_cannot_be_looked_at_is_only_silent() -> None:
+    silence = Silence(5.0, 60.0, 0.0)
+    for now in (1.5, 2.5, 3.5, 4.5):
+        assert silence.look(None, now) is None
+    assert silence.look(None, 5.0) == "it was silent for 5 s"
 
 
 def test_the_budget_is_of_a_window() -> None:
