@@ -25,7 +25,7 @@ from coordinator.config import CoordinatorConfig, read_config
 from coordinator.control import News, Owner
 from coordinator.server import Coordinator, StartFailed
 from protocol.errors import ConfigError
-from protocol.logs import configure_logging
+from protocol.logs import configure_logging, finish_output
 
 EXIT_CLEAN, EXIT_FAILED, EXIT_CONFIG, EXIT_STALE = 0, 1, 2, 3
 _PR_SET_PDEATHSIG = 1
@@ -67,12 +67,13 @@ async def _serve(config: CoordinatorConfig) -> None:
 
 
 def _say(line: News) -> None:
-    print(json.dumps(line), flush=True)
+    print(json.dumps(line))  # waits for nobody, see protocol/logs.py
 
 
 def _end_stale(reason: str) -> NoReturn:
     """Put nothing away: the control socket's file, among other things, is our successor's now."""
-    print(f"error: replaced by another coordinator: {reason}", file=sys.stderr, flush=True)
+    print(f"error: replaced by another coordinator: {reason}", file=sys.stderr)
+    finish_output()
     os._exit(EXIT_STALE)
 
 

@@ -43,7 +43,7 @@ from modeling.parallel import make_tensor_parallel, open_gang_store
 from protocol.errors import BatonError, ConfigError, PeerError
 from protocol.gang import LeaderChannel
 from protocol.kv import DTYPE_BYTES, KVLayout
-from protocol.logs import configure_logging
+from protocol.logs import configure_logging, finish_output
 from protocol.messages import GangAddress
 from protocol.plans import Stop
 from protocol.sockets import open_context
@@ -65,8 +65,7 @@ def main(role: str, config_type: type[C], serve: Callable[[C], None]) -> NoRetur
     parser = argparse.ArgumentParser(prog=role, description=f"One rank of a {role} pool.")
     parser.add_argument("--config", required=True, help="JSON file of this rank's configuration")
     code = _run(lambda: serve(_prepare(parser.parse_args().config, config_type)))
-    sys.stdout.flush()
-    sys.stderr.flush()
+    finish_output()
     # Threads of gloo, UCX or a hung collective must not keep a finished process alive.
     os._exit(code)
 

@@ -51,6 +51,8 @@ class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     checksum: str = "sampled"
     log_level: str = "INFO"
     log_dir: str | None = None
+    log_max_bytes: str = "64MiB"  # of a file in log_dir, which is then renamed
+    log_files: int = 5  # of one process, the current one included; older ones are removed
     ready_timeout_s: float = 600.0
     restart_budget: int = 5  # restarts of one gang, and of the coordinator, within the window
     restart_window_s: float = 600.0
@@ -89,6 +91,9 @@ class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         parse_size("--kv-memory", self.kv_memory)
         parse_size("--store-memory", self.store_memory)
         parse_size("--disk-quota", self.disk_quota)
+        parse_size("log_max_bytes", self.log_max_bytes)
+        if self.log_files < 1:
+            raise ConfigError(f"log_files {self.log_files}: must be at least 1")
 
 
 def _choice(flag: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -13,6 +13,7 @@ import httpx
 from rich.console import Console
 
 from launcher.config import ServeConfig
+from launcher.processes import LogFiles
 from launcher.resolved import resolve_cluster
 from launcher.serve import run_directory, signals_to
 from launcher.story import tell
@@ -48,7 +49,7 @@ def _run(console: Console, run_dir: Path, *, keep: bool, num_tokens: int, seed: 
     )
     cluster = resolve_cluster(config)
     with (
-        Supervisor(cluster, run_dir, run_dir / "logs") as supervisor,
+        Supervisor(cluster, run_dir, LogFiles(run_dir / "logs")) as supervisor,
         signals_to(supervisor.reports),
     ):
         started = time.monotonic()

@@ -2,28 +2,35 @@
 
 1. ``start`` runs ``python -P -m MODULE --config FILE`` with an environment that is complete before
    the interpreter starts. ``-P`` keeps the current folder from shadowing our packages.
-2. One thread per child reads its output until the end, then reports its exit. Every report goes to
-   one queue, so the supervisor waits in one place.
+2. Threads read a child's output until the end, whether or not anybody takes what they pass on, then
+   report its exit. Every report goes to one queue, so the supervisor waits in one place.
 3. ``stop`` asks with SIGTERM, waits out a budget, then kills. Children also ask the kernel to kill
    them when their parent dies, so a killed launcher leaves nothing either.
 """
 
+import json
 import queue
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from protocol.line_rules import LineSplitter
+from protocol.outlets import Outlet, RotatingFile
+
 STOP_BUDGET_S = 8.0
+OUTPUT_BUDGET_S = 1.0  # for what the last children have said to be written
+READ_BYTES = 64 << 10
+_ERROR = "error: "
 
 
 @dataclass(frozen=True, slots=True)
 class OutputLine:
-    """A child wrote a line on its standard output."""
+    """A child wrote a JSON object on a line of its standard output; the rest of that is log."""
 
     name: str
     line: str
@@ -62,6 +69,24 @@ class StopAsked:
 Report = OutputLine | Exited | StartFailed | StopAsked
 
 
+@dataclass(frozen=True, slots=True)
+class LogFiles:
+    """Where the standard error of each process goes, if not to ours."""
+
+    folder: Path
+    max_bytes: int = 64 << 20  # of one file
+    num_files: int = 5  # of one process, the current one included
+
+    def open(self, name: str) -> Outlet:
+        """The file of the process ``name``; it is made with the first line."""
+        path = self.folder / f"{name.replace('/', '.')}.log"
+        return Outlet(RotatingFile(path, self.max_bytes, self.num_files), _dropped)
+
+
+def _dropped(num_lines: int) -> bytes:
+    return b"%d lines were dropped here: the disk was full, or failed" % num_lines
+
+
 class Child:
     """One process and the threads that read it.
 
@@ -69,7 +94,7 @@ class Child:
         name: how it is called in messages, ``prefill0/1``.
         argv: the command.
         environment: the whole of its environment.
-        log: where its standard error goes: a file to append to, or None for ours.
+        log: takes the lines of its standard error; None writes them to ours.
         reports: where its lines and its exit are told.
         start: which start of its gang this is.
     """
@@ -79,7 +104,7 @@ class Child:
         name: str,
         argv: list[str],
         environment: Mapping[str, str],
-        log: Path | None,
+        log: Outlet | None,
         reports: "queue.SimpleQueue[Report]",
         start: int,
     ) -> None:
@@ -94,8 +119,7 @@ class Child:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
+            bufsize=0,
         )
         assert self.process.stdout is not None
         assert self.process.stderr is not None
@@ -108,24 +132,30 @@ class Child:
         self._waiter = threading.Thread(target=self._wait, daemon=True)
         self._waiter.start()
 
-    def _read_output(self, stream: IO[str]) -> None:
-        for line in stream:
-            self._reports.put(OutputLine(self.name, line.rstrip("\n")))
+    def _read_output(self, stream: IO[bytes]) -> None:
+        for line in _lines(stream):
+            if _is_object(line):
+                self._reports.put(OutputLine(self.name, line))
+            else:  # of a library
+                self._write(line)
 
-    def _read_errors(self, stream: IO[str]) -> None:
+    def _read_errors(self, stream: IO[bytes]) -> None:
+        for line in _lines(stream):
+            if line.startswith(_ERROR):
+                self._error = line.removeprefix(_ERROR)
+                if self._log is None:
+                    continue  # who started us tells it
+            self._write(line)
+
+    def _write(self, line: str) -> None:
         if self._log is None:
-            for line in stream:
-                if line.startswith("error: "):
-                    self._error = line.removeprefix("error: ").rstrip("\n")
-                else:
-                    sys.stderr.write(line)
-            return
-        with self._log.open("a", encoding="utf-8") as log:
-            for line in stream:
-                if line.startswith("error: "):
-                    self._error = line.removeprefix("error: ").rstrip("\n")
-                log.write(line)
-                log.flush()
+            sys.stderr.write(f"{line}\n")
+        else:
+            self._log.put(line.encode("utf-8", "replace"))
+
+    def wait_read(self, timeout_s: float) -> None:
+        """Wait until everything that it has written was read."""
+        self._waiter.join(max(0.0, timeout_s))
 
     def _wait(self) -> None:
         for thread in self._threads:
@@ -133,15 +163,35 @@ class Child:
         self._reports.put(Exited(self.name, self.process.wait(), self._error, self._start))
 
 
-class ProcessGroup:
-    """The children of one launcher."""
+def _lines(stream: IO[bytes]) -> Iterator[str]:
+    """Every line until the end; of one that is too long for memory the beginning."""
+    splitter = LineSplitter()
+    while piece := stream.read(READ_BYTES):
+        for line in splitter.feed(piece):
+            yield line.decode("utf-8", "replace")
+    for line in splitter.end():
+        yield line.decode("utf-8", "replace")
 
-    def __init__(self, log_dir: Path | None = None) -> None:
+
+def _is_object(line: str) -> bool:
+    try:
+        return line.startswith("{") and isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+class ProcessGroup:
+    """The children of one launcher.
+
+    Args:
+        log_files: for their standard errors; None writes them to ours.
+    """
+
+    def __init__(self, log_files: LogFiles | None = None) -> None:
         self.reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
-        self._log_dir = log_dir
+        self._log_files = log_files
+        self._logs: dict[str, Outlet] = {}  # by name: of all starts of a process
         self._children: dict[str, Child] = {}
-        if log_dir is not None:
-            log_dir.mkdir(parents=True, exist_ok=True)
 
     def start(
         self,
@@ -151,10 +201,18 @@ class ProcessGroup:
         environment: Mapping[str, str],
         start: int = 1,
     ) -> None:
-        """Start ``python -P -m module --config config_file``; again, if it has ended before."""
+        """Start ``python -P -m module --config config_file``; again, if it has ended before.
+
+        A process that the system does not let us start is reported as one that has ended.
+        """
         argv = [sys.executable, "-P", "-m", module, "--config", str(config_file)]
-        log = self._log_dir / f"{name.replace('/', '.')}.log" if self._log_dir else None
-        self._children[name] = Child(name, argv, environment, log, self.reports, start)
+        if self._log_files is not None and name not in self._logs:
+            self._logs[name] = self._log_files.open(name)
+        log = self._logs.get(name)
+        try:
+            self._children[name] = Child(name, argv, environment, log, self.reports, start)
+        except OSError as error:  # no memory, no descriptors: perhaps for now
+            self.reports.put(Exited(name, 1, f"{name} cannot be started: {error}", start))
 
     def pids(self) -> dict[str, int]:
         """Process ids by name, of those that still run."""
@@ -198,3 +256,8 @@ class ProcessGroup:
                 child.process.kill()
         for child in running:
             child.process.wait()
+        deadline = time.monotonic() + OUTPUT_BUDGET_S
+        for child in self._children.values():
+            child.wait_read(deadline - time.monotonic())
+        for log in self._logs.values():
+            log.close(max(0.0, deadline - time.monotonic()))

@@ -68,8 +68,7 @@ class LocalRanks(RankStarter):
         for rank, name in enumerate(_names(pool)):
             config = rank_config(self._cluster, pool, rank, where)
             file = self._run_dir / f"{pool.pool_id}.{rank}.json"
-            file.touch(mode=0o600)
-            file.write_bytes(config)
+            write_config(file, config)
             self._group.start(name, MODULES[pool.role], file, environment, start)
 
     def terminate(self, pool: PoolSpec) -> None:
@@ -86,6 +85,19 @@ class LocalRanks(RankStarter):
 
 def _names(pool: PoolSpec) -> list[str]:
     return [f"{pool.pool_id}/{rank}" for rank in range(pool.num_ranks)]
+
+
+def write_config(file: Path, content: bytes) -> None:
+    """Write a process's configuration, which has secrets in it, for nobody else to read.
+
+    Raises:
+        ConfigError: it cannot be written, as on a full disk.
+    """
+    try:
+        file.touch(mode=0o600)
+        file.write_bytes(content)
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}") from error
 
 
 def rank_config(cluster: Cluster, pool: PoolSpec, rank: int, where: dict[str, Any]) -> bytes:

@@ -8,6 +8,7 @@
 6. A signal, or the loss of all that can serve, ends everything: nothing of a cluster outlives it.
 """
 
+import errno
 import logging
 import queue
 import shutil
@@ -19,8 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from launcher.config import ServeConfig, runtime_root
-from launcher.processes import Report, StopAsked
+from launcher.config import ServeConfig, parse_size, runtime_root
+from launcher.processes import LogFiles, Report, StopAsked
 from launcher.resolved import resolve_cluster
 from launcher.supervisor import ClusterFailed, Supervisor
 from protocol.errors import ConfigError
@@ -56,16 +57,29 @@ def signals_to(reports: "queue.SimpleQueue[Report]") -> Iterator[None]:
             signal.signal(number, old)
 
 
+def _log_files(config: ServeConfig) -> LogFiles | None:
+    if config.log_dir is None:
+        return None
+    folder = Path(config.log_dir).expanduser()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # which costs lines, and may pass
+            raise ConfigError(f"--log-dir {config.log_dir}: {error.strerror}") from error
+    max_bytes = parse_size("log_max_bytes", config.log_max_bytes)
+    return LogFiles(folder, max_bytes, config.log_files)
+
+
 def serve(config: ServeConfig) -> int:
     """Run a cluster until a signal. Returns the exit code; messages go to standard error."""
     try:
         cluster = resolve_cluster(config)
+        log_files = _log_files(config)
     except ConfigError as error:
         return _fail(str(error), 2)
-    log_dir = Path(config.log_dir).expanduser() if config.log_dir else None
     with (
         run_directory() as run_dir,
-        Supervisor(cluster, run_dir, log_dir) as supervisor,
+        Supervisor(cluster, run_dir, log_files) as supervisor,
         signals_to(supervisor.reports),
     ):
         try:

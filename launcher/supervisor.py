@@ -22,13 +22,14 @@ from launcher.config import child_environment
 from launcher.gangs import COORDINATOR, Action, End, Fail, Gangs, Kill, Look, Say, Start, Waits
 from launcher.processes import (
     Exited,
+    LogFiles,
     OutputLine,
     ProcessGroup,
     Report,
     StartFailed,
     StopAsked,
 )
-from launcher.ranks import LocalRanks, RankStarter, coordinator_config
+from launcher.ranks import LocalRanks, RankStarter, coordinator_config, write_config
 from launcher.resolved import Cluster
 from launcher.restarts import RestartPolicy
 from launcher.vitals import read_vitals
@@ -55,15 +56,15 @@ class Supervisor:
     Args:
         cluster: what to run.
         run_dir: a private folder for sockets and configuration files.
-        log_dir: a folder for one log per process, or None for our standard error.
+        log_files: for one log per process, or None for our standard error.
     """
 
-    def __init__(self, cluster: Cluster, run_dir: Path, log_dir: Path | None = None) -> None:
+    def __init__(self, cluster: Cluster, run_dir: Path, log_files: LogFiles | None = None) -> None:
         self.cluster = cluster
         self.url = ""
         serve = cluster.serve
         self._run_dir = run_dir
-        self._group = ProcessGroup(log_dir)
+        self._group = ProcessGroup(log_files)
         self._ranks: RankStarter | None = None
         self._control_address = ""
         self._epoch = 1  # the coordinator's
@@ -111,8 +112,7 @@ class Supervisor:
     def _start_coordinator(self, where: dict[str, Any]) -> None:
         config = coordinator_config(self.cluster, where)
         file = self._run_dir / "coordinator.json"
-        file.touch(mode=0o600)
-        file.write_bytes(config)
+        write_config(file, config)
         environment = child_environment(1, is_local=self.cluster.serve.launcher == "local")
         self._group.start(COORDINATOR, "coordinator", file, environment, int(where["epoch"]))
 
@@ -238,15 +238,17 @@ class Supervisor:
         assert gangs is not None, "the cluster has come up"
         if action.name == COORDINATOR:
             self._epoch = action.start
-            self._start_coordinator(
-                {
-                    "control_listen": self._control_address,
-                    "port": int(self.url.rpartition(":")[2]),
-                    "epoch": action.start,
-                    "is_restart": True,
-                    "rejoining": gangs.serving_pools,
-                }
-            )
+            where = {
+                "control_listen": self._control_address,
+                "port": int(self.url.rpartition(":")[2]),
+                "epoch": action.start,
+                "is_restart": True,
+                "rejoining": gangs.serving_pools,
+            }
+            try:
+                self._start_coordinator(where)
+            except ConfigError as error:
+                self.reports.put(Exited(COORDINATOR, 1, str(error), action.start))
             return
         pool = self._pools[action.name]
         try:
