@@ -23,10 +23,17 @@ from coordinator.files_api import add_files
 from coordinator.frontend import Asker, Frontend
 from coordinator.json_body import parse_json
 from coordinator.limits import LimitsMiddleware
-from coordinator.metrics import lag_families, pool_families, render, request_families
+from coordinator.metrics import (
+    lag_families,
+    log_families,
+    pool_families,
+    render,
+    request_families,
+)
 from coordinator.parameters import check_token_ids
 from coordinator.schemas import DetokenizeBody, TokenizeBody, validate
 from protocol.errors import RequestError
+from protocol.logs import num_dropped_lines
 
 _log = logging.getLogger(__name__)
 
@@ -167,6 +174,7 @@ def _add_state(app: FastAPI, frontend: Frontend) -> None:
                 *service.metrics.families(),
                 *request_families(service.num_active, service.num_leaked(now)),
                 *lag_families(frontend.lag, now),
+                *log_families(num_dropped_lines(), frontend.registry.pools.values()),
                 *pool_families(frontend.registry.pools.values()),
             ),
             request.headers.get("accept", ""),

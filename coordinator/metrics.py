@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 from coordinator.lag import LoopLag
 from coordinator.records import Record
 from coordinator.registry import Pool
+from protocol.logs import LOG_LINES_DROPPED
 from protocol.request import FinishReason
 from protocol.timeline import Event
 
@@ -134,6 +135,20 @@ def lag_families(lag: LoopLag, now: float) -> Iterator[Metric]:
         "coordinator_loop_lag_seconds", "Largest lag of the event loop of late", lag.largest(now)
     )
     yield _counter("coordinator_loop_stalls", "Times that the event loop was late", lag.num_stalls)
+
+
+def log_families(num_dropped: int, pools: Iterable[Pool]) -> Iterator[Metric]:
+    """Lines that the coordinator and the ranks have said and nobody will see."""
+    family = CounterMetricFamily(
+        "baton_log_lines_dropped", "Log lines that were not written", labels=["process"]
+    )
+    family.add_metric(["coordinator"], num_dropped)
+    for pool in pools:
+        for number, rank in sorted(pool.ranks.items()):
+            if rank.heartbeat is not None:
+                count = rank.heartbeat.counters.get(LOG_LINES_DROPPED, 0)
+                family.add_metric([f"{pool.pool_id}/{number}"], count)
+    yield family
 
 
 def pool_families(pools: Iterable[Pool]) -> Iterator[Metric]:

@@ -20,6 +20,7 @@ from kvtransfer.peers import is_milestone
 from protocol.codec import Codec
 from protocol.errors import VersionError
 from protocol.kv import RankEndpoint
+from protocol.logs import LOG_LINES_DROPPED, num_dropped_lines
 from protocol.messages import (
     PROTOCOL_VERSION,
     Abort,
@@ -160,7 +161,11 @@ class ControlLine:
                 pending_tokens=status.pending_tokens,
                 blocks=tuple(BlockCounts(*counts) for counts in status.blocks),
                 rss_bytes=_resident_bytes(),
-                counters={**dict(status.counters), **self._counters},
+                counters={
+                    **dict(status.counters),
+                    **self._counters,
+                    LOG_LINES_DROPPED: num_dropped_lines(),
+                },
             )
         )
 

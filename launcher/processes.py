@@ -166,9 +166,10 @@ class Child:
 def _lines(stream: IO[bytes]) -> Iterator[str]:
     """Every line until the end; of one that is too long for memory the beginning."""
     splitter = LineSplitter()
-    while piece := stream.read(READ_BYTES):
-        for line in splitter.feed(piece):
-            yield line.decode("utf-8", "replace")
+    with stream:
+        while piece := stream.read(READ_BYTES):
+            for line in splitter.feed(piece):
+                yield line.decode("utf-8", "replace")
     for line in splitter.end():
         yield line.decode("utf-8", "replace")
 

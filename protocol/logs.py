@@ -19,6 +19,7 @@ from typing import TextIO, cast
 from protocol.line_rules import LineSplitter, RateLimit
 from protocol.outlets import CLOSE_BUDGET_S, Descriptor, Outlet
 
+LOG_LINES_DROPPED = "log_lines_dropped"  # in a heartbeat
 MAX_RECORD_CHARS = 64 << 10  # with its traceback
 
 

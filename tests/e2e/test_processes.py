@@ -1,12 +1,15 @@
 """What a cluster leaves behind: nothing, whatever ends it."""
 
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 MODEL = "arithmetic:layers=2,heads=2,kv_heads=2,vocab=512,max_len=1024"
@@ -58,3 +61,50 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
     process.stdout.close()
     assert all(_is_gone(pid) for pid in children)
     assert not list(tmp_path.iterdir()), "the folder of sockets and configurations"
+
+
+@pytest.mark.cluster
+def test_a_cluster_that_nobody_listens_to_serves(tmp_path: Path, until: Any) -> None:
+    """Its standard error is a full pipe, its log files are on a full disk, callers make noise."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    while True:
+        try:
+            os.write(write, b"x" * 4096)
+        except BlockingIOError:
+            break
+    os.set_blocking(write, True)
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    for name in ("coordinator", "prefill0.0", "decode0.0"):
+        (logs / f"{name}.log").symlink_to("/dev/full")
+    flags = ("--port", "0", "--log-dir", str(logs))
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "launcher", "serve", MODEL, *flags],
+        stdout=subprocess.PIPE,
+        stderr=write,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        url = process.stdout.readline().split()[1]
+        process.stdout.close()  # nobody reads that any more, either
+        with httpx.Client(base_url=url, timeout=60.0) as client:
+            host, _, port = url.removeprefix("http://").partition(":")
+            for _ in range(300):
+                with socket.create_connection((host, int(port))) as connection:
+                    connection.sendall(b"no HTTP\r\n\r\n")
+            answer = client.post("/v1/completions", json={"prompt": [1, 2], "max_tokens": 2})
+            assert answer.status_code == 200
+
+            def is_counted() -> bool:
+                pattern = r'baton_log_lines_dropped_total{process="coordinator"} (\S+)'
+                found = re.search(pattern, client.get("/metrics").text)
+                return found is not None and float(found[1]) > 200
+
+            until(is_counted, "the lines of the noise are dropped, and counted")
+    finally:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+        os.close(read)
+        os.close(write)
