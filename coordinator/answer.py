@@ -226,7 +226,7 @@ class Answer(Response):
     def _progress(self) -> tuple[int, int] | None:
         records = [state.record for state in self._states]
         done = sum(record.num_prefilled_tokens for record in records)
-        if done == 0 or any(record.output_token_ids for record in records):
+        if done == 0 or any(record.num_output_tokens for record in records):
             return None
         return done, sum(record.num_prompt_tokens for record in records)
 

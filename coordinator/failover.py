@@ -16,7 +16,7 @@ A waiting request is due at once, but for three reasons:
    ``SUSPECT_WAIT_S``.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from coordinator.config import CoordinatorConfig
 from coordinator.quarantine import Quarantine
@@ -56,6 +56,7 @@ class Failover:
         self._clock = clock
         self._waiting: dict[str, Record] = {}  # in order of their losses
         self._suspects: dict[str, Record] = {}
+        self._at_large: set[str] = set()  # suspects that are not WAITING
 
     def lose(
         self, record: Record, error: RequestError, *, home: str = "", pause: bool = False
@@ -82,24 +83,39 @@ class Failover:
             closing=closing,
         )
         self._waiting[record.request_id] = record
+        self._at_large.discard(record.request_id)
 
     def forget(self, record: Record) -> None:
         """It has ended, however."""
         self._waiting.pop(record.request_id, None)
         self._suspects.pop(record.request_id, None)
+        self._at_large.discard(record.request_id)
 
-    def go_on(self) -> None:
-        """Start what is due; end what has waited for too long."""
+    def go_on(self) -> Iterator[None]:
+        """Start what is due; end what has waited for too long. A step for each that waits."""
         for record in list(self._waiting.values()):
-            wait = record.wait
-            if wait is None or record.state is not State.WAITING:
-                continue  # started or ended by what was done for another one
-            now = self._clock()
-            if self._is_due(record, wait, now) and self._start(record):
-                record.wait = None
-                del self._waiting[record.request_id]
-            elif now >= wait.until:
-                self._fail(record, wait.error)
+            self.go_on_with(record)
+            yield
+
+    def go_on_with(self, record: Record) -> None:
+        """The same for one of them, if it still waits."""
+        wait = record.wait
+        if wait is None or record.state is not State.WAITING:
+            return
+        now = self._clock()
+        if self._is_due(record, wait, now) and self._start(record):
+            record.wait = None
+            del self._waiting[record.request_id]
+            if record.request_id in self._suspects:
+                self._at_large.add(record.request_id)
+        elif now >= wait.until:
+            self._fail(record, wait.error)
+
+    def go_on_with_suspects(self) -> Iterator[None]:
+        """The same for those that may have waited for another suspect."""
+        for record in list(self._suspects.values()):
+            self.go_on_with(record)
+            yield
 
     def _is_due(self, record: Record, wait: Wait, now: float) -> bool:
         if now < wait.not_before:
@@ -107,9 +123,7 @@ class Failover:
         if wait.closing in record.holders and now - wait.since < self._config.resume_wait_s:
             return False
         return not (
-            record.runs_alone
-            and now - wait.since < SUSPECT_WAIT_S
-            and any(other.state is not State.WAITING for other in self._suspects.values())
+            record.runs_alone and now - wait.since < SUSPECT_WAIT_S and bool(self._at_large)
         )
 
     # -- who was it? -------------------------------------------------------------------------------
@@ -124,18 +138,21 @@ class Failover:
             is_unknown = record.num_output_tokens == record.num_replayed_tokens
             record.runs_alone = is_unknown or self.quarantine.is_doubtful(record.fingerprint, now)
             self._suspects[record.request_id] = record
+            self._at_large.add(record.request_id)
         return guilty
 
-    def on_tokens(self, record: Record) -> None:
-        """It has got further: past the point of a death it is cleared."""
+    def on_tokens(self, record: Record) -> bool:
+        """It has got further: past the point of a death it is cleared; whether it was now."""
         if record.suspected_at is None:
-            return
-        if record.num_output_tokens >= record.suspected_at + NUM_TOKENS_TO_CLEAR:
-            self.clear(record)
-            self.go_on()
+            return False
+        if record.num_output_tokens < record.suspected_at + NUM_TOKENS_TO_CLEAR:
+            return False
+        self.clear(record)
+        return True
 
     def clear(self, record: Record) -> None:
         """It was not the cause of any death."""
         record.suspected_at, record.runs_alone = None, False
         self._suspects.pop(record.request_id, None)
+        self._at_large.discard(record.request_id)
         self.quarantine.clear(record.fingerprint)

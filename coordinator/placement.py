@@ -6,9 +6,10 @@
 2. The prefill pool, once the decode pool has said what it holds: among those that reach it.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from coordinator.config import CoordinatorConfig
+from coordinator.loads import Loads
 from coordinator.records import Record, State
 from coordinator.registry import Pool, Registry
 from coordinator.router import (
@@ -90,11 +91,11 @@ class Placement:
         pool = self._registry.pools.get(pool_id)
         return pool is not None and pool.is_serving
 
-    def choose_decode(self, record: Record, records: Iterable[Record], now: float) -> str | None:
+    def choose_decode(self, record: Record, loads: Loads, now: float) -> str | None:
         """The pool for its next attempt, where its session lives from now on; None if none serves.
 
         Args:
-            records: all there are, for the load.
+            loads: what the pools have to do for all others.
         """
         if record.is_deposit:
             store = self.store()  # which is no use without somebody who computes
@@ -102,8 +103,10 @@ class Placement:
             return store.pool_id if store is not None and is_served else None
         serving = [p for p in self._registry.serving("decode") if p.pool_id not in record.too_small]
         blameless = [pool for pool in serving if pool.pool_id not in record.blamed]
-        everybody = list(records)
-        candidates = [self._decode(pool, record, everybody) for pool in blameless or serving]
+        candidates = [
+            self._candidate(pool, record, loads.decode_tokens(pool.pool_id))
+            for pool in blameless or serving
+        ]
         home = self._sessions.home(record.session, now) if record.session else None
         if record.wait is not None and self.is_serving(record.wait.home):
             home = record.wait.home
@@ -119,7 +122,7 @@ class Placement:
         serving = {pool.pool_id for pool in self._registry.serving("decode")}
         return bool(serving) and serving <= record.too_small
 
-    def choose_prefill(self, record: Record, records: Iterable[Record]) -> str | None:
+    def choose_prefill(self, record: Record, loads: Loads) -> str | None:
         """The prefill pool for what its decode pool misses; None if that computes it itself."""
         num_cached = record.num_target_cached_tokens or 0
         threshold = self._config.local_prefill_threshold
@@ -133,9 +136,11 @@ class Placement:
             if self._registry.can_hand_over(pool, target) and pool.pool_id not in record.too_small
         ]
         blameless = [pool for pool in reaching if pool.pool_id not in record.blamed]
-        everybody = list(records)
         chosen = choose_prefill(
-            [self._prefill(pool, record, everybody) for pool in blameless or reaching]
+            [
+                self._candidate(pool, record, loads.prefill_tokens(pool.pool_id))
+                for pool in blameless or reaching
+            ]
         )
         return None if chosen is None else chosen.pool_id
 
@@ -147,24 +152,9 @@ class Placement:
     def _cached_tokens(self, pool: Pool, hashes: tuple[bytes, ...]) -> int:
         return self._prefixes.num_cached_blocks(pool.pool_id, hashes) * self._config.block_size
 
-    def _decode(self, pool: Pool, record: Record, everybody: Sequence[Record]) -> Candidate:
-        pending = sum(
-            other.pending_decode_tokens
-            + (0 if other.prefill_pool else other.pending_prefill_tokens)
-            for other in everybody
-            if other.decode_pool == pool.pool_id
-        )
+    def _candidate(self, pool: Pool, record: Record, pending_tokens: int) -> Candidate:
         cached = self._cached_tokens(pool, record.block_hashes)
-        return Candidate(pool.pool_id, cached, pending, pool.tokens_per_s)
-
-    def _prefill(self, pool: Pool, record: Record, everybody: Sequence[Record]) -> Candidate:
-        pending = sum(
-            other.pending_prefill_tokens
-            for other in everybody
-            if other.prefill_pool == pool.pool_id
-        )
-        cached = self._cached_tokens(pool, record.block_hashes)
-        return Candidate(pool.pool_id, cached, pending, pool.tokens_per_s)
+        return Candidate(pool.pool_id, cached, pending_tokens, pool.tokens_per_s)
 
 
 def computed_by(record: Record, pool_id: str) -> bool:

@@ -16,6 +16,7 @@ import enum
 from dataclasses import dataclass, field
 
 from coordinator.generation import Generation
+from coordinator.loads import NO_SHARE, Loads, Share
 from coordinator.router import SessionKey
 from protocol.errors import IllegalTransition, RequestError
 from protocol.messages import FirstToken, NewToken, Prefill, Reserve
@@ -99,7 +100,7 @@ class Wait:
 @dataclass(slots=True)
 class Record:
     """Fields in the order of a request's life; those of an attempt begin anew with each. Only the
-    service changes one."""
+    service changes one, and what counts for ``loads`` by the methods below."""
 
     request_id: str
     attempt: int
@@ -143,7 +144,10 @@ class Record:
     suspected_at: int | None = None  # output tokens when a pool died with it on board
     runs_alone: bool = False  # among the suspects
 
-    num_prompt_tokens: int = 0  # stays when the prompt itself is forgotten
+    num_prompt_tokens: int = 0  # these two stay when the tokens themselves are forgotten
+    num_output_tokens: int = 0
+    loads: Loads = field(default_factory=Loads, repr=False)  # where its share is told
+    _share: Share = NO_SHARE
     _early: dict[int, NewToken] = field(default_factory=dict)
     _num_computed_at_first: int | None = None  # by the attempt of which the caller has a token
 
@@ -151,7 +155,7 @@ class Record:
         self.num_prompt_tokens = len(self.prompt_token_ids)
 
     @staticmethod
-    def of(generation: Generation, fingerprint: bytes) -> "Record":
+    def of(generation: Generation, fingerprint: bytes, loads: Loads) -> "Record":
         """Of what is to be generated, before its first attempt."""
         return Record(
             request_id=generation.request_id,
@@ -167,11 +171,13 @@ class Record:
             priority=generation.priority,
             chunk_tokens=generation.chunk_tokens,
             ring_size=generation.ring_size,
+            loads=loads,
         )
 
-    def forget_prompt(self) -> None:
+    def forget_tokens(self) -> None:
         """What is kept of an ended request must be small."""
-        self.prompt_token_ids, self.block_hashes = NOTHING, ()
+        self.prompt_token_ids, self.block_hashes, self.output_token_ids = NOTHING, (), []
+        self.sampling = SamplingParams(max_tokens=self.sampling.max_tokens)
         self._early.clear()
 
     def step(self, step: Step) -> None:
@@ -183,7 +189,68 @@ class Record:
         following = TABLE.get((self.state, step))
         if following is None:
             raise IllegalTransition(f"{self.request_id}: {step.value} while {self.state.value}")
-        self.state = following
+        if following is not self.state:
+            self.state = following
+            self._tell_share()
+
+    def reserve_on(self, pool_id: str, now: float) -> None:
+        """Begin an attempt on a decode pool.
+
+        Raises:
+            IllegalTransition: one is under way, or it has ended.
+        """
+        self.step(Step.RESERVE)
+        self.decode_pool, self.heard_at = pool_id, now
+        self.holders.add((pool_id, self.attempt))
+        self._tell_share()
+
+    def grant(self, num_cached_tokens: int, num_loaded_tokens: int = 0) -> None:
+        """Its decode pool has blocks for it, and holds some of its prompt already."""
+        self.num_target_cached_tokens = num_cached_tokens
+        self.num_loaded_tokens = num_loaded_tokens
+        self._tell_share()
+
+    def prefill_on(self, pool_id: str) -> None:
+        """A prefill pool computes its prompt.
+
+        Raises:
+            IllegalTransition: it is not the moment for it.
+        """
+        self.step(Step.SEND_PREFILL)
+        self.prefill_pool = pool_id
+        self.holders.add((pool_id, self.attempt))
+        self._tell_share()
+
+    def progress(self, num_done: int) -> None:
+        """So many tokens of its prompt are done, in its prefill pool."""
+        self.num_prefilled_tokens = max(self.num_prefilled_tokens, num_done)
+        self._tell_share()
+
+    def _tell_share(self) -> None:
+        share = self.share()
+        if share != self._share:
+            self.loads.replace(self._share, share)
+            self._share = share
+
+    def share(self) -> Share:
+        """What it adds to the load of the cluster."""
+        if self.state in (State.NEW, State.GONE):
+            return NO_SHARE
+        if not self.is_active:
+            return Share(tenant=self.tenant)
+        prefill_tokens = self.pending_prefill_tokens
+        decode_tokens = self.pending_decode_tokens
+        if not self.prefill_pool:
+            decode_tokens += prefill_tokens
+        return Share(
+            self.decode_pool,
+            decode_tokens if self.decode_pool else 0,
+            self.prefill_pool,
+            prefill_tokens if self.prefill_pool else 0,
+            self.tenant,
+            True,
+            self.priority == 0,
+        )
 
     def lose_attempt(self, reason: str) -> None:
         """This attempt is over: what comes of it from now on is late.
@@ -205,6 +272,7 @@ class Record:
         self.is_prefill_begun, self.num_prefilled_tokens = False, 0
         self.path = self.stats = self.stalled_since = None
         self._early.clear()
+        self._tell_share()
 
     @property
     def attempt_token_ids(self) -> TokenIds:
@@ -246,10 +314,6 @@ class Record:
     def num_attempt_tokens(self) -> int:
         """Of the prompt of this attempt."""
         return self.num_prompt_tokens + self.num_replayed_tokens
-
-    @property
-    def num_output_tokens(self) -> int:
-        return len(self.output_token_ids)
 
     @property
     def has_gap(self) -> bool:
@@ -307,23 +371,26 @@ class Record:
     @property
     def pending_decode_tokens(self) -> int:
         """Tokens that may still be generated."""
-        return self.sampling.max_tokens - len(self.output_token_ids) if self.is_active else 0
+        return self.sampling.max_tokens - self.num_output_tokens if self.is_active else 0
 
     def accept(self, token: NewToken) -> list[NewToken]:
         """What ``token`` makes available, in order: nothing, itself, or others that waited for it.
 
         A duplicate by index is dropped; a gap is held back until it is filled.
         """
-        if not self.is_active or token.index < len(self.output_token_ids):
+        if not self.is_active or token.index < self.num_output_tokens:
             return []
         self._early.setdefault(token.index, token)
         ready: list[NewToken] = []
         while self.finish_reason is None and (
-            following := self._early.pop(len(self.output_token_ids), None)
+            following := self._early.pop(self.num_output_tokens, None)
         ):
             self.output_token_ids.append(following.token_id)
+            self.num_output_tokens += 1
             self.finish_reason = following.finish_reason
             ready.append(following)
+        if ready:
+            self._tell_share()
         return ready
 
     def describe_path(self) -> str:

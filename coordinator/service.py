@@ -14,19 +14,22 @@
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import takewhile
 
 from coordinator.config import CoordinatorConfig
 from coordinator.delivery import Delivery, StoreListener
 from coordinator.errors import no_workers, pool_failure, quarantined
 from coordinator.failover import HEALED_BY_ANOTHER, TOO_SMALL, Failover
 from coordinator.generation import Generation
+from coordinator.loads import Loads
 from coordinator.metrics import Metrics
 from coordinator.overdue import overdue, pools_to_ask
 from coordinator.placement import Placement, computed_by, needs
 from coordinator.quarantine import fingerprint
 from coordinator.records import Record, State, Step, as_new_token
 from coordinator.registry import Registry
+from coordinator.slices import at_once
 from protocol.errors import RequestError
 from protocol.messages import (
     Abort,
@@ -62,6 +65,7 @@ class Service:
         registry: which pools serve.
         send: sends a message to a pool's leader; does not block and does not fail.
         clock: monotonic seconds.
+        spread: runs what walks over all requests, in slices or at once.
     """
 
     def __init__(
@@ -70,6 +74,7 @@ class Service:
         registry: Registry,
         send: Callable[[str, ToRank], None],
         clock: Callable[[], float],
+        spread: Callable[[Iterator[None]], None] = at_once,
     ) -> None:
         self.metrics = Metrics()
         self.listener: StoreListener | None = None
@@ -77,7 +82,11 @@ class Service:
         self._config = config
         self._send = send
         self._clock = clock
+        self._spread = spread
         self._records: dict[str, Record] = {}
+        self._ending: dict[str, Record] = {}  # of those, in the order of their ends
+        self.loads = Loads()  # of all records
+        self._is_sweeping = False
         self._deliveries: dict[str, tuple[Delivery, int]] = {}
         self.placement = self._placement = Placement(config, registry)
         self._failover = Failover(config, self._start, self._fail, clock)
@@ -106,7 +115,7 @@ class Service:
         )
         if self._failover.quarantine.is_refused(print_, now):
             raise quarantined()
-        record = Record.of(generation, print_)
+        record = Record.of(generation, print_, self.loads)
         record.timeline.mark(Event.ARRIVED, arrived)
         record.timeline.mark(Event.TOKENIZED, now)
         if not self._start(record):
@@ -126,25 +135,26 @@ class Service:
         self._refusal = RequestError(
             "the server is shutting down", code="shutting_down", status=503
         )
+        self._spread(self._fail_all(self._refusal))
+
+    def _fail_all(self, error: RequestError) -> Iterator[None]:
         for record in list(self._records.values()):
-            self._fail(record, self._refusal)
+            self._fail(record, error)
+            yield
 
     @property
     def num_active(self) -> int:
-        return sum(record.is_active for record in self._records.values())
+        return self.loads.num_active
 
     @property
     def num_interactive(self) -> int:
         """Of those, how many somebody waits for."""
-        records = self._records.values()
-        return sum(record.is_active and record.priority == 0 for record in records)
+        return self.loads.num_interactive
 
     def num_leaked(self, now: float) -> int:
         """Ended requests for which a pool still holds blocks, long after it should not."""
-        return sum(
-            not record.is_active and now - record.ended_at > LEAK_AFTER_S
-            for record in self._records.values()
-        )
+        ends = (record.ended_at for record in self._ending.values())
+        return sum(1 for _ in takewhile(lambda ended_at: now - ended_at > LEAK_AFTER_S, ends))
 
     # -- for the control plane ---------------------------------------------------------------------
 
@@ -182,33 +192,52 @@ class Service:
             self.listener.on_pool_lost(pool_id)
         active = [record for record in self._records.values() if record.is_active]
         guilty = self._failover.on_death(r for r in active if computed_by(r, pool_id))
-        affected = [record for record in active if needs(record, pool_id)]
+        everybody = [
+            (record, record.attempt, record.is_active and needs(record, pool_id))
+            for record in self._records.values()
+        ]
+        self._spread(self._leave_pool(pool_id, everybody, guilty))
+
+    def _leave_pool(
+        self, pool_id: str, everybody: list[tuple[Record, int, bool]], guilty: bytes | None
+    ) -> Iterator[None]:
+        """A step for each request that was here when the pool was lost, with its attempt then.
+
+        The pool may be back, and work on a later attempt, before all have had their step.
+        """
+        for record, attempt, is_affected in everybody:
+            self._forget_holder(record, pool_id, attempt)
+            if is_affected and record.is_active and record.attempt == attempt:
+                self._lose_pool(record, pool_id, is_guilty=record.fingerprint == guilty)
+            yield
+        yield from self._failover.go_on()
+
+    def _forget_holder(self, record: Record, pool_id: str, attempt: int) -> None:
+        """The pool holds nothing of its attempts up to this one."""
+        holders = {h for h in record.holders if h[0] != pool_id or h[1] > attempt}
+        is_orphaned = holders != record.holders and not record.is_active
+        record.holders = holders
+        if is_orphaned:  # the others may wait for what the pool was to hand over
+            self._tell_pools(record)
+        self._forget_if_released(record)
+
+    def _lose_pool(self, record: Record, pool_id: str, *, is_guilty: bool) -> None:
+        if is_guilty:
+            self.metrics.num_quarantined += 1
+            _log.error("%s is quarantined: pools died of it", record.request_id)
+            self._fail(record, quarantined())
+            return
         error = RequestError(
             f"{pool_id} was lost while it served this request", code="worker_lost", status=503
         )
-        for record in list(self._records.values()):
-            holders = {holder for holder in record.holders if holder[0] != pool_id}
-            is_orphaned = holders != record.holders and not record.is_active
-            record.holders = holders
-            if is_orphaned:  # the others may wait for what the pool was to hand over
-                self._tell_pools(record)
-            self._forget_if_released(record)
-        for record in affected:
-            if record.fingerprint == guilty:
-                self.metrics.num_quarantined += 1
-                _log.error("%s is quarantined: pools died of it", record.request_id)
-                self._fail(record, quarantined())
-            else:
-                home = record.decode_pool if record.decode_pool != pool_id else ""
-                self._lose(record, error, home=home)
-        self._failover.go_on()
+        self._lose(record, error, home=record.decode_pool if record.decode_pool != pool_id else "")
 
     def on_pool_serving(self, pool_id: str) -> None:
         """A pool has come, or come back: whoever waits for one may go on."""
         _log.debug("%s serves: %d requests are here", pool_id, len(self._records))
         if self.listener is not None:
             self.listener.on_pool_serving(pool_id)
-        self._failover.go_on()
+        self._spread(self._failover.go_on())
 
     def sweep(self, now: float) -> None:
         """Once a second: what is overdue.
@@ -216,15 +245,25 @@ class Service:
         Pools that hold what is over are told again, pools that are silent about a request are
         asked, what can no longer be expected is tried anew, and who waits goes on.
         """
+        if not self._is_sweeping:
+            self._spread(self._sweep(now))
+
+    def _sweep(self, now: float) -> Iterator[None]:
+        self._is_sweeping = True
         for record in list(self._records.values()):
-            if now - record.ended_at > self._config.release_grace_s:
-                self._tell_pools(record)
-            error = overdue(record, self._config, now)
-            if error is not None:
-                self._lose(record, error, home=record.decode_pool)
-            for pool_id in pools_to_ask(record, self._config, now):
-                self._send(pool_id, Ask(record.request_id, record.attempt))
-        self._failover.go_on()
+            self._sweep_one(record, now)
+            yield
+        self._is_sweeping = False
+        yield from self._failover.go_on()
+
+    def _sweep_one(self, record: Record, now: float) -> None:
+        if now - record.ended_at > self._config.release_grace_s:
+            self._tell_pools(record)
+        error = overdue(record, self._config, now)
+        if error is not None:
+            self._lose(record, error, home=record.decode_pool)
+        for pool_id in pools_to_ask(record, self._config, now):
+            self._send(pool_id, Ask(record.request_id, record.attempt))
 
     # -- attempts ----------------------------------------------------------------------------------
 
@@ -237,18 +276,15 @@ class Service:
     def _start(self, record: Record) -> bool:
         """Begin an attempt; False when there is no pool for it."""
         now = self._clock()
-        pool_id = self._placement.choose_decode(record, self._records.values(), now)
+        pool_id = self._placement.choose_decode(record, self.loads, now)
         if pool_id is None:
             return False
-        record.step(Step.RESERVE)
-        record.decode_pool = pool_id
-        record.holders.add((pool_id, record.attempt))
-        record.heard_at = now
+        record.reserve_on(pool_id, now)
         self._send(pool_id, record.reserve(self._placement.store_hint(record)))
         return True
 
     def _place_prefill(self, record: Record) -> None:
-        pool_id = self._placement.choose_prefill(record, self._records.values())
+        pool_id = self._placement.choose_prefill(record, self.loads)
         record.timeline.mark(Event.PREFILL_SENT, self._clock())
         if pool_id is None and record.is_deposit:
             self._lose(record, no_workers("prefill"), pause=True)
@@ -257,9 +293,7 @@ class Service:
             record.step(Step.COMPUTE_HERE)
             self._send(record.decode_pool, ComputeHere(record.request_id, record.attempt))
             return
-        record.step(Step.SEND_PREFILL)
-        record.prefill_pool = pool_id
-        record.holders.add((pool_id, record.attempt))
+        record.prefill_on(pool_id)
         self._send(pool_id, record.prefill(self._placement.epoch(record.decode_pool)))
 
     def _lose(
@@ -288,7 +322,8 @@ class Service:
         else:
             _log.warning("%s failed on %s: %s", record.request_id, pool_id, message.message)
             self._fail(record, pool_failure(message.code, message.message))
-        self._failover.go_on()
+        self._failover.go_on_with(record)
+        self._spread(self._failover.go_on_with_suspects())
 
     def _fits_elsewhere(self, record: Record, pool_id: str) -> bool:
         record.too_small.add(pool_id)
@@ -302,8 +337,7 @@ class Service:
 
     def _on_decode(self, record: Record, message: ToCoordinator) -> None:
         if isinstance(message, Ticket) and record.state is State.RESERVING:
-            record.num_target_cached_tokens = message.num_cached_tokens
-            record.num_loaded_tokens = message.num_loaded_tokens
+            record.grant(message.num_cached_tokens, message.num_loaded_tokens)
             record.timeline.mark(Event.RESERVED, self._clock())
             self._place_prefill(record)
         elif isinstance(message, Ticket) and record.state is State.COMPUTING:
@@ -322,11 +356,11 @@ class Service:
     def _on_prefill(self, record: Record, message: ToCoordinator) -> None:
         if isinstance(message, Progress):
             record.is_prefill_begun = True
-            record.num_prefilled_tokens = max(record.num_prefilled_tokens, message.num_done)
+            record.progress(message.num_done)
         elif isinstance(message, FirstToken) and record.path is None:
             record.path = message.path
             record.prefilled_at = self._clock()
-            record.num_prefilled_tokens = record.num_attempt_tokens
+            record.progress(record.num_attempt_tokens)
             if not record.is_deposit:  # a store needs no answer
                 self._take_token(record, as_new_token(message))
 
@@ -348,7 +382,8 @@ class Service:
         record.timeline.mark(Event.FIRST_TOKEN, self._clock())
         delivery, choice = self._deliveries[record.request_id]
         delivery.put(choice, ready)
-        self._failover.on_tokens(record)
+        if self._failover.on_tokens(record):
+            self._spread(self._failover.go_on_with_suspects())
         if record.finish_reason is not None:
             self._failover.clear(record)
             self._end(record, tell_pools=False)
@@ -359,8 +394,7 @@ class Service:
             return
         record.holders.discard((pool_id, message.attempt))
         self._forget_if_released(record)
-        if record.state is State.WAITING:
-            self._failover.go_on()
+        self._failover.go_on_with(record)
 
     # -- the end -----------------------------------------------------------------------------------
 
@@ -377,7 +411,8 @@ class Service:
         record.step(Step.END)
         record.ended_at = self._clock()
         record.timeline.mark(Event.FINISHED, record.ended_at)
-        record.forget_prompt()
+        record.forget_tokens()
+        self._ending[record.request_id] = record
         self._deliveries.pop(record.request_id)
         self._failover.forget(record)
         self.metrics.observe(record)
@@ -395,4 +430,4 @@ class Service:
         if record.state is State.ENDING and not record.holders:
             record.step(Step.ALL_RELEASED)
             record.timeline.mark(Event.RELEASED, self._clock())
-            del self._records[record.request_id]
+            del self._records[record.request_id], self._ending[record.request_id]

@@ -10,7 +10,7 @@ The life of a request
 4. Every token's moment is kept; nothing is measured anywhere else.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -31,6 +31,7 @@ from bench.experiments.step_time import StepTime
 from bench.experiments.workload import Arrival
 from coordinator.config import CoordinatorConfig, ExpectedPool
 from coordinator.joining import Terms
+from coordinator.loads import Loads
 from coordinator.placement import Placement
 from coordinator.records import Record, Step, as_new_token
 from coordinator.registry import Patience, Registry
@@ -103,11 +104,11 @@ class Served:
 class Router(Protocol):
     """Who takes a request; :class:`coordinator.placement.Placement` is one."""
 
-    def choose_decode(self, record: Record, records: Iterable[Record], now: float) -> str | None:
+    def choose_decode(self, record: Record, loads: Loads, now: float) -> str | None:
         """The decode pool for a request."""
         ...
 
-    def choose_prefill(self, record: Record, records: Iterable[Record]) -> str | None:
+    def choose_prefill(self, record: Record, loads: Loads) -> str | None:
         """Its prefill pool, or None if the decode pool computes its prompt."""
         ...
 
@@ -183,6 +184,7 @@ class Cluster:
             placement if make_router is None else make_router(placement, self._registry)
         )
         self._served: dict[str, Served] = {}
+        self._loads = Loads()  # of all records
         self._records: dict[str, Record] = {}  # of those who are let in and not over
         self._set_aside: dict[str, Record] = {}  # by preempt
         self._num_left = 0
@@ -243,11 +245,11 @@ class Cluster:
     def admit(self, served: Served) -> None:
         """The gate lets it through, for the first time or again."""
         record = self._set_aside.pop(served.arrival.request_id, None) or self._record(served)
-        pool_id = self._router.choose_decode(record, self._records.values(), self.world.now)
+        pool_id = self._router.choose_decode(record, self._loads, self.world.now)
         assert pool_id is not None, "no decode pool serves"
         self._records[record.request_id] = record
-        record.step(Step.RESERVE)
-        record.decode_pool = served.decode_pool = pool_id
+        record.reserve_on(pool_id, self.world.now)
+        served.decode_pool = pool_id
         self.decode[pool_id].on_event(ControlReceived(record.reserve()))
 
     def preempt(self, served: Served) -> None:
@@ -276,6 +278,7 @@ class Cluster:
             sampling,
             "tenant",
             block_hashes=hashes,
+            loads=self._loads,
         )
 
     # -- what the pools say ------------------------------------------------------------------------
@@ -300,7 +303,7 @@ class Cluster:
     @staticmethod
     def _on_progress(record: Record, message: Progress | Committed) -> None:
         if isinstance(message, Progress):
-            record.num_prefilled_tokens = message.num_done
+            record.progress(message.num_done)
         else:
             record.step(Step.COMMIT)
 
@@ -310,15 +313,16 @@ class Cluster:
             return  # set aside meanwhile
         served = self._served[message.request_id]
         served.granted_s = self.world.now
-        record.num_target_cached_tokens = served.num_cached_tokens = message.num_cached_tokens
-        pool_id = self._router.choose_prefill(record, self._records.values())
+        served.num_cached_tokens = message.num_cached_tokens
+        record.grant(message.num_cached_tokens)
+        pool_id = self._router.choose_prefill(record, self._loads)
         if pool_id is None:
             record.step(Step.COMPUTE_HERE)
             compute = ComputeHere(record.request_id, record.attempt)
             self.decode[record.decode_pool].on_event(ControlReceived(compute))
             return
-        record.step(Step.SEND_PREFILL)
-        record.prefill_pool = served.prefill_pool = pool_id
+        record.prefill_on(pool_id)
+        served.prefill_pool = pool_id
         epoch = self._registry.pools[record.decode_pool].epoch
         self.prefill[pool_id].on_event(ControlReceived(record.prefill(epoch)))
 

@@ -6,7 +6,7 @@ worker can keep them all.
 """
 
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from random import Random
 from typing import Any
@@ -17,6 +17,7 @@ from bench.experiments.pools import BLOCK_SIZE, DecodeSetting, seeded
 from bench.experiments.report import COLOURS, VIRTUAL, NullCase, Report, Scale, Table
 from bench.experiments.step_time import MEASURED, ROOFLINE, StepTime
 from bench.experiments.workload import Arrival, Lengths, poisson, zipf_weights
+from coordinator.loads import Loads
 from coordinator.placement import Placement
 from coordinator.records import Record
 from coordinator.registry import Registry
@@ -55,12 +56,9 @@ class Policy:
         self._prefixes = PrefixMap()
         self._num_chosen = 0
 
-    def choose_decode(self, record: Record, records: Iterable[Record], now: float) -> str | None:
+    def choose_decode(self, record: Record, loads: Loads, now: float) -> str | None:
         del now
-        pending = dict.fromkeys(self._pool_ids, 0)
-        for other in records:
-            pending[other.decode_pool] += other.pending_decode_tokens
-            pending[other.decode_pool] += other.pending_prefill_tokens
+        pending = {pool_id: loads.decode_tokens(pool_id) for pool_id in self._pool_ids}
         self._num_chosen += 1
         return self._choose(pending, record)
 
@@ -68,8 +66,8 @@ class Policy:
         """The pool, knowing the tokens that each has still to compute."""
         raise NotImplementedError
 
-    def choose_prefill(self, record: Record, records: Iterable[Record]) -> str | None:
-        return self._placement.choose_prefill(record, records)
+    def choose_prefill(self, record: Record, loads: Loads) -> str | None:
+        return self._placement.choose_prefill(record, loads)
 
     def on_cache_update(self, pool_id: str, update: CacheUpdate) -> None:
         self._prefixes.update(pool_id, update.stored, update.evicted)

@@ -49,11 +49,11 @@ LEFT_OUT: dict[str, frozenset[str]] = {
         | {"num_fetched_tokens"}
     ),
     "RequestMemory": frozenset({"_facts", "_costs"}),
-    "Service": frozenset({"metrics", "_config"}),
+    "Service": frozenset({"metrics", "_config", "_spread", "_is_sweeping", "_ending", "loads"}),
     "Placement": frozenset({"_config"}),
     "Failover": frozenset({"_config"}),
     "Registry": frozenset({"_terms", "_patience"}),
-    "Record": frozenset({"timeline", "stats"}),
+    "Record": frozenset({"timeline", "stats", "loads", "_share"}),
 }
 # Mappings of which only the keys and values matter, by attribute.
 UNORDERED = frozenset(

@@ -239,6 +239,7 @@ class History:
                 cluster.sweep(rng.choice([0.1, 1.0, 3.0]))
             elif actions := cluster.choices():
                 rng.choice(actions)()
+            cluster.assert_loads()
         for pool_id in cluster.specs:
             if pool_id not in cluster.pools:
                 cluster.start_pool(pool_id)
@@ -286,7 +287,9 @@ phases = (Phase.explicit, Phase.reuse, Phase.generate)  # a seed's history does 
 @given(rng=st.randoms(use_true_random=False), faults=st.sets(st.sampled_from(FAULTS)))
 @settings(max_examples=60, deadline=None, suppress_health_check=suppress, phases=phases)
 def test_any_history_is_exact(rng: random.Random, faults: set[str]) -> None:
-    History(rng, TWO_AND_TWO, poison_deaths=100).run(250, tuple(sorted(faults)))
+    in_slices = rng.random() < 0.5
+    history = History(rng, TWO_AND_TWO, poison_deaths=100, in_slices=in_slices)
+    history.run(250, tuple(sorted(faults)))
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -81,7 +81,7 @@ def test_paths_and_pending_work() -> None:
     first = as_new_token(FirstToken("r", 1, 7, path))
     assert mine.accept(first) == [first]
     mine.step(Step.END)
-    mine.forget_prompt()
+    mine.forget_tokens()
     assert (mine.num_prompt_tokens, len(mine.prompt_token_ids)) == (3, 0)
     assert (mine.pending_prefill_tokens, mine.pending_decode_tokens) == (0, 0)
 

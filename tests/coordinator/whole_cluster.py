@@ -7,7 +7,7 @@ and which, the test chooses.
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from coordinator.joining import Terms
 from coordinator.records import Record
 from coordinator.registry import Patience, Registry
 from coordinator.service import Service
+from coordinator.slices import at_once
 from decode.batch import SchedulerLimits
 from decode.scheduler import DecodeScheduler
 from kvcache.blocks import BlockPool
@@ -139,9 +140,16 @@ class WholeCluster:
 
     Args:
         pools: (pool_id, role, cp_size, num_blocks).
+        in_slices: what walks over all requests is an act for each of them, among all others.
     """
 
-    def __init__(self, pools: Sequence[tuple[str, str, int, int]], **config: Any) -> None:
+    def __init__(
+        self,
+        pools: Sequence[tuple[str, str, int, int]],
+        *,
+        in_slices: bool = False,
+        **config: Any,
+    ) -> None:
         self.specs = {p: ExpectedPool(p, role, cp, 1) for p, role, cp, _ in pools}
         self.num_blocks = {p: count for p, _, _, count in pools}
         self.config = CoordinatorConfig(
@@ -158,7 +166,9 @@ class WholeCluster:
             coordinator_epoch=1,
             patience=Patience(),
         )
-        self.service = Service(self.config, self.registry, self._send, lambda: self.now)
+        self.slices: deque[Iterator[None]] = deque()
+        spread = self.slices.append if in_slices else at_once
+        self.service = Service(self.config, self.registry, self._send, lambda: self.now, spread)
         self.pools: dict[str, Pool] = {}
         self.to_pools: dict[str, deque[ToRank]] = {}
         self.handoffs: dict[tuple[Key, bool], Handoff] = {}  # True: a fetch
@@ -464,7 +474,14 @@ class WholeCluster:
                 actions.append(lambda pool_id=pool_id: self.deliver_to_coordinator(pool_id))
             actions.append(lambda pool_id=pool_id: self.step(pool_id))
         actions += [lambda name=name: self.move(name) for name in self.moving()]
+        if self.slices:
+            actions.append(self.slice)
         return actions
+
+    def slice(self) -> None:
+        """One step of the first work that is done in slices."""
+        if next(self.slices[0], self) is self:
+            self.slices.popleft()
 
     def round(self) -> None:
         """Every pool takes a step and everything that was said is heard."""
@@ -482,6 +499,8 @@ class WholeCluster:
     def settle(self, max_rounds: int = 3000) -> None:
         """Let everything go on, in turn, until all requests are gone."""
         for _ in range(max_rounds):
+            while self.slices:
+                self.slice()
             self.round()
             self.sweep(0.25)
             if not self.service._records:
@@ -494,6 +513,27 @@ class WholeCluster:
             load = pool.scheduler.load()
             spaces = (load.blocks,) if pool.spec.role == "decode" else load.blocks
             assert all(s.free + s.cached == s.total for s in spaces), (pool_id, spaces)
+
+    def assert_loads(self) -> None:
+        """What is counted as requests change is what all of them add up to."""
+        loads = self.service.loads
+        records = list(self.service._records.values())
+        active = [record for record in records if record.is_active]
+        assert loads.num_active == len(active)
+        assert loads.num_interactive == sum(record.priority == 0 for record in active)
+        assert loads.num_held("tenant") == len(records)
+        for pool_id in self.specs:
+            decode = [record for record in active if record.decode_pool == pool_id]
+            assert loads.decode_tokens(pool_id) == sum(
+                record.pending_decode_tokens
+                + (0 if record.prefill_pool else record.pending_prefill_tokens)
+                for record in decode
+            )
+            assert loads.prefill_tokens(pool_id) == sum(
+                record.pending_prefill_tokens for record in active if record.prefill_pool == pool_id
+            )
+        ending = [record.request_id for record in records if not record.is_active]
+        assert sorted(self.service._ending) == sorted(ending)
 
     def assert_exact(self, name: str, max_tokens: int) -> None:
         """Each token once and right; all of them, or an explicit error after the last."""

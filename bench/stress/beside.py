@@ -1,0 +1,133 @@
+"""What is looked at while a stage runs: whether the server still answers, and what it takes.
+
+    python -m bench.stress.beside HOST PORT        (started by ``watching``, never by hand)
+
+``/health`` is asked from a process of its own, on a new connection each time, as a load balancer
+does; nothing that the stage's clients do delays a question. The coordinator's memory is read from
+the kernel, its loop's lag from ``/metrics``.
+"""
+
+import asyncio
+import contextlib
+import http.client
+import select
+import sys
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from bench.stress.client import Address
+
+INTERVAL_S = 0.02
+TIMEOUT_S = 30.0
+RSS_INTERVAL_S = 0.2
+LAG_METRIC = "baton_coordinator_loop_lag_seconds"
+
+
+@dataclass(slots=True)
+class Beside:
+    """What was seen beside one stage."""
+
+    health_s: list[float] = field(default_factory=list)  # a question without an answer: TIMEOUT_S
+    rss_before: int = 0
+    rss_peak: int = 0
+    lag_s: float | None = None  # the largest, if the server tells
+
+    @property
+    def p50_s(self) -> float:
+        return self._percentile(0.5)
+
+    @property
+    def p99_s(self) -> float:
+        return self._percentile(0.99)
+
+    @property
+    def max_s(self) -> float:
+        return max(self.health_s, default=0.0)
+
+    def _percentile(self, share: float) -> float:
+        ordered = sorted(self.health_s)
+        return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
+
+
+def rss_bytes(pid: int) -> int:
+    """Resident memory of a process; 0 when it is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
+    except OSError:
+        return 0
+
+
+@contextlib.asynccontextmanager
+async def watching(address: Address, pid: int) -> AsyncIterator[Beside]:
+    """Look at a coordinator for as long as the block runs; the figures are complete after it."""
+    seen = Beside(rss_before=rss_bytes(pid))
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-P", "-m", "bench.stress.beside", address[0], str(address[1])),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        limit=1 << 26,
+    )
+    memory = asyncio.create_task(_follow_memory(pid, seen))
+    assert process.stdin is not None and process.stdout is not None, "both are pipes"
+    await process.stdout.readline()  # it has begun
+    try:
+        yield seen
+    finally:
+        process.stdin.close()
+        seen.health_s = msgspec.json.decode(await process.stdout.read(), type=list[float])
+        await process.wait()
+        memory.cancel()
+        seen.lag_s = await asyncio.to_thread(_lag, address)
+
+
+async def _follow_memory(pid: int, seen: Beside) -> None:
+    while True:
+        seen.rss_peak = max(seen.rss_peak, rss_bytes(pid))
+        await asyncio.sleep(RSS_INTERVAL_S)
+
+
+def _get(address: Address, path: str) -> bytes:
+    connection = http.client.HTTPConnection(*address, timeout=TIMEOUT_S)
+    try:
+        connection.request("GET", path, headers={"connection": "close"})
+        return connection.getresponse().read()
+    finally:
+        connection.close()
+
+
+def _lag(address: Address) -> float | None:
+    """The largest lag that the server has counted lately: a gauge of that name, or a histogram's
+    highest bucket with anything in it."""
+    try:
+        text = _get(address, "/metrics").decode()
+    except (OSError, http.client.HTTPException):
+        return None
+    values = [
+        float(line.split()[-1])
+        for line in text.splitlines()
+        if line.startswith(LAG_METRIC) and "max" in line.split()[0]
+    ]
+    return max(values, default=None)
+
+
+def main() -> None:
+    """Ask until standard input is closed, then say how long each answer took."""
+    address = (sys.argv[1], int(sys.argv[2]))
+    took: list[float] = []
+    print(flush=True)
+    while not select.select([sys.stdin], [], [], INTERVAL_S)[0]:
+        started = time.monotonic()
+        try:
+            is_well = b"ok" in _get(address, "/health")
+        except (OSError, http.client.HTTPException):
+            is_well = False
+        took.append(time.monotonic() - started if is_well else TIMEOUT_S)
+    sys.stdout.buffer.write(msgspec.json.encode(took))
+
+
+if __name__ == "__main__":
+    main()
