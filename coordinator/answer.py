@@ -26,6 +26,7 @@ from coordinator.errors import error_object, error_response
 from coordinator.frontend import Asker, Choice, Frontend
 from coordinator.logprobs import CompletionLogprobs
 from coordinator.parameters import Options
+from coordinator.paths import describe_path
 from coordinator.shapes import ChoiceState, Header, Shape, cache_miss_of, usage_of
 from coordinator.tokens import ChoiceText, Piece
 from coordinator.traces import Trace
@@ -113,6 +114,7 @@ class Answer(Response):
             self._header.model,
             self._header.created,
         )
+        self._frontend.service.check_room(trace.tenant, len(self._choices))
         self._frontend.traces.add(trace)
         tokenizer = self._frontend.tokenization.tools.tokenizer
         skip_special = self._options.skip_special_tokens
@@ -147,7 +149,7 @@ class Answer(Response):
         return all(state.text.finish_reason is not None for state in self._states)
 
     def _path_header(self) -> tuple[bytes, bytes]:
-        paths = ", ".join(state.record.describe_path() for state in self._states)
+        paths = ", ".join(describe_path(state.record) for state in self._states)
         return b"x-baton-path", paths.encode("latin-1", "replace")
 
     # -- whole -------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ def describe_cluster(frontend: Frontend, now: float) -> dict[str, Any]:
         "max_model_len": frontend.max_model_len,
         "block_size": frontend.config.block_size,
         "topology_version": registry.version,
-        "num_active_requests": service.num_active,
+        "num_active_requests": service.loads.num_active,
         "num_leaked": service.num_leaked(now),
         "loop": {"lag_s": round(lag.largest(now), 6), "num_stalls": lag.num_stalls},
         "counters": dict(frontend.control.counters),

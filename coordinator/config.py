@@ -48,6 +48,7 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_stop_chars: int = 256
     max_logit_bias: int = 1024
     max_requests: int = 4096  # sequences in the cluster at one time, waiting ones included
+    tenant_share: float = 0.75  # of those, that one key may have while there are several
     max_label_chars: int = 4096  # user, and each value of metadata
     max_upload_bytes: int = 512 << 20  # a multipart body, where files are uploaded
     upload_timeout_s: float = 3600.0
@@ -176,6 +177,8 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
         Failpoints(self.failpoints)
 
     def _check_failover(self) -> None:
+        if not 0.0 < self.limits.tenant_share <= 1.0:
+            raise ConfigError("limits.tenant_share: must be above 0, and 1 at most")
         if min(self.max_attempts, self.poison_deaths) < 1:
             raise ConfigError("max_attempts and poison_deaths: must be at least 1")
         if min(self.failover_wait_s, self.resume_wait_s, self.quarantine_s) < 0:

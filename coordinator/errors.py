@@ -23,7 +23,7 @@ ERROR_TYPES = {
     504: "server_error",
     507: "server_error",
 }
-RETRY_AFTER_S = 1
+RETRY_AFTER_S = 1  # of what is expected to pass soon, and cannot be worked out
 
 # What a pool may say of a request, and the status that carries it. Any other code is our fault.
 STATUS_BY_CODE = {
@@ -62,7 +62,8 @@ def error_response(error: RequestError) -> tuple[int, list[tuple[bytes, bytes]],
         (b"content-length", str(len(body)).encode()),
     ]
     if error.status in (429, 503):
-        headers.append((b"retry-after", str(RETRY_AFTER_S).encode()))
+        retry_after_s = error.retry_after_s or RETRY_AFTER_S
+        headers.append((b"retry-after", str(retry_after_s).encode()))
     if error.status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
     if error.status in (408, 413, 431):

@@ -18,9 +18,10 @@ A waiting request is due at once, but for three reasons:
 
 from collections.abc import Callable, Iterable, Iterator
 
+from coordinator.attempts import Wait
 from coordinator.config import CoordinatorConfig
 from coordinator.quarantine import Quarantine
-from coordinator.records import Record, State, Wait
+from coordinator.records import Record, State
 from protocol.errors import RequestError
 
 PAUSE_S = 1.0

@@ -42,7 +42,7 @@ class LineServer:
         """Sequences that are not of lines or documents; None while the cluster serves nobody."""
         if not self._frontend.control.complete.is_set():
             return None
-        return self._frontend.service.num_interactive
+        return self._frontend.service.loads.num_interactive
 
     async def serve(
         self, tenant: str, url: str, body: dict[str, Any], request_id: str

@@ -15,10 +15,11 @@ may overtake each other. ``accept`` puts them in order by index, and drops what 
 import enum
 from dataclasses import dataclass, field
 
+from coordinator.attempts import EndedAttempt, Wait
 from coordinator.generation import Generation
 from coordinator.loads import NO_SHARE, Loads, Share
 from coordinator.router import SessionKey
-from protocol.errors import IllegalTransition, RequestError
+from protocol.errors import IllegalTransition
 from protocol.messages import FirstToken, NewToken, Prefill, Reserve
 from protocol.request import FinishReason, PrefillPath, SamplingParams, TransferStats
 from protocol.timeline import TimeLine
@@ -72,29 +73,6 @@ TABLE: dict[tuple[State, Step], State] = {
 
 FIRST_ATTEMPT = 1
 NOTHING = TokenIds.of(())
-
-
-@dataclass(frozen=True, slots=True)
-class EndedAttempt:
-    """An attempt that could not go on, for the time line."""
-
-    attempt: int
-    decode_pool: str
-    prefill_pool: str
-    num_output_tokens: int  # that the caller had by then
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Wait:
-    """Why and how long a request waits for its next attempt."""
-
-    since: float
-    until: float
-    error: RequestError  # what it ends with if nothing comes
-    not_before: float = 0.0
-    home: str = ""  # a pool that has something of it
-    closing: tuple[str, int] | None = None  # a holder that is to release it first
 
 
 @dataclass(slots=True)
@@ -392,29 +370,6 @@ class Record:
         if ready:
             self._tell_share()
         return ready
-
-    def describe_path(self) -> str:
-        """Where the request went and what that took, for ``x-baton-path``; what is known so far."""
-        parts = [f"decode={self.decode_pool}"] if self.decode_pool else []
-        if self.prefill_pool:
-            parts.append(f"prefill={self.prefill_pool}")
-            if self.path is not None:
-                parts.append(f"ring={self.path.ring_size}")
-        elif self.num_target_cached_tokens is not None:
-            parts.append("local")
-        if self.num_computed_tokens is not None:
-            parts.append(f"cached={self.num_cached_tokens}")
-            parts.append(f"computed={self.num_computed_tokens}")
-        if self.num_loaded_tokens:
-            parts.append(f"loaded={self.num_loaded_tokens}")
-        if self.path is not None:
-            if self.path.num_fetched_tokens:
-                parts.append(f"fetched={self.path.num_fetched_tokens}")
-            parts.append(f"moved={self.path.num_moved_tokens}")
-        if self.lost:
-            parts.append(f"attempts={self.attempt}")
-            parts.append(f"lost={'+'.join(ended.reason for ended in self.lost)}")
-        return "; ".join(parts)
 
 
 def as_new_token(message: FirstToken) -> NewToken:

@@ -15,13 +15,14 @@
 import logging
 import math
 from collections.abc import Callable, Iterator
-from itertools import takewhile
 
+from coordinator.admission import Admission
 from coordinator.config import CoordinatorConfig
 from coordinator.delivery import Delivery, StoreListener
 from coordinator.errors import no_workers, pool_failure, quarantined
 from coordinator.failover import HEALED_BY_ANOTHER, TOO_SMALL, Failover
 from coordinator.generation import Generation
+from coordinator.holding import Holding
 from coordinator.loads import Loads
 from coordinator.metrics import Metrics
 from coordinator.overdue import overdue, pools_to_ask
@@ -32,7 +33,6 @@ from coordinator.registry import Registry
 from coordinator.slices import at_once
 from protocol.errors import RequestError
 from protocol.messages import (
-    Abort,
     Ask,
     CacheUpdate,
     Committed,
@@ -52,7 +52,6 @@ from protocol.request import FinishReason
 from protocol.timeline import Event
 
 _OfOneRequest = Ticket | Progress | FirstToken | Committed | Stored | RequestFailed | Released
-LEAK_AFTER_S = 30.0
 
 _log = logging.getLogger(__name__)
 
@@ -83,16 +82,25 @@ class Service:
         self._send = send
         self._clock = clock
         self._spread = spread
-        self._records: dict[str, Record] = {}
-        self._ending: dict[str, Record] = {}  # of those, in the order of their ends
         self.loads = Loads()  # of all records
+        self._admission = Admission(config.limits, len(config.api_keys))
+        self._holding = Holding(send, clock, self._admission.ended)
+        self._records = self._holding.records
         self._is_sweeping = False
         self._deliveries: dict[str, tuple[Delivery, int]] = {}
         self.placement = self._placement = Placement(config, registry)
         self._failover = Failover(config, self._start, self._fail, clock)
-        self._refusal: RequestError | None = None
 
     # -- for the HTTP side -------------------------------------------------------------------------
+
+    def check_room(self, tenant: str, num: int) -> None:
+        """Whether so many sequences can be submitted now, before the first of them is.
+
+        Raises:
+            RequestError: as ``submit``.
+        """
+        held = (self.loads.num_held(tenant), len(self._records))
+        self._admission.check(tenant, num, held, self._clock())
 
     def submit(
         self, generation: Generation, delivery: Delivery, choice: int, arrived: float
@@ -103,7 +111,7 @@ class Service:
             RequestError: no pool serves, too much is going on, the request has killed pools before,
                 or the cluster ends.
         """
-        self._check_admission()
+        self.check_room(generation.tenant, 1)
         now = self._clock()
         if generation.priority == 0:
             self.interactive_at = now
@@ -132,29 +140,18 @@ class Service:
 
     def shut_down(self) -> None:
         """Fail what is running and refuse everything from now on."""
-        self._refusal = RequestError(
-            "the server is shutting down", code="shutting_down", status=503
-        )
-        self._spread(self._fail_all(self._refusal))
+        error = RequestError("the server is shutting down", code="shutting_down", status=503)
+        self._admission.close(error)
+        self._spread(self._fail_all(error))
 
     def _fail_all(self, error: RequestError) -> Iterator[None]:
         for record in list(self._records.values()):
             self._fail(record, error)
             yield
 
-    @property
-    def num_active(self) -> int:
-        return self.loads.num_active
-
-    @property
-    def num_interactive(self) -> int:
-        """Of those, how many somebody waits for."""
-        return self.loads.num_interactive
-
     def num_leaked(self, now: float) -> int:
         """Ended requests for which a pool still holds blocks, long after it should not."""
-        ends = (record.ended_at for record in self._ending.values())
-        return sum(1 for _ in takewhile(lambda ended_at: now - ended_at > LEAK_AFTER_S, ends))
+        return self._holding.num_leaked(now)
 
     # -- for the control plane ---------------------------------------------------------------------
 
@@ -206,20 +203,11 @@ class Service:
         The pool may be back, and work on a later attempt, before all have had their step.
         """
         for record, attempt, is_affected in everybody:
-            self._forget_holder(record, pool_id, attempt)
+            self._holding.lose_pool(record, pool_id, attempt)
             if is_affected and record.is_active and record.attempt == attempt:
                 self._lose_pool(record, pool_id, is_guilty=record.fingerprint == guilty)
             yield
         yield from self._failover.go_on()
-
-    def _forget_holder(self, record: Record, pool_id: str, attempt: int) -> None:
-        """The pool holds nothing of its attempts up to this one."""
-        holders = {h for h in record.holders if h[0] != pool_id or h[1] > attempt}
-        is_orphaned = holders != record.holders and not record.is_active
-        record.holders = holders
-        if is_orphaned:  # the others may wait for what the pool was to hand over
-            self._tell_pools(record)
-        self._forget_if_released(record)
 
     def _lose_pool(self, record: Record, pool_id: str, *, is_guilty: bool) -> None:
         if is_guilty:
@@ -258,7 +246,7 @@ class Service:
 
     def _sweep_one(self, record: Record, now: float) -> None:
         if now - record.ended_at > self._config.release_grace_s:
-            self._tell_pools(record)
+            self._holding.tell_pools(record)
         error = overdue(record, self._config, now)
         if error is not None:
             self._lose(record, error, home=record.decode_pool)
@@ -266,12 +254,6 @@ class Service:
             self._send(pool_id, Ask(record.request_id, record.attempt))
 
     # -- attempts ----------------------------------------------------------------------------------
-
-    def _check_admission(self) -> None:
-        if self._refusal is not None:
-            raise self._refusal
-        if len(self._records) >= self._config.limits.max_requests:
-            raise RequestError("too many requests are waiting", code="overloaded", status=503)
 
     def _start(self, record: Record) -> bool:
         """Begin an attempt; False when there is no pool for it."""
@@ -305,7 +287,7 @@ class Service:
         if record.is_active:
             record.ended_at = self._clock()
             record.timeline.mark(Event.RETRIED, record.ended_at)
-            self._tell_pools(record)
+            self._holding.tell_pools(record)
 
     def _on_failed(self, record: Record, pool_id: str, message: RequestFailed) -> None:
         """A pool cannot go on with it: another one may, or else it ends."""
@@ -392,8 +374,7 @@ class Service:
         record = self._records.get(message.request_id)
         if record is None:
             return
-        record.holders.discard((pool_id, message.attempt))
-        self._forget_if_released(record)
+        self._holding.release(record, pool_id, message.attempt)
         self._failover.go_on_with(record)
 
     # -- the end -----------------------------------------------------------------------------------
@@ -412,22 +393,7 @@ class Service:
         record.ended_at = self._clock()
         record.timeline.mark(Event.FINISHED, record.ended_at)
         record.forget_tokens()
-        self._ending[record.request_id] = record
         self._deliveries.pop(record.request_id)
         self._failover.forget(record)
         self.metrics.observe(record)
-        if tell_pools:
-            self._tell_pools(record)
-        self._forget_if_released(record)
-
-    def _tell_pools(self, record: Record) -> None:
-        """Whoever holds something of what is over is to let go of it."""
-        for pool_id, attempt in record.holders:
-            if attempt < record.attempt or not record.is_active:
-                self._send(pool_id, Abort(record.request_id, attempt))
-
-    def _forget_if_released(self, record: Record) -> None:
-        if record.state is State.ENDING and not record.holders:
-            record.step(Step.ALL_RELEASED)
-            record.timeline.mark(Event.RELEASED, self._clock())
-            del self._records[record.request_id], self._ending[record.request_id]
+        self._holding.end(record, tell_pools=tell_pools)

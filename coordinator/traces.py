@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from coordinator.paths import describe_path
 from coordinator.records import Record
 from protocol.timeline import Event
 
@@ -58,7 +59,7 @@ def _describe(record: Record) -> dict[str, Any]:
         },
         "prefill": None if record.path is None else _builtins(record.path),
         "transfer": None if record.stats is None else _builtins(record.stats),
-        "path": record.describe_path(),
+        "path": describe_path(record),
     }
 
 

@@ -27,16 +27,24 @@ class RequestError(BatonError):
         code: a stable string for programs, such as ``context_length_exceeded``.
         param: the field of the request at fault, if one is.
         status: the HTTP status that carries it.
+        retry_after_s: when it may be tried again, if that is known; at least 1.
     """
 
     def __init__(
-        self, message: str, *, code: str, param: str | None = None, status: int = 400
+        self,
+        message: str,
+        *,
+        code: str,
+        param: str | None = None,
+        status: int = 400,
+        retry_after_s: int = 0,
     ) -> None:
         super().__init__(message)
         self.message = message
         self.code = code
         self.param = param
         self.status = status
+        self.retry_after_s = retry_after_s
 
 
 class PeerError(BatonError):

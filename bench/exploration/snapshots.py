@@ -19,7 +19,7 @@ from typing import TypeVar, cast
 
 import msgspec
 
-from coordinator.records import Wait
+from coordinator.attempts import Wait
 from kvtransfer.events import HandoffBroken, RefuseFetch
 from kvtransfer.tombs import Tombs
 from protocol.errors import RequestError
@@ -49,7 +49,8 @@ LEFT_OUT: dict[str, frozenset[str]] = {
         | {"num_fetched_tokens"}
     ),
     "RequestMemory": frozenset({"_facts", "_costs"}),
-    "Service": frozenset({"metrics", "_config", "_spread", "_is_sweeping", "_ending", "loads"}),
+    "Service": frozenset({"metrics", "_config", "_spread", "_is_sweeping", "_admission", "loads"}),
+    "Holding": frozenset({"_ending"}),
     "Placement": frozenset({"_config"}),
     "Failover": frozenset({"_config"}),
     "Registry": frozenset({"_terms", "_patience"}),

@@ -239,7 +239,7 @@ class _Scenario:
         )
 
     def _is_quiet(self) -> bool:
-        if self._num_coming or self._cluster.service.num_active:
+        if self._num_coming or self._cluster.service.loads.num_active:
             return False
         self._ask_again()
         return not self._num_coming and self._world.now > HORIZON_S and not self._what_is_left()

@@ -23,6 +23,7 @@ TRY_AGAIN = frozenset(
         "stale_target",
         "no_workers",
         "overloaded",
+        "too_many_requests",
         "stalled",
         "starting",
         "shutting_down",

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from coordinator.config import CoordinatorConfig, ExpectedPool
 from coordinator.overdue import overdue, pools_to_ask
+from coordinator.paths import describe_path
 from coordinator.records import TABLE, Record, State, Step, as_new_token
 from protocol.errors import IllegalTransition
 from protocol.messages import FirstToken, NewToken
@@ -66,18 +67,18 @@ def test_every_state_leads_to_gone() -> None:
 def test_paths_and_pending_work() -> None:
     mine = record()
     mine.decode_pool = "decode0"
-    assert mine.describe_path() == "decode=decode0"
+    assert describe_path(mine) == "decode=decode0"
     assert (mine.pending_prefill_tokens, mine.pending_decode_tokens) == (3, 8)
     mine.num_target_cached_tokens = 2
-    assert mine.describe_path() == "decode=decode0; local; cached=2; computed=1"
+    assert describe_path(mine) == "decode=decode0; local; cached=2; computed=1"
     assert mine.pending_prefill_tokens == 1
     mine.prefill_pool = "prefill0"
     mine.num_prefilled_tokens = 3
     assert mine.pending_prefill_tokens == 0
-    assert mine.describe_path() == "decode=decode0; prefill=prefill0"
+    assert describe_path(mine) == "decode=decode0; prefill=prefill0"
     path = PrefillPath("prefill0", 4, 1, 1, 2, 1)
     mine.path = path
-    assert mine.describe_path().endswith("ring=4; cached=1; computed=2; moved=1")
+    assert describe_path(mine).endswith("ring=4; cached=1; computed=2; moved=1")
     first = as_new_token(FirstToken("r", 1, 7, path))
     assert mine.accept(first) == [first]
     mine.step(Step.END)
@@ -110,7 +111,7 @@ def test_an_attempt_after_tokens_that_the_caller_has() -> None:
     path = PrefillPath("prefill0", 1, 1, 0, 4, 4)
     first = as_new_token(FirstToken("r", 2, 11, path, index=1))
     assert mine.accept(first) == [first]
-    assert mine.describe_path().endswith("; attempts=2; lost=worker_lost")
+    assert describe_path(mine).endswith("; attempts=2; lost=worker_lost")
     assert mine.lost[0].num_output_tokens == 1
 
 
