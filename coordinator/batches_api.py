@@ -65,6 +65,11 @@ def _add_making(app: FastAPI, frontend: Frontend, batches: Batches) -> None:
         batch, was_running = await batches.cancel(tenant_of(request), batch_id)
         return JSONResponse(describe_batch(batch), status_code=202 if was_running else 200)
 
+    @app.post("/v1/batches/{batch_id}/retry")
+    async def retry(request: Request, batch_id: str) -> Response:
+        batch = await batches.retry(tenant_of(request), batch_id)
+        return JSONResponse(describe_batch(batch), status_code=202)
+
 
 def _add_looking(app: FastAPI, batches: Batches) -> None:
     @app.get("/v1/batches")

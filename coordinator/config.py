@@ -72,7 +72,6 @@ class BatchLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_interactive: int = 4  # sequences of other callers, above which no line is begun
     retry_s: float = 0.5  # before a line is tried again that the cluster had no room for; doubled
     max_retry_s: float = 30.0
-    max_crashes: int = 16  # of this process, while it had the same line in work each time
 
 
 class JobLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -88,7 +87,8 @@ class JobLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_priority: int = 100
     retry_s: float = 0.5  # before a document is tried again; doubled each time
     max_retry_s: float = 30.0
-    max_crashes: int = 16  # of this process, while it read the same document each time
+    max_crashes: int = 2  # of this process, with the same work; then it is set aside
+    max_reading: int = 3  # documents that are read and encoded at one time, of one tenant one less
     parse_attempts: int = 2
     parse_timeout_s: float = 120.0
     parse_memory_bytes: int = 2 << 30
@@ -151,6 +151,8 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     epoch: int = 0  # higher than that of every coordinator before; 0 takes it from the clock
     is_restart: bool = False  # the cluster runs already: what is missing in it does not end us
     rejoining: tuple[str, ...] = ()  # pools that run already and will say HELLO
+    restart_budget: int = 0  # whoever starts us does so this often in a window; 0: not known
+    restart_window_s: float = 600.0
 
     def __post_init__(self) -> None:
         if not self.api_keys and not is_loopback(self.host):
@@ -173,14 +175,30 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
             raise ConfigError(f"--max-model-len {self.max_model_len}: must be at least 2 tokens")
         if self.num_tokenizer_threads < 1:
             raise ConfigError("num_tokenizer_threads: must be at least 1")
+        self._check_crashes()
         self._check_failover()
         Failpoints(self.failpoints)
+
+    def _check_crashes(self) -> None:
+        """What ends processes must be found out before they are no longer started again."""
+        for name, budget in (
+            ("jobs.max_crashes", self.jobs.max_crashes),
+            ("poison_deaths", self.poison_deaths),
+        ):
+            if budget < 1:
+                raise ConfigError(f"{name} {budget}: must be at least 1")
+            if 0 < self.restart_budget <= budget:
+                raise ConfigError(
+                    f"{name} {budget} and restart_budget {self.restart_budget}: work that ends "
+                    f"processes is set aside after {name} of them, which must be fewer than are "
+                    f"started again: lower {name}, or raise restart_budget"
+                )
 
     def _check_failover(self) -> None:
         if not 0.0 < self.limits.tenant_share <= 1.0:
             raise ConfigError("limits.tenant_share: must be above 0, and 1 at most")
-        if min(self.max_attempts, self.poison_deaths) < 1:
-            raise ConfigError("max_attempts and poison_deaths: must be at least 1")
+        if self.max_attempts < 1:
+            raise ConfigError("max_attempts: must be at least 1")
         if min(self.failover_wait_s, self.resume_wait_s, self.quarantine_s) < 0:
             raise ConfigError("failover_wait_s, resume_wait_s and quarantine_s: must be at least 0")
         if min(self.stall_timeout_s, self.handoff_timeout_s) <= 0:

@@ -5,6 +5,7 @@ arrives here is a file that is ours to move.
 """
 
 import asyncio
+import hashlib
 import math
 from typing import Any
 
@@ -30,6 +31,7 @@ from coordinator.jobs.document import Document
 from coordinator.jobs.documents import Documents
 from coordinator.jobs.files import Files
 from coordinator.jobs.states import FINAL, PENDING
+from coordinator.jobs.suspects import LINE, Work
 from coordinator.json_body import parse_json
 from coordinator.limits import SCOPE_IS_UPLOAD
 from coordinator.schemas import validate
@@ -124,8 +126,13 @@ async def make_document(
     Raises:
         RequestError: it cannot be accepted, or has been ended before it was ready.
     """
-    document, _ = await _accept(frontend, tenant, fields, None, None)
-    documents = jobs_of(frontend).documents
+    jobs = jobs_of(frontend)
+    documents = jobs.documents
+    # A batch's line is asked again after every start: it must not be able to end each of them.
+    named = f"{tenant.name} {fields.get('idempotency_key')}".encode()
+    key = hashlib.blake2b(named, digest_size=16).hexdigest()
+    async with jobs.gate.work(Work(LINE, key)):
+        document, _ = await _accept(frontend, tenant, fields, None, None)
     while document.state in PENDING:
         wait_s = documents.limits.max_wait_s
         document = await documents.wait(tenant.name, document.document_id, wait_s)
@@ -189,6 +196,11 @@ def _add_steps(app: FastAPI, documents: Documents) -> None:
 
     @app.post("/v1/documents/{document_id}/resume")
     async def resume(request: Request, document_id: str) -> Response:
+        document = await documents.resume(_tenant(request), document_id)
+        return await _whole(documents, document, 202)
+
+    @app.post("/v1/documents/{document_id}/retry")  # the same, of what was set aside
+    async def retry(request: Request, document_id: str) -> Response:
         document = await documents.resume(_tenant(request), document_id)
         return await _whole(documents, document, 202)
 

@@ -171,6 +171,8 @@ def coordinator_config(cluster: Cluster, where: dict[str, Any]) -> bytes:
         "ready_timeout_s": serve.ready_timeout_s,
         "log_level": serve.log_level,
         "parent_pid": os.getpid(),
+        "restart_budget": serve.restart_budget,
+        "restart_window_s": serve.restart_window_s,
         "secret": "" if cluster.data is None else cluster.data.secret,
         "data_dir": "" if cluster.data is None else str(cluster.data.folder),
         "jobs": {"disk_quota_bytes": cluster.disk_quota_bytes} | serve.coordinator.get("jobs", {}),

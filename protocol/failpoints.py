@@ -89,7 +89,7 @@ CHANGES = frozenset(
         *("owner_claimed", "document_added", "document_changed", "document_deleted"),
         *("deletion_finished", "file_added", "file_deleted", "files_expired", "batch_added"),
         *("batch_changed", "batch_closed", "batches_forgotten", "lines_added", "lines_removed"),
-        *("line_claimed", "lines_unclaimed", "line_answered"),
+        *("line_answered", "judged"),
     }
 )
 KINDS: dict[str, frozenset[str]] = {

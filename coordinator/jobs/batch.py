@@ -16,6 +16,8 @@ ENDPOINTS = ("/v1/completions", "/v1/chat/completions", DOCUMENTS)
 TIMES: dict[State, str] = {
     state: f"{state.value}_at" for state in State if state is not State.VALIDATING
 }
+# What OpenAI's clients do not know, and see as something else.
+SHOWN = {State.EXPIRING: State.FINALIZING, State.SET_ASIDE: State.FAILED}
 
 
 class LineError(msgspec.Struct, frozen=True):
@@ -76,7 +78,8 @@ class Batch(msgspec.Struct, frozen=True):
             IllegalTransition: the table does not have it.
         """
         state = advance(self.state, step)
-        times = {**self.times, TIMES[state]: int(now)}
+        entered = {TIMES[state]: int(now)} if state in TIMES else {}
+        times = {**self.times, **entered}
         return msgspec.structs.replace(self, state=state, times=times, **changes)
 
 
@@ -95,7 +98,6 @@ class Claim(msgspec.Struct, frozen=True):
     """A line to be answered now."""
 
     line: Line
-    num_attempts: int  # this one included
     document_id: str | None = None  # what the line that it depends on has made; None: it failed
 
 
@@ -110,10 +112,12 @@ class Result(msgspec.Struct, frozen=True):
 
 def describe_batch(batch: Batch) -> dict[str, Any]:
     """A batch as callers see it, in OpenAI's shape."""
-    shown = State.FINALIZING if batch.state is State.EXPIRING else batch.state
+    shown = SHOWN.get(batch.state, batch.state)
     usage = batch.usage
-    times = {name: batch.times.get(name) for name in TIMES.values() if name != "expiring_at"}
-    times["finalizing_at"] = times["finalizing_at"] or batch.times.get("expiring_at")
+    times = {f"{state.value}_at": batch.times.get(name) for state, name in TIMES.items()}
+    for state, other in SHOWN.items():
+        hidden = times.pop(f"{state.value}_at")
+        times[f"{other.value}_at"] = times[f"{other.value}_at"] or hidden
     errors = [msgspec.structs.asdict(error) for error in batch.errors]
     return {
         "id": batch.batch_id,

@@ -1,12 +1,12 @@
 """Has batches done: one task for each that is open, slots for the lines of all of them.
 
 1. VALIDATING: every line is checked and noted; one that is wrong refuses the batch.
-2. IN_PROGRESS: a slot, then a line (its attempt is counted before the work), then its answer, which
-   is kept before the next line takes the slot. What the cluster has no room for is tried again.
+2. IN_PROGRESS: a slot, then a line, then its answer, which is kept before the next line takes the
+   slot. What the cluster has no room for is tried again.
 3. FINALIZING, and the other ends: the files are written, then the batch is over.
 
-After a crash each batch goes on in its state; lines that were under way are run again. A line whose
-attempts have all ended in crashes is given up, as it may be their cause.
+After a crash each batch goes on in its state; lines that were under way are run again. A batch or a
+line that this process has died of is set aside (gate.py).
 """
 
 import asyncio
@@ -17,17 +17,29 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Protocol, TypeVar
 
 from coordinator.errors import error_object
-from coordinator.jobs.batch import DOCUMENTS, Batch, Claim, Line, Result, answered
+from coordinator.jobs.batch import (
+    DOCUMENTS,
+    Batch,
+    Claim,
+    LineError,
+    Result,
+    answered,
+)
 from coordinator.jobs.batch_output import write_files
-from coordinator.jobs.batch_states import RUNNING, State, Step
-from coordinator.jobs.batches import Batches
+from coordinator.jobs.batch_states import OPEN, RUNNING, State, Step
+from coordinator.jobs.batches import Batches, line_key
+from coordinator.jobs.gate import refusal
 from coordinator.jobs.slots import Slots
+from coordinator.jobs.suspects import BATCH, LINE, Name, Work
 from protocol.errors import RequestError
 from protocol.failpoints import RESULT_ANSWERED
 
 TICK_S = 1.0
 TRY_AGAIN = frozenset({429, 503, 507})  # there may be room later
 MAX_DOCUMENTS = 8  # of one batch that are waited for; making them is not this runner's work
+
+ENDED = frozenset({State.COMPLETED, State.EXPIRED, State.CANCELLED, State.SET_ASIDE})
+VALIDATION, FILES = 0, 1  # positions of a batch's work, for the gate
 
 T = TypeVar("T")
 Reply = tuple[int, dict[str, Any]]
@@ -61,6 +73,7 @@ class BatchRunner:
         self._batches = batches
         self._table = batches.table
         self._limits = batches.limits
+        self._gate = batches.gate
         self._server = server
         self._slots = Slots(self._limits.max_running, self._is_quiet)
         self._validating = asyncio.Semaphore(1)
@@ -81,11 +94,7 @@ class BatchRunner:
                     async with asyncio.timeout(TICK_S):
                         await self._wakeup.wait()
         finally:
-            busy = {batch_id: set(lines) for batch_id, lines in self._busy.items()}
             await _end(*self._tasks.values())
-            with contextlib.suppress(RequestError):  # a full disk: then the attempts count
-                for batch_id, numbers in busy.items():
-                    await self._table.unclaim(batch_id, numbers)
 
     async def _recover_patiently(self) -> None:
         while True:
@@ -96,10 +105,27 @@ class BatchRunner:
                 await asyncio.sleep(TICK_S)
 
     async def _recover(self) -> None:
-        open_ids = await self._table.open_ids()
-        await asyncio.to_thread(self._batches.inputs.recover, open_ids)
+        await self._gate.wait_recovered()
+        for batch_id in self._gate.set_aside(BATCH):
+            await self._set_aside(batch_id)
+        kept = [*await self._table.open_ids(), *await self._table.set_aside_ids()]
+        await asyncio.to_thread(self._batches.inputs.recover, kept)
         for batch_id in await self._table.leftovers():
             await self._table.remove_lines(batch_id)
+
+    async def _set_aside(self, batch_id: str) -> None:
+        suspect = self._gate.verdict(Name(BATCH, batch_id))
+        assert suspect is not None, "it is one that the gate named"
+        why, now = refusal(suspect), self._table.clock()
+
+        def work(batch: Batch) -> Batch:
+            if batch.state not in OPEN:
+                return batch
+            errors = (LineError(why.code, why.message),)
+            return batch.stepped(Step.SET_ASIDE, now, errors=errors)
+
+        if await self._table.find(batch_id) is not None:
+            await self._table.change(batch_id, work)
 
     async def _tick(self) -> None:
         try:
@@ -157,10 +183,11 @@ class BatchRunner:
     async def _step(self, batch_id: str) -> bool:
         """Bring a batch into its next state; False at its end."""
         batch = await self._table.find(batch_id)
-        if batch is None or batch.state in (State.COMPLETED, State.EXPIRED, State.CANCELLED):
+        if batch is None or batch.state in ENDED:
             return False
         if batch.state is State.VALIDATING:
-            async with self._validating:
+            work = Work(BATCH, batch_id, VALIDATION)
+            async with self._validating, self._gate.work(work):
                 await self._validate(batch)
         elif batch.state is State.IN_PROGRESS:
             await self._answer_lines(batch)
@@ -168,7 +195,9 @@ class BatchRunner:
             await asyncio.to_thread(self._batches.inputs.remove, batch_id)
             return False
         else:
-            await self._finish(batch)
+            async with self._gate.work(Work(BATCH, batch_id, FILES)):
+                await self._finish(batch)
+            await self._batches.forgive(batch_id)
         return True
 
     async def _validate(self, batch: Batch) -> None:
@@ -297,35 +326,33 @@ class BatchRunner:
     async def _reply(self, batch: Batch, claim: Claim, request_id: str) -> Reply:
         line = claim.line
         try:
-            self._check(claim)
-            body = await asyncio.to_thread(
-                self._batches.inputs.read_body, batch.batch_id, line, claim.document_id
-            )
-            if line.url == DOCUMENTS:
-                body.setdefault("idempotency_key", _key(batch, line))
+            _check(claim)
+            key = line_key(batch.batch_id, line.number)
+            if line.url != DOCUMENTS:
+                async with self._gate.work(Work(LINE, key)):
+                    body = await self._body(batch, claim)
+                    return await self._server.serve(batch.tenant, line.url, body, request_id)
+            body = await self._body(batch, claim)
+            body.setdefault("idempotency_key", key)
+            # It waits for other work, the document's, which goes through the gate itself.
             return await self._server.serve(batch.tenant, line.url, body, request_id)
         except RequestError as error:
             return error.status, error_object(error)
 
-    def _check(self, claim: Claim) -> None:
-        if claim.num_attempts > self._limits.max_crashes:
-            raise RequestError(
-                f"this line is refused: the server has crashed {claim.num_attempts - 1} times "
-                f"while it was answered",
-                code="request_quarantined",
-                status=500,
-            )
-        if claim.line.depends_on is not None and claim.document_id is None:
-            raise RequestError(
-                "the line that makes the document has failed: see its error",
-                code="dependency_failed",
-                param="document_id",
-                status=424,
-            )
+    async def _body(self, batch: Batch, claim: Claim) -> dict[str, Any]:
+        return await asyncio.to_thread(
+            self._batches.inputs.read_body, batch.batch_id, claim.line, claim.document_id
+        )
 
 
-def _key(batch: Batch, line: Line) -> str:
-    return f"{batch.batch_id}:{line.number}"
+def _check(claim: Claim) -> None:
+    if claim.line.depends_on is not None and claim.document_id is None:
+        raise RequestError(
+            "the line that makes the document has failed: see its error",
+            code="dependency_failed",
+            param="document_id",
+            status=424,
+        )
 
 
 async def _end(*tasks: asyncio.Task[None]) -> None:

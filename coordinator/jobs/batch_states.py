@@ -2,7 +2,8 @@
 
 VALIDATING --valid--> IN_PROGRESS --done--> FINALIZING --written--> COMPLETED
 VALIDATING --refuse--> FAILED. Until the last line is done a batch may be cancelled, or expire: what
-has been answered by then is written, and what has not is named in the error file.
+has been answered by then is written, and what has not is named in the error file. What processes
+have died of is set aside, until somebody has it tried again.
 """
 
 import enum
@@ -18,6 +19,7 @@ class State(enum.Enum):
     CANCELLING = "cancelling"
     COMPLETED = "completed"
     FAILED = "failed"
+    SET_ASIDE = "set_aside"  # callers see it as failed
     EXPIRED = "expired"
     CANCELLED = "cancelled"
 
@@ -29,6 +31,9 @@ class Step(enum.Enum):
     WRITTEN = "written"
     EXPIRE = "expire"
     CANCEL = "cancel"
+    SET_ASIDE = "set_aside"
+    VALIDATE_AGAIN = "validate_again"
+    WRITE_AGAIN = "write_again"
 
 
 RUNNING = frozenset({State.VALIDATING, State.IN_PROGRESS})
@@ -41,6 +46,11 @@ TABLE: dict[tuple[State, Step], State] = {
     (State.IN_PROGRESS, Step.DONE): State.FINALIZING,
     **{(state, Step.EXPIRE): State.EXPIRING for state in State if state in RUNNING},
     **{(state, Step.CANCEL): State.CANCELLING for state in State if state in RUNNING},
+    **{(state, Step.SET_ASIDE): State.SET_ASIDE for state in State if state in OPEN},
+    (State.SET_ASIDE, Step.VALIDATE_AGAIN): State.VALIDATING,
+    (State.SET_ASIDE, Step.WRITE_AGAIN): State.FINALIZING,
+    (State.SET_ASIDE, Step.CANCEL): State.CANCELLING,
+    (State.SET_ASIDE, Step.EXPIRE): State.EXPIRING,
     (State.FINALIZING, Step.WRITTEN): State.COMPLETED,
     (State.EXPIRING, Step.WRITTEN): State.EXPIRED,
     (State.CANCELLING, Step.WRITTEN): State.CANCELLED,

@@ -1,7 +1,8 @@
 """The rows of batches. What changes together is one transaction, and durable when it returns.
 
 Of a line that is done there is one result, keyed by (batch, line): a second answer, of a line that
-was run again, is ignored, and is not counted.
+was run again, is ignored, and is not counted. ``is_open`` is 0 of a batch that has ended, 1 of one
+for which something is to be done, 2 of one that is set aside.
 """
 
 import sqlite3
@@ -14,7 +15,7 @@ from coordinator.jobs.batch import DOCUMENTS, Batch, Claim, Line, LineError, Res
 from coordinator.jobs.batch_states import OPEN, State, Step
 from coordinator.jobs.database import Database
 from coordinator.jobs.files import StoredFile, insert_file
-from protocol.errors import RequestError
+from protocol.errors import IllegalTransition, RequestError
 
 SCHEMA = (
     """CREATE TABLE IF NOT EXISTS batch (
@@ -35,7 +36,6 @@ SCHEMA = (
         custom_id TEXT NOT NULL,
         url TEXT NOT NULL,
         depends_on INTEGER,
-        num_attempts INTEGER NOT NULL DEFAULT 0,
         is_done INTEGER NOT NULL DEFAULT 0,
         PRIMARY KEY (batch_id, line)
     ) WITHOUT ROWID""",
@@ -127,6 +127,12 @@ class BatchTable:
         rows = await self._database.read(lambda c: c.execute(query).fetchall())
         return [batch_id for (batch_id,) in rows]
 
+    async def set_aside_ids(self) -> list[str]:
+        """Batches that wait for somebody to ask for them again."""
+        query = "SELECT batch_id FROM batch WHERE is_open = 2"
+        rows = await self._database.read(lambda c: c.execute(query).fetchall())
+        return [batch_id for (batch_id,) in rows]
+
     async def expired_ids(self) -> list[str]:
         """Open batches whose time is over."""
         query = "SELECT batch_id FROM batch WHERE is_open = 1 AND expires_at <= ?"
@@ -144,7 +150,7 @@ class BatchTable:
 
     async def forget(self, before: int) -> None:
         """Remove the batches that ended, and expired, before a time."""
-        query = "DELETE FROM batch WHERE is_open = 0 AND expires_at < ?"
+        query = "DELETE FROM batch WHERE is_open <> 1 AND expires_at < ?"
         await self._database.write(lambda c: c.execute(query, (before,)), "batches_forgotten")
 
     # -- lines -------------------------------------------------------------------------------------
@@ -168,7 +174,7 @@ class BatchTable:
     async def claim(
         self, batch_id: str, busy: Collection[int], *, takes_documents: bool
     ) -> Claim | None:
-        """The first line that can be answered now, and is not ``busy``; its attempt is counted.
+        """The first line that can be answered now, and is not ``busy``.
 
         Args:
             batch_id: which batch.
@@ -180,7 +186,7 @@ class BatchTable:
             marks = ",".join("?" * len(busy))
             query = (
                 "SELECT l.line, l.offset, l.size, l.custom_id, l.url, l.depends_on, "
-                "l.num_attempts, made.document_id "
+                "made.document_id "
                 "FROM batch_line l INDEXED BY batch_line_left "
                 "LEFT JOIN batch_result made "
                 "ON made.batch_id = l.batch_id AND made.line = l.depends_on "
@@ -192,17 +198,33 @@ class BatchTable:
             row = connection.execute(query, values).fetchone()
             if row is None:
                 return None
-            *line, num_attempts, document_id = row
-            _count_attempts(connection, batch_id, [line[0]], 1)
-            return Claim(Line(*line), num_attempts + 1, document_id)
+            *line, document_id = row
+            return Claim(Line(*line), document_id)
 
-        return await self._database.write(work, "line_claimed")
+        return await self._database.read(work)
 
-    async def unclaim(self, batch_id: str, numbers: Collection[int]) -> None:
-        """These lines were given up through no fault of theirs: the attempt does not count."""
-        await self._database.write(
-            lambda c: _count_attempts(c, batch_id, numbers, -1), "lines_unclaimed"
-        )
+    async def reopen(self, batch_id: str, numbers: Collection[int]) -> Batch:
+        """Have lines answered again that have failed; the batch is running.
+
+        Raises:
+            IllegalTransition: it is not.
+        """
+
+        def work(connection: sqlite3.Connection) -> Batch:
+            marks = ",".join("?" * len(numbers))
+            where = f"batch_id = ? AND line IN ({marks})"
+            values = (batch_id, *numbers)
+            failed = connection.execute(
+                f"DELETE FROM batch_result WHERE {where} AND is_error RETURNING line", values
+            ).fetchall()
+            for (number,) in failed:
+                connection.execute(
+                    "UPDATE batch_line SET is_done = 0 WHERE batch_id = ? AND line = ?",
+                    (batch_id, number),
+                )
+            return _change(connection, batch_id, lambda batch: _reopened(batch, len(failed)))
+
+        return await self._database.write(work, "batch_changed")
 
     async def record(self, batch_id: str, number: int, result: Result) -> None:
         """Keep the answer to a line, unless there is one, or the batch is ending."""
@@ -312,7 +334,7 @@ def _change(connection: sqlite3.Connection, batch_id: str, work: Callable[[Batch
     batch = work(before)
     connection.execute(
         "UPDATE batch SET is_open = ?, fields = ? WHERE batch_id = ?",
-        (batch.state in OPEN, _ENCODER.encode(batch), batch_id),
+        (_openness(batch), _ENCODER.encode(batch), batch_id),
     )
     return batch
 
@@ -326,12 +348,11 @@ def _counted(batch: Batch, result: Result) -> Batch:
     )
 
 
-def _count_attempts(
-    connection: sqlite3.Connection, batch_id: str, numbers: Collection[int], step: int
-) -> None:
-    marks = ",".join("?" * len(numbers))
-    connection.execute(
-        f"UPDATE batch_line SET num_attempts = num_attempts + ? "
-        f"WHERE batch_id = ? AND line IN ({marks})",
-        (step, batch_id, *numbers),
-    )
+def _reopened(batch: Batch, num_failed: int) -> Batch:
+    if batch.state is not State.IN_PROGRESS:
+        raise IllegalTransition(f"lines of a batch that is {batch.state.value}")
+    return msgspec.structs.replace(batch, num_failed=batch.num_failed - num_failed)
+
+
+def _openness(batch: Batch) -> int:
+    return 2 if batch.state is State.SET_ASIDE else int(batch.state in OPEN)

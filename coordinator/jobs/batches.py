@@ -3,6 +3,7 @@
 1. ``create`` links the input, then writes the batch, and only then answers.
 2. The runner (batch_runner.py) validates it, has its lines answered and writes its files.
 3. ``cancel`` ends it: what has been answered is written, the rest is not begun.
+4. ``retry`` goes on with what the server has died of, and has set aside.
 """
 
 import asyncio
@@ -11,13 +12,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from coordinator.config import BatchLimits
-from coordinator.jobs.batch import ENDPOINTS, Batch
+from coordinator.jobs import suspects
+from coordinator.jobs.batch import ENDPOINTS, TIMES, Batch
 from coordinator.jobs.batch_input import Inputs
 from coordinator.jobs.batch_states import RUNNING, State, Step
 from coordinator.jobs.batch_table import BatchTable
 from coordinator.jobs.files import BATCH, Files, StoredFile, new_file_id
+from coordinator.jobs.gate import Gate
 from coordinator.jobs.space import check_space
-from protocol.errors import RequestError
+from coordinator.jobs.suspects import LINE, Name
+from protocol.errors import IllegalTransition, RequestError
 
 ID_PREFIX = "batch_"
 WINDOWS = ("24h",)  # OpenAI's
@@ -46,11 +50,13 @@ class Batches:
         files: has their inputs, and will have their outputs.
         inputs: keeps what is being worked on.
         limits: of one batch and of all.
+        gate: knows what is set aside.
     """
 
     def __init__(
-        self, table: BatchTable, files: Files, inputs: Inputs, limits: BatchLimits
+        self, table: BatchTable, files: Files, inputs: Inputs, limits: BatchLimits, gate: Gate
     ) -> None:
+        self.gate = gate
         self.table = table
         self.files = files
         self.inputs = inputs
@@ -135,6 +141,45 @@ class Batches:
             )
         return batch, was_running
 
+    async def retry(self, tenant: str, batch_id: str) -> Batch:
+        """Go on with a batch that was set aside, or with those lines of a running one.
+
+        Raises:
+            RequestError: ``not_retryable``: nothing of it is, or it has ended.
+        """
+        batch = await self.get(tenant, batch_id)
+        try:
+            if batch.state is State.SET_ASIDE:
+                await self.gate.retry(Name(suspects.BATCH, batch_id))
+                now = self.table.clock()
+                batch = await self.table.change(
+                    batch_id, lambda found: found.stepped(_way_back(found), now, errors=())
+                )
+            elif numbers := self._lines_set_aside(batch_id):
+                batch = await self.table.reopen(batch_id, numbers)
+                await self.forgive(batch_id)
+            else:
+                raise IllegalTransition("nothing of it is set aside")
+        except IllegalTransition as error:
+            raise RequestError(
+                f"the batch is {batch.state.value}: only what was set aside is tried again; after "
+                f"the end of a batch, send the lines of its error file in another one",
+                code="not_retryable",
+                status=409,
+            ) from error
+        self._on_change(batch_id)
+        return batch
+
+    async def forgive(self, batch_id: str) -> None:
+        """Forget which lines of a batch were set aside."""
+        for number in self._lines_set_aside(batch_id):
+            await self.gate.retry(Name(LINE, line_key(batch_id, number)))
+
+    def _lines_set_aside(self, batch_id: str) -> list[int]:
+        keys = self.gate.set_aside(LINE)
+        start = line_key(batch_id, "")
+        return [int(key.removeprefix(start)) for key in keys if key.startswith(start)]
+
     def _check_file(self, file: StoredFile) -> None:
         if file.purpose != BATCH:
             raise _invalid("input_file_id", f"the file's purpose is {file.purpose}, not {BATCH}")
@@ -161,6 +206,20 @@ class Batches:
             output_ttl_s=asked.output_ttl_s or int(self.limits.file_ttl_s),
             metadata=asked.metadata,
         )
+
+
+def line_key(batch_id: str, number: int | str) -> str:
+    """The name of a line among those of all batches."""
+    return f"{batch_id}:{number}"
+
+
+def _way_back(batch: Batch) -> Step:
+    """Where a batch was when it was set aside: in an end, or at its beginning."""
+    if TIMES[State.CANCELLING] in batch.times:
+        return Step.CANCEL
+    if TIMES[State.EXPIRING] in batch.times:
+        return Step.EXPIRE
+    return Step.WRITE_AGAIN if batch.num_lines else Step.VALIDATE_AGAIN
 
 
 def _check(asked: BatchRequest) -> None:

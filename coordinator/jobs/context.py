@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
+
 from coordinator.config import CoordinatorConfig
 from coordinator.jobs.batch_input import Inputs
 from coordinator.jobs.batch_runner import BatchRunner, LineServer
@@ -27,9 +29,12 @@ from coordinator.jobs.document_table import DocumentTable
 from coordinator.jobs.documents import Documents, Parts
 from coordinator.jobs.files import SCHEMA as FILE_SCHEMA
 from coordinator.jobs.files import Files
+from coordinator.jobs.gate import SCHEMA as GATE_SCHEMA
+from coordinator.jobs.gate import Budget, Gate
 from coordinator.jobs.ingestor import Ingestor
 from coordinator.jobs.keeper import Keeper
 from coordinator.jobs.library import Library, ModelFacts
+from coordinator.jobs.marks import Marks, boot_id
 from coordinator.jobs.pins import PinPolicy
 from coordinator.jobs.preparing import Preparing
 from coordinator.jobs.questions import Questions
@@ -45,6 +50,7 @@ _log = logging.getLogger(__name__)
 DATABASE_NAME = "jobs.sqlite"
 NUM_THREADS = 2
 RECOVERY_PAUSE_S = 1.0
+SPARE_STARTS = 2  # of the budget, that durable work never uses
 ROOM_TO_ASK = 1  # tokens that must fit behind a document
 
 
@@ -82,18 +88,35 @@ class Jobs:
         if path is not None:
             path.touch(mode=0o600, exist_ok=True)  # it holds the tenants' salts
         places = Places(config.failpoints, surroundings.counters)
-        self.database = Database(path, (*DOCUMENT_SCHEMA, *FILE_SCHEMA, *BATCH_SCHEMA), places)
+        schema = (*DOCUMENT_SCHEMA, *FILE_SCHEMA, *BATCH_SCHEMA, *GATE_SCHEMA)
+        self.database = Database(path, schema, places)
         self._leftovers.callback(self.database.close)
+        self.gate = self._gate(surroundings)
         self.min_free_bytes = surroundings.min_free_bytes or config.batches.min_free_bytes
         clock = surroundings.clock
         self.files = Files(self.database, self.folder / "files", config.batches, clock, places)
         inputs = Inputs(self.folder / "batches", config.batches, config.limits, places)
         table = BatchTable(self.database, clock)
-        self.batches = Batches(table, self.files, inputs, config.batches)
+        self.batches = Batches(table, self.files, inputs, config.batches, self.gate)
         self._batch_runner: BatchRunner | None = None
         self.documents = self._documents(surroundings, places)
         self.questions = Questions(self.documents)
         self._tasks: list[asyncio.Task[None]] = []
+
+    def _gate(self, surroundings: Surroundings) -> Gate:
+        config = surroundings.config
+        max_deaths = config.jobs.max_crashes
+        # Some of the starts are left for what is not our doing.
+        most = max(max_deaths, config.restart_budget - SPARE_STARTS)
+        gate = Gate(
+            self.database,
+            Marks(self.folder / "marks", boot_id()),
+            Budget(max_deaths, most if config.restart_budget else 0, config.restart_window_s),
+            surroundings.clock,
+            surroundings.counters,
+        )
+        self._leftovers.callback(gate.close)
+        return gate
 
     def _documents(self, surroundings: Surroundings, places: Places) -> Documents:
         config, model, ingestor = surroundings.config, surroundings.model, surroundings.ingestor
@@ -113,8 +136,9 @@ class Jobs:
         table = DocumentTable(self.database, limits, surroundings.clock)
         preparing = Preparing(table, files, library, limits, max_tokens, places)
         max_running = limits.max_running or max(1, num_prefill_pools)
-        runner = Runner(table, preparing, ingestor, policy, limits, max_running)
-        keeper = Keeper(table, files, library, ingestor, runner)
+        limits = msgspec.structs.replace(limits, max_running=max_running)
+        runner = Runner(table, preparing, ingestor, policy, limits, self.gate)
+        keeper = Keeper(table, files, library, ingestor, runner, self.gate)
         return Documents(
             Parts(
                 table=table,
@@ -124,6 +148,7 @@ class Jobs:
                 policy=policy,
                 runner=runner,
                 keeper=keeper,
+                gate=self.gate,
                 limits=limits,
                 max_tokens=max_tokens,
                 min_free_bytes=self.min_free_bytes,
@@ -152,9 +177,10 @@ class Jobs:
         while True:
             try:
                 await documents.table.claim()
+                await self.gate.recover()
                 await documents.keeper.recover()
-                await documents.keeper.tell_pins()
                 await documents.runner.recover()
+                await documents.keeper.tell_pins()
                 return
             except RequestError as error:  # a full disk: requests are served nevertheless
                 _log.error("documents wait: %s", error)

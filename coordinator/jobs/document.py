@@ -90,7 +90,6 @@ class Document(msgspec.Struct, frozen=True, omit_defaults=True):
     fingerprint: str = ""  # of the model whose tokens they are
     status: str = State.QUEUED.value
     attempt: int = 0  # counted before the work begins
-    num_crashes: int = 0  # of this process, while it read the source
     num_parse_crashes: int = 0
     num_tokens: int = 0  # 0 before they are known
     block_size: int = 0

@@ -1,6 +1,8 @@
 """How documents lie in the database: tables, and rows to values and back. Inside a transaction."""
 
+import logging
 import sqlite3
+from collections.abc import Iterable
 
 import msgspec
 
@@ -44,6 +46,7 @@ SCHEMA = (
 )
 _ENCODER = msgspec.json.Encoder()
 _DECODER = msgspec.json.Decoder(Document)
+_log = logging.getLogger(__name__)
 
 
 class Superseded(BatonError):
@@ -75,7 +78,30 @@ def encode(document: Document) -> bytes:
 
 
 def decode(body: bytes) -> Document:
-    return _DECODER.decode(body)
+    """The document of a row.
+
+    Raises:
+        RequestError: ``document_damaged``: the row is not what this version writes.
+    """
+    try:
+        return _DECODER.decode(body)
+    except msgspec.DecodeError as error:
+        raise RequestError(
+            f"the record of this document cannot be read: {error}",
+            code="document_damaged",
+            status=500,
+        ) from error
+
+
+def decoded(found: Iterable[tuple[bytes]]) -> list[Document]:
+    """The documents of many rows; one that cannot be read does not keep the others from it."""
+    documents = []
+    for (body,) in found:
+        try:
+            documents.append(decode(body))
+        except RequestError as error:
+            _log.error("a document is passed over: %s", error)
+    return documents
 
 
 def columns(document: Document) -> tuple[object, ...]:

@@ -201,7 +201,7 @@ class DocumentTable:
                 f" ORDER BY number {order} LIMIT ?",
                 (tenant, limit + 1),
             ).fetchall()
-            return [rows.decode(body) for (body,) in found[:limit]], len(found) > limit
+            return rows.decoded(found[:limit]), len(found) > limit
 
         return await self._database.read(work)
 
@@ -224,7 +224,24 @@ class DocumentTable:
                 f" ORDER BY {order} LIMIT ?",
                 (after, limit),
             )
-            return [rows.decode(body) for (body,) in found]
+            return rows.decoded(found)
+
+        return await self._database.read(work)
+
+    async def queued(self, limit: int) -> list[Document]:
+        """Documents that wait, so many of each tenant: first the first of each, then the second.
+
+        Of one tenant's the one with the highest priority comes first, then the oldest.
+        """
+
+        def work(connection: sqlite3.Connection) -> list[Document]:
+            found = connection.execute(
+                "SELECT body FROM (SELECT body, number, ROW_NUMBER() OVER"
+                " (PARTITION BY tenant ORDER BY priority DESC, number) AS place"
+                " FROM documents WHERE status = ?) WHERE place <= ? ORDER BY place, number",
+                (State.QUEUED.value, limit),
+            )
+            return rows.decoded(found)
 
         return await self._database.read(work)
 
@@ -237,7 +254,7 @@ class DocumentTable:
                 f" OR (status IN ({rows.named(PENDING)}) AND deadline <= ?)",
                 (now, now),
             )
-            return [rows.decode(body) for (body,) in found]
+            return rows.decoded(found)
 
         return await self._database.read(work)
 
@@ -252,7 +269,7 @@ class DocumentTable:
     async def _select(self, condition: str, value: str) -> list[Document]:
         def work(connection: sqlite3.Connection) -> list[Document]:
             found = connection.execute(f"SELECT body FROM documents WHERE {condition}", (value,))
-            return [rows.decode(body) for (body,) in found]
+            return rows.decoded(found)
 
         return await self._database.read(work)
 
@@ -272,7 +289,7 @@ class DocumentTable:
 
         def work(connection: sqlite3.Connection) -> list[Document]:
             found = connection.execute("SELECT body FROM deleted_documents")
-            return [rows.decode(body) for (body,) in found]
+            return rows.decoded(found)
 
         return await self._database.read(work)
 

@@ -29,6 +29,7 @@ from coordinator.jobs.document_files import TEXT, DocumentFiles
 from coordinator.jobs.document_rows import not_found
 from coordinator.jobs.document_table import DocumentTable, Idempotency
 from coordinator.jobs.events import WrittenEvent
+from coordinator.jobs.gate import Gate
 from coordinator.jobs.ingestor import Ingestor, IngestRequest
 from coordinator.jobs.keeper import Keeper
 from coordinator.jobs.library import Library, check_size
@@ -36,6 +37,7 @@ from coordinator.jobs.pins import Pinned, PinPolicy
 from coordinator.jobs.runner import Runner
 from coordinator.jobs.space import check_space
 from coordinator.jobs.states import FINAL, PENDING, Step
+from coordinator.jobs.suspects import DOCUMENT, Name
 from protocol.errors import IllegalTransition, RequestError
 
 ID_PREFIX = "doc_"
@@ -73,6 +75,7 @@ class Parts:
     policy: PinPolicy
     runner: Runner
     keeper: Keeper
+    gate: Gate
     limits: JobLimits
     max_tokens: Callable[[], int]  # of a document that can be asked about
     min_free_bytes: int
@@ -98,6 +101,7 @@ class Documents:
         self.keeper = parts.keeper
         self.table = parts.table
         self.folder = parts.files.folder
+        self.gate = parts.gate
         self._files = parts.files
         self._ingestor = parts.ingestor
         self.policy = parts.policy
@@ -292,11 +296,12 @@ class Documents:
 
     async def _queue(self, tenant: str, document_id: str, step: Step, code: str) -> Document:
         await self.get(tenant, document_id)
+        await self.gate.retry(Name(DOCUMENT, document_id))
 
         def work(found: Document) -> Change:
             if found.state in PENDING:  # it is on its way already
                 return Change(found)
-            return stepped(found, step, error=None, num_crashes=0, num_parse_crashes=0)
+            return stepped(found, step, error=None, num_parse_crashes=0)
 
         try:
             document = await self.table.change(document_id, work)

@@ -3,25 +3,32 @@
 1. A pin whose time is over is taken off, with an event; a document whose deadline is over, ended.
 2. Ready documents are looked at in turns: one that has lost blocks is evicted, and says so.
 3. Of deleted documents the KV is forgotten that no other document shares, then the files go.
+
+A bug that one document brings out keeps none of the others from being looked after.
 """
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 
 import msgspec
 
 from coordinator.jobs.document import Change, Document, Event, Pin, stepped
 from coordinator.jobs.document_files import DocumentFiles
 from coordinator.jobs.document_table import DocumentTable
+from coordinator.jobs.gate import Gate
 from coordinator.jobs.ingestor import Ingestor
 from coordinator.jobs.library import Library
 from coordinator.jobs.runner import Runner
+from coordinator.jobs.segments import READING
 from coordinator.jobs.states import PENDING, USABLE, State, Step
+from coordinator.jobs.suspects import DOCUMENT, Work
 from protocol.errors import IllegalTransition, RequestError
 
 TICK_S = 1.0
 RECOVERY_S = 5.0  # that a caller waits for it
+INSUFFICIENT_STORAGE = "insufficient_storage"
 NUM_LOOKED_AT = 8  # ready documents at each tick
 
 _log = logging.getLogger(__name__)
@@ -36,6 +43,7 @@ class Keeper:
         library: has their hashes.
         ingestor: has their blocks.
         runner: is told of a document that has expired.
+        gate: that reading a document's tokens again goes through.
     """
 
     def __init__(
@@ -45,12 +53,14 @@ class Keeper:
         library: Library,
         ingestor: Ingestor,
         runner: Runner,
+        gate: Gate,
     ) -> None:
         self._table = table
         self._files = files
         self._library = library
         self._ingestor = ingestor
         self._runner = runner
+        self._gate = gate
         self.recovered = asyncio.Event()
         self._last_seen = ""
         self._wakeup = asyncio.Event()
@@ -64,8 +74,9 @@ class Keeper:
         known = await self._table.ids()
         await asyncio.to_thread(self._files.sweep, known)
         for document in await self._table.with_states(frozenset({State.READY})):
-            if not self._library.is_current(document):
-                await self._evict(document, "model_changed")
+            with _contained(document):
+                if not self._library.is_current(document):
+                    await self._evict(document, "model_changed")
         self.recovered.set()
 
     async def wait_recovered(self) -> None:
@@ -84,7 +95,7 @@ class Keeper:
         """After a start: what is pinned is kept from the beginning."""
         for document in await self._table.pinned_documents():
             if document.state in USABLE:
-                await self.tell_pin(document)
+                await self._load(document, self.tell_pin)
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -118,15 +129,19 @@ class Keeper:
     async def _expire(self) -> None:
         now = self._table.clock()
         for document in await self._table.due(now):
-            document_id = document.document_id
-            if 0 < document.pin.expires_at <= now:
-                await self._change(document_id, lambda found: _without_pin(found, now))
-                self._ingestor.unpin(document_id)
-            is_pending = document.state in PENDING
-            if is_pending and document.deadline is not None and document.deadline <= now:
-                await self._change(document_id, lambda found: stepped(found, Step.EXPIRE))
-                await self._runner.abort(document_id)
-                self._ingestor.unpin(document_id)
+            with _contained(document):
+                await self._expire_one(document, now)
+
+    async def _expire_one(self, document: Document, now: float) -> None:
+        document_id = document.document_id
+        if 0 < document.pin.expires_at <= now:
+            await self._change(document_id, lambda found: _without_pin(found, now))
+            self._ingestor.unpin(document_id)
+        is_pending = document.state in PENDING
+        if is_pending and document.deadline is not None and document.deadline <= now:
+            await self._change(document_id, lambda found: stepped(found, Step.EXPIRE))
+            await self._runner.abort(document_id)
+            self._ingestor.unpin(document_id)
 
     async def _look(self) -> None:
         ready = await self._table.with_states(
@@ -134,7 +149,18 @@ class Keeper:
         )
         self._last_seen = ready[-1].document_id if len(ready) == NUM_LOOKED_AT else ""
         for document in ready:
-            await self.check_blocks(document)
+            await self._load(document, self.check_blocks)
+
+    async def _load(
+        self, document: Document, work: Callable[[Document], Awaitable[object]]
+    ) -> None:
+        """Tokens that are not at hand are read, or made again: what dies of it is set aside."""
+        with _contained(document):
+            if self._library.is_at_hand(document):
+                await work(document)
+                return
+            async with self._gate.work(Work(DOCUMENT, document.document_id, READING)):
+                await work(document)
 
     async def check_blocks(self, document: Document) -> Document:
         """The document, evicted if blocks of it are gone."""
@@ -162,12 +188,16 @@ class Keeper:
 
     async def _put_away(self) -> None:
         for document in await self._table.deletions():
-            await self._runner.abort(document.document_id)
-            self._ingestor.unpin(document.document_id)
-            await self._forget_blocks(document)
-            await asyncio.to_thread(self._files.remove, document.document_id)
-            self._library.forget(document.document_id)
-            await self._table.finish_deletion(document.document_id)
+            with _contained(document):
+                await self._put_away_one(document)
+
+    async def _put_away_one(self, document: Document) -> None:
+        await self._runner.abort(document.document_id)
+        self._ingestor.unpin(document.document_id)
+        await self._forget_blocks(document)
+        await asyncio.to_thread(self._files.remove, document.document_id)
+        self._library.forget(document.document_id)
+        await self._table.finish_deletion(document.document_id)
 
     async def _forget_blocks(self, document: Document) -> None:
         """Chained hashes: what it shares with another document is a common beginning."""
@@ -193,6 +223,18 @@ class Keeper:
         except (IllegalTransition, RequestError) as error:  # it was faster, or is deleted
             _log.info("%s: %s", document_id, error)
             return None
+
+
+@contextmanager
+def _contained(document: Document) -> Iterator[None]:
+    try:
+        yield
+    except RequestError as error:
+        if error.code == INSUFFICIENT_STORAGE:
+            raise  # nothing can be done for any of them now
+        _log.warning("%s: %s", document.document_id, error)
+    except Exception:  # noqa: BLE001 - the outermost frame of a document: the others go on
+        _log.exception("%s failed by a bug", document.document_id)
 
 
 def _without_pin(document: Document, now: float) -> Change:

@@ -121,6 +121,10 @@ class Library:
         """``work`` in a thread of the documents."""
         return await self._tokenization.run(work)
 
+    def is_at_hand(self, document: Document) -> bool:
+        """Whether nothing is read or made for ``prompt``."""
+        return document.document_id in self._kept or not self.has_tokens(document)
+
     def forget(self, document_id: str) -> None:
         self._kept.pop(document_id, None)
 

@@ -1,8 +1,10 @@
 """Does the work of the documents, a few at a time, and goes on wherever it was interrupted.
 
 1. After a start, what was being worked on is queued again: nothing of it is known but the database.
-2. A document is taken by priority, then age. Its attempt is counted before the work begins.
-3. Its source is parsed (in another process) and encoded; the next document is encoded meanwhile.
+   What ended the process is set aside (gate.py).
+2. Tenants take turns (turns.py), at reading and at every segment; of one tenant's documents the
+   order is by priority, then age. An attempt is counted before the work begins.
+3. A source is parsed (in another process) and encoded while other documents are computed.
 4. Its KV is computed segment by segment from the longest stored prefix on; each segment that
    returns is durable, and is written down.
 5. When every block is seen to be stored it is ready, and its pin begins.
@@ -13,19 +15,24 @@
 import asyncio
 import logging
 import time
+from collections import Counter
 from typing import Any
 
 from coordinator.config import JobLimits
 from coordinator.jobs import states
 from coordinator.jobs.document import Change, Document, Event, Failure, Live, stepped
 from coordinator.jobs.document_table import DocumentTable
+from coordinator.jobs.gate import Gate, refusal
 from coordinator.jobs.ingestor import TRY_AGAIN, Ingestor
 from coordinator.jobs.pins import PinPolicy
 from coordinator.jobs.preparing import Preparing
-from coordinator.jobs.segments import Segments
-from coordinator.jobs.states import State, Step
+from coordinator.jobs.segments import READING, Segments
+from coordinator.jobs.states import Step
+from coordinator.jobs.suspects import DOCUMENT, Name, Work
+from coordinator.jobs.turns import FairSlots, Turn, Turns
 from protocol.errors import IllegalTransition, RequestError
 
+MAX_TENANTS = 4  # whose documents are in work at one time
 TICK_S = 0.25  # the cluster's readiness is looked at so often while something waits for it
 
 _log = logging.getLogger(__name__)
@@ -39,8 +46,8 @@ class Runner:
         preparing: makes tokens of sources.
         ingestor: makes KV of tokens.
         policy: of pins.
-        limits: how many at a time, how long between tries.
-        max_running: documents that are computed at one time.
+        limits: how many at a time, which is known by now, how long between tries.
+        gate: that the work goes through.
     """
 
     def __init__(
@@ -50,17 +57,24 @@ class Runner:
         ingestor: Ingestor,
         policy: PinPolicy,
         limits: JobLimits,
-        max_running: int,
+        gate: Gate,
     ) -> None:
         self._table = table
         self._preparing = preparing
         self._ingestor = ingestor
         self._policy = policy
         self._limits = limits
-        self._max_running = max_running
-        self._segments = Segments(table, ingestor, limits, preparing.library, preparing.places)
-        self._slots = asyncio.Semaphore(max_running)
+        self._gate = gate
+        self._segments = Segments(
+            table, ingestor, limits, preparing.library, preparing.places, gate
+        )
+        num_readers, max_running = limits.max_reading, limits.max_running
+        self._reading = FairSlots(Turns(num_readers, max(1, num_readers - 1)), time.monotonic)
+        self._computing = FairSlots(Turns(max_running, max_running), time.monotonic)
+        # The next ones are read while others are computed.
+        self._max_of_tenant = max_running + max(1, num_readers - 1)
         self._work: dict[str, asyncio.Task[None]] = {}
+        self._tenants: dict[str, str] = {}  # of the documents in work
         self._not_before: dict[str, float] = {}  # monotonic
         self._num_retries: dict[str, int] = {}
         self._buggy: list[str] = []  # that are still to be failed
@@ -81,11 +95,16 @@ class Runner:
     async def recover(self) -> None:
         """Queue what a process that has ended was working on; before ``run``."""
         for document in await self._table.with_states(states.WORKING):
-            if self._has_killed_us(document):
-                await self._fail(document.document_id, _quarantined(document.num_crashes + 1))
-                continue
-            num_crashes = document.num_crashes + (0 if document.num_tokens else 1)
-            await self._end_attempt(document.document_id, Step.REQUEUE, num_crashes=num_crashes)
+            await self._end_attempt(document.document_id, Step.REQUEUE)
+        for document_id in self._gate.set_aside(DOCUMENT):
+            await self._set_aside(document_id)
+
+    async def _set_aside(self, document_id: str) -> None:
+        suspect = self._gate.verdict(Name(DOCUMENT, document_id))
+        assert suspect is not None, "it is one that the gate named"
+        failure = Failure.of(refusal(suspect))
+        _log.warning("%s: %s", document_id, failure.message)
+        await self._end_attempt(document_id, Step.SET_ASIDE, error=failure)
 
     async def run(self) -> None:
         """Work until cancelled; then what runs is aborted, and stays in the database as it is."""
@@ -115,35 +134,43 @@ class Runner:
         """Begin what can begin now; after how long to look again, if nobody will tell."""
         while self._buggy:
             await self._fail(self._buggy.pop(), Failure("internal_error", "internal error"))
-        # One more than is computed: its source is read and encoded meanwhile.
-        room = self._max_running + 1 - len(self._work)
+        room = MAX_TENANTS * self._max_of_tenant - len(self._work)
         if room <= 0:
             return None
         # What could not be written when an attempt ended, for want of room on the disk.
         lost = [d for d in await self._table.with_states(states.WORKING) if self._is_idle(d)]
         for document in lost:
             await self._end_attempt(document.document_id, Step.REQUEUE)
-        limit = room + len(self._work) + len(self._not_before)
-        queued = await self._table.with_states(frozenset({State.QUEUED}), limit=limit)
-        queued = [document for document in queued if self._is_idle(document)]
+        limit = self._max_of_tenant + len(self._work) + len(self._not_before)
+        queued = [d for d in await self._table.queued(limit) if self._is_idle(d)]
         if not self._ingestor.is_ready:
             return TICK_S if queued or lost else None
         now = time.monotonic()
         due = [d for d in queued if self._not_before.get(d.document_id, 0.0) <= now]
-        for document in due[:room]:
-            name = document.document_id
-            self._work[name] = task = asyncio.create_task(self._attempt(name), name=name)
-            task.add_done_callback(self._ended)
+        busy = Counter(self._tenants.values())
+        for document in due:
+            if busy[document.tenant] >= self._max_of_tenant or room == 0:
+                continue
+            room -= 1
+            busy[document.tenant] += 1
+            self._begin(document)
         later = [self._not_before[d.document_id] for d in queued if d not in due]
         if lost:
             return TICK_S
         return max(0.0, min(later) - now) if later else None
+
+    def _begin(self, document: Document) -> None:
+        name = document.document_id
+        self._work[name] = task = asyncio.create_task(self._attempt(document), name=name)
+        self._tenants[name] = document.tenant
+        task.add_done_callback(self._ended)
 
     def _is_idle(self, document: Document) -> bool:
         return document.document_id not in self._work
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._work.pop(task.get_name(), None)
+        self._tenants.pop(task.get_name(), None)
         self._segments.live.pop(task.get_name(), None)
         error = None if task.cancelled() else task.exception()
         if error is not None:  # other documents go on as ever
@@ -155,15 +182,12 @@ class Runner:
         self._not_before.pop(document_id, None)
         self._num_retries.pop(document_id, None)
 
-    def _has_killed_us(self, document: Document) -> bool:
-        is_reading = document.state is State.TOKENIZING and not document.num_tokens
-        return is_reading and document.num_crashes + 1 >= self._limits.max_crashes
-
     # -- one attempt -------------------------------------------------------------------------------
 
-    async def _attempt(self, document_id: str) -> None:
+    async def _attempt(self, document: Document) -> None:
+        document_id = document.document_id
         try:
-            await self._make(document_id)
+            await self._make(document)
             self._forget(document_id)
         except IllegalTransition as error:  # it was cancelled or has expired meanwhile
             _log.info("%s: %s", document_id, error)
@@ -176,19 +200,35 @@ class Runner:
         elif error.code != "document_not_found":  # else it was deleted meanwhile
             await self._fail(document_id, Failure.of(error))
 
-    async def _make(self, document_id: str) -> None:
+    async def _make(self, document: Document) -> None:
+        document_id, order = document.document_id, (-document.priority, document.created_at)
+        if self._preparing.library.has_tokens(document):
+            document = await self._prepare(document)
+        else:
+            work = Work(DOCUMENT, document_id, READING)
+            async with self._reading.turn(document.tenant, order), self._gate.work(work):
+                document = await self._prepare(document)
+        async with self._computing.turn(document.tenant, order) as turn:
+            await self._compute(document, turn)
+
+    async def _prepare(self, document: Document) -> Document:
         document = await self._table.change(
-            document_id, lambda d: stepped(d, Step.START, attempt=d.attempt + 1, error=None)
+            document.document_id,
+            lambda d: stepped(d, Step.START, attempt=d.attempt + 1, error=None),
         )
-        document = await self._preparing.prepare(document)
-        async with self._slots:
-            document = await self._table.change(
-                document_id,
-                lambda d: stepped(d, Step.TOKENIZED, num_crashes=0),
-                lambda d, pinned: self._policy.check(d.pin, d.num_tokens, pinned),
-            )
-            # Whoever gets on is tried again soon.
-            await self._segments.compute(document, lambda: self._num_retries.pop(document_id, None))
+        return await self._preparing.prepare(document)
+
+    async def _compute(self, document: Document, turn: Turn) -> None:
+        document_id = document.document_id
+        document = await self._table.change(
+            document_id,
+            lambda d: stepped(d, Step.TOKENIZED),
+            lambda d, pinned: self._policy.check(d.pin, d.num_tokens, pinned),
+        )
+        # Whoever gets on is tried again soon.
+        await self._segments.compute(
+            document, turn, lambda: self._num_retries.pop(document_id, None)
+        )
 
     async def _retry(self, document_id: str, error: RequestError) -> None:
         number = self._num_retries.get(document_id, 0)
@@ -222,10 +262,3 @@ class Runner:
             await self._table.change(document_id, work)
         except (IllegalTransition, RequestError) as error:
             _log.info("%s: %s", document_id, error)
-
-
-def _quarantined(num_crashes: int) -> Failure:
-    return Failure(
-        "quarantined",
-        f"the server has ended {num_crashes} times while it read this document",
-    )

@@ -23,14 +23,18 @@ from coordinator.jobs.document import (
     stepped,
 )
 from coordinator.jobs.document_table import DocumentTable
+from coordinator.jobs.gate import Gate
 from coordinator.jobs.ingestor import Ingestor, IngestRequest, IngestResult
 from coordinator.jobs.library import Library
 from coordinator.jobs.states import State, Step
+from coordinator.jobs.suspects import DOCUMENT, Work
+from coordinator.jobs.turns import Turn
 from coordinator.tokenizing import Prompt
 from protocol.errors import RequestError
 from protocol.failpoints import SEGMENT_AFTER, SEGMENT_BEFORE
 from protocol.places import Places
 
+READING, LOADING = 0, 1  # positions of a document's work, for the gate; its segments follow
 MAX_ROUNDS = 3  # a store that cannot hold all of a document loses one end while the other comes
 
 
@@ -51,6 +55,7 @@ class Segments:
         limits: the size of a segment.
         library: has the tokens.
         places: told of what becomes durable.
+        gate: that each segment goes through.
     """
 
     def __init__(
@@ -60,8 +65,10 @@ class Segments:
         limits: JobLimits,
         library: Library,
         places: Places,
+        gate: Gate,
     ) -> None:
         self.places = places
+        self.gate = gate
         self.live: dict[str, Live] = {}
         self.table = table
         self.ingestor = ingestor
@@ -70,15 +77,23 @@ class Segments:
         block_size = library.facts.block_size
         self.segment_tokens = max(1, limits.segment_tokens // block_size) * block_size
 
-    async def compute(self, document: Document, on_segment: Callable[[], object]) -> None:
+    async def compute(
+        self, document: Document, turn: Turn, on_segment: Callable[[], object]
+    ) -> None:
         """From PREFILLING to READY.
+
+        Args:
+            document: with its tokens.
+            turn: offered to others before each segment.
+            on_segment: called behind each.
 
         Raises:
             RequestError: as ``Ingestor.compute``, or when the store cannot hold the document.
             IllegalTransition: it was ended meanwhile.
         """
-        prompt = await self.library.prompt(document)
-        run = _Run(self, document, prompt, on_segment)
+        async with self.gate.work(Work(DOCUMENT, document.document_id, LOADING)):
+            prompt = await self.library.prompt(document)
+        run = _Run(self, document, prompt, turn, on_segment)
         for _ in range(MAX_ROUNDS):
             await run.compute_missing()
             await self.table.change(
@@ -121,11 +136,13 @@ class _Run:
         segments: Segments,
         document: Document,
         prompt: Prompt,
+        turn: Turn,
         on_segment: Callable[[], object],
     ) -> None:
         self._segments = segments
         self._document = document
         self._prompt = prompt
+        self._turn = turn
         self._on_segment = on_segment
         self._began = time.monotonic()
         self._num_begun_with = 0
@@ -146,12 +163,17 @@ class _Run:
             await self._change(values)
         self._show(resumed)
         for end in segment_ends(resumed, len(prompt.token_ids), segments.segment_tokens):
-            await segments.places.pass_by(SEGMENT_BEFORE)
-            result = await self._segment(end)
-            await segments.places.pass_by(SEGMENT_AFTER)
-            self._num_computed += result.num_computed_tokens
-            self._show(end)
-            await self._written(end, result)
+            await self._turn.renew()
+            # By number, not by tokens: part of a segment may be stored when it is begun again.
+            number = -(-end // segments.segment_tokens)
+            work = Work(DOCUMENT, self._document.document_id, LOADING + number)
+            async with segments.gate.work(work):
+                await segments.places.pass_by(SEGMENT_BEFORE)
+                result = await self._segment(end)
+                await segments.places.pass_by(SEGMENT_AFTER)
+                self._num_computed += result.num_computed_tokens
+                self._show(end)
+                await self._written(end, result)
             self._on_segment()
 
     async def _segment(self, end: int) -> IngestResult:

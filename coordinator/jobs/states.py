@@ -2,7 +2,8 @@
 
 QUEUED --start--> TOKENIZING --tokenized--> PREFILLING --computed--> STORING --stored--> READY
 READY --evict--> EVICTED --rewarm--> QUEUED. What cannot go on for now is queued again.
-An end may come at any time: FAILED and CANCELLED may be resumed, EXPIRED may not.
+An end may come at any time: FAILED and CANCELLED may be resumed, EXPIRED may not. What has ended
+the process that worked on it, or read it, is set aside: it has FAILED, from wherever it was.
 """
 
 import enum
@@ -33,6 +34,7 @@ class Step(enum.Enum):
     REWARM = "rewarm"
     RESUME = "resume"
     FAIL = "fail"
+    SET_ASIDE = "set_aside"  # processes have died of it
     CANCEL = "cancel"
     EXPIRE = "expire"
 
@@ -56,6 +58,7 @@ TABLE: dict[tuple[State, Step], State] = {
     (State.FAILED, Step.RESUME): State.QUEUED,
     (State.CANCELLED, Step.RESUME): State.QUEUED,
     **{(state, Step.FAIL): State.FAILED for state in State if state in PENDING},
+    **{(state, Step.SET_ASIDE): State.FAILED for state in State if state in PENDING | USABLE},
     **{(state, Step.CANCEL): State.CANCELLED for state in State if state in PENDING},
     **{(state, Step.EXPIRE): State.EXPIRED for state in State if state in PENDING},
 }

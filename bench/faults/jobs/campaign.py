@@ -41,8 +41,6 @@ PREFIXES = ("jobs.", "pack.")
 OFTEN = {
     "jobs.commit.before.document_changed": 12,
     "jobs.commit.after.document_changed": 12,
-    "jobs.commit.before.line_claimed": 10,
-    "jobs.commit.after.line_claimed": 10,
     "jobs.commit.before.line_answered": 10,
     "jobs.commit.after.line_answered": 10,
     "jobs.commit.before.batch_changed": 2,
@@ -56,7 +54,6 @@ OFTEN = {
 }
 READS_FILES = ("jobs.parse", ".source", ".text")  # these are met if a document is a file
 DELETES = ("document_deleted", "deletion_finished", "pack.deleted", ".removed.t")
-STOPPING = "lines_unclaimed"  # is only met by a life that is told to stop
 
 
 def all_places() -> list[str]:
@@ -189,8 +186,6 @@ class Campaign:
         trigger = self._rng.randint(1, OFTEN.get(place, 1))
         self._begin(f"{place}:{EXIT}@{trigger}")
         self._ask(place)
-        if STOPPING in place:
-            self._stop_busy()
         heard, has_ended = self._lives.until_end(REACH_S)
         self._hear(heard)
         if not has_ended:
@@ -212,17 +207,6 @@ class Campaign:
             return cannot and any(part in place for part in DELETES), seen, places[place]
 
         return min(places, key=rank)
-
-    def _stop_busy(self) -> None:
-        """Tell a life to stop that has begun with a batch."""
-        deadline = time.monotonic() + REACH_S
-        while (said := self._lives.next(deadline - time.monotonic())) is not None:
-            self._hear([said])
-            if "ended" in said or "batch" in str(said.get("asked")):
-                break
-        # Its lines are under way by then: one of them makes a document.
-        self._hear(self._lives.until_end(self._rng.uniform(0.01, 0.05))[0])
-        self._lives.ask(stop=True)
 
     def _begin(self, faults: str) -> None:
         self._lives.begin(self._folder, faults)

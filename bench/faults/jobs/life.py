@@ -2,7 +2,8 @@
 
     python -P -m bench.faults.jobs.life
 
-A line of standard input begins a life: ``{"live": FOLDER, "failpoints": TEXT}``. It is answered
+A line of standard input begins a life: ``{"live": FOLDER, "failpoints": TEXT, "poison": KEY}``; the
+document with that key, if there is one, ends each life that computes it. It is answered
 ``{"began": PID}``, and ``{"ended": CODE}`` when the life has ended. Until then the life itself
 reads the lines, as many at a time as there are, and answers each when what it asks for is durable:
 
@@ -16,8 +17,10 @@ fork. What it says at its death is in ``FOLDER/said``.
 import asyncio
 import json
 import os
+import signal
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,6 +34,7 @@ from coordinator.jobs.document import Document
 from coordinator.jobs.document_table import Idempotency
 from coordinator.jobs.documents import Documents, Source, new_id
 from coordinator.jobs.files import BATCH, StoredFile, new_file_id
+from coordinator.jobs.ingestor import IngestRequest, IngestResult
 from coordinator.jobs.states import PENDING, State
 from coordinator.tokenizing import Tokenization
 from modeling.config import load_config
@@ -86,15 +90,34 @@ async def make_document(documents: Documents, name: str, source: Source, key: st
     return made
 
 
+class Poisoned(PackIngestor):
+    """The process dies of one document, each time: it is killed as soon as it computes that.
+
+    Args:
+        poison: the document's first tokens; none of no document.
+    """
+
+    poison: tuple[int, ...] = ()
+
+    async def compute(
+        self, request: IngestRequest, on_progress: Callable[[int], None]
+    ) -> IngestResult:
+        if self.poison and request.token_ids[: len(self.poison)] == self.poison:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return await super().compute(request, on_progress)
+
+
 class Life:
     """One life.
 
     Args:
         folder: of the engine.
         failpoints: see ``protocol.failpoints``.
+        poison: the key of a document that ends it. Without one it dies by nobody's fault, so that
+            nothing is ever set aside.
     """
 
-    def __init__(self, folder: Path, failpoints: str) -> None:
+    def __init__(self, folder: Path, failpoints: str, poison: str) -> None:
         model = load_config("arithmetic")
         config = CoordinatorConfig(
             token="token",
@@ -107,21 +130,20 @@ class Life:
                 max_documents=MANY,
                 max_tenant_documents=MANY,
                 max_events=MANY,
-                max_crashes=MANY,
+                max_crashes=JobLimits().max_crashes if poison else MANY,
                 segment_tokens=SEGMENT_TOKENS,
                 progress_interval_s=0.01,
                 retry_s=0.01,
                 max_retry_s=0.1,
             ),
-            batches=BatchLimits(
-                max_crashes=MANY, max_open=MANY, retry_s=0.01, max_retry_s=0.1, min_free_bytes=1
-            ),
+            batches=BatchLimits(max_open=MANY, retry_s=0.01, max_retry_s=0.1, min_free_bytes=1),
         )
-        ingestor = PackIngestor(
-            folder / "kv", model.fingerprint, BLOCK_SIZE, Places(config.failpoints)
-        )
+        ingestor = Poisoned(folder / "kv", model.fingerprint, BLOCK_SIZE, Places(config.failpoints))
         self._folder = folder
         self._tokenization = Tokenization("arithmetic", 1)
+        if poison:
+            encode = self._tokenization.tools.tokenizer.encode
+            ingestor.poison = tuple(encode(text_of(poison)))[:SEGMENT_TOKENS]
         self.jobs = Jobs(
             Surroundings(
                 config, model, self._tokenization, ingestor, lambda: 1 << 20, min_free_bytes=1
@@ -235,13 +257,13 @@ def _died_of(task: asyncio.Task[None]) -> None:
         os._exit(EXIT_BUG)
 
 
-def live(folder: Path, failpoints: str) -> NoReturn:
+def live(folder: Path, failpoints: str, poison: str) -> NoReturn:
     """A life in a process of its own."""
     said = os.open(folder / "said", os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
     os.dup2(said, 2)
 
     async def run() -> None:
-        await Life(folder, failpoints).run()
+        await Life(folder, failpoints, poison).run()
 
     code = EXIT_BUG
     try:
@@ -273,7 +295,7 @@ def main() -> None:
         dead = os.fork()
         if dead == 0:
             say(began=os.getpid())  # here, so that it is the first that is said of a life
-            live(Path(asked["live"]), asked["failpoints"])
+            live(Path(asked["live"]), asked["failpoints"], asked["poison"])
         ended = os.waitid(os.P_PID, dead, os.WEXITED | os.WNOWAIT)
         assert ended is not None, "it was waited for"
         os.set_blocking(0, True)  # the life had it otherwise

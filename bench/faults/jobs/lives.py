@@ -60,11 +60,11 @@ class Lives:
             self._said.put(json.loads(line))
         self._said.put({"ended": None})
 
-    def begin(self, folder: Path, failpoints: str = "") -> None:
+    def begin(self, folder: Path, failpoints: str = "", poison: str = "") -> None:
         """The next life, on a folder. The one before has ended."""
         assert not self._pid, "one at a time"
         self.code, self.folder = None, folder
-        self.ask(live=str(folder), failpoints=failpoints)
+        self.ask(live=str(folder), failpoints=failpoints, poison=poison)
         began = self.next(START_S)
         assert began is not None and "began" in began, began
         self._pid = began["began"]

@@ -306,8 +306,9 @@ def test_priority_then_age(site: Any) -> None:
     site.close_gate()
     first = site.ingest(text="Blocks the way. " * 40)["id"]
     site.until(lambda: site.get(first)["status"] == "prefilling")
-    ahead = site.ingest(text="Encoded ahead. " * 40)["id"]
-    site.until(lambda: site.get(ahead)["status"] == "tokenizing")
+    ahead = [site.ingest(text=f"{number} is encoded ahead. " * 40)["id"] for number in range(2)]
+    for document_id in ahead:
+        site.until(lambda name=document_id: site.get(name)["status"] == "tokenizing")
     low, high, later = (
         site.post(source={"text": f"{n}, at {p}. " * 20}, priority=p).json()["id"]
         for n, p in enumerate((-5, 50, 50))
@@ -317,7 +318,7 @@ def test_priority_then_age(site: Any) -> None:
         site.wait(document_id)
     begun = [
         next(e["created_at"] for e in site.events(name) if e.get("status") == "tokenizing")
-        for name in (first, ahead, high, later, low)
+        for name in (first, *ahead, high, later, low)
     ]
     assert begun == sorted(begun)
 

@@ -1,13 +1,17 @@
 """kill -9 at any moment and at every place: nothing acknowledged is lost, nothing is made twice,
 nothing is stuck, nothing is left over."""
 
+import json
+import signal
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from bench.faults.jobs.campaign import RANDOM, Campaign, all_places
+from bench.faults.jobs.campaign import RANDOM, READY_S, Campaign, all_places
 from bench.faults.jobs.lives import Lives
+from coordinator.config import JobLimits
 
 ROOT = Path(__file__).resolve().parents[3]
 PLACES = all_places()
@@ -43,9 +47,9 @@ def test_killed_at_random_moments(lives: Lives, tmp_path: Path) -> None:
     ("killed_at", "then_full_at"),
     [
         ("jobs.commit.after.batch_closed", "lines_removed"),
-        ("jobs.commit.after.line_claimed", "owner_claimed"),
+        ("jobs.commit.after.judged", "owner_claimed"),
         ("jobs.commit.after.document_changed", "document_changed"),
-        ("jobs.commit.after.line_answered", "line_claimed"),
+        ("jobs.commit.after.line_answered", "judged"),
     ],
 )
 def test_a_full_disk_at_a_start_delays_it(
@@ -56,6 +60,42 @@ def test_a_full_disk_at_a_start_delays_it(
     campaign.finish(f"jobs.commit.before.{then_full_at}:fail@1")
     assert campaign.tally.kills == {killed_at: 1}
     assert not campaign.tally.problems
+
+
+def finished(lives: Lives, folder: Path, keys: list[str], poison: str) -> bool:
+    """A life that is asked for documents, and then to do all that is left; whether it did."""
+    lives.begin(folder, poison=poison)
+    for key in keys:
+        lives.ask(document=key, is_file=False)
+    num_made = 0
+    while (said := lives.next(READY_S)) is not None and "ended" not in said:
+        num_made += "made" in said
+        if num_made == len(keys):
+            lives.ask(finish=True)
+        if said.get("asked") == {"finish": True}:
+            return True
+    assert said == {"ended": -signal.SIGKILL}, lives.last_words()
+    return False
+
+
+def test_one_document_that_kills_each_time_is_set_aside(lives: Lives, tmp_path: Path) -> None:
+    keys, poison = [str(number) for number in range(8, 16)], "12"
+    num_deaths = 0
+    while not finished(lives, tmp_path, keys, poison):
+        num_deaths += 1
+    assert num_deaths == JobLimits().max_crashes
+    lives.ask(stop=True)
+    assert lives.until_end(READY_S)[1]
+    assert lives.code == 0
+    connection = sqlite3.connect(tmp_path / "jobs.sqlite")
+    try:
+        rows = [json.loads(body) for (body,) in connection.execute("SELECT body FROM documents")]
+    finally:
+        connection.close()
+    found = {row["display_name"]: row for row in rows}
+    assert found.pop(poison)["error"]["code"] == "set_aside"
+    assert {row["status"] for row in found.values()} == {"ready"}
+    assert found.keys() == set(keys) - {poison}
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from typing import Any
 
 from bench.faults.jobs.asked import batch_lines
 from coordinator.auth import Tenants
+from coordinator.config import JobLimits
 from coordinator.control import Owner
 from coordinator.frontend import Frontend
 from coordinator.jobs.batches import BatchRequest
@@ -95,7 +96,7 @@ async def live(folder: Path, *, is_draining: bool) -> None:
     def on_control(control: str, _url: str) -> None:
         FakeCluster(control, POOLS).start()
 
-    config = config_of(folder, {"batches": {"max_crashes": 1000}})
+    config = config_of(folder, {"jobs": JobLimits(max_crashes=1000)})
     life = Life(config, on_control, lambda _url: None, Owner())
     life.folder, life.is_draining = folder, is_draining
     await life.run()

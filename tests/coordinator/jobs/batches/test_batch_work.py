@@ -2,7 +2,6 @@
 
 import asyncio
 import itertools
-import sqlite3
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,9 @@ from coordinator.jobs.batch_table import SCHEMA, BatchTable
 from coordinator.jobs.database import Database
 from coordinator.jobs.files import SCHEMA as FILE_SCHEMA
 from coordinator.jobs.files import Files
+from coordinator.jobs.marks import Marks, boot_id
 from coordinator.jobs.slots import Slots
+from coordinator.jobs.suspects import BATCH, LINE, Work
 from protocol.errors import IllegalTransition
 from tests.coordinator.jobs.batches.composition import config_of
 
@@ -31,7 +32,8 @@ def test_a_batch_takes_only_the_steps_of_its_table(state: State, step: Step) -> 
     if (state, step) in TABLE:
         following = batch.stepped(step, 7.9)
         assert following.state is TABLE[state, step]
-        assert following.times == {f"{following.state.value}_at": 7}
+        is_new = following.state is State.VALIDATING  # which has ``created_at``
+        assert following.times == ({} if is_new else {f"{following.state.value}_at": 7})
     else:
         with pytest.raises(IllegalTransition):
             advance(state, step)
@@ -42,7 +44,7 @@ def test_every_open_state_leads_to_an_end() -> None:
         state: {after for (before, _), after in TABLE.items() if before is state} for state in State
     }
     for state in State:
-        assert bool(ways[state]) is (state in OPEN)
+        assert bool(ways[state]) is (state in OPEN or state is State.SET_ASIDE)
 
 
 def with_table(work: Callable[[BatchTable, Database], Coroutine[Any, Any, None]]) -> None:
@@ -83,20 +85,6 @@ def test_lines_are_claimed_in_order_and_after_what_they_depend_on() -> None:
         claim = await table.claim("batch_1", (3, 5), takes_documents=True)
         assert claim is not None
         assert (claim.line, claim.document_id) == (Line(2, 10, 10, "q", CHAT, 1), "doc_7")
-
-    with_table(work)
-
-
-def test_attempts_are_counted_before_the_work() -> None:
-    async def work(table: BatchTable, _database: Database) -> None:
-        for attempt in (1, 2, 3):
-            claim = await table.claim("batch_1", (), takes_documents=True)
-            assert claim is not None
-            assert (claim.line.number, claim.num_attempts) == (1, attempt)
-        await table.unclaim("batch_1", {1})
-        claim = await table.claim("batch_1", (), takes_documents=True)
-        assert claim is not None
-        assert claim.num_attempts == 3
 
     with_table(work)
 
@@ -216,17 +204,7 @@ def test_an_answer_waits_for_room_on_the_disk(
         assert asked == [body]  # it was kept meanwhile, and not asked for again
 
 
-def attempts(folder: Path) -> list[int]:
-    connection = sqlite3.connect(folder / "jobs.sqlite")
-    try:
-        return [
-            n for (n,) in connection.execute("SELECT num_attempts FROM batch_line ORDER BY line")
-        ]
-    finally:
-        connection.close()
-
-
-def test_a_line_that_crashes_us_each_time_is_given_up(
+def test_a_line_that_ends_the_server_each_time_is_set_aside(
     start_batches: Any, tmp_path: Path, helpers: Any
 ) -> None:
     body = {"prompt": [94], "max_tokens": 3}
@@ -235,13 +213,51 @@ def test_a_line_that_crashes_us_each_time_is_given_up(
         made = site.batch(line("held", body), line("other", {"prompt": "x"}))
         site.until(lambda: site.openai.batches.retrieve(made.id).request_counts.completed == 1)
         assert body in site.coordinator.server.asked
-    assert attempts(tmp_path) == [0, 1]  # a stop in order is nobody's fault
-    connection = sqlite3.connect(tmp_path / "jobs.sqlite")
-    with connection:
-        connection.execute("UPDATE batch_line SET num_attempts = 16 WHERE line = 1")
-    connection.close()
+    assert list((tmp_path / "marks").iterdir()) == []  # a stop in order is nobody's fault
+    for _ in range(2):
+        Marks(tmp_path / "marks", boot_id()).put(Work(LINE, f"{made.id}:1"))
     with start_batches(tmp_path) as site:
         batch = site.wait(made.id)
         assert site.coordinator.server.asked == []
         (entry,) = site.results(batch)[1]
-        assert entry["response"]["body"]["error"]["code"] == "request_quarantined"
+        assert entry["response"]["body"]["error"]["code"] == "set_aside"
+        late = site.http.post(f"/v1/batches/{made.id}/retry")
+        assert (late.status_code, late.json()["error"]["code"]) == (409, "not_retryable")
+
+
+def test_lines_that_failed_are_opened_again() -> None:
+    async def work(table: BatchTable, _database: Database) -> None:
+        await table.record("batch_1", 1, Result(b"{}", is_error=True))
+        await table.record("batch_1", 3, Result(b"{}", is_error=False))
+        batch = await table.reopen("batch_1", [1, 3])
+        assert (batch.num_completed, batch.num_failed) == (1, 0)
+        assert await claimed(table) == 1
+        assert await claimed(table, 1) == 5
+        await table.change("batch_1", lambda found: found.stepped(Step.CANCEL, 2))
+        with pytest.raises(IllegalTransition):
+            await table.reopen("batch_1", [1])
+
+    with_table(work)
+
+
+@pytest.mark.parametrize("position", [0, 1])
+def test_a_batch_that_ends_the_server_each_time_is_set_aside(
+    start_batches: Any, tmp_path: Path, helpers: Any, position: int
+) -> None:
+    with start_batches(tmp_path) as site:
+        site.running.fake.scripts[94,] = helpers.Script(hold_after=2)
+        made = site.batch(line("held", {"prompt": [94], "max_tokens": 3}))
+        site.until(lambda: site.coordinator.server.asked, "it is asked")
+    for _ in range(2):
+        Marks(tmp_path / "marks", boot_id()).put(Work(BATCH, made.id, position))
+    for _ in range(2):  # it stays so
+        with start_batches(tmp_path) as site:
+            batch = site.wait(made.id, "failed")
+            assert batch.errors.data[0].code == "set_aside"
+            assert batch.failed_at is not None
+            cancelled = site.http.post(f"/v1/batches/{made.id}/cancel")
+            assert cancelled.json()["error"]["code"] == "not_cancellable"
+    with start_batches(tmp_path) as site:
+        assert site.http.post(f"/v1/batches/{made.id}/retry").status_code == 202
+        batch = site.wait(made.id)
+        assert batch.errors is None
