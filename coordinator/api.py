@@ -24,6 +24,7 @@ from coordinator.frontend import Asker, Frontend
 from coordinator.json_body import parse_json
 from coordinator.limits import LimitsMiddleware
 from coordinator.metrics import (
+    job_families,
     lag_families,
     log_families,
     pool_families,
@@ -176,6 +177,7 @@ def _add_state(app: FastAPI, frontend: Frontend) -> None:
                 *lag_families(frontend.lag, now),
                 *log_families(num_dropped_lines(), frontend.registry.pools.values()),
                 *pool_families(frontend.registry.pools.values()),
+                *([] if frontend.jobs is None else job_families(frontend.jobs.gate)),
             ),
             request.headers.get("accept", ""),
         )

@@ -14,6 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from coordinator.jobs.gate import Gate
 from coordinator.lag import LoopLag
 from coordinator.records import Record
 from coordinator.registry import Pool
@@ -149,6 +150,15 @@ def log_families(num_dropped: int, pools: Iterable[Pool]) -> Iterator[Metric]:
                 count = rank.heartbeat.counters.get(LOG_LINES_DROPPED, 0)
                 family.add_metric([f"{pool.pool_id}/{number}"], count)
     yield family
+
+
+def job_families(gate: Gate) -> Iterator[Metric]:
+    """Documents and batches that this process has died of."""
+    yield _gauge("jobs_set_aside", "Jobs that wait to be tried again by hand", gate.num_set_aside)
+    yield _gauge("jobs_held_seconds", "Time until jobs are begun again", gate.held_s)
+    yield _counter(
+        "jobs_deaths", "Earlier coordinators that died with jobs in work", gate.num_deaths
+    )
 
 
 def pool_families(pools: Iterable[Pool]) -> Iterator[Metric]:

@@ -18,6 +18,10 @@ def add_client_flags(commands: Any) -> None:  # noqa: ANN401 - argparse does not
     ingest.add_argument("--no-wait", action="store_true", help="only say its id")
     ingest.add_argument("--timeout", type=float, default=86_400.0, metavar="SECONDS")
     jobs = _command(commands, "jobs", "the newest documents and batches")
+    jobs.add_argument("action", nargs="?", choices=["retry"], help="what was set aside")
+    jobs.add_argument(
+        "id", nargs="?", metavar="ID", help="of a document or a batch, to be tried again"
+    )
     jobs.add_argument("--json", action="store_true", help="for programs")
     jobs.add_argument("--watch", action="store_true", help="until q or Ctrl-C")
     ask = _command(commands, "ask", "a question; its answer as it comes")

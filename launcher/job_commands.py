@@ -134,6 +134,8 @@ def _create(client: Client, arguments: argparse.Namespace) -> Document:
 
 
 def _jobs(client: Client, arguments: argparse.Namespace) -> int:
+    if arguments.action == "retry":
+        return _retry(client, arguments.id)
     if arguments.json:
         return _jobs_as_json(client, is_watched=arguments.watch)
     console = _output()
@@ -148,6 +150,15 @@ def _jobs(client: Client, arguments: argparse.Namespace) -> int:
         watch(console, draw)
     else:
         console.print(draw())
+    return 0
+
+
+def _retry(client: Client, job_id: str | None) -> int:
+    if job_id is None:
+        raise ConfigError("baton jobs retry: give the ID of a document or a batch")
+    is_batch = job_id.startswith("batch_")
+    job = client.batches.retry(job_id) if is_batch else client.documents.resume(job_id)
+    sys.stdout.write(f"{job.id} {job.status}\n")
     return 0
 
 

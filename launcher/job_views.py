@@ -121,9 +121,15 @@ def draw_batches(batches: list[Batch]) -> Table:
             str(counts.total) if counts else "",
             str(counts.completed) if counts else "",
             str(counts.failed) if counts else "",
-            batch.endpoint,
+            _why_batch(batch) or Text(batch.endpoint),
         )
     return table
+
+
+def _why_batch(batch: Batch) -> Text | None:
+    if batch.status != "failed" or batch.errors is None or not batch.errors.data:
+        return None
+    return Text(f"{batch.endpoint}: {batch.errors.data[0].message}", "red")
 
 
 def _table(*columns: str) -> Table:

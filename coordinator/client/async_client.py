@@ -203,6 +203,12 @@ class AsyncBatches:
             Call("POST", path_of("batches", batch_id, "cancel"), body={}), Batch
         )
 
+    async def retry(self, batch_id: str) -> Batch:
+        """Go on with one that was set aside, or with such lines of a running one."""
+        return await self._sender.call(
+            Call("POST", path_of("batches", batch_id, "retry"), body={}), Batch
+        )
+
     async def wait(
         self,
         batch_id: str,

@@ -203,6 +203,12 @@ class Batches:
             Call("POST", path_of("batches", batch_id, "cancel"), body={}), Batch
         )
 
+    def retry(self, batch_id: str) -> Batch:
+        """Go on with one that was set aside, or with such lines of a running one."""
+        return self._sender.call(
+            Call("POST", path_of("batches", batch_id, "retry"), body={}), Batch
+        )
+
     def wait(
         self,
         batch_id: str,

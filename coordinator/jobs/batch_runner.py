@@ -96,6 +96,20 @@ class BatchRunner:
         finally:
             await _end(*self._tasks.values())
 
+    async def _set_aside(self, batch_id: str) -> None:
+        suspect = self._gate.verdict(Name(BATCH, batch_id))
+        assert suspect is not None, "it is one that the gate named"
+        why, now = refusal(suspect), self._table.clock()
+
+        def work(batch: Batch) -> Batch:
+            if batch.state not in OPEN:
+                return batch
+            errors = (LineError(why.code, why.message),)
+            return batch.stepped(Step.SET_ASIDE, now, errors=errors)
+
+        if await self._table.find(batch_id) is not None:
+            await self._table.change(batch_id, work)
+
     async def _recover_patiently(self) -> None:
         while True:
             try:
@@ -112,20 +126,6 @@ class BatchRunner:
         await asyncio.to_thread(self._batches.inputs.recover, kept)
         for batch_id in await self._table.leftovers():
             await self._table.remove_lines(batch_id)
-
-    async def _set_aside(self, batch_id: str) -> None:
-        suspect = self._gate.verdict(Name(BATCH, batch_id))
-        assert suspect is not None, "it is one that the gate named"
-        why, now = refusal(suspect), self._table.clock()
-
-        def work(batch: Batch) -> Batch:
-            if batch.state not in OPEN:
-                return batch
-            errors = (LineError(why.code, why.message),)
-            return batch.stepped(Step.SET_ASIDE, now, errors=errors)
-
-        if await self._table.find(batch_id) is not None:
-            await self._table.change(batch_id, work)
 
     async def _tick(self) -> None:
         try:

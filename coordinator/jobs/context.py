@@ -113,7 +113,6 @@ class Jobs:
             Marks(self.folder / "marks", boot_id()),
             Budget(max_deaths, most if config.restart_budget else 0, config.restart_window_s),
             surroundings.clock,
-            surroundings.counters,
         )
         self._leftovers.callback(gate.close)
         return gate

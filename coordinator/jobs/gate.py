@@ -10,7 +10,6 @@
 import asyncio
 import logging
 import sqlite3
-from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -57,7 +56,6 @@ class Gate:
         marks: of this life.
         budget: how many deaths are too many.
         clock: Unix time.
-        counters: ``jobs_set_aside`` and ``jobs_deaths`` are counted in it.
     """
 
     def __init__(
@@ -66,13 +64,12 @@ class Gate:
         marks: Marks,
         budget: Budget,
         clock: Callable[[], float],
-        counters: Counter[str],
     ) -> None:
         self._database = database
         self._marks = marks
         self._budget = budget
         self._clock = clock
-        self._counters = counters
+        self.num_deaths = 0  # of lives before this one, that had something in work
         self._known: dict[Name, Suspect] = {}
         self._recovered = asyncio.Event()
         self._held_until = 0.0
@@ -129,13 +126,10 @@ class Gate:
         new = connection.execute("INSERT OR IGNORE INTO deaths VALUES (?, ?)", (life.name, now))
         if new.rowcount == 0:
             return  # judged already, by a process that died before it could forget it
-        self._counters["jobs_deaths"] += 1
+        self.num_deaths += 1
         known = {suspect.work.name: suspect for suspect in _suspects(connection)}
         for one in suspects.after_death(life.on_board, known, now, self._budget.max_deaths):
             _put(connection, one)
-            was = known.get(one.work.name)
-            if one.is_set_aside and not (was is not None and was.is_set_aside):
-                self._counters["jobs_set_aside"] += 1
             _log.warning(
                 "the server died while %s %s was in work, %d times by now%s",
                 one.work.kind,

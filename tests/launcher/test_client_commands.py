@@ -121,6 +121,12 @@ def test_jobs(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
     assert [document_id, "queued", "100", "0%", "soft", "a", "[name]"] in rows
     assert [other_id, "failed", "100", "0%", "b:", "too", "bad"] in rows
     assert ["batch_1", "in_progress", "9", "4", "1", "/v1/completions"] in rows
+    for job_id in (other_id, "batch_1"):
+        assert main(["jobs", "retry", job_id]) == 0
+        assert capsys.readouterr().out.split()[0] == job_id
+    assert [one.path for one in server.state.seen[-2:]] == [
+        f"/v1/documents/{other_id}/resume", "/v1/batches/batch_1/retry"
+    ]  # fmt: skip
     server.state.offers_batches = False
     assert main(["jobs", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
@@ -167,6 +173,7 @@ def test_trace_and_top(capsys: pytest.CaptureFixture[str]) -> None:
         (["trace", "unknown"], ["no such request"]),
         (["trace", ""], ["not an id"]),
         (["jobs", "--url", "http://127.0.0.1:9"], ["no server at http://127.0.0.1:9", "BATON_URL"]),
+        (["jobs", "retry"], ["retry", "ID"]),
         (["top", "--url", "nonsense"], ["nonsense", "http://"]),
         (["top", "--url", "http://127.0.0.1:9"], ["no server"]),
     ],

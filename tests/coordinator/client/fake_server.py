@@ -77,6 +77,7 @@ class FakeServer:
             Route("/v1/batches", self._batches, methods=["GET", "POST"]),
             Route("/v1/batches/{id}", self._batch, methods=["GET"]),
             Route("/v1/batches/{id}/cancel", self._cancel_batch, methods=["POST"]),
+            Route("/v1/batches/{id}/retry", self._retry_batch, methods=["POST"]),
             Route("/v1/cluster", self._cluster, methods=["GET"]),
             Route("/v1/requests/{id}/timeline", self._timeline, methods=["GET"]),
         ]
@@ -282,6 +283,12 @@ class FakeServer:
             batch["output_file_id"] = self._keep_file("output", content, "batch_output")["id"]
             batch["request_counts"]["completed"] = batch["request_counts"]["total"]
         return JSONResponse(batch)
+
+    async def _retry_batch(self, request: Request) -> Response:
+        await self._arrive(request)
+        batch = self.state.batches[request.path_params["id"]]
+        batch["status"] = "validating"
+        return JSONResponse(batch, status_code=202)
 
     async def _cancel_batch(self, request: Request) -> Response:
         await self._arrive(request)

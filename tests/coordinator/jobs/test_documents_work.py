@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import sqlite3
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +19,10 @@ from coordinator.jobs.document import Document, stepped
 from coordinator.jobs.document_files import DocumentFiles
 from coordinator.jobs.document_rows import SCHEMA, Superseded
 from coordinator.jobs.document_table import DocumentTable
+from coordinator.jobs.marks import Marks, boot_id
 from coordinator.jobs.segments import segment_ends
 from coordinator.jobs.states import Step
+from coordinator.jobs.suspects import DOCUMENT, Work
 from protocol.errors import RequestError
 
 TEXT = "Prefill runs the first leg. " * 40  # five segments of 256 tokens
@@ -325,3 +328,34 @@ def test_segments_cover_everything_once(num_blocks: int, total: int, segment: in
     assert (ends[-1] if ends else stored) == max(total, stored)
     assert all(end % segment == 0 for end in ends[:-1])
     assert all(end > stored for end in ends)
+
+
+def test_what_the_server_dies_of_is_set_aside_until_it_is_asked_for(
+    start_site: Any, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    with start_site(tmp_path, data_dir=str(data)) as site:
+        poison = site.ingest(text=f"Ends us. {TEXT}")["id"]
+        ready = site.ingest(text=f"Ends us later. {TEXT}")["id"]
+        site.wait(poison)
+        site.wait(ready)
+    for _ in range(2):
+        dead = Marks(data / "marks", boot_id())
+        dead.put(Work(DOCUMENT, poison, 3))
+    connection = sqlite3.connect(data / "jobs.sqlite")
+    with connection:  # a row that no version has written keeps nobody from starting
+        connection.execute("UPDATE documents SET body = ? WHERE document_id = ?", (b"{", ready))
+    connection.close()
+    with start_site(tmp_path, data_dir=str(data)) as site:
+        site.until(lambda: site.get(poison)["status"] == "failed")
+        error = site.get(poison)["error"]
+        assert (error["code"], error["status"]) == ("set_aside", 500)
+        assert "2 times" in error["message"]
+        assert site.events(poison)[-1]["error"]["code"] == "set_aside"
+        assert "baton_jobs_set_aside 1.0" in site.client.get("/metrics").text
+        broken = site.client.get(f"/v1/documents/{ready}")
+        assert (broken.status_code, broken.json()["error"]["code"]) == (500, "document_damaged")
+        site.wait(site.ingest(text=f"After it. {TEXT}")["id"])
+        assert site.post(f"/{poison}/retry").status_code == 202
+        assert site.wait(poison)["error"] is None
+        assert "baton_jobs_set_aside 0.0" in site.client.get("/metrics").text

@@ -107,7 +107,7 @@ class Cluster:
     def life(self) -> Iterator[Gate]:
         database = Database(self.folder / "jobs.sqlite", SCHEMA)
         marks = Marks(self.folder / "marks", BOOT)
-        gate = Gate(database, marks, self.budget, lambda: self.now, Counter())
+        gate = Gate(database, marks, self.budget, lambda: self.now)
         try:
             yield gate
         finally:
