@@ -24,7 +24,6 @@ from coordinator.connection import SCOPE_ABORT
 from coordinator.delivery import Delivery
 from coordinator.errors import error_object, error_response
 from coordinator.frontend import Asker, Choice, Frontend
-from coordinator.logprobs import CompletionLogprobs
 from coordinator.parameters import Options
 from coordinator.paths import describe_path
 from coordinator.shapes import ChoiceState, Header, Shape, cache_miss_of, usage_of
@@ -125,9 +124,8 @@ class Answer(Response):
             stream = tokenizer.stream(
                 skip_special_tokens=skip_special, continuing=self._shape.continues_prompt
             )
-            logprobs = CompletionLogprobs(tokenizer.token_bytes, len(choice.echoed))
             text = ChoiceText(stream, self._options.text)
-            self._states.append(ChoiceState(choice, record, text, logprobs))
+            self._states.append(ChoiceState(choice, record, text))
             trace.records.append(record)
 
     def _take(self, arrivals: Arrivals) -> Iterator[tuple[ChoiceState, Piece]]:

@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from coordinator.frontend import Choice
-from coordinator.logprobs import CompletionLogprobs, chat_logprobs
+from coordinator.logprobs import chat_logprobs, completion_logprobs
 from coordinator.records import Record
-from coordinator.tokens import ChoiceText
-from protocol.messages import NewToken
+from coordinator.tokens import ChoiceText, ShownToken
 from protocol.request import FinishReason
 
 
@@ -20,10 +19,9 @@ class ChoiceState:
     choice: Choice
     record: Record
     text: ChoiceText
-    logprobs: CompletionLogprobs
     num_tokens: int = 0
     is_started: bool = False
-    unsent: list[NewToken] = field(default_factory=list)
+    unsent: list[ShownToken] = field(default_factory=list)
     stop_reason: int | str | None = None
 
 
@@ -70,7 +68,7 @@ class Shape(ABC):
             "finish_reason": None,
         }
         if self.return_token_ids:
-            choice["token_ids"] = [token.token_id for token in state.unsent]
+            choice["token_ids"] = [shown.token.token_id for shown in state.unsent]
             if not state.is_started:
                 choice["prompt_token_ids"] = state.choice.generation.prompt_token_ids
         return choice
@@ -97,7 +95,7 @@ class Shape(ABC):
             "stop_reason": state.stop_reason,
         }
         if self.return_token_ids:
-            choice["token_ids"] = [token.token_id for token in state.unsent]
+            choice["token_ids"] = [shown.token.token_id for shown in state.unsent]
             choice["prompt_token_ids"] = state.choice.generation.prompt_token_ids
         return choice
 
@@ -141,7 +139,9 @@ class CompletionShape(Shape):
         return {"text": text}
 
     def _shape_logprobs(self, state: ChoiceState) -> dict[str, Any] | None:
-        return state.logprobs.shape(state.unsent) if self.with_logprobs else None
+        if not self.with_logprobs:
+            return None
+        return completion_logprobs(state.unsent, self._bytes_of, len(state.choice.echoed))
 
 
 class ChatShape(Shape):

@@ -22,11 +22,22 @@ class DetokenizeStream(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class ShownToken:
+    """A token, and how many characters of the answer's text stand before it.
+
+    Tokens that are parts of one character share its offset.
+    """
+
+    token: NewToken
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
     """What some new tokens of one choice add for its caller."""
 
     text: str
-    tokens: tuple[NewToken, ...]
+    tokens: tuple[ShownToken, ...]
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None  # the stop token or stop string of the caller's that hit
 
@@ -44,12 +55,17 @@ class StopMatcher:
         self._include_stop = include_stop
         self._held = ""
 
-    def push(self, text: str) -> tuple[str, str | None]:
-        """(text that may be shown, the stop string that ended it or None)."""
+    def push(self, text: str, *, may_stop: bool = True) -> tuple[str, str | None]:
+        """(text that may be shown, the stop string that ended it or None).
+
+        A stop string that is complete while ``may_stop`` is False is text like any other, but one
+        that only begins there may still be completed by what follows.
+        """
         if not self._stops:
             return text, None
+        num_held = len(self._held)
         text = self._held + text
-        hit = self._first_hit(text)
+        hit = self._first_hit(text, num_held) if may_stop else None
         if hit is not None:
             start, stop = hit
             self._held = ""
@@ -63,8 +79,14 @@ class StopMatcher:
         held, self._held = self._held, ""
         return held
 
-    def _first_hit(self, text: str) -> tuple[int, str] | None:
-        found = [(start + len(s), start, s) for s in self._stops if (start := text.find(s)) >= 0]
+    def _first_hit(self, text: str, after: int) -> tuple[int, str] | None:
+        """The stop string that is complete first, of those that end beyond ``after`` characters:
+        what was held back may hold one that was complete when it did not count."""
+        found = [
+            (start + len(stop), start, stop)
+            for stop in self._stops
+            if (start := text.find(stop, max(0, after - len(stop) + 1))) >= 0
+        ]
         if not found:
             return None
         _, start, stop = min(found)
@@ -86,7 +108,7 @@ class TextOptions:
 
     stops: tuple[str, ...] = ()
     include_stop: bool = False
-    min_tokens: int = 0  # stop strings are not looked for before
+    min_tokens: int = 0  # a stop string that is complete by then does not end the answer
     caller_stop_token_ids: frozenset[int] = frozenset()
 
 
@@ -98,6 +120,7 @@ class ChoiceText:
         self._options = options
         self._matcher = StopMatcher(options.stops, include_stop=options.include_stop)
         self._num_tokens = 0
+        self._num_chars = 0  # of the text so far, what is held back included
         self.finish_reason: FinishReason | None = None
 
     def push(self, tokens: Sequence[NewToken]) -> Piece:
@@ -108,7 +131,7 @@ class ChoiceText:
             if self.finish_reason is not None:
                 break
             self._num_tokens += 1
-            taken.append(token)
+            taken.append(ShownToken(token, self._num_chars))
             shown, stop_reason = self._take(token)
             text.append(shown)
         return Piece("".join(text), tuple(taken), self.finish_reason, stop_reason)
@@ -119,10 +142,9 @@ class ChoiceText:
         raw = self._stream.push([token.token_id]) if is_shown else ""
         if token.finish_reason is not None:
             raw += self._stream.flush()
-        if self._num_tokens <= self._options.min_tokens and self._num_tokens > 0:
-            shown, stop = raw, None
-        else:
-            shown, stop = self._matcher.push(raw)
+        self._num_chars += len(raw)
+        may_stop = self._num_tokens > self._options.min_tokens
+        shown, stop = self._matcher.push(raw, may_stop=may_stop)
         if stop is not None:
             self.finish_reason = FinishReason.STOP
             return shown, stop

@@ -6,11 +6,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from coordinator.logprobs import completion_logprobs
 from coordinator.parameters import mixed_seed
-from coordinator.tokens import ChoiceText, StopMatcher, TextOptions
+from coordinator.tokens import ChoiceText, ShownToken, StopMatcher, TextOptions
 from modeling.tokenizer import load_tokenizer
 from protocol.messages import NewToken
-from protocol.request import FinishReason
+from protocol.request import FinishReason, TokenLogprobs
 
 TOKENIZER = load_tokenizer("arithmetic")
 texts = st.text("ab ", max_size=30)
@@ -89,6 +90,53 @@ def test_min_tokens_and_what_follows_a_stop() -> None:
     assert (piece.text, piece.stop_reason) == ("aXbc", "X")
     assert len(piece.tokens) == 5
     assert choice.push(tokens).tokens == ()
+
+
+@given(
+    st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=4)), st.integers(0, 9)
+)
+@example("xSTOP", ["STOP"], 3)  # begins within min_tokens and ends after
+@example("ac", ["a", "ab"], 1)
+def test_a_stop_string_counts_by_where_it_ends(text: str, stops: list[str], least: int) -> None:
+    expected = text
+    for end in range(least + 1, len(text) + 1):
+        hits = [stop for stop in stops if text[:end].endswith(stop)]
+        if hits:
+            expected = text[: end - max(map(len, hits))]
+            break
+    choice = ChoiceText(TOKENIZER.stream(), TextOptions(stops=tuple(stops), min_tokens=least))
+    shown = ""
+    for i, character in enumerate(text):
+        finish = FinishReason.LENGTH if i == len(text) - 1 else None
+        piece = choice.push([NewToken("r", 1, i, ord(character), finish)])
+        shown += piece.text
+        assert expected.startswith(shown), "a part of a stop string has leaked"
+        if piece.finish_reason is not None:
+            break
+    assert shown == expected
+
+
+@given(st.text("aé한👩", max_size=12))
+def test_offsets_are_of_the_text_shown(text: str) -> None:
+    choice = ChoiceText(TOKENIZER.stream(), TextOptions())
+    tokens = [NewToken("r", 1, i, byte) for i, byte in enumerate(text.encode())]
+    offsets = [shown.offset for shown in choice.push(tokens).tokens]
+    assert offsets == [i for i, character in enumerate(text) for _ in character.encode()]
+
+
+def test_alternatives_keep_apart_what_prints_alike() -> None:
+    names = {1: b"\x80", 2: b"\x81", 3: b"A", 4: b"A", 5: b"B"}
+    entry = TokenLogprobs(-3.0, (1, 2, 3, 4), (-0.1, -0.2, -0.3, -0.4))
+    shown = ShownToken(NewToken("r", 1, 0, 5, None, entry), 7)
+    shaped = completion_logprobs([shown], names.__getitem__, 10)
+    assert shaped == {
+        "tokens": ["B"],
+        "token_logprobs": [-3.0],
+        "top_logprobs": [
+            {"bytes:\\x80": -0.1, "bytes:\\x81": -0.2, "A": -0.3, "token_id:4": -0.4, "B": -3.0}
+        ],
+        "text_offset": [17],
+    }
 
 
 @pytest.mark.parametrize("include", [False, True])
