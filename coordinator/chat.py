@@ -23,6 +23,7 @@ async def chat(frontend: Frontend, asker: Asker, fields: dict[str, Any]) -> Answ
         RequestError: the request cannot be served as it is.
     """
     body = validate(ChatBody, fields)
+    frontend.unknown_fields.note(ChatBody, fields)
     frontend.check_model(body.model)
     if body.top_logprobs is not None and not body.logprobs:
         raise RequestError(
@@ -30,7 +31,9 @@ async def chat(frontend: Frontend, asker: Asker, fields: dict[str, Any]) -> Answ
         )
     options = read_options(
         body,
-        max_tokens=body.max_completion_tokens or body.max_tokens,
+        max_tokens=(
+            body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        ),
         num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         model=frontend.model,
         limits=frontend.config.limits,

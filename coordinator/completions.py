@@ -25,6 +25,7 @@ async def complete(frontend: Frontend, asker: Asker, fields: dict[str, Any]) -> 
         RequestError: the request cannot be served as it is.
     """
     body = validate(CompletionBody, fields)
+    frontend.unknown_fields.note(CompletionBody, fields)
     frontend.check_model(body.model)
     options = read_options(
         body,

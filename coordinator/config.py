@@ -43,8 +43,9 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_messages: int = 2048
     max_content_parts: int = 64
     max_prompts: int = 128  # prompts of one completion request
-    max_choices: int = 8  # n
-    max_stops: int = 4
+    max_choices: int = 128  # n
+    max_sequences: int = 1024  # prompts x n of one request
+    max_stops: int = 32
     max_stop_chars: int = 256
     max_logit_bias: int = 1024
     max_requests: int = 4096  # sequences in the cluster at one time, waiting ones included

@@ -7,7 +7,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 from starlette.requests import Request
@@ -30,6 +30,7 @@ from coordinator.parameters import (
     mixed_seed,
 )
 from coordinator.registry import Registry
+from coordinator.schemas import UnknownFields
 from coordinator.service import Service
 from coordinator.tokenizing import Prompt, TextTools, Tokenization, as_prompt
 from coordinator.traces import Traces
@@ -104,6 +105,7 @@ class Frontend:
     jobs: Jobs | None = None  # where documents are offered; these two as well
     files: Files | None = None
     batches: Batches | None = None
+    unknown_fields: UnknownFields = field(default_factory=UnknownFields)
 
     @property
     def max_model_len(self) -> int:
@@ -156,6 +158,14 @@ class Frontend:
         Raises:
             RequestError: a prompt is empty, too long, or not of the model's tokens.
         """
+        most = self.config.limits.max_sequences
+        if len(encoders) * options.num_choices > most:
+            raise RequestError(
+                f"{len(encoders)} prompts with n {options.num_choices} each: at most {most} "
+                f"sequences are served in one request",
+                code="invalid_value",
+                param="n",
+            )
         salt = asker.tenant.cache_salt(options.cache_salt)
         if attached is not None:
             salt, attached = attached.salted(salt, is_own=options.cache_salt is not None)

@@ -50,7 +50,9 @@ def parse_json(body: bytes, limits: Limits) -> dict[str, Any]:
     except RecursionError as error:
         raise _too_deep(limits) from error
     except ValueError as error:  # an integer of more digits than Python converts
-        raise RequestError(f"the body is not usable JSON: {error}", code="invalid_json") from error
+        raise RequestError(
+            "an integer of the body has more digits than any field takes", code="invalid_json"
+        ) from error
     if not isinstance(value, dict):
         raise RequestError("the body must be a JSON object", code="invalid_type")
     _check_depth(value, limits)

@@ -71,6 +71,7 @@ def read_options(
             include_stop=bool(body.include_stop_str_in_output),
             min_tokens=min_tokens,
             caller_stop_token_ids=frozenset(body.stop_token_ids or ()),
+            is_empty=max_tokens == 0,
         ),
         num_choices=num_choices,
         stream=bool(body.stream),
@@ -134,7 +135,8 @@ def for_prompt(options: Options, num_prompt_tokens: int, max_model_len: int) -> 
             "min_tokens",
             f"min_tokens {options.sampling.min_tokens} exceeds the {max_tokens} tokens that fit",
         )
-    return msgspec.structs.replace(options.sampling, max_tokens=max_tokens)
+    # Nothing asked for still has the prompt computed and cached: its one token is shown to nobody.
+    return msgspec.structs.replace(options.sampling, max_tokens=max(1, max_tokens))
 
 
 def context_exceeded(num_prompt_tokens: int, max_model_len: int, param: str) -> RequestError:

@@ -1,9 +1,11 @@
 """What a caller may send, field by field. Strict: true is not 1, and "5" is not 5.
 
-Unknown fields are ignored, since clients send many; those that would change the answer if they were
-honoured, or that name our insides, are refused by name. ``null`` is always "not given".
+What would change the answer if it were honoured, or names our insides, is refused by name. Fields
+that nobody here knows are ignored, since clients send many, and each is logged once: one may be
+misspelt. ``null`` is always "not given".
 """
 
+import logging
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -12,49 +14,151 @@ from protocol.errors import RequestError
 
 MAX_TOKENS = 2**31 - 1
 
-_DENIED = frozenset(
+_log = logging.getLogger(__name__)
+
+# What some other server takes and what would change the answer, or names our insides, with the
+# values under which it changes nothing: under any other it is refused by name.
+_PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
+    # our insides, and other servers'
+    **dict.fromkeys(
+        (
+            "block_ids",
+            "bootstrap_host",
+            "bootstrap_port",
+            "bootstrap_room",
+            "cache_hashes",
+            "custom_logit_processor",
+            "custom_params",
+            "input_embeds",
+            "input_ids",
+            "kv_transfer_params",
+            "logits_processors",
+            "lora_path",
+            "lora_request",
+            "mm_processor_kwargs",
+            "prompt_embeds",
+            "session_params",
+            "vllm_xargs",
+        ),
+        (),
+    ),
+    # templates are the checkpoint's
+    "add_generation_prompt": (True,),
+    "add_special_tokens": (False,),  # of a chat: its template has them
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "document_id": (),
+    "documents": ([],),
+    "enable_thinking": (),
+    "reasoning": (),
+    "reasoning_effort": (),
+    "think": (),
+    "thinking": (),
+    "thinking_token_budget": (),
+    # tools and forms
+    "format": ("",),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "response_format": ({"type": "text"},),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    **dict.fromkeys(
+        (
+            "ebnf",
+            "grammar",
+            "guided_choice",
+            "guided_decoding_backend",
+            "guided_grammar",
+            "guided_json",
+            "guided_regex",
+            "guided_whitespace_pattern",
+            "json_schema",
+            "regex",
+            "structural_tag",
+            "structured_outputs",
+        ),
+        (),
+    ),
+    # sampling that is not offered
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "do_sample": (True,),
+    "dry_multiplier": (0,),
+    "dynatemp_range": (0,),
+    "early_stopping": (False,),
+    "length_penalty": (1,),
+    "mirostat": (0,),
+    "mirostat_mode": (0,),
+    "no_repeat_ngram_size": (0,),
+    "num_beams": (1,),
+    "repeat_penalty": (1,),
+    "sampling_seed": (),
+    "smoothing_factor": (0,),
+    "temperature_last": (False,),
+    "tfs": (1,),
+    "tfs_z": (1,),
+    "top_a": (0,),
+    "typical": (1,),
+    "typical_p": (1,),
+    "use_beam_search": (False,),
+    "xtc_probability": (0,),
+    # other names of what we have, which would be missed under ours
+    **dict.fromkeys(
+        (
+            "extra_body",
+            "inputs",
+            "max_length",
+            "max_new_tokens",
+            "n_predict",
+            "num_ctx",
+            "num_predict",
+            "options",
+            "sampling_params",
+            "stop_sequences",
+            "stopping_strings",
+        ),
+        ((), [], {}),
+    ),
+    # other forms of the answer
+    "audio": (),
+    "include_reasoning": (True,),
+    "logprob_start_len": (-1,),
+    "modalities": (["text"],),
+    "models": ([],),
+    "no_stop_trim": (False,),
+    "prediction": (),
+    "prompt_logprobs": (),
+    "return_hidden_states": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "separate_reasoning": (True, False),
+    "spaces_between_special_tokens": (True,),
+    "stop_regex": ("", []),
+    "suffix": ("",),
+    "top_logprobs_num": (0,),
+    "transforms": ([],),
+    "truncate_prompt_tokens": (),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+    # who goes first: there is one class
+    "priority": (0,),
+    "service_tier": ("auto", "default"),
+}
+# What clients send, and what changes no answer of ours.
+_WITHOUT_EFFECT = frozenset(
     {
-        # our insides, and other servers'
-        "kv_transfer_params",
-        "block_ids",
-        "cache_hashes",
-        "prompt_embeds",
-        "mm_processor_kwargs",
-        "lora_request",
-        # templates are the checkpoint's
-        "chat_template",
-        "chat_template_kwargs",
-        "continue_final_message",
-        # would change the answer
-        "document_id",
-        "documents",
-        "functions",
-        "function_call",
-        "guided_json",
-        "guided_regex",
-        "guided_choice",
-        "guided_grammar",
-        "structured_outputs",
-        "grammar",
-        "prompt_logprobs",
-        "allowed_token_ids",
-        "bad_words",
-        "logits_processors",
-        "truncate_prompt_tokens",
-        "suffix",
-        "audio",
-        "prediction",
-        "web_search_options",
-        "use_beam_search",
+        "logprobs_mode",
+        "parallel_tool_calls",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "request_id",
+        "rid",
+        "safety_identifier",
+        "store",
+        "stream_reasoning",
     }
 )
-_PLAIN_VALUES: dict[str, tuple[Any, ...]] = {  # the only values under which these change nothing
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    "add_generation_prompt": (True,),
-}
+MAX_UNKNOWN_FIELDS = 256
 
 _Limited = Annotated[float, Field(ge=-2, le=2)]
 
@@ -72,7 +176,7 @@ class GenerationBody(BaseModel):
     model_config = ConfigDict(strict=True)
 
     model: str | None = None
-    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
     n: int | None = Field(None, ge=1)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -108,7 +212,7 @@ class CompletionBody(GenerationBody):
 
 class ChatBody(GenerationBody):
     messages: Any = None
-    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
@@ -140,9 +244,10 @@ def validate(kind: type[B], body: dict[str, Any]) -> B:
         RequestError: naming the field at fault.
     """
     for name, value in body.items():
-        is_denied = name in _DENIED and name not in kind.model_fields
-        has_effect = name in _PLAIN_VALUES and value not in _PLAIN_VALUES[name]
-        if value is not None and (is_denied or has_effect or name.startswith("remote_")):
+        if value is None or name in kind.model_fields:
+            continue
+        plain = _PLAIN_VALUES.get(name)
+        if name.startswith("remote_") or (plain is not None and value not in plain):
             raise RequestError(
                 f"{name[:64]} is not supported by this server",
                 code="unsupported_parameter",
@@ -152,6 +257,22 @@ def validate(kind: type[B], body: dict[str, Any]) -> B:
         return kind.model_validate(body)
     except ValidationError as error:
         raise _first_error(error) from error
+
+
+class UnknownFields:
+    """Names of fields that requests have had and that mean nothing here; each is logged once."""
+
+    def __init__(self) -> None:
+        self._logged: set[str] = set()
+
+    def note(self, kind: type[BaseModel], body: dict[str, Any]) -> None:
+        """Log what is new among the fields of ``body``; no more than so many names in all."""
+        for name in body.keys() - kind.model_fields.keys() - self._logged:
+            if name in _PLAIN_VALUES or name in _WITHOUT_EFFECT:
+                continue
+            if len(self._logged) < MAX_UNKNOWN_FIELDS:
+                self._logged.add(name)
+                _log.info("requests have the unknown field %r: it is ignored", name[:64])
 
 
 def _first_error(error: ValidationError) -> RequestError:

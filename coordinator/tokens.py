@@ -94,12 +94,14 @@ class StopMatcher:
 
     def _num_held(self, text: str) -> int:
         """Length of the longest end of ``text`` with which a stop string begins."""
-        longest = min(len(text), max(len(stop) for stop in self._stops) - 1)
-        for length in range(longest, 0, -1):
-            end = text[-length:]
-            if any(stop.startswith(end) for stop in self._stops):
-                return length
-        return 0
+        longest = 0
+        for stop in self._stops:
+            start = text.find(stop[0], max(0, len(text) - len(stop) + 1))
+            while start >= 0 and len(text) - start > longest:
+                if stop.startswith(text[start:]):
+                    longest = len(text) - start
+                start = text.find(stop[0], start + 1)
+        return longest
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,7 @@ class TextOptions:
     include_stop: bool = False
     min_tokens: int = 0  # a stop string that is complete by then does not end the answer
     caller_stop_token_ids: frozenset[int] = frozenset()
+    is_empty: bool = False  # no token was asked for: max_tokens is 0
 
 
 class ChoiceText:
@@ -125,6 +128,9 @@ class ChoiceText:
 
     def push(self, tokens: Sequence[NewToken]) -> Piece:
         """What ``tokens`` add. After a stop string the rest is dropped, and so is what follows."""
+        if self._options.is_empty and tokens:
+            self.finish_reason = FinishReason.LENGTH
+            return Piece("", (), self.finish_reason)
         text, taken = [], []
         stop_reason: int | str | None = None
         for token in tokens:

@@ -123,7 +123,7 @@ def resolve(file: str | None, flags: Mapping[str, Any], sets: tuple[str, ...]) -
     Args:
         file: path of a TOML file, or None.
         flags: fields of ServeConfig that were given on the command line.
-        sets: ``a.b=value`` or ``a=value``; the value is read as TOML, else as a plain string.
+        sets: ``a=value``, ``a.b=value`` or deeper; the value is TOML, else a plain string.
 
     Raises:
         ConfigError: an unreadable file, an unknown name or a value of the wrong type or range.
@@ -151,20 +151,21 @@ def _read_file(file: str) -> dict[str, Any]:
 
 def _apply(values: dict[str, Any], setting: str) -> None:
     name, equals, text = setting.partition("=")
-    parts = name.strip().split(".")
-    if not equals or not all(parts) or len(parts) > 2:
-        raise ConfigError(f"--set {setting}: write --set name=value or --set table.name=value")
+    *tables, field = name.strip().split(".")
+    if not equals or not all((*tables, field)):
+        raise ConfigError(
+            f"--set {setting}: write --set name=value, --set table.name=value or deeper"
+        )
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
-    if len(parts) == 1:
-        values[parts[0]] = value
-        return
-    table = values.setdefault(parts[0], {})
-    if not isinstance(table, dict):
-        raise ConfigError(f"--set {setting}: {parts[0]} is not a table")
-    table[parts[1]] = value
+    table = values
+    for part in tables:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"--set {setting}: {part} is not a table")
+    table[field] = value
 
 
 def child_environment(num_threads: int, *, is_local: bool) -> dict[str, str]:

@@ -180,6 +180,9 @@ class Reply:
             self.outcome, self.error_code = "incomplete", "no_tokens"
         elif self.is_exact and told is not None and seen != told:
             self.outcome, self.error_code = "incomplete", f"usage_says_{told}_not_{seen}"
+        elif told is not None and told < len(self.times):  # each event had a token at least
+            code = f"usage_says_{told}_of_{len(self.times)}_events"
+            self.outcome, self.error_code = "incomplete", code
         elif must_have is not None and num != must_have:
             self.outcome, self.error_code = "incomplete", f"{num}_of_{must_have}_tokens"
 

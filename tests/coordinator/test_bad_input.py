@@ -1,6 +1,7 @@
 """The catalogue of bad input: each row is refused in its way, and the next request is served."""
 
 import json
+import logging
 from typing import Any
 
 import pytest
@@ -74,6 +75,11 @@ def test_json(post: Any, body: bytes, code: str) -> None:
     check_error(post(body), 400, code)
 
 
+def test_an_integer_of_too_many_digits_is_told_in_our_words(post: Any) -> None:
+    message = post(b'{"prompt":"x","n":' + b"9" * 5000 + b"}").json()["error"]["message"]
+    assert message == "an integer of the body has more digits than any field takes"
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -103,15 +109,15 @@ def test_content_type(post: Any, content_type: str) -> None:
 
 
 FIELDS: list[tuple[str, list[Any]]] = [
-    ("n", [0, -1, 9, 10**30, 1.5, True, "5"]),
+    ("n", [0, -1, 129, 10**30, 1.5, True, "5"]),
     ("temperature", [-0.1, 2.01, "hot", True, [], 10**400]),
     ("top_p", [0, 1.0001, -1, "1"]),
     ("min_p", [1.1, -0.1]),
     ("top_k", [-2, 1.5, True, 2**31]),
-    ("max_tokens", [0, -1, 2**31, 2**63, 1.0, True, "5", 5000]),
+    ("max_tokens", [-1, 2**31, 2**63, 1.0, True, "5", 5000]),
     ("logit_bias", [{"AI": 1}, {"-1": 1}, {"1e3": 1}, {"99999999": 1}, {str(10**18): 1}, {"": 1}]),
     ("logit_bias", [{"1": 101}, {"1": "x"}, {"1": True}, [1], {str(i): 1 for i in range(2000)}]),
-    ("stop", [["a"] * 5, "", [""], "x" * 257, [1], 5, {}]),
+    ("stop", [["a"] * 33, "", [""], "x" * 257, [1], 5, {}]),
     ("seed", [2**63, 2**64, 1.5, "1", True]),
     ("presence_penalty", [-2.1, 2.1]),
     ("frequency_penalty", [-2.1, "1"]),
@@ -167,6 +173,20 @@ def test_fields(post: Any, param: str, value: Any) -> None:
         (COMPLETIONS, {"remote_host": "x"}, "remote_host"),
         (COMPLETIONS, {"block_ids": [1]}, "block_ids"),
         (COMPLETIONS, {"suffix": "x"}, "suffix"),
+        (COMPLETIONS, {"prompt": ["x"] * 128, "n": 16}, "n"),
+        (COMPLETIONS, {"min_tokens": 1, "max_tokens": 0}, "min_tokens"),
+        (COMPLETIONS, {"regex": "a+"}, "regex"),
+        (CHAT, {"ebnf": "root ::= x"}, "ebnf"),
+        (CHAT, {"json_schema": "{}"}, "json_schema"),
+        (CHAT, {"enable_thinking": False}, "enable_thinking"),
+        (CHAT, {"reasoning_effort": "low"}, "reasoning_effort"),
+        (CHAT, {"priority": 1}, "priority"),
+        (CHAT, {"service_tier": "flex"}, "service_tier"),
+        (CHAT, {"typical_p": 0.9}, "typical_p"),
+        (CHAT, {"extra_body": {"top_k": 1}}, "extra_body"),
+        (COMPLETIONS, {"max_new_tokens": 5}, "max_new_tokens"),
+        (CHAT, {"functions": [{"name": "f"}]}, "functions"),
+        (CHAT, {"return_tokens_as_token_ids": True}, "return_tokens_as_token_ids"),
         (COMPLETIONS, {"document_id": 5}, "document_id"),
         (CHAT, {"document_id": "x"}, "document_id"),  # there it is a content part
     ],
@@ -175,6 +195,49 @@ def test_fields(post: Any, param: str, value: Any) -> None:
 def test_fields_together(post: Any, path: str, fields: dict[str, Any], param: str) -> None:
     prompt = {"prompt": "x"} if path == COMPLETIONS else {"messages": HELLO}
     check_error(post(json.dumps({**prompt, **fields}).encode(), path), 400, param=param)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"stop": ["a", "b", "c", "d", "e", "f"]},
+        {"n": 16},
+        {"functions": [], "tools": [], "documents": []},
+        {"chat_template_kwargs": {}, "priority": 0, "service_tier": "auto"},
+        {"typical_p": 1.0, "length_penalty": 1, "num_beams": 1, "do_sample": True},
+        {"store": False, "parallel_tool_calls": True, "safety_identifier": "x", "verbosity": None},
+    ],
+    ids=lambda value: repr(value)[:50],
+)
+def test_what_changes_nothing_is_served(post: Any, fields: dict[str, Any]) -> None:
+    for path, prompt in ((COMPLETIONS, {"prompt": "x"}), (CHAT, {"messages": HELLO})):
+        body = json.dumps({**prompt, "max_tokens": 2, **fields}).encode()
+        assert post(body, path).status_code == 200
+
+
+def test_an_unknown_field_is_logged_once(post: Any, caplog: pytest.LogCaptureFixture) -> None:
+    body = json.dumps({**OK, "frequency_pennalty": 1.0, "priority": 0}).encode()
+    with caplog.at_level(logging.INFO, logger="coordinator.schemas"):
+        assert {post(body).status_code for _ in range(3)} == {200}
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line for line in lines if "unknown" in line] == [
+        "requests have the unknown field 'frequency_pennalty': it is ignored"
+    ]
+
+
+def test_no_token_is_a_number_of_tokens(cluster: Any) -> None:
+    reply = cluster.complete("abc", max_tokens=0, echo=True).json()
+    (choice,) = reply["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ("abc", "length")
+    assert reply["usage"]["completion_tokens"] == 0
+    chat = {
+        "messages": HELLO,
+        "max_completion_tokens": 0,
+        "max_tokens": 5,
+        "return_token_ids": True,
+    }
+    (choice,) = cluster.client.post(CHAT, json=chat).json()["choices"]
+    assert (choice["message"]["content"], choice["token_ids"]) == ("", [])
 
 
 @pytest.mark.parametrize(

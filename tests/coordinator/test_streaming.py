@@ -152,12 +152,22 @@ def test_stop_string_over_token_boundaries_never_leaks(cluster: Any, helpers: An
 def test_a_stop_string_aborts_both_pools(cluster: Any, helpers: Any) -> None:
     prompt = [88] * 300
     cluster.fake.scripts[tuple(prompt)] = helpers.Script(tokens=tuple(b"abSTOPcdef"), hold_after=6)
+    counted = delivered(cluster)
     body = cluster.complete(prompt, max_tokens=50, stop="STOP").json()
     assert body["choices"][0]["text"] == "ab"
+    assert body["usage"]["completion_tokens"] == 6, "up to the end of the stop string"
+    assert delivered(cluster) == counted + 6
     request_id = body["id"].removeprefix("cmpl-") + "-0"
     cluster.fake.wait_for(
         lambda: [m for m in cluster.fake.got(Abort, "prefill0") if m.request_id == request_id]
     )
+
+
+def delivered(cluster: Any) -> float:
+    """Output tokens as ``/metrics`` counts them."""
+    lines = cluster.client.get("/metrics").text.splitlines()
+    name = "baton_output_tokens_total "
+    return float(next(line for line in lines if line.startswith(name)).removeprefix(name))
 
 
 def test_keep_alives_tell_the_progress(cluster: Any, helpers: Any) -> None:

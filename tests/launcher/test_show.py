@@ -61,6 +61,21 @@ def test_a_setting_that_does_not_exist_is_named(capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().err == "error: [decode_pool] has no setting budget\n"
 
 
+def test_a_setting_lies_as_deep_as_its_table(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["arithmetic", "--resolved", "--set", "coordinator.limits.max_stops=99"]
+    assert show(capsys, *argv)["coordinator"]["limits"]["max_stops"] == 99
+    for name, words in (
+        ("coordinator.limits.max_stop", ("coordinator", "limits", "max_stop")),
+        ("coordinator.limits.max_stops.deeper", ("coordinator", "limits.max_stops")),
+        ("port.deeper", ("port",)),
+        ("coordinator..limits", ("--set coordinator..limits",)),
+    ):
+        assert main(["config", "show", "arithmetic", "--resolved", "--set", f"{name}=1"]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert all(word in error for word in words), error
+
+
 def test_every_flag_is_a_field_and_has_a_word_of_help() -> None:
     flags = [flag for _, group in GROUPS for flag in group]
     for name, _, text in flags:

@@ -93,6 +93,7 @@ def test_what_is_one(delta: bytes) -> None:
         ((TEXT, b'data: {"error":"overloaded"}\n\n'), "http_error", "overloaded"),
         ((TEXT, b'data: {"error":{"type":"server_error"}}\n\n'), "http_error", "server_error"),
         ((IDS, USAGE, DONE), "incomplete", "usage_says_3_not_2"),
+        ((TEXT * 5, USAGE, DONE), "incomplete", "usage_says_3_of_5_events"),
     ],
 )
 def test_bad_ends(pieces: tuple[bytes, ...], outcome: str, code: str) -> None:
