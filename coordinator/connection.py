@@ -1,8 +1,8 @@
 """uvicorn's HTTP connection, with the limits that it does not have.
 
 A head that is too large, or that does not arrive in time, ends the connection; so does an HTTP/1.1
-request without a Host. A response whose reader has stopped can be cut off: a plain close would wait
-for the reader for ever.
+request without a Host, or a body whose length is in doubt (RFC 9112, 6.3). A response whose reader
+has stopped can be cut off: a plain close would wait for the reader for ever.
 """
 
 import asyncio
@@ -22,6 +22,12 @@ _TOO_LARGE = (
 )
 _TOO_SLOW = (408, "Request Timeout", "the header did not arrive in time", "header_timeout")
 _NO_HOST = (400, "Bad Request", "the Host header is missing or double", "invalid_host")
+_NO_SUCH_CODING = (
+    501,
+    "Not Implemented",
+    "the one Transfer-Encoding that is understood is chunked",
+    "unsupported_transfer_encoding",
+)
 
 
 class GuardedConnection(HttpToolsProtocol):
@@ -59,12 +65,27 @@ class GuardedConnection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._stop_timer()
         self._is_in_head = False
+        if self.transport.is_closing():  # behind a refused request nothing is one: it may be a body
+            return
+        codings = [value for name, value in self.headers if name == b"transfer-encoding"]
+        if codings and not self._is_chunked(codings):
+            self._refuse(*_NO_SUCH_CODING)
+            return
         num_hosts = sum(name == b"host" for name, _ in self.headers)
         if num_hosts != 1 and self.parser.get_http_version() == "1.1":
             self._refuse(*_NO_HOST)
             return
         cast(dict[str, object], self.scope)[SCOPE_ABORT] = self.transport.abort
         super().on_headers_complete()
+
+    def _is_chunked(self, codings: list[bytes]) -> bool:
+        """Whether a body is just chunked: what else is around it would be taken for its text."""
+        is_chunked = [coding.strip().lower() for coding in codings] == [b"chunked"]
+        return is_chunked and self.parser.get_http_version() == "1.1"
+
+    def send_400_response(self, msg: str) -> None:
+        del msg
+        self._refuse(400, "Bad Request", "this is no HTTP that is understood here", "invalid_http")
 
     def on_body(self, body: bytes) -> None:
         if not self.transport.is_closing():

@@ -12,13 +12,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from coordinator.auth import Tenant
 from coordinator.chat import read_messages
-from coordinator.config import JobLimits
+from coordinator.config import JobLimits, Limits
 from coordinator.frontend import Frontend
 from coordinator.jobs.document import CHAT, TEXT, Document, Pin, SystemMessage
 from coordinator.jobs.document_table import Idempotency
 from coordinator.jobs.documents import Source, new_id
 from coordinator.jobs.formats import HEAD_BYTES, identify, plain_name, unprocessable
 from coordinator.jobs.pins import read_duration, read_pin
+from coordinator.json_body import parse_json
 from coordinator.parameters import check_token_ids
 from protocol.errors import RequestError
 
@@ -270,16 +271,16 @@ def _invalid(param: str, message: str) -> RequestError:
     return RequestError(message, code="invalid_value", param=param)
 
 
-def fields_of_form(form: Mapping[str, str]) -> dict[str, Any]:
+def fields_of_form(form: Mapping[str, str], limits: Limits) -> dict[str, Any]:
     """The fields of a multipart upload as the JSON body has them.
 
     Raises:
-        RequestError: one that must be JSON is none.
+        RequestError: one that must be JSON is none, by the same rules as a body.
     """
     fields: dict[str, Any] = dict(form)
     for name in ("pin", "metadata"):
         if name in fields:
-            fields[name] = _json_of(name, form[name])
+            fields[name] = _json_of(name, form[name], limits)
     for name in ("priority", "deadline"):
         text = fields.get(name, "")
         if re.fullmatch(r"-?[0-9]{1,15}", text):
@@ -289,8 +290,9 @@ def fields_of_form(form: Mapping[str, str]) -> dict[str, Any]:
     return fields
 
 
-def _json_of(name: str, text: str) -> Any:  # noqa: ANN401 - a caller's JSON value
+def _json_of(name: str, text: str, limits: Limits) -> dict[str, Any]:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise _invalid(name, f"{name} must be JSON: {error}") from error
+        return parse_json(text.encode("utf-8"), limits)
+    except RequestError as error:
+        why = str(error).replace("the body", "it")
+        raise _invalid(name, f"{name} must be a JSON object: {why}") from error

@@ -72,7 +72,7 @@ def _add_making(app: FastAPI, frontend: Frontend, documents: Documents) -> None:
         limits, min_free_bytes = frontend.config.limits, frontend.jobs.min_free_bytes
         async with receive_upload(request, documents.folder, limits, min_free_bytes) as upload:
             uploaded = Uploaded(upload.path, upload.file_name, is_ours=True)
-            return await _create(frontend, request, fields_of_form(upload.fields), uploaded)
+            return await _create(frontend, request, fields_of_form(upload.fields, limits), uploaded)
 
     @app.patch("/v1/documents/{document_id}")
     async def update(request: Request, document_id: str) -> Response:

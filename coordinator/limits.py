@@ -13,6 +13,7 @@ import time
 import uuid
 from dataclasses import dataclass
 
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from coordinator.config import Limits
@@ -53,6 +54,8 @@ class LimitsMiddleware:
             await self._app(scope, _BodyReader(receive, terms).receive, response.send)
         except RequestError as error:
             await response.fail(error)
+        except ClientDisconnect:  # in the middle of its body: there is nobody to answer
+            _log.info("request %s: its sender has gone", request_id)
         except Exception:  # the outermost frame of a request: the next one is served as ever
             _log.exception("request %s failed by a bug", request_id)
             if response.has_started:

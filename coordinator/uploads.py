@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
 from coordinator.config import Limits
 from coordinator.jobs.space import check_space, told_when_full
@@ -54,6 +54,7 @@ async def receive_upload(
 
     Raises:
         RequestError: it is not a form with one file, or there is no room for it.
+        ClientDisconnect: its sender has gone, and can be told nothing.
     """
     form = _Form(_boundary(request), limits)
     path = folder / f"{secrets.token_hex(16)}.upload"
@@ -71,8 +72,6 @@ async def receive_upload(
             size_bytes += await asyncio.to_thread(_write, file, form.take())
             await asyncio.to_thread(_sync, file)
         yield Upload(path, form.file_name, size_bytes, form.fields)
-    except ClientDisconnect as error:  # told to nobody
-        raise _malformed("its sender has gone") from error
     finally:
         path.unlink(missing_ok=True)
 

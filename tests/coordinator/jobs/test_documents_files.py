@@ -12,7 +12,7 @@ import httpx
 import pypdf
 import pytest
 
-from coordinator.config import JobLimits
+from coordinator.config import JobLimits, Limits
 from coordinator.document_bodies import DocumentBody, fields_of_form
 from coordinator.jobs import parse
 from coordinator.jobs.formats import HTML, MARKDOWN, PDF, PLAIN, identify, plain_name
@@ -297,10 +297,73 @@ def test_the_fields_of_a_form() -> None:
         "cp": "2",
         "display_name": "5",
     }
-    body = DocumentBody.model_validate(fields_of_form(form))
+    body = DocumentBody.model_validate(fields_of_form(form, Limits()))
     assert body.pin is not None and body.pin.mode == "soft"
     assert (body.metadata, body.priority, body.deadline) == ({"a": "1"}, -3, "10m")
     assert (body.cp, body.display_name) == ("2", "5")
-    assert fields_of_form({"deadline": "1795000000"}) == {"deadline": 1795000000}
-    with pytest.raises(RequestError, match="metadata must be JSON"):
-        fields_of_form({"metadata": "{"})
+    assert fields_of_form({"deadline": "1795000000"}, Limits()) == {"deadline": 1795000000}
+
+
+@pytest.mark.parametrize("field", ["metadata", "pin"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("{", "", "null", "[]", "3", '{"a": NaN}', '{"a": [-Infinity]}', '{"a": 1e999}'),
+        *('{"a": 1, "a": 2}', '{"a": "\\ud800"}', "\ufeff{}", '{"a":' * 40 + "1" + "}" * 40),
+        *('{"a": ' + "9" * 5000 + "}", '{"a": 1}{}'),
+    ],
+)
+def test_a_field_that_is_json_is_as_strict_as_a_body(site: Any, field: str, value: str) -> None:
+    reply = post_file(site, "a.txt", b"some text", **{field: value})
+    assert reply.status_code == 400, reply.text
+    error = reply.json()["error"]
+    assert (error["code"], error["param"]) == ("invalid_value", field)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *[("priority", v) for v in ("1e3", "NaN", "9" * 14, "-" + "9" * 30, "\u0663", "0x1", " 1")],
+        *[("deadline", v) for v in ("NaN", "inf", "1e999", "-1", "9" * 400 + "h", "nanh", "infd")],
+        *[("cp", v) for v in ("NaN", "3", "\u0662", "2.0", "-2")],
+    ],
+)
+def test_a_field_that_is_a_number_is_one(site: Any, field: str, value: str) -> None:
+    reply = post_file(site, "a.txt", b"some text", **{field: value})
+    assert reply.status_code == 400, reply.text
+    assert reply.json()["error"]["param"] == field
+
+
+@pytest.mark.parametrize(
+    ("field", "text"),
+    [
+        *[("deadline", v) for v in ("9" * 400, "1e308", "1" + "0" * 308, '"1e400s"')],
+        *[("priority", v) for v in ("9" * 400, "1.5", "true")],
+        *[("pin", f'{{"mode": "soft", "ttl": {v}}}') for v in ("9" * 400, "1e308", '"9e999d"')],
+        *[("metadata", v) for v in (f'{{"a": {"9" * 4400}}}', "[1]")],
+    ],
+)
+def test_a_number_that_is_too_large_for_its_kind(site: Any, field: str, text: str) -> None:
+    body = b'{"source": {"text": "a"}, "%s": %s}' % (field.encode(), text.encode())
+    reply = site.client.post(
+        "/v1/documents", content=body, headers={"content-type": "application/json"}
+    )
+    assert reply.status_code in (202, 400), reply.text
+    if reply.status_code == 202:  # it is kept, and can be shown
+        assert site.client.get(f"/v1/documents/{reply.json()['id']}").status_code == 200
+    assert site.client.get("/v1/documents").status_code == 200
+
+
+@pytest.mark.parametrize("value", ["NaN", "inf", "-1", "1e999", "\u0663", "0x2", "", "1" * 5000])
+def test_numbers_of_a_query_and_a_header(site: Any, value: str) -> None:
+    document_id = site.post(source={"text": "of a query"}).json()["id"]
+    site.wait(document_id)
+    asked = [("/v1/documents", {"limit": value}), ("/v1/files", {"limit": value})]
+    asked.append(("/v1/batches", {"limit": value}))
+    for path, query in asked:
+        assert site.client.get(path, params=query).status_code in (200, 400)
+    events = f"/v1/documents/{document_id}/events"
+    for options in ({"params": {"starting_after": value}}, {"headers": {"last-event-id": value}}):
+        if value.isascii():
+            with site.client.stream("GET", events, **options) as reply:
+                assert reply.status_code in (200, 400)
