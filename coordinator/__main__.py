@@ -41,6 +41,7 @@ def main() -> int:
         config = read_config(parser.parse_args().config)
         configure_logging("coordinator", config.log_level)
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
+        os.umask(0o077)  # documents and files are the operator's alone
         _die_with_parent(config.parent_pid)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_serve(config))

@@ -59,12 +59,24 @@ class Tenants:
     """
 
     def __init__(self, api_keys: Iterable[str], secret: str) -> None:
+        self._secret = secret
         self._by_hash: dict[bytes, Tenant] = {}
+        self.replace(api_keys)
+        self._anybody = Tenant(ANYBODY, _keyed_hash(secret, ANYBODY))
+
+    def replace(self, api_keys: Iterable[str]) -> tuple[int, int]:
+        """Know these keys and no others from now on; (how many are new, how many are gone).
+
+        Whose they are does not change: a tenant's name and salt come from its key alone.
+        """
+        by_hash = {}
         for key in api_keys:
             digest = hashlib.sha256(key.encode()).digest()
             name = f"key-{digest.hex()[:12]}"
-            self._by_hash[digest] = Tenant(name, _keyed_hash(secret, name))
-        self._anybody = Tenant(ANYBODY, _keyed_hash(secret, ANYBODY))
+            by_hash[digest] = Tenant(name, _keyed_hash(self._secret, name))
+        num_new, num_gone = len(by_hash.keys() - self._by_hash), len(self._by_hash.keys() - by_hash)
+        self._by_hash = by_hash
+        return num_new, num_gone
 
     @property
     def has_keys(self) -> bool:

@@ -4,6 +4,7 @@ Everything here is resolved: "auto" has become a value in the launcher. Duration
 """
 
 import ipaddress
+from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
@@ -120,6 +121,7 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     kv_dtype: str = ""  # what the ranks keep KV in; "" takes the model's own
     max_model_len: int | None = None
     api_keys: tuple[str, ...] = ()
+    api_key_file: str = ""  # more of them, one a line; read again when it changes
     secret: str = ""  # salts every tenant's cache; "" takes the token
     local_prefill_threshold: int = 128  # new tokens, up to which the decode pool computes them
     session_ttl_s: float = 3600.0
@@ -156,15 +158,12 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     restart_window_s: float = 600.0
 
     def __post_init__(self) -> None:
-        if not self.api_keys and not is_loopback(self.host):
+        if not (self.api_keys or self.api_key_file) and not is_loopback(self.host):
             raise ConfigError(
                 f"--host {self.host} can be reached from other machines and nobody would be asked "
-                f"for a key: add --api-key KEY, or listen on 127.0.0.1"
+                f"for a key: add --api-key-file FILE or --api-key KEY, or listen on 127.0.0.1"
             )
-        if any(not key.isascii() or not key.isprintable() or " " in key for key in self.api_keys):
-            raise ConfigError("--api-key: a key is printable ASCII without spaces")
-        if "" in self.api_keys:
-            raise ConfigError("--api-key: a key cannot be empty")
+        check_keys(self.api_keys, "--api-key")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port {self.port}: must be between 0 (any free one) and 65535")
         if self.log_level not in LOG_LEVELS:
@@ -220,6 +219,19 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     def model_name(self) -> str:
         """The name that requests give and ``/v1/models`` lists."""
         return self.served_model_name or Path(self.model).name
+
+
+def check_keys(keys: Iterable[str], origin: str) -> None:
+    """Refuse what cannot be sent in a header, without showing it.
+
+    Raises:
+        ConfigError: naming ``origin``.
+    """
+    for key in keys:
+        if not key:
+            raise ConfigError(f"{origin}: a key cannot be empty")
+        if not key.isascii() or not key.isprintable() or " " in key:
+            raise ConfigError(f"{origin}: a key is printable ASCII without spaces")
 
 
 def is_loopback(host: str) -> bool:

@@ -20,6 +20,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
+from pathlib import Path
 
 import uvicorn
 import zmq.asyncio
@@ -35,6 +36,7 @@ from coordinator.frontend import Frontend
 from coordinator.jobs.context import Jobs, Surroundings
 from coordinator.jobs.ingestor import Ingestor
 from coordinator.joining import Terms
+from coordinator.key_file import KeyFile
 from coordinator.lag import INTERVAL_S, LoopLag
 from coordinator.line_server import LineServer
 from coordinator.registry import Patience, Registry
@@ -96,6 +98,11 @@ class Coordinator:
         self._lag = LoopLag(time.monotonic())
         self._model = load_config(config.model, max_model_len=config.max_model_len)
         self._tokenization = Tokenization(config.model, config.num_tokenizer_threads)
+        self._tenants = Tenants(config.api_keys, config.secret or config.token)
+        self._key_file: KeyFile | None = None
+        if config.api_key_file:
+            self._key_file = KeyFile(Path(config.api_key_file), config.api_keys, self._tenants)
+            self._key_file.load()
         self._socket = bind_http(config.host, config.port)
         self.url = _url(config.host, self._socket)
 
@@ -118,6 +125,7 @@ class Coordinator:
             await jobs.start()
             async with asyncio.TaskGroup() as tasks:
                 watching = tasks.create_task(jobs.watch())
+                keys = tasks.create_task(self._watch_keys())
                 serving = tasks.create_task(http.serve(sockets=[self._socket]))
                 plane = tasks.create_task(control.run())
                 measuring = tasks.create_task(self._measure_lag())
@@ -130,6 +138,7 @@ class Coordinator:
                 finally:
                     measuring.cancel()
                     watching.cancel()
+                    keys.cancel()
                     await jobs.stop()
                     service.shut_down()
                     http.should_exit = True
@@ -146,6 +155,10 @@ class Coordinator:
         while True:
             await asyncio.sleep(INTERVAL_S)
             self._lag.fired(time.monotonic())
+
+    async def _watch_keys(self) -> None:
+        if self._key_file is not None:
+            await self._key_file.watch()
 
     @asynccontextmanager
     async def _control(self) -> AsyncIterator[tuple[ControlPlane, Registry, AsyncRouter]]:
@@ -222,11 +235,10 @@ class Coordinator:
             files=jobs.files,
             batches=jobs.batches,
         )
-        tenants = Tenants(self._config.api_keys, self._config.secret or self._config.token)
-        jobs.attach(self._line_server(frontend, tenants))
+        jobs.attach(self._line_server(frontend, self._tenants))
         return _HttpServer(
             uvicorn.Config(
-                build_app(frontend, tenants),
+                build_app(frontend, self._tenants),
                 http=guarded(self._config.limits),
                 ws="none",
                 lifespan="off",

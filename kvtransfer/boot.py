@@ -87,6 +87,7 @@ def run_here(config: bytes, config_type: type[C], serve: Callable[[C], None]) ->
 
 
 def _run(body: Callable[[], None]) -> int:
+    os.umask(0o077)  # KV of a data folder is the operator's alone
     try:
         body()
     except SystemExit as stop:

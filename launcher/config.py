@@ -46,6 +46,7 @@ class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     host: str = "127.0.0.1"
     port: int = 8000
     api_key: tuple[str, ...] = ()
+    api_key_file: str | None = None
     threads_per_rank: int | None = None
     data_dir: str | None = None
     checksum: str = "sampled"
@@ -168,6 +169,20 @@ def _apply(values: dict[str, Any], setting: str) -> None:
     table[field] = value
 
 
+_KEYS, _KEY = "BATON_API_KEYS", "BATON_API_KEY"
+
+
+def environment_api_keys() -> tuple[str, ...]:
+    """Keys that the server takes beside those of flags and file: several, or one."""
+    several = os.environ.get(_KEYS, "").replace(",", " ").split()
+    return tuple(several + os.environ.get(_KEY, "").split())
+
+
+def key_file(name: str) -> Path:
+    """Its path, not resolved: what it is a link to may change, as that of a mounted secret does."""
+    return Path(name).expanduser().absolute()
+
+
 def child_environment(num_threads: int, *, is_local: bool) -> dict[str, str]:
     """The environment of a rank's process, complete before torch or UCX are loaded in it.
 
@@ -175,7 +190,7 @@ def child_environment(num_threads: int, *, is_local: bool) -> dict[str, str]:
     and kept, since fresh pages from mmap cost more than the copy into them. Gloo: on one host the
     loopback is named, because resolving the host's name may give an address of neither.
     """
-    environment = dict(os.environ)
+    environment = {name: value for name, value in os.environ.items() if name not in (_KEYS, _KEY)}
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         environment[name] = str(num_threads)
     environment.setdefault(
@@ -203,7 +218,7 @@ def default_url() -> str:
 
 def default_api_key() -> str | None:
     """The key that the client commands show it; never a flag, which every process could see."""
-    return os.environ.get("BATON_API_KEY") or None
+    return os.environ.get(_KEY) or None
 
 
 def num_cores() -> int:

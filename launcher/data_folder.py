@@ -7,6 +7,7 @@ jobs.sqlite        documents, files and batches, written by the coordinator
 documents/ files/  what they consist of
 """
 
+import contextlib
 import fcntl
 import os
 import secrets
@@ -16,6 +17,7 @@ from typing import IO
 
 from protocol.errors import ConfigError
 
+FOLDERS = ("kv", "documents", "files", "batches")
 _SECRET_BYTES = 32
 
 
@@ -51,7 +53,21 @@ def open_data_folder(name: str) -> DataFolder:
         raise ConfigError(
             f"--data-dir {name}: another cluster runs on it, choose another folder"
         ) from error
-    return DataFolder(folder, _secret(folder / "secret"), lock)
+    try:
+        _close_to_others(folder)
+        return DataFolder(folder, _secret(folder / "secret"), lock)
+    except OSError as error:
+        lock.close()
+        raise ConfigError(f"--data-dir {name}: {error.strerror}") from error
+
+
+def _close_to_others(folder: Path) -> None:
+    """What is in it is made for us alone; older versions have left some of it open."""
+    for name in FOLDERS:
+        with contextlib.suppress(FileNotFoundError):
+            (folder / name).chmod(0o700)
+    for path in folder.glob("jobs.sqlite*"):
+        path.chmod(0o600)
 
 
 def _secret(path: Path) -> str:

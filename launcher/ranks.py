@@ -13,7 +13,7 @@ import msgspec
 from coordinator.config import CoordinatorConfig, ExpectedPool
 from decode.config import DecodeConfig
 from kvtransfer.store.config import StoreConfig
-from launcher.config import child_environment
+from launcher.config import child_environment, environment_api_keys, key_file
 from launcher.processes import ProcessGroup
 from launcher.resolved import Cluster
 from launcher.topology import PoolSpec
@@ -167,7 +167,8 @@ def coordinator_config(cluster: Cluster, where: dict[str, Any]) -> bytes:
             )
             for pool in cluster.pools
         ],
-        "api_keys": list(serve.api_key),
+        "api_keys": [*serve.api_key, *environment_api_keys()],
+        "api_key_file": "" if serve.api_key_file is None else str(key_file(serve.api_key_file)),
         "ready_timeout_s": serve.ready_timeout_s,
         "log_level": serve.log_level,
         "parent_pid": os.getpid(),

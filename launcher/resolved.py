@@ -8,7 +8,8 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.config import ServeConfig, num_cores, parse_size
+from coordinator.key_file import read_keys
+from launcher.config import ServeConfig, key_file, num_cores, parse_size
 from launcher.data_folder import DataFolder, open_data_folder
 from launcher.topology import PoolSpec, parse_pools, store_pool, threads_per_rank
 from modeling.config import ModelConfig, load_config
@@ -56,6 +57,8 @@ def resolve_cluster(serve: ServeConfig) -> Cluster:
     kv_memory_bytes = parse_size("--kv-memory", serve.kv_memory)
     for pool in pools:
         _check_pool(pool, model_config, serve.block_size, dtype, kv_memory_bytes)
+    if serve.api_key_file is not None:
+        read_keys(key_file(serve.api_key_file))
     data = open_data_folder(serve.data_dir) if serve.data_dir is not None else None
     if data is not None:
         pools = (*pools, store_pool())

@@ -8,13 +8,13 @@
 6. A signal, or the loss of all that can serve, ends everything: nothing of a cluster outlives it.
 """
 
+import contextlib
 import errno
 import logging
+import os
 import queue
-import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,19 +25,25 @@ from launcher.processes import LogFiles, Report, StopAsked
 from launcher.resolved import resolve_cluster
 from launcher.supervisor import ClusterFailed, Supervisor
 from protocol.errors import ConfigError
+from protocol.folders import temporary_folder
 
 log = logging.getLogger(__name__)
 
 
 @contextmanager
 def run_directory() -> Iterator[Path]:
-    """A folder of mode 0700 that is gone afterwards."""
-    # Unix socket paths end at 107 bytes, so the name is short.
-    path = Path(tempfile.mkdtemp(prefix="baton-", dir=runtime_root()))
-    try:
+    """A private folder that is gone afterwards; what killed launchers have left goes first.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            # Unix socket paths end at 107 bytes, so the name is short.
+            path = stack.enter_context(temporary_folder("baton-", runtime_root()))
+        except OSError as error:
+            raise ConfigError(f"{runtime_root()}: no folder in it: {error.strerror}") from error
         yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
@@ -72,6 +78,7 @@ def _log_files(config: ServeConfig) -> LogFiles | None:
 
 def serve(config: ServeConfig) -> int:
     """Run a cluster until a signal. Returns the exit code; messages go to standard error."""
+    os.umask(0o077)  # children have it from us: what they write is the operator's alone
     try:
         cluster = resolve_cluster(config)
         log_files = _log_files(config)

@@ -8,6 +8,7 @@ EPILOG = """\
 a pool is written cp2, tp2 or cp4tp2: context and tensor parallelism, a rank for each of cp * tp.
 --decode tp2 without --prefill is a colocated server: the decode pool computes its prompts itself.
 a size is written 1GiB, 512MiB or 2000000000.
+keys are read from the environment, too: BATON_API_KEYS (with commas between), BATON_API_KEY.
 """
 
 NUMBERS = ("--threads-per-rank", "--max-model-len", "--block-size", "--port")
@@ -46,9 +47,10 @@ GROUPS: tuple[tuple[str, tuple[_Flag, ...]], ...] = (
     (
         "the server",
         (
-            ("--host", "HOST", "to listen on; beyond this machine only with --api-key"),
+            ("--host", "HOST", "to listen on; beyond this machine only with keys"),
             ("--port", "PORT", "0 is any free one"),
-            ("--api-key", "KEY", "a tenant with a cache of its own; repeat for more"),
+            ("--api-key", "KEY", "a tenant with a cache of its own; repeat for more; ps shows it"),
+            ("--api-key-file", "FILE", "one key a line, # begins a comment; read when it changes"),
             ("--log-level", "LEVEL", "DEBUG, INFO, WARNING or ERROR"),
             ("--log-dir", "DIR", "one log file for each process; else they share stderr"),
         ),

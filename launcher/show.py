@@ -44,7 +44,7 @@ def resolved(serve: ServeConfig) -> dict[str, Any]:
         for name in (*_OF_A_RUN, *_SECRET, "pool_id", "cp_size", "tp_size"):
             table.pop(name, None)
     shown["pools"] = coordinator.pop("pools")
-    coordinator["api_keys"] = ["hidden"] * len(serve.api_key)
+    coordinator["api_keys"] = ["hidden"] * len(coordinator["api_keys"])
     return shown
 
 

@@ -7,7 +7,6 @@ is gone at the end.
 import asyncio
 import contextlib
 import logging
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -42,6 +41,7 @@ from coordinator.jobs.runner import Runner
 from coordinator.tokenizing import Tokenization
 from modeling.config import ModelConfig
 from protocol.errors import RequestError
+from protocol.folders import temporary_folder
 from protocol.kv import DTYPE_BYTES
 from protocol.places import Places
 
@@ -82,8 +82,7 @@ class Jobs:
             self.folder = Path(config.data_dir)
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         else:
-            temporary = tempfile.TemporaryDirectory(prefix="baton-jobs-")
-            self.folder = Path(self._leftovers.enter_context(temporary))
+            self.folder = self._leftovers.enter_context(temporary_folder("baton-jobs-"))
         path = self.folder / DATABASE_NAME if config.data_dir else None
         if path is not None:
             path.touch(mode=0o600, exist_ok=True)  # it holds the tenants' salts

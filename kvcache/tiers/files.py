@@ -54,7 +54,7 @@ class PackFiles:
         self._mover = mover if mover is not None else VectoredMover(self._memory)
         self._model_fingerprint = model_fingerprint
         self._numbers = itertools.count()
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         for path in folder.glob(f"*{UNFINISHED}"):
             path.unlink(missing_ok=True)
 

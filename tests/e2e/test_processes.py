@@ -12,6 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
+from protocol.folders import remove_dead
+
 MODEL = "arithmetic:layers=2,heads=2,kv_heads=2,vocab=512,max_len=1024"
 
 
@@ -48,6 +50,9 @@ def test_a_killed_launcher_leaves_no_process(tmp_path: Path, until: Any) -> None
     process.wait(10)
     process.stdout.close()
     until(lambda: all(_is_gone(pid) for pid in children), "a child outlives its launcher")
+    assert list(tmp_path.glob("baton-*/coordinator.json"))
+    assert remove_dead("baton-", tmp_path) == 1, "the next launcher removes what is left"
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.cluster

@@ -31,3 +31,12 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="--data-dir "):
         open_data_folder(str(tmp_path / "file"))
+
+
+def test_what_an_older_version_left_open_is_closed(tmp_path: Path) -> None:
+    for name in ("kv", "documents"):
+        (tmp_path / name).mkdir(mode=0o755)
+    (tmp_path / "jobs.sqlite-wal").touch(mode=0o644)
+    open_data_folder(str(tmp_path)).lock.close()
+    found = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert (found["kv"], found["documents"], found["jobs.sqlite-wal"]) == (0o700, 0o700, 0o600)

@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from launcher.__main__ import build_parser, main
-from launcher.config import ServeConfig
+from launcher.config import ServeConfig, child_environment
+from launcher.ranks import coordinator_config
+from launcher.resolved import resolve_cluster
 from launcher.serve_flags import GROUPS
 
 TABLES = {"coordinator", "prefill_pool", "decode_pool", "pools"}
@@ -87,3 +90,26 @@ def test_every_flag_is_a_field_and_has_a_word_of_help() -> None:
 def test_what_is_not_said_is_left_to_the_file() -> None:
     said = vars(build_parser().parse_args(["serve", "--prefill", "cp2", "--prefill", "cp1"]))
     assert said == {"command": "serve", "prefill": ["cp2", "cp1"], "config": None, "sets": []}
+
+
+def test_keys_come_from_everywhere_and_are_shown_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "keys"
+    file.write_text("in-the-file\n")
+    monkeypatch.setenv("BATON_API_KEYS", "hush-one, hush-two")
+    monkeypatch.setenv("BATON_API_KEY", "hush-three")
+    serve = ServeConfig(model="arithmetic", decode=("tp1",), api_key=("flag",))
+    serve = msgspec.structs.replace(serve, api_key_file=str(file))
+    said = json.loads(coordinator_config(resolve_cluster(serve), {}))
+    assert said["api_keys"] == ["flag", "hush-one", "hush-two", "hush-three"]
+    assert said["api_key_file"] == str(file)
+    environment = child_environment(1, is_local=True)
+    assert not [value for value in environment.values() if "hush-" in value]
+    flags = ["arithmetic", "--decode", "tp1", "--api-key", "flag", "--api-key-file", str(file)]
+    shown = show(capsys, "--resolved", *flags)
+    assert shown["coordinator"]["api_keys"] == ["hidden"] * 4
+    assert "hush-" not in json.dumps(shown)
+    file.write_text("")
+    assert main(["config", "show", "--resolved", *flags]) == 2
+    assert "no key" in capsys.readouterr().err
