@@ -26,6 +26,7 @@ from coordinator.errors import error_object, error_response
 from coordinator.frontend import Asker, Choice, Frontend
 from coordinator.parameters import Options
 from coordinator.paths import describe_path
+from coordinator.patience import patient
 from coordinator.shapes import ChoiceState, Header, Shape, cache_miss_of, usage_of
 from coordinator.tokens import ChoiceText, Piece
 from coordinator.traces import Trace
@@ -236,7 +237,7 @@ class Answer(Response):
 
     async def _send(self, send: Send, message: dict[str, Any]) -> None:
         try:
-            async with asyncio.timeout(self._frontend.config.send_timeout_s):
+            async with patient(self._frontend.config.send_timeout_s):
                 await send(message)
         except TimeoutError as error:
             raise _ReaderGone from error

@@ -173,7 +173,7 @@ def _add_state(app: FastAPI, frontend: Frontend) -> None:
         body, content_type = render(
             (
                 *service.metrics.families(),
-                *request_families(service.loads.num_active, service.num_leaked(now)),
+                *request_families(service.loads.num_active, service.num_leaked),
                 *lag_families(frontend.lag, now),
                 *log_families(num_dropped_lines(), frontend.registry.pools.values()),
                 *pool_families(frontend.registry.pools.values()),

@@ -36,10 +36,10 @@ def describe_cluster(frontend: Frontend, now: float) -> dict[str, Any]:
         "block_size": frontend.config.block_size,
         "topology_version": registry.version,
         "num_active_requests": service.loads.num_active,
-        "num_leaked": service.num_leaked(now),
+        "num_leaked": service.num_leaked,
         "loop": {"lag_s": round(lag.largest(now), 6), "num_stalls": lag.num_stalls},
         "counters": dict(frontend.control.counters),
-        "pools": [_describe_pool(pool, now) for pool in registry.pools.values()],
+        "pools": [_describe_pool(pool, lag.observed(now)) for pool in registry.pools.values()],
     }
 
 

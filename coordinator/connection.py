@@ -12,6 +12,7 @@ from typing import cast
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from coordinator.config import Limits
+from coordinator.patience import Countdown
 
 SCOPE_ABORT = "baton.abort_connection"
 _TOO_LARGE = (
@@ -38,7 +39,7 @@ class GuardedConnection(HttpToolsProtocol):
         self._limits = limits
         self._head_bytes = 0
         self._is_in_head = True
-        self._head_timer: asyncio.TimerHandle | None = None
+        self._head_timer: Countdown | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -99,8 +100,8 @@ class GuardedConnection(HttpToolsProtocol):
 
     def _start_timer(self) -> None:
         self._stop_timer()
-        self._head_timer = self.loop.call_later(
-            self._limits.header_timeout_s, self._refuse, *_TOO_SLOW
+        self._head_timer = Countdown(
+            self.loop, self._limits.header_timeout_s, lambda: self._refuse(*_TOO_SLOW)
         )
 
     def _stop_timer(self) -> None:

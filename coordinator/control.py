@@ -73,6 +73,7 @@ class ControlPlane:
         registry: which pools there are.
         owner: who is told what happens to them.
         is_restart: the cluster runs already, and is complete when it can answer.
+        clock: monotonic seconds, of a clock that stands still while the event loop does.
     """
 
     def __init__(
@@ -82,7 +83,9 @@ class ControlPlane:
         owner: Owner = Owner(),
         *,
         is_restart: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._clock = clock
         self.complete = asyncio.Event()
         self.refused: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._router = router
@@ -129,7 +132,7 @@ class ControlPlane:
                 _log.warning("dropped a frame of %s: %s", peer[:80], error)
                 continue
             try:
-                self._dispatch(peer, message, time.monotonic())
+                self._dispatch(peer, message, self._clock())
             except (PeerError, IllegalTransition) as error:
                 self._num_dropped += 1
                 if self._num_dropped & (self._num_dropped - 1) == 0:  # 1, 2, 4, ...: no full log
@@ -230,7 +233,7 @@ class ControlPlane:
             await asyncio.sleep(CHECK_INTERVAL_S)
             if self._router.is_displaced:
                 self._owner.on_stale(f"another listens at {self._router.address}")
-            now = time.monotonic()
+            now = self._clock()
             self._lose_unreachable()
             for pool_id, reason in self._registry.expire(now):
                 self._lose(pool_id, reason)

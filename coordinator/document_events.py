@@ -15,6 +15,7 @@ from coordinator.config import CoordinatorConfig
 from coordinator.connection import SCOPE_ABORT
 from coordinator.jobs.documents import Documents, shutting_down
 from coordinator.jobs.events import WrittenEvent
+from coordinator.patience import patient
 
 
 class EventStream(Response):
@@ -87,7 +88,7 @@ class EventStream(Response):
         return f"id: {event.sequence}\nevent: {event.kind}\n".encode() + data
 
     async def _send(self, send: Send, body: bytes, *, is_last: bool = False) -> None:
-        async with asyncio.timeout(self._config.send_timeout_s):
+        async with patient(self._config.send_timeout_s):
             await send({"type": "http.response.body", "body": body, "more_body": not is_last})
 
 

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 from coordinator.control import ControlPlane, Owner
 from coordinator.registry import Registry
@@ -40,9 +41,10 @@ class FaultyControlPlane(ControlPlane):
         owner: Owner,
         *,
         is_restart: bool,
+        clock: Callable[[], float],
         failpoints: str,
     ) -> None:
-        super().__init__(router, registry, owner, is_restart=is_restart)
+        super().__init__(router, registry, owner, is_restart=is_restart, clock=clock)
         self._failpoints = Failpoints(failpoints, self.counters)
         self._late: set[asyncio.Task[None]] = set()
 

@@ -12,6 +12,7 @@ from coordinator.auth import SCOPE_TENANT
 from coordinator.connection import SCOPE_ABORT
 from coordinator.frontend import Frontend
 from coordinator.jobs.files import BATCH, FilePage, Files, StoredFile, new_file_id
+from coordinator.patience import patient
 from coordinator.uploads import Upload, receive_upload
 from protocol.errors import RequestError
 
@@ -97,7 +98,7 @@ class _Content(Response):
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             try:
                 while piece := await asyncio.to_thread(stream.read, READ_BYTES):
-                    async with asyncio.timeout(self._send_timeout_s):
+                    async with patient(self._send_timeout_s):
                         await send({"type": "http.response.body", "body": piece, "more_body": True})
             except TimeoutError:  # the reader takes nothing
                 scope[SCOPE_ABORT]()

@@ -11,6 +11,7 @@ for what others do are kept by ``observed``, which does not advance during a sta
     now            a little late            a stall: observed() stands still after TOLERANCE_S
 """
 
+import math
 from collections import deque
 
 INTERVAL_S = 0.05
@@ -20,16 +21,13 @@ WINDOW_S = 30.0  # in which the largest lag is looked for
 
 
 class LoopLag:
-    """The lag of one event loop. Times are monotonic seconds.
+    """The lag of one event loop, from the first time that ``fired`` is called. Times are monotonic
+    seconds."""
 
-    Args:
-        now: when the loop begins to run.
-    """
-
-    def __init__(self, now: float) -> None:
+    def __init__(self) -> None:
         self.num_stalls = 0  # timers that were later than STALL_S
         self.stalled_s = 0.0  # how late they were, together
-        self._due = now + INTERVAL_S
+        self._due = math.inf
         self._unobserved_s = 0.0
         # (when, lag): only those that no later one exceeds, so the first one is the largest.
         self._lags: deque[tuple[float, float]] = deque()

@@ -6,10 +6,8 @@
 3. Every response carries ``x-request-id``: the caller's if it is plain, else the server's.
 """
 
-import asyncio
 import logging
 import re
-import time
 import uuid
 from dataclasses import dataclass
 
@@ -18,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from coordinator.config import Limits
 from coordinator.errors import error_response, internal_error
+from coordinator.patience import patient
 from protocol.errors import RequestError
 
 SCOPE_REQUEST_ID = "baton.request_id"  # the server's own, never the caller's
@@ -131,19 +130,19 @@ class _BodyReader:
         self._terms = terms
         self._num_bytes = 0
         self._is_read = False
-        self._deadline = time.monotonic() + terms.timeout_s
+        self._left_s = terms.timeout_s
 
     async def receive(self) -> Message:
         if self._is_read:
             return await self._receive()
-        left_s = min(self._terms.idle_timeout_s, self._deadline - time.monotonic())
         try:
-            async with asyncio.timeout(left_s):
+            async with patient(min(self._terms.idle_timeout_s, self._left_s)) as limit:
                 message = await self._receive()
         except TimeoutError as error:
             raise RequestError(
                 "the body did not arrive in time", code="body_timeout", status=408
             ) from error
+        self._left_s -= limit.spent_s
         if message["type"] == "http.request":
             self._num_bytes += len(message.get("body", b""))
             if self._num_bytes > self._terms.max_bytes:

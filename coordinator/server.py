@@ -95,7 +95,7 @@ class Coordinator:
         self._on_ready = on_ready
         self._owner = owner
         self._stop = asyncio.Event()
-        self._lag = LoopLag(time.monotonic())
+        self._lag = LoopLag()
         self._model = load_config(config.model, max_model_len=config.max_model_len)
         self._tokenization = Tokenization(config.model, config.num_tokenizer_threads)
         self._tenants = Tenants(config.api_keys, config.secret or config.token)
@@ -117,7 +117,9 @@ class Coordinator:
             StartFailed: see the module's docstring.
         """
         async with self._control() as (control, registry, router):
-            service = Service(self._config, registry, control.send, time.monotonic)
+            service = Service(
+                self._config, registry, control.send, time.monotonic, observed=self._observed
+            )
             control.attach(service)
             jobs = self._jobs(registry, service, control)
             http = self._http_server(control, registry, service, jobs)
@@ -151,10 +153,14 @@ class Coordinator:
             if failure is not None:
                 raise failure
 
+    def _observed(self) -> float:
+        """The clock of every budget for what others do."""
+        return self._lag.observed(time.monotonic())
+
     async def _measure_lag(self) -> None:
         while True:
-            await asyncio.sleep(INTERVAL_S)
             self._lag.fired(time.monotonic())
+            await asyncio.sleep(INTERVAL_S)
 
     async def _watch_keys(self) -> None:
         if self._key_file is not None:
@@ -193,12 +199,17 @@ class Coordinator:
         )
 
     def _control_plane(self, router: AsyncRouter, registry: Registry) -> ControlPlane:
-        owner, is_restart = self._owner, self._config.is_restart
-        if self._config.failpoints:
-            return FaultyControlPlane(
-                router, registry, owner, is_restart=is_restart, failpoints=self._config.failpoints
-            )
-        return ControlPlane(router, registry, owner, is_restart=is_restart)
+        owner, config, clock = self._owner, self._config, self._observed
+        if not config.failpoints:
+            return ControlPlane(router, registry, owner, is_restart=config.is_restart, clock=clock)
+        return FaultyControlPlane(
+            router,
+            registry,
+            owner,
+            is_restart=config.is_restart,
+            clock=clock,
+            failpoints=config.failpoints,
+        )
 
     def _jobs(self, registry: Registry, service: Service, control: ControlPlane) -> Jobs:
         ingestor = self._ingestor or Tiering(

@@ -63,8 +63,9 @@ class Service:
         config: thresholds and budgets.
         registry: which pools serve.
         send: sends a message to a pool's leader; does not block and does not fail.
-        clock: monotonic seconds.
+        clock: monotonic seconds, of the time lines.
         spread: runs what walks over all requests, in slices or at once.
+        observed: the clock without the loop's stalls, of all budgets.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Service:
         send: Callable[[str, ToRank], None],
         clock: Callable[[], float],
         spread: Callable[[Iterator[None]], None] = at_once,
+        observed: Callable[[], float] | None = None,
     ) -> None:
         self.metrics = Metrics()
         self.listener: StoreListener | None = None
@@ -81,6 +83,7 @@ class Service:
         self._config = config
         self._send = send
         self._clock = clock
+        self._observed = observed or clock
         self._spread = spread
         self.loads = Loads()  # of all records
         self._admission = Admission(config.limits, len(config.api_keys))
@@ -89,7 +92,7 @@ class Service:
         self._is_sweeping = False
         self._deliveries: dict[str, tuple[Delivery, int]] = {}
         self.placement = self._placement = Placement(config, registry)
-        self._failover = Failover(config, self._start, self._fail, clock)
+        self._failover = Failover(config, self._start, self._fail, self._observed)
 
     # -- for the HTTP side -------------------------------------------------------------------------
 
@@ -115,13 +118,9 @@ class Service:
         now = self._clock()
         if generation.priority == 0:
             self.interactive_at = now
-        print_ = fingerprint(
-            generation.prompt_token_ids,
-            generation.block_hashes,
-            self._config.block_size,
-            generation.sampling,
-        )
-        if self._failover.quarantine.is_refused(print_, now):
+        prompt, hashes = generation.prompt_token_ids, generation.block_hashes
+        print_ = fingerprint(prompt, hashes, self._config.block_size, generation.sampling)
+        if self._failover.quarantine.is_refused(print_, self._observed()):
             raise quarantined()
         record = Record.of(generation, print_, self.loads)
         record.timeline.mark(Event.ARRIVED, arrived)
@@ -149,9 +148,10 @@ class Service:
             self._fail(record, error)
             yield
 
-    def num_leaked(self, now: float) -> int:
+    @property
+    def num_leaked(self) -> int:
         """Ended requests for which a pool still holds blocks, long after it should not."""
-        return self._holding.num_leaked(now)
+        return self._holding.num_leaked(self._observed())
 
     # -- for the control plane ---------------------------------------------------------------------
 
@@ -174,7 +174,7 @@ class Service:
             self.listener.on_store_message(message)
         if record is None or not record.is_active:
             return
-        record.heard_at = self._clock()
+        record.heard_at = self._observed()
         if isinstance(message, RequestFailed):
             self._on_failed(record, pool_id, message)
         elif pool_id == record.decode_pool:
@@ -257,7 +257,7 @@ class Service:
 
     def _start(self, record: Record) -> bool:
         """Begin an attempt; False when there is no pool for it."""
-        now = self._clock()
+        now = self._observed()
         pool_id = self._placement.choose_decode(record, self.loads, now)
         if pool_id is None:
             return False
@@ -285,8 +285,8 @@ class Service:
         _log.warning("%s/%d: %s", record.request_id, record.attempt, error.message)
         self._failover.lose(record, error, home=home, pause=pause)
         if record.is_active:
-            record.ended_at = self._clock()
-            record.timeline.mark(Event.RETRIED, record.ended_at)
+            record.ended_at = self._observed()
+            record.timeline.mark(Event.RETRIED, self._clock())
             self._holding.tell_pools(record)
 
     def _on_failed(self, record: Record, pool_id: str, message: RequestFailed) -> None:
@@ -341,7 +341,7 @@ class Service:
             record.progress(message.num_done)
         elif isinstance(message, FirstToken) and record.path is None:
             record.path = message.path
-            record.prefilled_at = self._clock()
+            record.prefilled_at = self._observed()
             record.progress(record.num_attempt_tokens)
             if not record.is_deposit:  # a store needs no answer
                 self._take_token(record, as_new_token(message))
@@ -349,8 +349,8 @@ class Service:
     def _on_token(self, pool_id: str, token: NewToken) -> None:
         record = self._find(token.request_id, token.attempt)
         if record is not None and record.is_active and pool_id == record.decode_pool:
-            record.heard_at = self._clock()
-            record.timeline.mark(Event.FIRST_DECODE, record.heard_at)
+            record.heard_at = self._observed()
+            record.timeline.mark(Event.FIRST_DECODE, self._clock())
             if record.state is State.PREFILLING:
                 record.step(Step.COMMIT)  # what it told us of that was lost
             self._take_token(record, token)
@@ -390,8 +390,8 @@ class Service:
 
     def _end(self, record: Record, *, tell_pools: bool) -> None:
         record.step(Step.END)
-        record.ended_at = self._clock()
-        record.timeline.mark(Event.FINISHED, record.ended_at)
+        record.ended_at = self._observed()
+        record.timeline.mark(Event.FINISHED, self._clock())
         record.forget_tokens()
         self._deliveries.pop(record.request_id)
         self._failover.forget(record)

@@ -14,6 +14,7 @@ from coordinator.delivery import Delivery
 from coordinator.errors import pool_failure
 from coordinator.generation import Generation
 from coordinator.jobs.ingestor import IngestRequest, IngestResult, Residence
+from coordinator.patience import patient
 from coordinator.placement import STORE_TIERS, Placement
 from coordinator.records import Record
 from coordinator.registry import Pool, Registry
@@ -174,7 +175,7 @@ class Tiering:
         collect = Collect(name, 1, request.block_hashes, source.pool_id, source.epoch)
         try:
             self._send(store.pool_id, collect)
-            async with asyncio.timeout(COLLECT_TIMEOUT_S):
+            async with patient(COLLECT_TIMEOUT_S):
                 await done
         except TimeoutError as error:
             raise RequestError("the store did not answer", code="stalled", status=503) from error

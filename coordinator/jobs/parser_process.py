@@ -16,6 +16,7 @@ from coordinator.jobs.database import insufficient_storage
 from coordinator.jobs.formats import unprocessable
 from coordinator.jobs.parse import UNREADABLE, UNWRITABLE
 from coordinator.jobs.space import told_when_full
+from coordinator.patience import patient
 from protocol.errors import BatonError
 from protocol.failpoints import FILE_RENAMED, FILE_WRITE, PARSE
 from protocol.places import Places
@@ -74,7 +75,7 @@ async def _run(media_type: str, limits: JobLimits, input_: int, output: int) -> 
     )
     assert process.stderr is not None
     try:
-        async with asyncio.timeout(limits.parse_timeout_s):
+        async with patient(limits.parse_timeout_s):
             said = b""
             while piece := await process.stderr.read(1 << 16):
                 said = (said + piece)[-MAX_REASON_BYTES:]

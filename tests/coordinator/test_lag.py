@@ -18,7 +18,8 @@ LAGS = st.lists(LAGS_MS.map(lambda ms: ms / 1000), min_size=1, max_size=40)
 
 def run(lags: Sequence[float]) -> tuple[LoopLag, list[tuple[float, float]]]:
     """A loop whose timer fires so late each time, and when it did."""
-    lag, now, fired = LoopLag(0.0), 0.0, []
+    lag, now, fired = LoopLag(), 0.0, []
+    lag.fired(now)
     for late_s in lags:
         now += INTERVAL_S + late_s
         lag.fired(now)
@@ -40,7 +41,8 @@ def test_a_clock_that_stands_still_while_the_loop_does(
     lags: list[float], looks: list[float]
 ) -> None:
     """It never goes back, and never advances by more than what the loop ran and the tolerance."""
-    lag, now, shown = LoopLag(0.0), 0.0, 0.0
+    lag, now, shown = LoopLag(), 0.0, 0.0
+    lag.fired(now)
     for late_s, look in zip(lags, looks, strict=False):
         pause = INTERVAL_S + late_s
         before = shown
@@ -55,17 +57,17 @@ def test_a_clock_that_stands_still_while_the_loop_does(
 
 def test_a_stalled_loop_is_told_and_not_ready(start_coordinator: Any, tmp_path: Path) -> None:
     with start_coordinator(
-        tmp_path, failpoints="loop.reserve:hold=0.4@2", max_loop_lag_s=0.2
+        tmp_path, failpoints="loop.reserve:hold=1.5@2", max_loop_lag_s=1.0
     ) as running:
         assert running.client.get("/ready").status_code == 200
         assert running.complete("hello", max_tokens=2).status_code == 200
         before = figures(running)
         running.complete("again", max_tokens=2)
         after = figures(running)
-        assert after["loop_lag_seconds"] > 0.35, "the lag of the GIL that was held"
+        assert after["loop_lag_seconds"] > 1.4, "the lag of the GIL that was held"
         assert after["loop_stalls_total"] > before["loop_stalls_total"]
         state = running.state()
-        assert state["loop"]["lag_s"] > 0.35
+        assert state["loop"]["lag_s"] > 1.4
         assert state["counters"]["failpoint:loop.reserve:hold"] == 1
         ready = running.client.get("/ready")
         assert (ready.status_code, ready.json()["code"]) == (503, "overloaded")

@@ -41,7 +41,7 @@ def page(accept: str = "") -> tuple[str, str]:
         (
             *metrics.families(),
             *request_families(3, 0),
-            *lag_families(LoopLag(0.0), 0.0),
+            *lag_families(LoopLag(), 0.0),
             *pool_families(pools),
         ),
         accept,
