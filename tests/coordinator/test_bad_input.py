@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from coordinator.schemas import MAX_UNKNOWN_FIELDS, CompletionBody, UnknownFields
+
 OK = {"prompt": "fine", "max_tokens": 2}
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -216,13 +218,16 @@ def test_what_changes_nothing_is_served(post: Any, fields: dict[str, Any]) -> No
 
 
 def test_an_unknown_field_is_logged_once(post: Any, caplog: pytest.LogCaptureFixture) -> None:
-    body = json.dumps({**OK, "frequency_pennalty": 1.0, "priority": 0}).encode()
+    fields = {**OK, "frequency_pennalty": 1.0, "priority": 0, "store": True}
+    assert post(json.dumps(fields).encode()).status_code == 200
+    unknown = UnknownFields()
     with caplog.at_level(logging.INFO, logger="coordinator.schemas"):
-        assert {post(body).status_code for _ in range(3)} == {200}
-    lines = [record.getMessage() for record in caplog.records]
-    assert [line for line in lines if "unknown" in line] == [
-        "requests have the unknown field 'frequency_pennalty': it is ignored"
-    ]
+        for _ in range(3):
+            unknown.note(CompletionBody, fields)
+        unknown.note(CompletionBody, {str(n): None for n in range(2 * MAX_UNKNOWN_FIELDS)})
+    first, *others = [record.getMessage() for record in caplog.records]
+    assert first == "requests have the unknown field 'frequency_pennalty': it is ignored"
+    assert len(others) == MAX_UNKNOWN_FIELDS - 1
 
 
 def test_no_token_is_a_number_of_tokens(cluster: Any) -> None:
