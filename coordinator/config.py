@@ -142,6 +142,8 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     handoff_timeout_s: float = 30.0  # from the first token to the commit, else it is tried again
     poison_deaths: int = 2  # pools that a request may take with it before it is quarantined
     quarantine_s: float = 3600.0
+    non_finite_requests: int = 3  # whose logits a pool spoils before it is lost
+    non_finite_window_s: float = 600.0  # within which
     num_tokenizer_threads: int = 2
     background_chunk_tokens: int = 64  # of each rank, while somebody waits for answers
     limits: Limits = Limits()
@@ -197,8 +199,8 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     def _check_failover(self) -> None:
         if not 0.0 < self.limits.tenant_share <= 1.0:
             raise ConfigError("limits.tenant_share: must be above 0, and 1 at most")
-        if self.max_attempts < 1:
-            raise ConfigError("max_attempts: must be at least 1")
+        if min(self.max_attempts, self.non_finite_requests) < 1:
+            raise ConfigError("max_attempts and non_finite_requests: must be at least 1")
         if min(self.failover_wait_s, self.resume_wait_s, self.quarantine_s) < 0:
             raise ConfigError("failover_wait_s, resume_wait_s and quarantine_s: must be at least 0")
         if min(self.stall_timeout_s, self.handoff_timeout_s) <= 0:

@@ -48,7 +48,9 @@ class RequestHandler(Protocol):
 
     def on_pool_serving(self, pool_id: str) -> None: ...
 
-    def sweep(self, now: float) -> None: ...
+    def sweep(self, now: float) -> Iterable[tuple[str, str]]:
+        """What is due; (pool, reason) of each pool that is to be lost."""
+        ...
 
 
 News = dict[str, str | int]  # one line for the launcher
@@ -245,4 +247,5 @@ class ControlPlane:
             if self._is_restart or self.complete.is_set():
                 self._owner.tell({"alive": self._registry.coordinator_epoch})
             if self._handler is not None:
-                self._handler.sweep(now)
+                for pool_id, reason in self._handler.sweep(now):
+                    self._lose(pool_id, reason)

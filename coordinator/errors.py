@@ -37,6 +37,7 @@ STATUS_BY_CODE = {
     "stalled": 503,
     "insufficient_storage": 507,
     "no_workers": 503,
+    "no_token_left": 400,
     "shutting_down": 503,
 }
 

@@ -76,6 +76,7 @@ class Metrics:
     def __init__(self) -> None:
         self.num_output_tokens = 0  # delivered to callers
         self.num_quarantined = 0
+        self.num_non_finite: Counter[str] = Counter()  # requests, by pool
         self._lost_attempts: Counter[str] = Counter()
         self._num_prompt_tokens: Counter[str] = Counter(cached=0, computed=0)
         self._outcomes: Counter[str] = Counter()
@@ -112,6 +113,12 @@ class Metrics:
             "requests_quarantined",
             "Requests refused since pools died of them",
             self.num_quarantined,
+        )
+        yield _counters(
+            "non_finite_logits",
+            "Requests whose logits were not finite, by the pool that made them",
+            "pool",
+            self.num_non_finite,
         )
         yield _counters("prompt_tokens", "Prompt tokens", "kind", self._num_prompt_tokens)
         yield _counter("output_tokens", "Tokens delivered to callers", self.num_output_tokens)

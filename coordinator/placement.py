@@ -101,7 +101,8 @@ class Placement:
             store = self.store()  # which is no use without somebody who computes
             is_served = store is not None and bool(self._registry.serving("prefill"))
             return store.pool_id if store is not None and is_served else None
-        serving = [p for p in self._registry.serving("decode") if p.pool_id not in record.too_small]
+        unfit = {*record.too_small, *record.flawed}
+        serving = [p for p in self._registry.serving("decode") if p.pool_id not in unfit]
         blameless = [pool for pool in serving if pool.pool_id not in record.blamed]
         candidates = [
             self._candidate(pool, record, loads.decode_tokens(pool.pool_id))
@@ -133,7 +134,8 @@ class Placement:
         reaching = [
             pool
             for pool in self._registry.serving("prefill")
-            if self._registry.can_hand_over(pool, target) and pool.pool_id not in record.too_small
+            if self._registry.can_hand_over(pool, target)
+            and pool.pool_id not in (*record.too_small, *record.flawed)
         ]
         blameless = [pool for pool in reaching if pool.pool_id not in record.blamed]
         chosen = choose_prefill(
@@ -143,6 +145,14 @@ class Placement:
             ]
         )
         return None if chosen is None else chosen.pool_id
+
+    def can_avoid(self, record: Record, pool_id: str) -> bool:
+        """Whether another pool that serves could do for it what this one did."""
+        roles = [self._registry.pools[pool_id].spec.role]
+        if "prefill" in roles and not record.is_deposit:
+            roles.append("decode")  # which can compute a prompt as well
+        others = (pool.pool_id for role in roles for pool in self._registry.serving(role))
+        return any(other not in (pool_id, *record.flawed) for other in others)
 
     def has_blameless(self, record: Record) -> bool:
         """Whether there is a prefill pool that has not lost an attempt of it."""

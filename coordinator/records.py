@@ -20,7 +20,7 @@ from coordinator.generation import Generation
 from coordinator.loads import NO_SHARE, Loads, Share
 from coordinator.router import SessionKey
 from protocol.errors import IllegalTransition
-from protocol.messages import FirstToken, NewToken, Prefill, Reserve
+from protocol.messages import Abort, FirstToken, NewToken, Prefill, Reserve
 from protocol.request import FinishReason, PrefillPath, SamplingParams, TransferStats
 from protocol.timeline import TimeLine
 from protocol.token_ids import TokenIds
@@ -119,6 +119,8 @@ class Record:
     wait: Wait | None = None
     blamed: set[str] = field(default_factory=set)  # pools with which a hand-off broke
     too_small: set[str] = field(default_factory=set)  # pools that can never hold it
+    flawed: list[str] = field(default_factory=list)  # pools whose logits for it were not finite
+    is_flaw_proven: bool = False  # another pool has gone on where the first had come to nothing
     suspected_at: int | None = None  # output tokens when a pool died with it on board
     runs_alone: bool = False  # among the suspects
 
@@ -287,6 +289,10 @@ class Record:
             self.chunk_tokens,
             self.ring_size,
         )
+
+    def doubt(self) -> Abort:
+        """This attempt's KV may be wrong, wherever it lies."""
+        return Abort(self.request_id, self.attempt, True, self.block_hashes)
 
     @property
     def num_attempt_tokens(self) -> int:

@@ -19,10 +19,11 @@ from collections.abc import Callable, Iterator
 from coordinator.admission import Admission
 from coordinator.config import CoordinatorConfig
 from coordinator.delivery import Delivery, StoreListener
-from coordinator.errors import no_workers, pool_failure, quarantined
-from coordinator.failover import HEALED_BY_ANOTHER, TOO_SMALL, Failover
+from coordinator.errors import no_workers, quarantined
+from coordinator.failover import Failover
 from coordinator.generation import Generation
 from coordinator.holding import Holding
+from coordinator.judging import Judge
 from coordinator.loads import Loads
 from coordinator.metrics import Metrics
 from coordinator.overdue import overdue, pools_to_ask
@@ -93,6 +94,7 @@ class Service:
         self._deliveries: dict[str, tuple[Delivery, int]] = {}
         self.placement = self._placement = Placement(config, registry)
         self._failover = Failover(config, self._start, self._fail, self._observed)
+        self._judge = Judge(config, self.placement)
 
     # -- for the HTTP side -------------------------------------------------------------------------
 
@@ -185,6 +187,7 @@ class Service:
     def on_pool_lost(self, pool_id: str) -> None:
         """What the pool held is gone; who needed it needs another attempt."""
         self._placement.forget_pool(pool_id)
+        self._judge.flaws.forget_pool(pool_id)
         if self.listener is not None:
             self.listener.on_pool_lost(pool_id)
         active = [record for record in self._records.values() if record.is_active]
@@ -227,14 +230,15 @@ class Service:
             self.listener.on_pool_serving(pool_id)
         self._spread(self._failover.go_on())
 
-    def sweep(self, now: float) -> None:
-        """Once a second: what is overdue.
+    def sweep(self, now: float) -> list[tuple[str, str]]:
+        """Once a second: what is overdue, and (pool, reason) of those that are to be lost.
 
         Pools that hold what is over are told again, pools that are silent about a request are
         asked, what can no longer be expected is tried anew, and who waits goes on.
         """
         if not self._is_sweeping:
             self._spread(self._sweep(now))
+        return self._judge.flaws.guilty(now)
 
     def _sweep(self, now: float) -> Iterator[None]:
         self._is_sweeping = True
@@ -291,25 +295,18 @@ class Service:
 
     def _on_failed(self, record: Record, pool_id: str, message: RequestFailed) -> None:
         """A pool cannot go on with it: another one may, or else it ends."""
-        error = pool_failure(message.code, f"{pool_id}: {message.message}")
-        if message.code == TOO_SMALL and self._fits_elsewhere(record, pool_id):
-            home = record.decode_pool if pool_id != record.decode_pool else ""
-            self._lose(record, error, home=home)
-        elif message.code in HEALED_BY_ANOTHER:
-            # Who computed it is the first to be avoided, who was to receive it the second.
-            suspect = record.prefill_pool or record.decode_pool
-            record.blamed.add(record.decode_pool if suspect in record.blamed else suspect)
-            pause = not self._placement.has_blameless(record)
-            self._lose(record, error, home=record.decode_pool, pause=pause)
+        verdict = self._judge.on_failed(record, pool_id, message, record.heard_at)
+        if verdict.is_doubtful:
+            self.metrics.num_non_finite[pool_id] += 1
+            for holder in {record.decode_pool, record.prefill_pool} - {""}:
+                self._send(holder, record.doubt())
+        if verdict.goes_on:
+            self._lose(record, verdict.error, home=verdict.home, pause=verdict.pause)
         else:
             _log.warning("%s failed on %s: %s", record.request_id, pool_id, message.message)
-            self._fail(record, pool_failure(message.code, message.message))
+            self._fail(record, verdict.error)
         self._failover.go_on_with(record)
         self._spread(self._failover.go_on_with_suspects())
-
-    def _fits_elsewhere(self, record: Record, pool_id: str) -> bool:
-        record.too_small.add(pool_id)
-        return record.num_output_tokens > 0 or not self._placement.is_too_large(record)
 
     # -- what the pools say ------------------------------------------------------------------------
 
@@ -366,8 +363,11 @@ class Service:
         delivery.put(choice, ready)
         if self._failover.on_tokens(record):
             self._spread(self._failover.go_on_with_suspects())
+        if record.flawed:
+            self._judge.flaws.on_tokens(record, record.heard_at)
         if record.finish_reason is not None:
             self._failover.clear(record)
+            self._judge.flaws.on_finished((record.decode_pool, record.prefill_pool))
             self._end(record, tell_pools=False)
 
     def _on_released(self, pool_id: str, message: Released) -> None:

@@ -4,11 +4,14 @@ The life of a sequence's blocks
 1. ``allocate`` shares the longest cached prefix and takes new blocks for the rest;
 2. ``begin_transfer`` while a hand-off may write into them, ``end_transfer`` when none can any more;
 3. ``grow`` adds one when the context crosses a block boundary;
-4. ``offer`` names the full blocks by their hashes, for later prompts to find;
+4. ``offer`` names the full blocks by their hashes, for later prompts to find; ``forget`` takes that
+   back, and nothing of a doubtful one is offered;
 5. ``release`` gives them all up: in one place, whatever ended the sequence. Those into which a peer
    may still write are given up by ``close_transfer``, when none does any more; what has arrived in
    full by then stays to be found, and the next attempt goes on from there.
 """
+
+from collections.abc import Iterable
 
 from decode.sequence import Sequence
 from kvcache.blocks import BlockPool
@@ -123,11 +126,17 @@ class SequenceMemory:
             num_whole_blocks: of those, from the first on, hold what the peer was to write.
         """
         first = sequence.num_cached_tokens // self.block_size
+        if sequence.is_doubtful:
+            num_whole_blocks = 0
         hashes = sequence.block_hashes[first : first + num_whole_blocks]
         for block, block_hash in zip(sequence.in_transfer, hashes, strict=False):
             self._pool.set_hash(block, block_hash)
         self._pool.release(sequence.in_transfer)
         self.end_transfer(sequence)
+
+    def forget(self, block_hashes: Iterable[bytes]) -> None:
+        """What lies under these is in doubt, whoever brought it: nobody is to find it any more."""
+        self._pool.forget(block_hashes)
 
     def offer_prompt(self, sequence: Sequence) -> None:
         """Let others find the full blocks of the prompt whose KV is computed."""
@@ -160,6 +169,8 @@ class SequenceMemory:
 
     def _offer(self, sequence: Sequence, num_tokens: int) -> None:
         """Of equal blocks the pool keeps the first that it was told of."""
+        if sequence.is_doubtful:
+            return
         end = num_tokens // self.block_size
         for index in range(sequence.num_hashed_blocks, end):
             self._pool.set_hash(sequence.blocks[index], sequence.block_hashes[index])

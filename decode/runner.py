@@ -4,7 +4,9 @@
    that a block freed by one sequence may serve another in the same step.
 2. Drop and add sequences, append the blocks by which others have grown.
 3. One forward pass over every sequence's tokens, the single ones in front.
-4. Logits of the last tokens that are to be sampled, all tensor-parallel shards together; rank 0
+4. Rank 0 looks whether the hidden states of each prompt's chunk are finite: its KV is offered to
+   others next. A single token shows in its logits.
+5. Logits of the last tokens that are to be sampled, all tensor-parallel shards together; rank 0
    samples, for it alone is given what the sampling needs.
 
 Shape suffixes: T tokens of the batch, B sampled rows, D hidden size, V vocabulary.
@@ -20,8 +22,17 @@ from decode.sequence import Sequence as DecodeSequence
 from kvcache.pool import KVPool
 from modeling.model import Model
 from modeling.paged import PagedAttention, PagedSequence
-from modeling.sampling import SamplingRow, needs_history, sample
-from protocol.plans import DecodePlan, Plan, SampledToken, StepResult, SwapBlocks
+from modeling.sampling import SamplingRow, is_finite, needs_history, sample
+from protocol.plans import (
+    DecodePlan,
+    FailedRow,
+    Plan,
+    RowResult,
+    StepResult,
+    SwapBlocks,
+    row_result,
+)
+from protocol.request import NoToken
 
 
 def sampling_row(sequence: DecodeSequence) -> SamplingRow:
@@ -75,8 +86,8 @@ class DecodeRunner:
         for new in plan.new:
             table = torch.tensor(new.block_ids, dtype=torch.int32)
             self._tables[new.request_id, new.attempt] = table
-        tokens = self._compute(plan, rows) if plan.sequences else ()
-        return StepResult(plan.step, self._rank, tokens, time.perf_counter() - started)
+        results = self._compute(plan, rows) if plan.sequences else []
+        return StepResult.of(plan.step, self._rank, results, time.perf_counter() - started)
 
     def _swap(self, swap: SwapBlocks) -> None:
         key = (swap.request_id, swap.attempt)
@@ -86,7 +97,7 @@ class DecodeRunner:
         else:
             self._pool.restore(swap.block_ids, self._host.pop(key))
 
-    def _compute(self, plan: DecodePlan, rows: Sequence[SamplingRow]) -> tuple[SampledToken, ...]:
+    def _compute(self, plan: DecodePlan, rows: Sequence[SamplingRow]) -> list[RowResult]:
         device = self._pool.device
         sequences: list[PagedSequence] = []
         token_ids: list[int] = []
@@ -110,19 +121,32 @@ class DecodeRunner:
             torch.tensor(positions, dtype=torch.int64, device=device),
             context,
         )
+        results = self._failed_chunks(plan, hidden_TD) if self._rank == 0 else []
         if not sampled:
             self._finish_on_device()
-            return ()
+            return results
         if len(sampled) < len(token_ids):
             hidden_TD = hidden_TD[torch.tensor(sampled, device=device)]
         logits_BV = self._model.logits(hidden_TD)
-        if self._rank != 0:
-            return ()
-        steps = (step for step in plan.sequences if step.sample)
-        return tuple(
-            SampledToken(step.request_id, step.attempt, token_id, logprobs)
-            for step, (token_id, logprobs) in zip(steps, sample(logits_BV, rows), strict=True)
-        )
+        if self._rank == 0:
+            steps = (step for step in plan.sequences if step.sample)
+            results += (
+                row_result(step.request_id, step.attempt, chosen)
+                for step, chosen in zip(steps, sample(logits_BV, rows), strict=True)
+            )
+        return results
+
+    @staticmethod
+    def _failed_chunks(plan: DecodePlan, hidden_TD: torch.Tensor) -> list[RowResult]:
+        failed: list[RowResult] = []
+        first = 0
+        for step in plan.sequences:
+            end = first + len(step.token_ids)
+            is_chunk = len(step.token_ids) > 1 or not step.sample
+            if is_chunk and not is_finite(hidden_TD[first:end]):
+                failed.append(FailedRow(step.request_id, step.attempt, NoToken.NON_FINITE))
+            first = end
+        return failed
 
     def _finish_on_device(self) -> None:
         """When the leader's step ends, its blocks may be given to others: nothing may be queued."""

@@ -58,7 +58,8 @@ from protocol.messages import (
     ToCoordinator,
     Tokens,
 )
-from protocol.plans import DecodePlan, SampledToken
+from protocol.plans import DecodePlan, FailedRow, RowResult
+from protocol.request import NoToken, no_token_message
 
 
 class DecodeScheduler:
@@ -161,7 +162,9 @@ class DecodeScheduler:
     def _on_abort(self, message: Abort) -> None:
         key = (message.request_id, message.attempt)
         sequence = self._sequences.get(key)
+        self._memory.forget(message.doubtful_hashes)
         if sequence is not None:
+            sequence.is_doubtful |= message.is_doubtful
             self._give_up(sequence)
         elif key not in self._serving:  # else it is said when the last read has ended
             self._ended.add(*key)
@@ -216,8 +219,7 @@ class DecodeScheduler:
 
     def _give_ticket(self, sequence: Sequence) -> None:
         sequence.has_ticket = True
-        cached, loaded = sequence.num_cached_tokens, sequence.num_loaded_tokens
-        self._send(Ticket(*sequence.key, cached, loaded))
+        self._send(Ticket(*sequence.key, sequence.num_cached_tokens, sequence.num_loaded_tokens))
 
     def _end_handoff(self, sequence: Sequence, change: Change, num_whole_blocks: int = 0) -> None:
         """Nothing can land any more: run with what is here, or be gone and leave what is whole."""
@@ -335,28 +337,32 @@ class DecodeScheduler:
         steps = plan.sequences
         return [self._sequences[step.request_id, step.attempt] for step in steps if step.sample]
 
-    def update(self, plan: DecodePlan, tokens: Iterable[SampledToken], now: float) -> None:
+    def update(self, plan: DecodePlan, rows: Iterable[RowResult], now: float) -> None:
         """Take note of what the step under way has brought.
 
         Args:
             plan: what ``schedule`` returned.
-            tokens: one for each sequence that was to be sampled, in the plan's order.
+            rows: a token of each sequence that was to be sampled, and those that came to nothing.
             now: after the step, on the clock of ``schedule``.
         """
         assert plan is self._plan, "only the plan under way can be updated"
         self._plan = None
         self._totals.busy_s += now - self._step_started_s
-        sampled = iter(tokens)
+        results = {(row.request_id, row.attempt): row for row in rows}
         new_tokens: list[NewToken] = []
         finished: list[Sequence] = []
         for step in plan.sequences:
             sequence = self._sequences[step.request_id, step.attempt]
+            if isinstance(result := results.get(sequence.key), FailedRow):
+                self._came_to_nothing(sequence, result.why)
+                continue
             is_prompt = sequence.num_computed_tokens < sequence.num_prompt_tokens
             sequence.num_computed_tokens += len(step.token_ids)
             if is_prompt:
                 self._memory.offer_prompt(sequence)
             if step.sample:
-                new_tokens.append(self._append(sequence, next(sampled)))
+                assert result is not None, f"{sequence.key} has no token"
+                new_tokens.append(sequence.append(result, self._max_len))
                 if new_tokens[-1].finish_reason is not None:
                     finished.append(sequence)
         if new_tokens:
@@ -365,22 +371,21 @@ class DecodeScheduler:
         for sequence in finished:  # its last token goes first
             self._end(sequence)
 
-    def _append(self, sequence: Sequence, token: SampledToken) -> NewToken:
-        assert (token.request_id, token.attempt) == sequence.key, "tokens out of order"
-        sequence.output_token_ids.append(token.token_id)
-        index = sequence.num_generated_tokens - 1
-        finish_reason = sequence.finish_reason(self._max_len)
-        return NewToken(*sequence.key, index, token.token_id, finish_reason, token.logprobs)
+    def _came_to_nothing(self, sequence: Sequence, why: NoToken) -> None:
+        """Its numbers give no token: it ends, and leaves nothing behind to be found."""
+        if why is NoToken.NON_FINITE:
+            sequence.is_doubtful = True
+            self._memory.forget(sequence.block_hashes)
+        self._fail(sequence, why, no_token_message(why))
+        self._end(sequence)
 
     # -- out: commands and figures -----------------------------------------------------------------
 
     def take_commands(self) -> list[Command]:
         """What the transfer thread is to do, since the last call, in order."""
-        update = self._memory.take_cache_update()
-        if update is not None:
+        if (update := self._memory.take_cache_update()) is not None:
             self._send(update)
-        self._commands += self._loadings.take_commands()
-        commands, self._commands = self._commands, []
+        commands, self._commands = [*self._commands, *self._loadings.take_commands()], []
         return commands
 
     @property
@@ -390,7 +395,5 @@ class DecodeScheduler:
 
     def load(self) -> Load:
         """What the heartbeat says."""
-        num_served = self._serving.num_blocks_total
-        return self._totals.load(
-            self._batch, len(self._admission), num_served, self._memory.counts()
-        )
+        num_waiting, num_served = len(self._admission), self._serving.num_blocks_total
+        return self._totals.load(self._batch, num_waiting, num_served, self._memory.counts())

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from decode.states import Change, State, advance
 from kvcache.prefix import block_salt
 from protocol.kv import BlockRef
-from protocol.messages import Reserve
+from protocol.messages import NewToken, Reserve
+from protocol.plans import SampledToken
 from protocol.request import FinishReason, SamplingParams
 
 Key = tuple[str, int]  # (request_id, attempt)
@@ -48,6 +49,7 @@ class Sequence:
     num_loaded_tokens: int = 0  # of those, brought from a store
     num_computed_tokens: int = 0
     is_served: bool = False  # its cached prefix was fetched by its prefill pool, or is being
+    is_doubtful: bool = False  # its KV may be wrong: nobody is to find it
     num_hashed_blocks: int = 0  # leading blocks that are offered to the prefix cache
     output_token_ids: list[int] = field(default_factory=list)
     is_known: bool = False  # the runners have its block table
@@ -122,6 +124,12 @@ class Sequence:
         first = len(self.prompt_token_ids) - self.num_earlier_tokens
         earlier = self.prompt_token_ids[first:]
         return self.prompt_token_ids[:first], [*earlier, *self.output_token_ids]
+
+    def append(self, token: SampledToken, max_len: int) -> NewToken:
+        """Take a token that was sampled; how it is told, with the end that it may be."""
+        self.output_token_ids.append(token.token_id)
+        index, finish_reason = self.num_generated_tokens - 1, self.finish_reason(max_len)
+        return NewToken(*self.key, index, token.token_id, finish_reason, token.logprobs)
 
     def finish_reason(self, max_len: int) -> FinishReason | None:
         """Whether the last generated token ends the sequence.

@@ -114,7 +114,7 @@ class Leader:
         self._uncollected = plan.step
         rows = [sampling_row(sequence) for sequence in scheduler.sampled(plan)]
         result = self._runner.execute(plan, rows)
-        scheduler.update(plan, result.tokens, time.monotonic())
+        scheduler.update(plan, (*result.tokens, *result.failed), time.monotonic())
         self._pass_on()
         self._report(is_step=True)
 

@@ -46,6 +46,7 @@ class Event(enum.StrEnum):
     QUARANTINE = "quarantine"
     END_QUARANTINE = "end_quarantine"
     SET_HASH = "set_hash"
+    FORGET = "forget"
     EVICT = "evict"
 
 
@@ -60,14 +61,17 @@ TABLE: dict[tuple[State, Event], frozenset[State]] = {
     (_S.OWNED, _E.BEGIN_TRANSFER): frozenset({_S.IN_FLIGHT}),
     (_S.OWNED, _E.QUARANTINE): frozenset({_S.QUARANTINED}),
     (_S.OWNED, _E.SET_HASH): frozenset({_S.OWNED}),
+    (_S.OWNED, _E.FORGET): frozenset({_S.OWNED}),
     (_S.IN_FLIGHT, _E.SHARE): frozenset({_S.IN_FLIGHT}),
     (_S.IN_FLIGHT, _E.RELEASE): frozenset({_S.IN_FLIGHT, _S.DRAINING}),
     (_S.IN_FLIGHT, _E.BEGIN_TRANSFER): frozenset({_S.IN_FLIGHT}),
     (_S.IN_FLIGHT, _E.END_TRANSFER): frozenset({_S.IN_FLIGHT, _S.OWNED}),
     (_S.IN_FLIGHT, _E.QUARANTINE): frozenset({_S.QUARANTINED}),
     (_S.IN_FLIGHT, _E.SET_HASH): frozenset({_S.IN_FLIGHT}),
+    (_S.IN_FLIGHT, _E.FORGET): frozenset({_S.IN_FLIGHT}),
     (_S.DRAINING, _E.SHARE): frozenset({_S.IN_FLIGHT}),
     (_S.DRAINING, _E.END_TRANSFER): frozenset({_S.DRAINING, _S.CACHED, _S.FREE}),
+    (_S.DRAINING, _E.FORGET): frozenset({_S.DRAINING}),
     (_S.DRAINING, _E.QUARANTINE): frozenset({_S.QUARANTINED}),
     (_S.QUARANTINED, _E.RELEASE): frozenset({_S.QUARANTINED}),
     (_S.QUARANTINED, _E.END_TRANSFER): frozenset({_S.QUARANTINED}),
@@ -118,7 +122,7 @@ def _advance(block: _Block, event: Event, block_hash: bytes | None = None) -> _B
             quarantined, content = True, None
         case Event.END_QUARANTINE:
             quarantined = False
-        case Event.SET_HASH | Event.EVICT:
+        case Event.SET_HASH | Event.EVICT | Event.FORGET:
             content = block_hash
     after = _Block(generation, num_owners, num_transfers, quarantined, content)
     nothing_to_share = event is Event.SHARE and not block.num_owners and content is None
@@ -260,6 +264,16 @@ class BlockPool:
         if known == ref.block_id:
             self._set(ref.block_id, after)
         return known == ref.block_id
+
+    def forget(self, hashes: Iterable[bytes]) -> None:
+        """What was said to hold this content is in doubt: ``match`` finds it no more. Whoever owns
+        such a block keeps it."""
+        for block_hash in hashes:
+            block_id = self._by_hash.get(block_hash)
+            if block_id is not None:
+                block = self._blocks[block_id]
+                event = Event.EVICT if block.state is State.CACHED else Event.FORGET
+                self._set(block_id, _advance(block, event))
 
     def match(self, hashes: Sequence[bytes]) -> list[BlockRef]:
         """The blocks of the longest prefix of ``hashes`` that is here; ``share`` keeps them."""

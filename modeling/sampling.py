@@ -3,9 +3,11 @@
 1. A batch of plain greedy rows is one argmax.
 2. Otherwise each row alone: logit bias, min_tokens' ban on stop tokens, penalties; from these
    numbers come the log-probabilities that a caller sees.
-3. Temperature, then top-k, top-p and min-p, each of which only raises the threshold below which a
+3. Numbers that are not finite give no token. Nothing is computed to find them: ``argmax`` takes
+   NaN for the greatest, so a row holds a distribution if and only if its greatest logit is finite.
+4. Temperature, then top-k, top-p and min-p, each of which only raises the threshold below which a
    token is out: equal logits, frequent with bf16, stay in or out together.
-4. A uniform number that depends on (seed, index) alone, and the inverse of the cumulative
+5. A uniform number that depends on (seed, index) alone, and the inverse of the cumulative
    distribution in the order of token ids.
 
 So a row's token depends on nothing but its own logits and history: not on the batch, nor on the
@@ -19,10 +21,10 @@ from dataclasses import dataclass
 
 import torch
 
-from protocol.request import SamplingParams, TokenLogprobs
+from protocol.request import NoToken, SamplingParams, TokenLogprobs
 
 _TOP_P_CANDIDATES = (1024, 16384)  # the nucleus nearly always is among them: saves a sort
-_LEAST_LOGPROB = -9999.0  # instead of -inf and NaN, which JSON does not have
+_LEAST_LOGPROB = -9999.0  # instead of -inf, which JSON does not have
 _WORD = 2**32 - 1
 
 
@@ -36,9 +38,10 @@ class SamplingRow:
     output_token_ids: Sequence[int] = ()  # may be left out unless there are penalties
 
 
-def sample(
-    logits_BV: torch.Tensor, rows: Sequence[SamplingRow]
-) -> list[tuple[int, TokenLogprobs | None]]:
+Sampled = tuple[int, TokenLogprobs | None]  # token id, its log-probabilities if asked for
+
+
+def sample(logits_BV: torch.Tensor, rows: Sequence[SamplingRow]) -> list[Sampled | NoToken]:
     """Choose every row's next token.
 
     Args:
@@ -46,15 +49,24 @@ def sample(
         rows: one for each row of the logits.
 
     Returns:
-        (token id, its log-probabilities if asked for) of each row.
+        Each row's token, or why it has none; a row never depends on another one's numbers.
     """
     assert len(logits_BV) == len(rows)
-    if any(_is_plain(row) for row in rows):
-        greedy = logits_BV.argmax(-1).tolist()  # the lowest id where several are equal
+    greedy_B = logits_BV.argmax(-1)  # the lowest id where several are equal, NaN above all
+    greatest_B = logits_BV.gather(-1, greedy_B.unsqueeze(-1)).squeeze(-1)
+    picks = zip(greedy_B.tolist(), greatest_B.tolist(), rows, strict=True)
     return [
-        (greedy[i], None) if _is_plain(row) else _sample_row(logits_BV[i], row)
-        for i, row in enumerate(rows)
+        _choose(logits_BV[i], row, token_id, greatest)
+        for i, (token_id, greatest, row) in enumerate(picks)
     ]
+
+
+def is_finite(hidden_TD: torch.Tensor) -> bool:
+    """Whether no number is NaN or infinite; True of no number at all. Waits for the device."""
+    if not hidden_TD.numel():
+        return True
+    least, greatest = torch.aminmax(hidden_TD)  # NaN goes through both
+    return bool(torch.isfinite(torch.stack((least, greatest))).all())
 
 
 def needs_history(params: SamplingParams) -> bool:
@@ -64,6 +76,14 @@ def needs_history(params: SamplingParams) -> bool:
         or params.presence_penalty != 0.0
         or params.frequency_penalty != 0.0
     )
+
+
+def _choose(
+    logits_V: torch.Tensor, row: SamplingRow, greedy: int, greatest: float
+) -> Sampled | NoToken:
+    if not math.isfinite(greatest):
+        return NoToken.NON_FINITE
+    return (greedy, None) if _is_plain(row) else _sample_row(logits_V, row)
 
 
 def _is_plain(row: SamplingRow) -> bool:
@@ -81,12 +101,14 @@ def _bans_stop_tokens(row: SamplingRow) -> bool:
     return row.index < row.params.min_tokens and bool(row.params.stop_token_ids)
 
 
-def _sample_row(logits_V: torch.Tensor, row: SamplingRow) -> tuple[int, TokenLogprobs | None]:
+def _sample_row(logits_V: torch.Tensor, row: SamplingRow) -> Sampled | NoToken:
+    """A row of finite logits; a logit of -inf is one that the model itself masks."""
     params = row.params
     logits_V = _adjust(logits_V, row)
-    if params.temperature == 0.0:
-        token_id = int(logits_V.argmax())
-    else:
+    token_id = int(logits_V.argmax())
+    if not math.isfinite(float(logits_V[token_id])):
+        return NoToken.NOTHING_LEFT  # all is banned, or a penalty is beyond what fp32 holds
+    if params.temperature != 0.0:
         token_id = _draw(logits_V, params, uniform(params.seed, row.index))
     if params.num_logprobs is None:
         return token_id, None
@@ -122,7 +144,7 @@ def _adjust(logits_V: torch.Tensor, row: SamplingRow) -> torch.Tensor:
 
 def _logprobs(logits_V: torch.Tensor, token_id: int, num_top: int) -> TokenLogprobs:
     logprobs_V = logits_V.log_softmax(-1)
-    chosen = max(_LEAST_LOGPROB, float(logprobs_V[token_id]))  # of NaN too, in this order
+    chosen = max(_LEAST_LOGPROB, float(logprobs_V[token_id]))
     if num_top == 0:
         return TokenLogprobs(chosen)
     values, ids = logprobs_V.topk(min(num_top, len(logprobs_V)))
@@ -137,7 +159,7 @@ def _draw(logits_V: torch.Tensor, params: SamplingParams, u: float) -> int:
     kept_V = scaled_V >= _threshold(scaled_V, params)
     cumulative_V = scaled_V.exp().masked_fill_(~kept_V, 0.0).double().cumsum(-1)
     total = float(cumulative_V[-1])
-    if not 0.0 < total < math.inf:  # the logits hold NaN or inf: there is no distribution
+    if not total > 0.0:  # so small a temperature that 0 divided by it is NaN: its limit is greedy
         return int(logits_V.argmax())
     # u has 52 bits: u * total rounds to less than total, so the token found has a probability.
     return int(torch.searchsorted(cumulative_V, u * total, right=True))

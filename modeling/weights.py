@@ -5,6 +5,7 @@ more than its own weights and one layer's transient. Mapped pages count as resid
 the loader calls :meth:`WeightReader.release` after each layer.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from modeling.checkpoint import ITEM_BYTES, TensorEntry, read_checkpoint
+from modeling.sampling import is_finite
 from protocol.errors import ConfigError
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,7 @@ class WeightReader:
         self._entries = read_checkpoint(folder)
         self.dtype = dtype
         self._open: dict[Path, Any] = {}
+        self._warned: set[str] = set()
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
@@ -62,7 +67,26 @@ class WeightReader:
         for part, extent in zip(parts, extents, strict=True):
             self._copy(part, out[start : start + extent[0]])
             start += extent[0]
+        if not is_finite(out):
+            self._warn(parts, extents, out)
         return out
+
+    def _warn(
+        self, parts: Sequence[Part], extents: Sequence[tuple[int, ...]], out: torch.Tensor
+    ) -> None:
+        """What of it is not finite is no reason to refuse it: a row that nobody needs may be so."""
+        start = 0
+        for part, extent in zip(parts, extents, strict=True):
+            piece = out[start : start + extent[0]]
+            start += extent[0]
+            if part.name not in self._warned and not is_finite(piece):
+                self._warned.add(part.name)
+                _log.error(
+                    "%s: %s holds NaN or infinity in %s: requests will end with non_finite_logits",
+                    self._folder,
+                    part.name,
+                    str(self.dtype).removeprefix("torch."),
+                )
 
     def release(self) -> None:
         """Unmap the files; the next read maps them again."""

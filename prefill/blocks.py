@@ -52,6 +52,11 @@ class PoolBlocks:
         """Say what a computed, full block holds."""
         self._spaces[block.cp_rank].set_hash(ref_of(block), block_hash)
 
+    def forget(self, block_hashes: Sequence[bytes]) -> None:
+        """What holds these is in doubt: no later prompt is to find it."""
+        for space in self._spaces:
+            space.forget(block_hashes)
+
     def begin_transfer(self, blocks: Sequence[Owned]) -> None:
         for cp_rank, refs in _by_rank(blocks):
             self._spaces[cp_rank].begin_transfer(refs)

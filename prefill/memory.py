@@ -6,7 +6,7 @@ The life of a request's blocks
 3. ``begin_transfer`` when a peer may read from some of them, or they from a peer;
    ``end_transfer`` when no such read can be in flight any more;
 4. ``offer`` names what is full by its hash, for later prompts to find; until then it is *coming*,
-   and others with the same prefix wait for it;
+   and others with the same prefix wait for it; ``disown`` takes all of that back;
 5. ``give_back`` gives them all up, whatever ended the request.
 """
 
@@ -93,6 +93,10 @@ class RequestMemory:
     def expect_no_more(self, request: Request) -> None:
         """What it has not filled yet, it will not fill."""
         self._coming.difference_update(request.block_hashes)
+
+    def disown(self, block_hashes: Sequence[bytes]) -> None:
+        """What lies under these is in doubt, whoever computed it: nobody is to find it."""
+        self._blocks.forget(block_hashes)
 
     def give_back(self, request: Request) -> None:
         """The one place where blocks are given back."""

@@ -3,9 +3,11 @@
 1. Items are taken in the plan's order; a rank skips those whose ring it is not in.
 2. Before the first chunk of a request its cached blocks are announced, then the chunk runs round
    its ring, and each group of layers is announced as soon as it is final.
-3. The rank that computed the prompt's last token takes the logits, all its tensor-parallel shards
+3. Each rank looks whether its tokens' last hidden states are finite: KV that is not makes them so
+   too, and must be found before its blocks are offered to later prompts.
+4. The rank that computed the prompt's last token takes the logits, all its tensor-parallel shards
    together; shard 0 samples the first token.
-4. After the last chunk every rank of the pool, in the ring or not, says that it announced all.
+5. After the last chunk every rank of the pool, in the ring or not, says that it announced all.
 """
 
 import time
@@ -14,9 +16,18 @@ import torch
 
 from kvcache.pool import KVPool
 from modeling.model import Model
-from modeling.sampling import SamplingRow, sample
+from modeling.sampling import SamplingRow, is_finite, sample
 from prefill.announcer import Announcer
-from protocol.plans import ChunkWork, Plan, PrefillPlan, SampledToken, StepResult
+from protocol.plans import (
+    ChunkWork,
+    FailedRow,
+    Plan,
+    PrefillPlan,
+    RowResult,
+    StepResult,
+    row_result,
+)
+from protocol.request import NoToken
 from ring_attention.comm import RingComm
 from ring_attention.context import RingAttention, forward_chunk
 from ring_attention.ring import RingBuffers
@@ -52,16 +63,15 @@ class PrefillRunner:
         """
         assert isinstance(plan, PrefillPlan), plan
         started = time.perf_counter()
-        tokens: list[SampledToken] = []
+        rows: list[RowResult] = []
         for work in plan.work:
             if self._cp_rank in work.ring:
-                tokens += self._compute(work)
+                rows += self._compute(work)
             self._announcer.chunk_done(work)
-        seconds = time.perf_counter() - started
-        return StepResult(plan.step, self._rank, tuple(tokens), seconds)
+        return StepResult.of(plan.step, self._rank, rows, time.perf_counter() - started)
 
     @torch.inference_mode()
-    def _compute(self, work: ChunkWork) -> list[SampledToken]:
+    def _compute(self, work: ChunkWork) -> list[RowResult]:
         self._announcer.cached(work)
         context = RingAttention(
             work,
@@ -75,12 +85,15 @@ class PrefillRunner:
         )
         hidden_TD = forward_chunk(self._model, context)
         last = context.last_token_index
+        failed: list[RowResult] = []
+        if hidden_TD is not None and not is_finite(hidden_TD):
+            failed.append(FailedRow(work.request_id, work.attempt, NoToken.NON_FINITE))
         if work.sampling is None or last is None:
-            return []
+            return failed
         assert hidden_TD is not None, "a rank with the last token has tokens"
-        logits_1V = self._model.logits(hidden_TD[last : last + 1])
-        if self._tp_rank != 0:
-            return []
+        logits_1V = self._model.logits(hidden_TD[last : last + 1])  # all shards are in this, always
+        if self._tp_rank != 0 or failed:
+            return failed
         # What earlier attempts have generated counts as generated, not as given.
         num_given = max(0, len(work.prompt_token_ids) - work.num_output_tokens)
         row = SamplingRow(
@@ -89,5 +102,5 @@ class PrefillRunner:
             prompt_token_ids=work.prompt_token_ids[:num_given],
             output_token_ids=work.prompt_token_ids[num_given:],
         )
-        [(token_id, logprobs)] = sample(logits_1V, [row])
-        return [SampledToken(work.request_id, work.attempt, token_id, logprobs)]
+        [chosen] = sample(logits_1V, [row])
+        return [row_result(work.request_id, work.attempt, chosen)]

@@ -50,7 +50,8 @@ from protocol.messages import (
     RequestFailed,
     ToCoordinator,
 )
-from protocol.plans import ChunkWork, PrefillPlan, SampledToken, StepResult
+from protocol.plans import ChunkWork, FailedRow, PrefillPlan, SampledToken, StepResult, outcomes
+from protocol.request import NoToken, no_token_message
 
 _BEGUN = (State.FETCHING, State.RUNNING)
 _COMPUTED_HERE = (State.RUNNING, State.HANDING_OVER)
@@ -101,8 +102,11 @@ class PrefillScheduler:
             self._fail(request, *refusal)
         return self.take_commands()
 
-    def abort(self, request_id: str, attempt: int) -> list[Command]:
+    def abort(
+        self, request_id: str, attempt: int, doubtful_hashes: Sequence[bytes] = ()
+    ) -> list[Command]:
         """Hold nothing of it any more; answered by ``Released`` however often it is asked."""
+        self._memory.disown(doubtful_hashes)
         request = self._requests.get((request_id, attempt))
         if request is not None:
             self._end(request)
@@ -127,7 +131,7 @@ class PrefillScheduler:
             case ControlReceived(message=Prefill() as message):
                 return self.add(message, now)
             case ControlReceived(message=Abort() as message):
-                return self.abort(message.request_id, message.attempt)
+                return self.abort(message.request_id, message.attempt, message.doubtful_hashes)
             case ControlReceived(message=Ask() as message):
                 return self._ask(message)
             case SourceClosed():
@@ -138,8 +142,6 @@ class PrefillScheduler:
                 self._on_broken(event)
             case PoolsChanged():
                 self._on_pools(event.pools)
-            case _:
-                pass
         return self.take_commands()
 
     # -- a step ------------------------------------------------------------------------------------
@@ -195,17 +197,18 @@ class PrefillScheduler:
         """Record what the ranks did; requests that have ended meanwhile are left alone."""
         assert plan is self._plan, "results of another plan"
         self._plan = None
-        tokens = {
-            (token.request_id, token.attempt): token
-            for result in results
-            for token in result.tokens
-        }
+        rows = outcomes(results)
         for work in plan.work:
             request = self._requests.get((work.request_id, work.attempt))
-            if request is not None and request.state is State.RUNNING:
-                self._chunk_done(request, work)
-                if work.is_last:
-                    self._prompt_done(request, tokens[request.key], now)
+            if request is None or request.state is not State.RUNNING:
+                continue
+            if isinstance(row := rows.get(request.key), FailedRow):
+                self._came_to_nothing(request, row.why)
+                continue
+            self._chunk_done(request, work)
+            if work.is_last:
+                assert row is not None, f"{request.key} has no token"
+                self._prompt_done(request, row, now)
         return self.take_commands()
 
     def load(self) -> Load:
@@ -349,6 +352,12 @@ class PrefillScheduler:
                 self._commands.append(CloseSource(*request.key))
             self._stop(request)
 
+    def _came_to_nothing(self, request: Request, why: NoToken) -> None:
+        """Its numbers give no token, and nobody is to find its KV."""
+        if why is NoToken.NON_FINITE:
+            self._memory.disown(request.block_hashes)
+        self._fail(request, why, no_token_message(why))
+
     def _stop(self, request: Request) -> None:
         request.change(Change.CLOSE)
         self._memory.expect_no_more(request)
@@ -382,8 +391,6 @@ class PrefillScheduler:
             target = request.message.target_pool_id
             if self._epochs.get(target) != request.message.target_epoch:
                 self._fail(request, "stale_target", f"{target} has gone or has started again")
-
-    # -- small things ------------------------------------------------------------------------------
 
     def _in_state(self, *states: State) -> list[Request]:
         return [request for request in self._requests.values() if request.state in states]

@@ -260,10 +260,16 @@ class Tokens(_Message, frozen=True):
 
 
 class Abort(_Message, frozen=True):
-    """coordinator -> leader: hold nothing of it any more; answered by Released. Idempotent."""
+    """coordinator -> leader: hold nothing of it any more; answered by Released. Idempotent.
+
+    ``is_doubtful``: its KV may be wrong. Nobody is to find any of it in a cache, nor what lies
+    under ``doubtful_hashes``, its prompt's: all may be released, and cached, already.
+    """
 
     request_id: str
     attempt: int
+    is_doubtful: bool = False
+    doubtful_hashes: tuple[bytes, ...] = ()
 
 
 class Ask(_Message, frozen=True):

@@ -4,9 +4,11 @@ No rank decides anything in front of a collective: everything that decides wheth
 in the plan, and every rank of the pool executes the same plan in the same order.
 """
 
+from collections.abc import Iterable, Sequence
+
 import msgspec
 
-from protocol.request import SamplingParams, TokenLogprobs
+from protocol.request import NoToken, SamplingParams, TokenLogprobs
 
 
 class _Message(
@@ -74,6 +76,26 @@ class SampledToken(msgspec.Struct, frozen=True, array_like=True, omit_defaults=T
     logprobs: TokenLogprobs | None = None
 
 
+class FailedRow(msgspec.Struct, frozen=True, array_like=True):
+    """A request whose numbers give no token: it ends here, its neighbours in the step do not."""
+
+    request_id: str
+    attempt: int
+    why: NoToken
+
+
+RowResult = SampledToken | FailedRow
+
+
+def row_result(
+    request_id: str, attempt: int, chosen: tuple[int, TokenLogprobs | None] | NoToken
+) -> RowResult:
+    """What became of one sampled row."""
+    if isinstance(chosen, NoToken):
+        return FailedRow(request_id, attempt, chosen)
+    return SampledToken(request_id, attempt, *chosen)
+
+
 # -- decode ----------------------------------------------------------------------------------------
 
 
@@ -123,12 +145,32 @@ class Stop(_Message, frozen=True):
 
 
 class StepResult(_Message, frozen=True):
-    """rank -> leader: the step is done here. ``tokens`` from the rank that sampled."""
+    """rank -> leader: the step is done here. ``tokens`` from the rank that sampled.
+
+    ``failed`` are requests whose KV, or whose next token, came to nothing; of such a one there may
+    be no token although it was to be sampled.
+    """
 
     step: int
     rank: int
     tokens: tuple[SampledToken, ...] = ()
     compute_s: float = 0.0
+    failed: tuple[FailedRow, ...] = ()
+
+    @staticmethod
+    def of(step: int, rank: int, rows: Sequence[RowResult], compute_s: float) -> "StepResult":
+        """A rank's results, those that failed apart."""
+        tokens = tuple(row for row in rows if isinstance(row, SampledToken))
+        failed = tuple(row for row in rows if isinstance(row, FailedRow))
+        return StepResult(step, rank, tokens, compute_s, failed)
+
+
+def outcomes(results: Iterable[StepResult]) -> dict[tuple[str, int], RowResult]:
+    """What became of each request in a step of all ranks: one failure outweighs a token."""
+    every = list(results)
+    rows: list[RowResult] = [row for result in every for row in result.tokens]
+    rows += (row for result in every for row in result.failed)
+    return {(row.request_id, row.attempt): row for row in rows}
 
 
 Plan = PrefillPlan | DecodePlan | Stop

@@ -17,6 +17,22 @@ class FinishReason(enum.StrEnum):
     ERROR = "error"
 
 
+class NoToken(enum.StrEnum):
+    """Why a row of logits gives no token; the code of the error that its request ends with."""
+
+    NON_FINITE = "non_finite_logits"  # the model's numbers hold NaN or infinity: a rank's fault
+    NOTHING_LEFT = "no_token_left"  # the request's own bans and penalties leave nothing to choose
+
+
+def no_token_message(why: NoToken) -> str:
+    """What the caller is told."""
+    if why is NoToken.NON_FINITE:
+        return "the model's numbers for this request are not finite: there is no next token"
+    return (
+        "this request's stop tokens, min_tokens, logit_bias and penalties leave no token to choose"
+    )
+
+
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     """How the next token is chosen. The coordinator has validated every field.
 

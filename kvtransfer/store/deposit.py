@@ -26,6 +26,7 @@ class Deposit:
     first: int = 0  # the first block that is not here yet
     blocks: list[BlockRef] = field(default_factory=list)  # from ``first`` on
     num_written_bytes: int = 0
+    is_doubtful: bool = False  # what is handed over may be wrong: nothing of it is kept
 
     @staticmethod
     def of(message: Reserve | Collect, block_size: int, model_fingerprint: str) -> "Deposit":

@@ -117,7 +117,7 @@ class StoreScheduler:
             case Reserve() | Collect():
                 self._on_deposit(message)
             case Abort():
-                self._on_abort((message.request_id, message.attempt))
+                self._on_abort(message)
             case Ask():
                 self._on_ask((message.request_id, message.attempt))
             case Pin():
@@ -148,10 +148,12 @@ class StoreScheduler:
             return event.block_hashes
         return deposit.hashes[event.first_logical : event.first_logical + len(event.owners)]
 
-    def _on_abort(self, key: Key) -> None:
+    def _on_abort(self, message: Abort) -> None:
+        key = (message.request_id, message.attempt)
         deposit = self._deposits.get(key)
         self._loans.close(key)
         if deposit is not None:
+            deposit.is_doubtful |= message.is_doubtful
             self._give_up(deposit)
         else:
             self._ended.add(*key)
@@ -208,6 +210,8 @@ class StoreScheduler:
         """No byte lands in its blocks any more: the leading whole ones are kept."""
         self._pool.end_transfer(deposit.blocks)
         num_kept = min(num_whole, len(deposit.hashes) - deposit.first)
+        if deposit.is_doubtful:
+            num_kept = 0
         self._pool.release(deposit.blocks[num_kept:])
         kept, deposit.blocks = deposit.blocks[:num_kept], []
         key = deposit.key if waits else None

@@ -57,9 +57,9 @@ from protocol.messages import (
     ToCoordinator,
     ToRank,
 )
-from protocol.plans import ChunkWork, PrefillPlan, SampledToken, StepResult
-from protocol.request import SamplingParams, TransferStats
-from tests.decode.fake_cluster import FakeRank, next_token, reference
+from protocol.plans import ChunkWork, FailedRow, PrefillPlan, SampledToken, StepResult
+from protocol.request import NoToken, SamplingParams, TransferStats
+from tests.decode.fake_cluster import NAN, FakeRank, next_token, reference
 
 Key = tuple[str, int]
 BLOCK_SIZE = 4
@@ -178,6 +178,9 @@ class WholeCluster:
         self.num_lives: dict[str, int] = {}
         self.dispatched: list[tuple[str, ToRank]] = []
         self.poison: tuple[int, ...] | None = None  # a prompt that kills what computes it
+        self.is_read_at_once = False  # what is announced, before the step has ended
+        self.broken: set[str] = set()  # pools that compute KV that is not finite
+        self.broken_links: set[tuple[str, str]] = set()  # (source, target) that do so on the way
         for pool_id in self.specs:
             self.start_pool(pool_id)
 
@@ -262,9 +265,9 @@ class WholeCluster:
     def deliver_to_coordinator(self, pool_id: str) -> None:
         self.service.on_message(pool_id, self.pools[pool_id].to_coordinator.popleft())
 
-    def sweep(self, seconds: float = 1.0) -> None:
+    def sweep(self, seconds: float = 1.0) -> list[tuple[str, str]]:
         self.now += seconds
-        self.service.sweep(self.now)
+        return self.service.sweep(self.now)
 
     # -- a step ------------------------------------------------------------------------------------
 
@@ -288,6 +291,7 @@ class WholeCluster:
             keys = {(s.request_id, s.attempt) for s in plan.sequences}
             if self._is_poisoned(pool_id, {key[0] for key in keys}):
                 return True
+            pool.rank.is_broken = pool_id in self.broken
             tokens = pool.rank.execute(plan, sampled)
             pool.scheduler.update(plan, tokens, self.now)
             self._obey(pool_id, pool.scheduler.take_commands())
@@ -310,19 +314,31 @@ class WholeCluster:
 
     def _prefill(self, pool_id: str, plan: PrefillPlan) -> None:
         pool = self.pools[pool_id]
-        tokens = []
+        tokens, failed = [], []
         for work in plan.work:
             for position, token_id in enumerate(work.token_ids, work.start):
                 block = work.blocks[position // BLOCK_SIZE]
                 slot = (block.block_id, position % BLOCK_SIZE)
-                pool.memory[block.cp_rank][slot] = (position, token_id)
+                value = NAN if pool_id in self.broken else token_id
+                pool.memory[block.cp_rank][slot] = (position, value)
             self._announce(pool, work)
-            if work.is_last:
-                places = [(block.cp_rank, block.block_id) for block in work.blocks]
-                kv = pool.kv(places, work.start + len(work.token_ids))
+            if self.is_read_at_once:
+                self._read_all((work.request_id, work.attempt))
+            places = [(block.cp_rank, block.block_id) for block in work.blocks]
+            kv = pool.kv(places, work.start + len(work.token_ids))
+            if any(token_id == NAN for _, token_id in kv):
+                failed.append(FailedRow(work.request_id, work.attempt, NoToken.NON_FINITE))
+            elif work.is_last:
                 tokens.append(SampledToken(work.request_id, work.attempt, next_token(kv)))
-        results = [StepResult(plan.step, 0, tuple(tokens))]
+        results = [StepResult(plan.step, 0, tuple(tokens), failed=tuple(failed))]
         self._obey(pool_id, pool.scheduler.update(plan, results, self.now))
+
+    def _read_all(self, key: Key) -> None:
+        handoff = self.handoffs.get((key, False))
+        while handoff is not None and handoff.commit is None and self._can_move(handoff):
+            if handoff.read == handoff.announced.keys():
+                return
+            self.move((key, False))
 
     def _announce(self, pool: Pool, work: ChunkWork) -> None:
         handoff = self.handoffs.get(((work.request_id, work.attempt), False))
@@ -452,6 +468,8 @@ class WholeCluster:
             for offset in range(BLOCK_SIZE):
                 value = source.memory[from_cp].get((from_block, offset))
                 if value is not None:
+                    if (handoff.source, handoff.target) in self.broken_links:
+                        value = (value[0], NAN)
                     target.memory[to_cp][to_block, offset] = value
             handoff.read.add(logical)
             return
@@ -542,3 +560,13 @@ class WholeCluster:
         error = self.deliveries[name]._error
         if error is None and record.finish_reason not in (None, "abort"):
             assert len(tokens) == max_tokens, (name, record.finish_reason)
+
+    def assert_caches_finite(self) -> None:
+        """No pool has KV that is not finite where a later prompt would find it."""
+        for pool_id, pool in self.pools.items():
+            is_decode = pool.spec.role == "decode"
+            spaces = [pool.blocks] if is_decode else pool.scheduler._memory._blocks._spaces
+            for cp_rank, space in enumerate(spaces):
+                for block_id in space._by_hash.values():
+                    slots = [pool.memory[cp_rank][block_id, o] for o in range(BLOCK_SIZE)]
+                    assert all(token_id != NAN for _, token_id in slots), (pool_id, block_id)

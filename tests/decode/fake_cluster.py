@@ -42,8 +42,8 @@ from protocol.messages import (
     ToCoordinator,
     Tokens,
 )
-from protocol.plans import DecodePlan, SampledToken, SequenceStep
-from protocol.request import FinishReason, SamplingParams, TransferStats
+from protocol.plans import DecodePlan, FailedRow, RowResult, SampledToken, SequenceStep
+from protocol.request import FinishReason, NoToken, SamplingParams, TransferStats
 
 Key = tuple[str, int]
 VOCAB_SIZE = 50
@@ -61,11 +61,15 @@ def reference(prompt: tuple[int, ...], num_tokens: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
+NAN = -7  # in place of a token: the KV of this slot is not finite
+
+
 class FakeRank:
     """Executes plans over a memory in which every slot says what was written there."""
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
+        self.is_broken = False  # what it computes is not finite
         self.slots: dict[tuple[int, int], tuple[int, int]] = {}
         self.tables: dict[Key, list[int]] = {}
         self.host: dict[Key, list[dict[int, tuple[int, int]]]] = {}
@@ -102,7 +106,7 @@ class FakeRank:
         offsets = range(self.block_size)
         return {o: self.slots[block_id, o] for o in offsets if (block_id, o) in self.slots}
 
-    def execute(self, plan: DecodePlan, _: list[Sequence]) -> list[SampledToken]:
+    def execute(self, plan: DecodePlan, _: list[Sequence]) -> list[RowResult]:
         for swap in plan.swaps:
             key = (swap.request_id, swap.attempt)
             if swap.out:
@@ -121,16 +125,18 @@ class FakeRank:
             self.tables[key] = list(new.block_ids)
         return [token for step in plan.sequences if (token := self._step(step)) is not None]
 
-    def _step(self, step: SequenceStep) -> SampledToken | None:
+    def _step(self, step: SequenceStep) -> RowResult | None:
         table = self.tables[step.request_id, step.attempt]
         table += step.new_block_ids
         end = step.start + len(step.token_ids)
         assert step.token_ids
         for position, token_id in enumerate(step.token_ids, step.start):
             block_id, offset = table[position // self.block_size], position % self.block_size
-            self.write(block_id, offset, (position, token_id))
+            self.write(block_id, offset, (position, NAN if self.is_broken else token_id))
         kv = [self.slots[table[p // self.block_size], p % self.block_size] for p in range(end)]
         assert [position for position, _ in kv] == list(range(end)), "a stale or foreign slot"
+        if any(token_id == NAN for _, token_id in kv):
+            return FailedRow(step.request_id, step.attempt, NoToken.NON_FINITE)
         if not step.sample:
             return None
         return SampledToken(step.request_id, step.attempt, next_token(kv))

@@ -217,3 +217,26 @@ def test_the_first_holder_of_a_content_keeps_it() -> None:
     pool.release([second])
     assert pool.counts().free == 1
     assert pool.find(b"a") == first
+
+
+def test_what_is_forgotten_is_found_no_more_and_stays_with_its_owners() -> None:
+    pool = BlockPool(4, 16)
+    owned, moving, draining, cached = pool.allocate(4)
+    for number, ref in enumerate((owned, moving, draining, cached)):
+        assert pool.set_hash(ref, bytes([number]))
+    pool.begin_transfer([moving, draining])
+    pool.release([draining, cached])
+    pool.take_cache_events()
+    pool.forget([bytes([number]) for number in range(5)])
+    pool.check()
+    assert all(pool.find(bytes([number])) is None for number in range(4))
+    assert pool.take_cache_events()[1] == tuple(bytes([number]) for number in range(4))
+    assert [pool.state(ref.block_id) for ref in (owned, moving, draining, cached)] == [
+        State.OWNED,
+        State.IN_FLIGHT,
+        State.DRAINING,
+        State.FREE,
+    ]
+    pool.end_transfer([moving, draining])
+    pool.release([owned, moving])
+    assert pool.counts().free == 4

@@ -7,8 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling.sampling import SamplingRow, needs_history, philox, sample, uniform
-from protocol.request import SamplingParams
+from modeling.sampling import (
+    Sampled,
+    SamplingRow,
+    is_finite,
+    needs_history,
+    philox,
+    uniform,
+)
+from modeling.sampling import sample as sample_rows
+from protocol.request import NoToken, SamplingParams
 
 ALL_ONES = 0xFFFFFFFF
 SMALL_MODEL = [2.0, 1.5, 1.0, 0.5, 0.0, -1.0, -2.0, -3.0]
@@ -19,6 +27,13 @@ def make_row(
 ) -> SamplingRow:
     params = SamplingParams(max_tokens=100, **fields)  # type: ignore[arg-type]
     return SamplingRow(params, index, prompt, output)
+
+
+def sample(logits_BV: torch.Tensor, rows: list[SamplingRow]) -> list[Sampled]:
+    """The tokens of rows of which each must have one."""
+    sampled = sample_rows(logits_BV, rows)
+    assert all(isinstance(row, tuple) for row in sampled), sampled
+    return [row for row in sampled if isinstance(row, tuple)]
 
 
 def draw(logits: list[float], count: int = 1, **fields: object) -> list[int]:
@@ -180,13 +195,84 @@ def test_the_logits_are_left_as_they_are() -> None:
     assert logits.tolist() == [SMALL_MODEL]
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_broken_logits_still_give_a_token(bad: float) -> None:
-    """One sequence's overflow must not end the pool that all share."""
-    assert 0 <= draw([1.0, bad, 0.0], temperature=1.0)[0] < 3
-    assert 0 <= draw([1.0, bad, 0.0], temperature=1.0, top_k=2, top_p=0.5, min_p=0.1)[0] < 3
-    [(_, logprobs)] = sample(torch.tensor([[1.0, bad, 0.0]]), [make_row(num_logprobs=2)])
-    assert logprobs is not None and math.isfinite(logprobs.chosen), "JSON has neither NaN nor inf"
+BAD = (math.nan, math.inf)
+SPOILED = st.sampled_from([*BAD, "all masked"])
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("at", [0, 31, 5_000, 150_000, 151_935])
+def test_one_number_that_is_not_finite_among_a_whole_vocabulary_is_found(
+    bad: float, at: int
+) -> None:
+    logits = torch.zeros(2, 151_936)
+    logits[0, at] = bad
+    for fields in ({"temperature": 0.0}, {"temperature": 1.0}, {"num_logprobs": 2}):
+        row = make_row(**fields)  # type: ignore[arg-type]
+        spoiled, sound = sample_rows(logits, [row, row])
+        assert spoiled is NoToken.NON_FINITE and isinstance(sound, tuple)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.booleans(), st.sampled_from([0.0, 1.0])), min_size=1, max_size=6),
+    SPOILED,
+    st.integers(0, len(SMALL_MODEL) - 1),
+)
+def test_a_spoiled_row_ends_alone(
+    rows: list[tuple[bool, float]], how: float | str, at: int
+) -> None:
+    logits = torch.tensor([SMALL_MODEL] * len(rows))
+    params = [make_row(temperature=temperature, num_logprobs=1) for _, temperature in rows]
+    sound = sample_rows(logits, params)
+    for i, (is_spoiled, _) in enumerate(rows):
+        if is_spoiled and isinstance(how, float):
+            logits[i, at] = how
+        elif is_spoiled:
+            logits[i] = -math.inf
+    got = sample_rows(logits, params)
+    for (is_spoiled, _), mine, before in zip(rows, got, sound, strict=True):
+        assert mine == (NoToken.NON_FINITE if is_spoiled else before)
+
+
+def test_a_model_may_mask_tokens_of_its_own() -> None:
+    logits = [*SMALL_MODEL[:3], *[-math.inf] * 5]
+    assert greedy(logits) == 0
+    assert set(draw(logits, 300, temperature=5.0)) == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"min_tokens": 1, "stop_token_ids": tuple(range(8))},
+        {"logit_bias": dict.fromkeys(range(8), -math.inf)},
+        {"logit_bias": {3: math.inf}},
+        {"repetition_penalty": 1e-45, "output": (0,)},
+        {"repetition_penalty": 1e-45, "prompt": (0,)},
+    ],
+)
+def test_a_request_that_leaves_no_token_is_told_from_broken_numbers(
+    fields: dict[str, object],
+) -> None:
+    row = make_row(**fields)  # type: ignore[arg-type]
+    spoiled = torch.tensor([[math.nan] * 8])
+    assert sample_rows(torch.tensor([SMALL_MODEL]), [row]) == [NoToken.NOTHING_LEFT]
+    assert sample_rows(spoiled, [row]) == [NoToken.NON_FINITE], "the rank's fault comes first"
+
+
+@pytest.mark.parametrize("temperature", [1e-10, 1e-40, 1e-320, 5e-324])
+def test_the_limit_of_a_small_temperature_is_greedy(temperature: float) -> None:
+    assert set(draw(SMALL_MODEL, 20, temperature=temperature, top_p=0.9, top_k=4)) == {0}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bad", [*BAD, -math.inf])
+def test_hidden_states_that_are_not_finite_are_seen(dtype: torch.dtype, bad: float) -> None:
+    hidden = torch.full((65, 129), torch.finfo(dtype).max, dtype=dtype)
+    assert is_finite(hidden) and is_finite(hidden[:0])
+    for at in ((0, 0), (64, 128), (31, 77)):
+        spoiled = hidden.clone()
+        spoiled[at] = bad
+        assert not is_finite(spoiled)
 
 
 @settings(max_examples=200, deadline=None)

@@ -262,3 +262,16 @@ def test_loading_takes_little_more_memory_than_the_weights(tmp_path: Path) -> No
     assert weights_mb > 60
     assert peak - empty_peak < weights_mb + 60, "the checkpoint was in memory twice"
     assert resident - empty_peak < weights_mb + 60
+
+
+def test_weights_that_are_not_finite_are_named_and_read(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"][3, 5] = float("nan")
+        tensors["model.layers.1.self_attn.k_proj.weight"][0, 0] = float("inf")
+
+    _rewrite(folder, spoil)
+    _load(folder)
+    named = [record.args[1] for record in caplog.records if record.levelname == "ERROR"]
+    assert named == ["lm_head.weight", "model.layers.1.self_attn.k_proj.weight"]
