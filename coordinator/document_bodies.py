@@ -77,6 +77,7 @@ class Uploaded:
     path: Path
     file_name: str
     is_ours: bool
+    charset: str = ""  # that was declared with it
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +117,7 @@ def read_request(
         created_at=now,
         kind=kind,
         media_type=_media_type(name, uploaded.path) if uploaded is not None else "text/plain",
+        charset="" if uploaded is None else uploaded.charset,
         file_name=name,
         form=form,
         system=system,

@@ -71,7 +71,7 @@ def _add_making(app: FastAPI, frontend: Frontend, documents: Documents) -> None:
         await documents.keeper.wait_recovered()
         limits, min_free_bytes = frontend.config.limits, frontend.jobs.min_free_bytes
         async with receive_upload(request, documents.folder, limits, min_free_bytes) as upload:
-            uploaded = Uploaded(upload.path, upload.file_name, is_ours=True)
+            uploaded = Uploaded(upload.path, upload.file_name, is_ours=True, charset=upload.charset)
             return await _create(frontend, request, fields_of_form(upload.fields, limits), uploaded)
 
     @app.patch("/v1/documents/{document_id}")

@@ -38,6 +38,7 @@ class Upload:
     file_name: str
     size_bytes: int
     fields: dict[str, str]
+    charset: str = ""  # of the file's part
 
 
 @asynccontextmanager
@@ -71,7 +72,7 @@ async def receive_upload(
             form.end()
             size_bytes += await asyncio.to_thread(_write, file, form.take())
             await asyncio.to_thread(_sync, file)
-        yield Upload(path, form.file_name, size_bytes, form.fields)
+        yield Upload(path, form.file_name, size_bytes, form.fields, form.charset)
     finally:
         path.unlink(missing_ok=True)
 
@@ -88,12 +89,13 @@ class _Form:
     def __init__(self, boundary: bytes, limits: Limits) -> None:
         self.fields: dict[str, str] = {}
         self.file_name = ""
+        self.charset = ""
         self.num_waiting = 0  # bytes of the file that have not been taken
         self._limits = limits
         self._waiting: list[bytes] = []
         self._header_name = b""
         self._header_value = b""
-        self._disposition = b""
+        self._disposition = self._content_type = b""
         self._field_name: str | None = None  # None: this part is the file
         self._value = bytearray()
         self._num_field_bytes = 0
@@ -137,7 +139,8 @@ class _Form:
     # -- called by the parser ----------------------------------------------------------------------
 
     def _on_part_begin(self) -> None:
-        self._disposition = self._header_name = self._header_value = b""
+        self._disposition = self._content_type = b""
+        self._header_name = self._header_value = b""
         self._value.clear()
 
     def _on_header_field(self, data: bytes, start: int, end: int) -> None:
@@ -149,6 +152,8 @@ class _Form:
     def _on_header_end(self) -> None:
         if self._header_name.lower() == b"content-disposition":
             self._disposition = self._header_value
+        elif self._header_name.lower() == b"content-type":
+            self._content_type = self._header_value
         self._header_name = self._header_value = b""
 
     def _on_headers_finished(self) -> None:
@@ -165,6 +170,8 @@ class _Form:
         else:
             self._has_file, self._field_name = True, None
             self.file_name = plain_file_name(options[b"filename"].decode("utf-8", "replace"))
+            _, declared = parse_options_header(self._content_type)
+            self.charset = declared.get(b"charset", b"").decode("ascii", "replace")[:64]
 
     def _begin_field(self, name: str) -> None:
         if name in self.fields:

@@ -76,6 +76,7 @@ class Document(msgspec.Struct, frozen=True, omit_defaults=True):
     created_at: float
     kind: str  # of its source: "text", "messages", "token_ids" or "file"
     media_type: str = "text/plain"
+    charset: str = ""  # that came with the file
     file_name: str = ""
     form: str = CHAT
     system: tuple[SystemMessage, ...] = ()

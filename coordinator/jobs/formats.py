@@ -6,7 +6,7 @@ with the reason. Archives are refused whatever they hold.
 
 from pathlib import PurePosixPath
 
-from protocol.errors import RequestError
+from protocol.errors import BatonError, RequestError
 
 PLAIN, MARKDOWN, HTML, PDF = "text/plain", "text/markdown", "text/html", "application/pdf"
 MEDIA_TYPES = (PLAIN, MARKDOWN, HTML, PDF)
@@ -36,8 +36,19 @@ _FOREIGN = {  # first bytes, and what they begin
     b"\x7fELF": "a program",
     b"MZ\x90": "a program",
     b"SQLite format 3": "a database",
+    b"{\\rtf": "a rich-text document",
+    b"%!PS": "a PostScript document",
+    b"AT&TFORM": "a DjVu document",
+    b"II*\0": "an image",
+    b"MM\0*": "an image",
+    b"RIFF": "an image, a sound or a film",
+    b"\x89HDF": "a data file",
 }
 _WIDE_MARKS = (b"\xff\xfe", b"\xfe\xff")  # UTF-16: its text is full of zero bytes
+
+
+class Unreadable(BatonError):
+    """A file's own fault; the message says what is wrong with it."""
 
 
 def unprocessable(reason: str) -> RequestError:
@@ -65,8 +76,9 @@ def identify(file_name: str, head: bytes, size_bytes: int) -> str:
     if size_bytes == 0:
         raise unprocessable("the file is empty: 0 bytes")
     shown = file_name or "the file"
+    begin = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     for start, what in _FOREIGN.items():
-        if head.startswith(start):
+        if head.startswith(start) or begin.startswith(start):
             raise unprocessable(f"{shown} is {what}: send text, Markdown, HTML or PDF")
     is_pdf = b"%PDF-" in head[:1024]
     ending = PurePosixPath(file_name).suffix.lower()

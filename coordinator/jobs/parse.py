@@ -1,133 +1,63 @@
 """Reads one untrusted file as text, in a process of its own that may die of it.
 
-    python -P -m coordinator.jobs.parse MEDIA_TYPE MEMORY_BYTES CPU_S TEXT_BYTES < FILE > TEXT
+    python -P -m coordinator.jobs.parse KIND CHARSET MEMORY_BYTES CPU_S TEXT_BYTES < FILE > TEXT
 
 Standard input is the file, standard output a file that gets its text as UTF-8. Exit code 0: the
-text is whole. 3: the file cannot be read, and standard error says why in one line. 4: there is no
-room for the text. Anything else, also a signal, is a crash, and its owner decides what that means.
+text is whole, and each line of standard error is a warning about it. 3: the file cannot be read,
+and standard error says why in one line. 4: there is no room for the text. Anything else, also a
+signal, is a crash, and its owner decides what that means; SIGXCPU says that it takes too long.
 The process opens no other file for writing, no socket, and starts nothing.
 """
 
-import io
 import os
-import re
 import resource
 import signal
 import sys
-from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from coordinator.jobs.formats import HTML, PDF
+import webencodings
+
+from coordinator.jobs.formats import HTML, PDF, Unreadable
+from coordinator.jobs.parse_html import read_html
+from coordinator.jobs.parse_pdf import read_pdf
 
 UNREADABLE, UNWRITABLE = 3, 4
-_TAIL_BYTES = 2048
-_BLOCK_NAMES = """
-    address article aside blockquote body caption dd details div dl dt fieldset figcaption figure
-    footer form h1 h2 h3 h4 h5 h6 header hr html legend li main nav ol option p pre section
-    summary table tbody td tfoot th thead title tr ul
-"""
-_BLOCKS = frozenset(_BLOCK_NAMES.split())
-_UNSEEN = frozenset({"script", "style", "template", "noscript", "iframe", "object", "svg"})
 _DENIED_EVENTS = ("socket.", "subprocess.", "os.exec", "os.fork", "os.posix_spawn", "os.system")
-_SPACES = re.compile(r"[ \t\r\f\v\n]+")
 
 
-class Unreadable(Exception):
-    """The file's fault; the message says what is wrong with it."""
-
-
-def read_text(data: bytes) -> str:
-    """Plain text or Markdown: UTF-8, or UTF-16 that says so."""
+def read_text(data: bytes, charset: str = "") -> str:
+    """Plain text or Markdown: UTF-8, UTF-16 that says so, or what was declared with the upload."""
     try:
         if data.startswith((b"\xff\xfe", b"\xfe\xff")):
             text = data.decode("utf-16")
+        elif charset:
+            encoding = webencodings.lookup(charset)
+            if encoding is None:
+                raise Unreadable(f"the charset {charset[:40]!r} is not known")
+            text = encoding.codec_info.decode(data, "strict")[0].removeprefix("\ufeff")
         else:
             text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise Unreadable(f"the text is not UTF-8 at byte {error.start}") from error
+        raise Unreadable(f"the text is not {charset or 'UTF-8'} at byte {error.start}") from error
     if "\0" in text:
         raise Unreadable("the file is no text: it has zero characters")
     return text.replace("\r\n", "\n")
 
 
-def read_html(data: bytes) -> str:
-    """What a reader of the page sees, a line for each block."""
-    from bs4 import BeautifulSoup
-
-    soup = BeautifulSoup(data, "html.parser")
-    lines: list[str] = []
-    line: list[str] = []
-    for piece, is_verbatim in _pieces(soup):
-        if piece is None:
-            lines.append("".join(line).strip() if not is_verbatim else "".join(line).rstrip())
-            line = []
-        elif is_verbatim:
-            line.append(piece)
-        elif text := _SPACES.sub(" ", piece):
-            starts_apart = not line or line[-1].endswith((" ", "\n"))
-            line.append(text.lstrip() if starts_apart else text)
-    lines.append("".join(line).strip())
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n")
-
-
-def _pieces(soup: Any) -> Iterator[tuple[str | None, bool]]:  # noqa: ANN401 - untyped tree
-    """(text, whether it is verbatim) in order; None ends a line. Depth needs no stack of calls."""
-    from bs4.element import CData, NavigableString, Tag
-
-    todo: list[tuple[Any, bool]] = [(soup, False)]
-    while todo:
-        node, is_verbatim = todo.pop()
-        if isinstance(node, Tag):
-            if node.name in _UNSEEN:
-                continue
-            if node.name == "br":
-                yield None, is_verbatim
-                continue
-            is_block = node.name in _BLOCKS
-            inner = is_verbatim or node.name == "pre"
-            if is_block:
-                yield None, is_verbatim
-                todo.append((None, inner))
-            todo.extend((child, inner) for child in reversed(node.contents))
-        elif node is None:
-            yield None, is_verbatim
-        elif type(node) in (NavigableString, CData):  # not comments and declarations
-            yield str(node), is_verbatim
-
-
-def read_pdf(data: bytes) -> str:
-    """The text layer of every page."""
-    from pypdf import PdfReader
-    from pypdf.errors import DependencyError, FileNotDecryptedError, PyPdfError
-
-    if b"%%EOF" not in data[-_TAIL_BYTES:]:
-        raise Unreadable("the PDF is truncated: its end-of-file marker is missing")
-    try:
-        reader = PdfReader(io.BytesIO(data))
-        if reader.is_encrypted and not reader.decrypt(""):
-            raise Unreadable("the PDF is encrypted: remove its password first")
-        pages = [page.extract_text() for page in reader.pages]
-    except (DependencyError, FileNotDecryptedError) as error:
-        raise Unreadable("the PDF is encrypted: remove its password first") from error
-    except (PyPdfError, ValueError, LookupError, TypeError, AttributeError, OSError) as error:
-        # The library raises all of these of files that are not as the standard has them.
-        raise Unreadable(f"the PDF is damaged: {error}") from error
-    return "\n\n".join(page.strip() for page in pages if page.strip())
-
-
 def main(arguments: list[str]) -> int:
     """See the module's docstring."""
-    media_type, *numbers = arguments
+    media_type, charset, *numbers = arguments
     memory_bytes, cpu_s, text_bytes = map(int, numbers)
     _confine(memory_bytes, cpu_s, text_bytes)
     data = sys.stdin.buffer.read()
     try:
+        warnings: list[str] = []
         if media_type == PDF:
-            text = read_pdf(data)
+            text, warnings = read_pdf(data)
         elif media_type == HTML:
-            text = read_html(data)
+            text = read_html(data, charset)
         else:
-            text = read_text(data)
+            text = read_text(data, charset)
         if not text.strip():
             raise Unreadable("there is no text in it")
         encoded = text.encode("utf-8", "replace")
@@ -142,12 +72,14 @@ def main(arguments: list[str]) -> int:
             rest = rest[os.write(sys.stdout.fileno(), rest) :]
     except OSError:
         return UNWRITABLE
+    for warning in warnings:
+        print(warning, file=sys.stderr)  # noqa: T201 - see the module's docstring
     return 0
 
 
 def _confine(memory_bytes: int, cpu_s: int, text_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s))
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s + 5))
     resource.setrlimit(resource.RLIMIT_FSIZE, (text_bytes, text_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.alarm(2 * cpu_s + 5)  # whoever started it may have been killed

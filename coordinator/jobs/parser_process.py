@@ -8,6 +8,7 @@ under its name only if it is whole.
 import asyncio
 import contextlib
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -34,8 +35,9 @@ async def extract(
     media_type: str,
     limits: JobLimits,
     places: Places | None = None,
-) -> None:
-    """Make the file ``text`` out of ``source``.
+    charset: str = "",
+) -> list[str]:
+    """Make the file ``text`` out of ``source``; returns warnings about it.
 
     Args:
         source: the uploaded file.
@@ -43,6 +45,7 @@ async def extract(
         media_type: as it was identified.
         limits: of the process.
         places: told of what becomes durable.
+        charset: that was declared with the file; "" if none was.
 
     Raises:
         RequestError: ``unprocessable_document``, with the reason; or the disk is full.
@@ -53,20 +56,22 @@ async def extract(
     await places.pass_by(PARSE)
     try:
         with source.open("rb") as input_, new.open("wb") as output:
-            await _run(media_type, limits, input_.fileno(), output.fileno())
+            kind = (media_type, charset)
+            warnings = await _run(kind, limits, input_.fileno(), output.fileno())
             await asyncio.to_thread(os.fsync, output.fileno())
         with told_when_full():
             await places.pass_by(FILE_WRITE, "text")
             new.replace(text)
         await places.pass_by(FILE_RENAMED, "text")
+        return warnings
     finally:
         new.unlink(missing_ok=True)
 
 
-async def _run(media_type: str, limits: JobLimits, input_: int, output: int) -> None:
+async def _run(kind: tuple[str, str], limits: JobLimits, input_: int, output: int) -> list[str]:
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-P", "-m", "coordinator.jobs.parse", media_type),
-        *(str(limits.parse_memory_bytes), str(int(limits.parse_timeout_s) + 1)),
+        *(sys.executable, "-P", "-m", "coordinator.jobs.parse", *kind),
+        *(str(limits.parse_memory_bytes), str(limits.parse_cpu_s)),
         str(limits.max_text_bytes),
         stdin=input_,
         stdout=output,
@@ -91,8 +96,11 @@ async def _run(media_type: str, limits: JobLimits, input_: int, output: int) -> 
         raise unprocessable(said.decode("utf-8", "replace").strip())
     if code == UNWRITABLE:
         raise insufficient_storage("the disk is full")
+    if code == -signal.SIGXCPU:  # however often it is tried
+        raise unprocessable(f"reading it takes more than {limits.parse_cpu_s} s of processor time")
     if code < 0:
         raise ParserCrashed(f"killed by signal {-code}")
     if code:
         lines = said.decode("utf-8", "replace").strip().splitlines() or ["it said nothing"]
         raise ParserCrashed(f"exit code {code}: {lines[-1][:200]}")
+    return [line[:500] for line in said.decode("utf-8", "replace").splitlines() if line.strip()]

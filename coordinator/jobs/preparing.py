@@ -5,7 +5,7 @@ file that has killed it as often as is allowed is quarantined.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -80,7 +80,13 @@ class Preparing:
         while True:
             try:
                 text = self._files.path(document_id, TEXT)
-                return await extract(source, text, document.media_type, self._limits, self.places)
+                warnings = await extract(
+                    *(source, text, document.media_type, self._limits, self.places),
+                    charset=document.charset,
+                )
+                if warnings:
+                    await self._table.change(document_id, _doubted(warnings))
+                return
             except ParserCrashed as error:
                 _log.warning("%s: the parser crashed: %s", document_id, error)
                 document = await self._table.change(document_id, _crashed(str(error)))
@@ -92,6 +98,11 @@ class Preparing:
                         param="source",
                         status=422,
                     ) from error
+
+
+def _doubted(warnings: Sequence[str]) -> Callable[[Document], Change]:
+    events = tuple(Event("warning", {"code": "doubtful_text", "message": m}) for m in warnings)
+    return lambda document: Change(document, events)
 
 
 def _crashed(how: str) -> Callable[[Document], Change]:

@@ -1,34 +1,41 @@
 """Uploaded files: what they are, what they say, and what happens to one that kills its reader."""
 
 import asyncio
-import io
+import hashlib
 import subprocess
 import sys
+import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
-import pypdf
 import pytest
 
 from coordinator.config import JobLimits, Limits
 from coordinator.document_bodies import DocumentBody, fields_of_form
 from coordinator.jobs import parse
 from coordinator.jobs.formats import HTML, MARKDOWN, PDF, PLAIN, identify, plain_name
+from coordinator.jobs.parse_pdf import judged
 from coordinator.jobs.parser_process import ParserCrashed, extract
 from protocol.errors import RequestError
 
 LIMITS = JobLimits(parse_timeout_s=20.0, parse_memory_bytes=1 << 30)
 
 
-def pdf_of(*pages: str) -> bytes:
-    """A PDF with a line of text on each page, by hand."""
+def pdf_of(
+    *pages: str,
+    times: int = 1,
+    pack: Callable[[int, bytes], bytes] = lambda _number, content: content,
+    trailer: bytes = b"",
+) -> bytes:
+    """A PDF with a line of text on each page, by hand; each page is listed so many ``times``."""
     objects = [b"<< /Type /Catalog /Pages 2 0 R >>", b""]
     kids = []
     for text in pages:
         content = b"BT /F1 12 Tf 72 720 Td (" + text.encode("latin-1") + b") Tj ET"
-        packed = zlib.compress(content)
+        packed = pack(len(objects) + 2, zlib.compress(content))
         kids.append(b"%d 0 R" % (len(objects) + 1))
         objects.append(
             b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents %d 0 R"
@@ -38,7 +45,10 @@ def pdf_of(*pages: str) -> bytes:
         objects.append(
             b"<< /Length %d /Filter /FlateDecode >>\nstream\n%s\nendstream" % (len(packed), packed)
         )
-    objects[1] = b"<< /Type /Pages /Kids [%s] /Count %d >>" % (b" ".join(kids), len(kids))
+    objects[1] = b"<< /Type /Pages /Kids [%s] /Count %d >>" % (
+        b" ".join(kids * times),
+        len(kids) * times,
+    )
     data, offsets = b"%PDF-1.4\n", []
     for number, body in enumerate(objects, 1):
         offsets.append(len(data))
@@ -46,17 +56,43 @@ def pdf_of(*pages: str) -> bytes:
     table = b"".join(b"%010d 00000 n \n" % offset for offset in offsets)
     size = len(objects) + 1
     return data + (
-        b"xref\n0 %d\n0000000000 65535 f \n%strailer << /Size %d /Root 1 0 R >>\n"
-        b"startxref\n%d\n%%%%EOF\n" % (size, table, size, len(data))
+        b"xref\n0 %d\n0000000000 65535 f \n%strailer << /Size %d /Root 1 0 R %s >>\n"
+        b"startxref\n%d\n%%%%EOF\n" % (size, table, size, trailer, len(data))
     )
 
 
-def encrypted(data: bytes, password: str) -> bytes:
-    writer = pypdf.PdfWriter(clone_from=io.BytesIO(data))
-    writer.encrypt(password, algorithm="RC4-128")
-    out = io.BytesIO()
-    writer.write(out)
-    return out.getvalue()
+_PAD = bytes.fromhex("28bf4e5e4e758a4164004e56fffa01082e2e00b6d0683e802f0ca9fe6453697a")
+
+
+def _rc4(key: bytes, data: bytes) -> bytes:
+    state, j, out = list(range(256)), 0, bytearray()
+    for i in range(256):
+        j = (j + state[i] + key[i % len(key)]) % 256
+        state[i], state[j] = state[j], state[i]
+    i = j = 0
+    for byte in data:
+        i = (i + 1) % 256
+        j = (j + state[i]) % 256
+        state[i], state[j] = state[j], state[i]
+        out.append(byte ^ state[(state[i] + state[j]) % 256])
+    return bytes(out)
+
+
+def encrypted(text: str, password: str) -> bytes:
+    """A PDF of one page under RC4 with 40 bits (ISO 32000-1, 7.6), by hand."""
+    padded = (password.encode() + _PAD)[:32]
+    owner = _rc4(hashlib.md5(padded).digest()[:5], padded)
+    key = hashlib.md5(padded + owner + b"\xfc\xff\xff\xff" + b"id").digest()[:5]
+    user = _rc4(key, _PAD)
+    rules = b"<< /Filter /Standard /V 1 /R 2 /P -4 /O <%s> /U <%s> >>" % (
+        owner.hex().encode(),
+        user.hex().encode(),
+    )
+
+    def pack(number: int, content: bytes) -> bytes:
+        return _rc4(hashlib.md5(key + bytes([number, 0, 0, 0, 0])).digest()[:10], content)
+
+    return pdf_of(text, pack=pack, trailer=b"/Encrypt %s /ID [<6964> <6964>]" % rules)
 
 
 @pytest.mark.parametrize(
@@ -89,6 +125,9 @@ def test_what_a_file_is(name: str, head: bytes, kind: str) -> None:
         ("a.pdf", b"\x1f\x8b\x08", "gzip"),
         ("a.md", b"abc\0def", "no text"),
         ("a.png", b"\x89PNG\r\n", "image"),
+        ("a.rtf", b"{\\rtf1\\ansi hello}", "rich-text"),
+        ("a.txt", b"\n {\\rtf1\\ansi hello}", "rich-text"),
+        ("a.ps", b"%!PS-Adobe-3.0", "PostScript"),
         ("a", b"\x7fELF", "program"),
     ],
 )
@@ -128,17 +167,132 @@ def test_html() -> None:
     assert parse.read_html(deep).strip() == "deep"
 
 
+@pytest.mark.parametrize(
+    ("data", "charset"),
+    [
+        ("Le château était".encode("latin-1"), ""),
+        ("Le château était".encode("latin-1"), "iso-8859-1"),
+        ("Le château était".encode("latin-1"), "ISO-8859-1"),
+        ("Le château était".encode(), ""),
+        (b'<meta charset="utf-16">' + "Le château était".encode(), ""),  # by the standard
+        (b"\xef\xbb\xbf" + "Le château était".encode(), "iso-8859-1"),
+        (b'<!-- <meta charset="koi8-r"> -->' + "Le château était".encode("latin-1"), ""),
+        (
+            b'<meta http-equiv="Content-Type" content="text/html; charset=latin1">'
+            + "Le château était".encode("latin-1"),
+            "",
+        ),
+        (b'<meta charset="koi8-r">' + "Le château était".encode("latin-1"), "iso-8859-1"),
+        ("Le château était".encode("utf-16"), ""),
+    ],
+)
+def test_the_charset_of_a_page(data: bytes, charset: str) -> None:
+    assert parse.read_html(data, charset) == "Le château était"
+
+
+def test_charsets_of_windows() -> None:
+    assert parse.read_html(b"\x93quoted\x94 \x80 5", "iso-8859-1") == "“quoted” € 5"
+    assert parse.read_html("Привет".encode("koi8-r"), "koi8-r") == "Привет"
+    assert parse.read_text("né".encode("latin-1"), "latin1") == "né"
+    for read in (parse.read_html, parse.read_text):
+        with pytest.raises(parse.Unreadable, match="'nonsense' is not known"):
+            read(b"a", "nonsense")
+
+
+def test_a_table_is_a_line_for_each_row() -> None:
+    table = """<table><caption>Money</caption>
+      <thead><tr><th>year<th>income<th>loss</thead>
+      <tbody><tr><td>2023</td><td></td><td>7</td></tr>
+      <tr><td>2024<td><p>5</p><p>(est.)</p><td/></tbody></table>after"""
+    assert parse.read_html(table.encode()).splitlines() == [
+        "Money", "", "year | income | loss", "2023 |  | 7", "2024 | 5 (est.) |", "", "after",
+    ]  # fmt: skip
+
+
+def test_cells_that_span() -> None:
+    table = """<table><tr><th rowspan=2>year<th colspan=2>income<th>loss
+      <tr><td>a<td>b<td>c<tr><td>1<td>2<td>3<td>4</table>"""
+    assert parse.read_html(table.encode()).splitlines() == [
+        "year | income |  | loss", "year | a | b | c", "1 | 2 | 3 | 4"
+    ]  # fmt: skip
+
+
+def test_a_table_that_is_there_for_the_looks() -> None:
+    page = "<table><tr><td>menu<td><table><tr><td>a<td>b</table><p>text</table>"
+    lines = [line for line in parse.read_html(page.encode()).splitlines() if line]
+    assert lines == ["menu", "a | b", "text"]
+
+
+def test_preformatted_text_keeps_its_blank_lines() -> None:
+    page = b"<p>before<pre>\n\na\n\n\n\n  b\n</pre>after"
+    assert parse.read_html(page) == "before\n\na\n\n\n\n  b\n\nafter"
+
+
+def test_tables_that_grow() -> None:
+    cell = "<td rowspan=100>" + "x" * 200
+    page = "<table>" + ("<tr>" + cell * 500) * 2 + "<tr><td>" * 300_000
+    with pytest.raises(parse.Unreadable, match="its tables make more than"):
+        parse.read_html(page.encode())
+    with pytest.raises(parse.Unreadable, match="within each other"):
+        parse.read_html(b"<table><tr><td>" * 60)
+
+
+@pytest.mark.parametrize(
+    "piece",
+    ["<div>", "<p>", "<b><p>", "</x>", "<td>", "<tr>", "<pre>", "<svg>", "&amp;", "<a b=c>"],
+)
+def test_the_cost_of_a_page_grows_with_its_size(piece: str) -> None:
+    def cost(times: int) -> float:
+        page = (piece * times).encode()
+        start = time.process_time()
+        parse.read_html(page)
+        return time.process_time() - start
+
+    small = min(cost(10_000) for _ in range(3))
+    assert cost(80_000) < 8 * 4 * small + 0.05
+
+
 def test_pdf() -> None:
     data = pdf_of("First page", "Second page")
-    assert parse.read_pdf(data) == "First page\n\nSecond page"
+    assert parse.read_pdf(data) == ("First page\n\nSecond page", [])
     for bad, says in (
         (data[: len(data) // 2], "truncated"),
         (b"%PDF-1.4 nothing %%EOF", "damaged"),
-        (encrypted(data, "secret"), "encrypted"),
+        (encrypted("First page", "secret"), "encrypted"),
     ):
         with pytest.raises(parse.Unreadable, match=says):
             parse.read_pdf(bad)
-    assert parse.read_pdf(encrypted(data, "")) == "First page\n\nSecond page"
+    assert parse.read_pdf(encrypted("First page", "")) == ("First page", [])
+
+
+def test_what_lies_behind_the_end_of_a_pdf() -> None:
+    data = pdf_of("First page")
+    for behind in (b"", b"\n\n", bytes(4096), b"</body></html>"):
+        assert parse.read_pdf(data + behind)[0] == "First page"
+    # It was to replace some of what is before it: the text would be an older one.
+    with pytest.raises(parse.Unreadable, match="the update behind its end is not whole"):
+        parse.read_pdf(data + b"7 0 obj\n<< /Type /Page")
+
+
+def test_a_page_that_is_listed_again_and_again() -> None:
+    with pytest.raises(parse.Unreadable, match="same again and again: its first 200 pages"):
+        parse.read_pdf(pdf_of("One page", times=10_000))
+    pages = [f"Page {number} of a form" for number in range(300)]
+    assert parse.read_pdf(pdf_of(*pages))[0] == "\n\n".join(pages)
+    with pytest.raises(parse.Unreadable, match="30000 pages"):
+        parse.read_pdf(pdf_of("One page", times=30_000))
+
+
+def test_text_that_cannot_be_words() -> None:
+    words, run = "all of these are words " * 40, "Toretrievethesourcecodeofapackageyouneed" * 20
+    assert judged([words]) == []
+    (warning,) = judged([words, run[:120]])
+    assert "words of more than 30 letters" in warning
+    with pytest.raises(parse.Unreadable, match="not what its pages show: 100%"):
+        judged([run])
+    with pytest.raises(parse.Unreadable, match="no meaning"):
+        judged(["\ufffd" * 1000])
+    assert judged(["\u6f22\u5b57" * 1000]) == []  # no blanks between words
 
 
 def run_extract(folder: Path, data: bytes, media_type: str, limits: JobLimits = LIMITS) -> str:
@@ -222,7 +376,7 @@ def test_files_become_documents(site: Any) -> None:
 
 
 def test_a_file_that_cannot_be_read_fails(site: Any) -> None:
-    document_id = upload(site, "a.pdf", encrypted(pdf_of("a"), "b"))
+    document_id = upload(site, "a.pdf", encrypted("a", "b"))
     error = site.wait(document_id, "failed")["error"]
     assert (error["code"], error["status"]) == ("unprocessable_document", 422)
     assert "encrypted" in error["message"]
