@@ -24,7 +24,7 @@ demo: $(READY) ## start a disaggregated cluster, stream from it, show what moved
 
 # What only computes runs on all cores; what starts clusters, or looks at the clock, by itself.
 COMPUTING := $(addprefix tests/,bench/experiments bench/report coordinator decode embedded \
-             exploration kvcache kvtransfer launcher modeling planted prefill ring_attention \
+             exploration kvcache kvtransfer launcher modeling planted prefill protocol ring_attention \
              simulation test_house_style.py test_state_tables.py)
 
 test: $(READY) ## the tests that every change runs (under 10 minutes on 2 cores)

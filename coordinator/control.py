@@ -176,7 +176,7 @@ class ControlPlane:
         except HelloRefused as error:
             _log.error("refused %s: %s", peer[:80], error)
             self._outbox.put_nowait((peer, Refused(str(error))))
-            is_fatal = error.is_ours and not self._is_restart and not self.complete.is_set()
+            is_fatal = not self._is_restart and not self.complete.is_set()
             if is_fatal and not self.refused.done():
                 self.refused.set_result(str(error))
 

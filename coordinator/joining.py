@@ -1,6 +1,5 @@
 """Whether a rank may join: everything about its HELLO that does not need the pool's state. Pure."""
 
-import hmac
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -11,18 +10,13 @@ from protocol.messages import PROTOCOL_VERSION, Hello
 
 
 class HelloRefused(PeerError):
-    """A rank cannot join. ``is_ours`` tells one that knows the cluster's token from a stranger."""
-
-    def __init__(self, reason: str, *, is_ours: bool = True) -> None:
-        super().__init__(reason)
-        self.is_ours = is_ours
+    """A rank of the cluster cannot join it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Terms:
     """What every rank of the cluster must agree to."""
 
-    token: str  # the cluster's secret
     model_fingerprint: str  # of the model that the coordinator tokenizes for
     block_size: int
 
@@ -37,8 +31,6 @@ class Terms:
         Raises:
             HelloRefused: it cannot join.
         """
-        if not hmac.compare_digest(hello.token.encode(), self.token.encode()):
-            raise HelloRefused("wrong cluster token", is_ours=False)
         if hello.version != PROTOCOL_VERSION:
             raise HelloRefused(
                 f"protocol version {hello.version}, this coordinator speaks {PROTOCOL_VERSION}"

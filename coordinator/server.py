@@ -23,7 +23,6 @@ from functools import partial
 from pathlib import Path
 
 import uvicorn
-import zmq.asyncio
 
 from coordinator.api import build_app
 from coordinator.auth import Tenants
@@ -46,7 +45,7 @@ from coordinator.tokenizing import Tokenization
 from coordinator.traces import Traces
 from modeling.config import load_config
 from protocol.errors import BatonError, ConfigError
-from protocol.sockets import AsyncRouter
+from protocol.sockets import AsyncRouter, open_async_context
 
 KEEP_ALIVE_S = 75  # longer than clients keep idle connections, so that they close them first
 STOP_BUDGET_S = 2.0
@@ -168,18 +167,17 @@ class Coordinator:
 
     @asynccontextmanager
     async def _control(self) -> AsyncIterator[tuple[ControlPlane, Registry, AsyncRouter]]:
-        context = zmq.asyncio.Context()
         try:
-            router = AsyncRouter(context, self._config.control_listen)
-            registry = self._registry()
-            try:
-                yield self._control_plane(router, registry), registry, router
-            finally:
-                # Linger is zero: give the last frames a moment to leave before the socket goes.
-                await asyncio.sleep(0.05)
-                router.close()
+            with open_async_context(self._config.token) as context:
+                router = AsyncRouter(context, self._config.control_listen)
+                registry = self._registry()
+                try:
+                    yield self._control_plane(router, registry), registry, router
+                finally:
+                    # Linger is zero: give the last frames a moment to leave before the socket goes.
+                    await asyncio.sleep(0.05)
+                    router.close()
         finally:
-            context.destroy(linger=0)
             self._tokenization.close()
             self._socket.close()
 
@@ -187,7 +185,7 @@ class Coordinator:
         config = self._config
         return Registry(
             config.pools,
-            Terms(config.token, self._model.fingerprint, config.block_size),
+            Terms(self._model.fingerprint, config.block_size),
             coordinator_epoch=config.epoch or time.time_ns() // 1_000_000,
             patience=Patience(
                 silent_s=config.heartbeat_timeout_s,

@@ -258,7 +258,7 @@ def start_rank(
         incarnation=uuid.uuid4().hex,
     )
     with contextlib.ExitStack() as stack:
-        context = stack.enter_context(open_context())
+        context = stack.enter_context(open_context(config.token))
         leader = _bind_leader(config, identity, context) if config.is_leader else None
         store_fd, gang = -1, None
         if leader is not None:
@@ -282,7 +282,7 @@ def _bind_leader(
         address = f"{config.listen}/{config.pool_id}-plan-{identity.incarnation[:8]}"
     else:
         address = f"{config.listen}:*"
-    return LeaderChannel(context, address, world_size=config.world_size, token=config.token)
+    return LeaderChannel(context, address, world_size=config.world_size)
 
 
 def _open_store(config: RankConfig) -> tuple[str, int]:

@@ -92,7 +92,6 @@ class ControlLine:
         """Introduce this rank; answered by Welcome when its whole gang has, or by Refused."""
         self._hello = Hello(
             version=PROTOCOL_VERSION,
-            token=self._config.token,
             role=self._identity.role,
             pool_id=self._identity.pool_id,
             cp_size=self._identity.cp_size,

@@ -92,7 +92,6 @@ class RankProcess:
                 welcome.gang.plan,
                 rank=config.rank,
                 routing_id=self.identity.routing_id,
-                token=config.token,
             )
         _log.info("gang of %d formed, epoch %d", config.world_size, welcome.pool_epoch)
 

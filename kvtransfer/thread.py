@@ -99,7 +99,7 @@ class TransferThread(threading.Thread):
         self._pool = pool
         self._gang = gang
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
-        self._contexts = open_context()
+        self._contexts = open_context(config.token)
         self._context = self._contexts.__enter__()
         self._waker = Waker(self._context, identity.incarnation)
         self._wake = self._waker.handle()

@@ -1,14 +1,13 @@
 """The gang channel: a pool's leader tells its followers each step's plan, they tell their results.
 
 1. The leader binds a ROUTER; its address travels in ``Hello`` and ``Welcome``.
-2. A follower connects and joins with its rank and the cluster's token; who does not is ignored.
+2. A follower connects and joins with its rank.
 3. ``broadcast`` hands one plan to every follower. ``collect`` waits for every follower's result.
 4. A follower that is silent past the deadline is a ``PeerError``: the gang shares one fate.
 
 Used by the main threads alone: a plan never waits for the transfer thread.
 """
 
-import hmac
 import time
 from collections.abc import Callable
 
@@ -27,7 +26,6 @@ class Join(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
     """follower -> leader, first of all."""
 
     rank: int
-    token: str
 
 
 _PLANS: Codec[Plan] = Codec(Plan)
@@ -45,7 +43,6 @@ class LeaderChannel:
         context: the process's ZMQ context.
         address: ``ipc://PATH`` or ``tcp://HOST:*``.
         world_size: ranks of the gang, the leader's included.
-        token: the cluster's secret; a follower must know it.
     """
 
     def __init__(
@@ -54,11 +51,9 @@ class LeaderChannel:
         address: str,
         *,
         world_size: int,
-        token: str,
     ) -> None:
         self._router = Router(context, address)
         self._poller = Poller(self._router)
-        self._token = token.encode()
         self._followers = range(1, world_size)
         self._peers: dict[int, str] = {}  # rank -> routing id
         self._ranks: dict[str, int] = {}
@@ -135,8 +130,6 @@ class LeaderChannel:
                 self._results[message.rank] = message
 
     def _join(self, peer: str, join: Join) -> None:
-        if not hmac.compare_digest(join.token.encode(), self._token):
-            return
         if join.rank not in self._followers or self._peers.get(join.rank, peer) != peer:
             raise PeerError(f"a second process joined the gang as rank {join.rank}")
         self._peers[join.rank] = peer
@@ -151,7 +144,6 @@ class FollowerChannel:
         address: the leader's, from ``Welcome``.
         rank: this rank, at least 1.
         routing_id: unique to this process, such as ``prefill0/1/INCARNATION``.
-        token: the cluster's secret.
     """
 
     def __init__(
@@ -161,11 +153,10 @@ class FollowerChannel:
         *,
         rank: int,
         routing_id: str,
-        token: str,
     ) -> None:
         self._dealer = Dealer(context, address, routing_id)
         self._poller = Poller(self._dealer)
-        self._dealer.send(_RESULTS.encode(Join(rank=rank, token=token)))
+        self._dealer.send(_RESULTS.encode(Join(rank=rank)))
 
     def receive(self, timeout_s: float) -> Plan | None:
         """The next plan, or None when there is none within ``timeout_s``.

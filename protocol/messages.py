@@ -38,7 +38,7 @@ from protocol.request import (
     TransferStats,
 )
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 
 class _Message(
@@ -58,10 +58,9 @@ class GangAddress(msgspec.Struct, frozen=True):
 
 
 class Hello(_Message, frozen=True):
-    """rank -> coordinator, first of all. ``token`` is the cluster's secret."""
+    """rank -> coordinator, first of all. That it is of the cluster its connection has proven."""
 
     version: int
-    token: str
     role: str
     pool_id: str
     cp_size: int

@@ -6,6 +6,10 @@
   and answer them, whatever the process's other threads do or hold, the GIL included. They do not
   notice a process that hangs; the application's own heartbeats do.
 - Linger zero: a process that ends does not wait for a peer that will never read.
+- CurveZMQ encrypts every connection and proves both ends. The key pair of all bound sockets is made
+  from the cluster's token, and neither half is ever sent in clear: who can greet the public key
+  knows the token, who can answer has the secret one. A stranger does not get past the handshake,
+  which libzmq's own threads do; asking a ZAP handler would bring the GIL into it.
 
 A ROUTER here is bound, a DEALER connects; a DEALER's routing id names its process and incarnation.
 """
@@ -15,12 +19,15 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import zmq
 import zmq.asyncio
+from zmq.utils import z85
 from zmq.utils.monitor import recv_monitor_message
 
 from protocol.errors import ConfigError, PeerError
+from protocol.proof import prove
 
 MAX_MESSAGE_BYTES = 64 << 20
 HIGH_WATER_MARK = 10_000
@@ -33,9 +40,26 @@ HEARTBEAT_TIMEOUT_MS = 5_000
 
 
 _AnySocket = zmq.Socket[bytes] | zmq.asyncio.Socket
+C = TypeVar("C", zmq.Context[zmq.Socket[bytes]], zmq.asyncio.Context)
+
+
+def _keyed(context: C, token: str) -> C:
+    """Have the context's sockets know each other by the token."""
+    if not zmq.has("curve"):
+        raise ConfigError("this pyzmq is built without CURVE: install one of its wheels")
+    secret = z85.encode(prove(token, "baton 3 sockets"))
+    public = zmq.curve_public(secret)
+    context.setsockopt(zmq.CURVE_SECRETKEY, secret)
+    context.setsockopt(zmq.CURVE_PUBLICKEY, public)
+    context.setsockopt(zmq.CURVE_SERVERKEY, public)
+    return context
 
 
 def _configure(socket: _AnySocket) -> None:
+    # pyzmq passes over a context's option that a socket does not take.
+    assert socket.getsockopt(zmq.MECHANISM) == zmq.CURVE, "the context has no keys"
+    if socket.getsockopt(zmq.TYPE) == zmq.ROUTER:
+        socket.setsockopt(zmq.CURVE_SERVER, 1)
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
     socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
@@ -288,9 +312,26 @@ class Poller:
 
 
 @contextlib.contextmanager
-def open_context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
-    """The process's ZMQ context; on leaving, its sockets are closed without lingering."""
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+def open_context(token: str) -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
+    """The process's ZMQ context; on leaving, its sockets are closed without lingering.
+
+    Args:
+        token: the cluster's; who has another is not heard.
+
+    Raises:
+        ConfigError: pyzmq cannot encrypt here.
+    """
+    context = _keyed(zmq.Context(), token)
+    try:
+        yield context
+    finally:
+        context.destroy(linger=0)
+
+
+@contextlib.contextmanager
+def open_async_context(token: str) -> Iterator[zmq.asyncio.Context]:
+    """The same, for an event loop."""
+    context = _keyed(zmq.asyncio.Context(), token)
     try:
         yield context
     finally:

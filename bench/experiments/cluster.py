@@ -65,8 +65,6 @@ from protocol.messages import (
 from protocol.request import SamplingParams, TransferStats
 from protocol.token_ids import TokenIds
 
-TOKEN = "virtual"
-
 
 @dataclass(slots=True)
 class Served:
@@ -199,13 +197,13 @@ class Cluster:
             for pool_id, pool in self.prefill.items()
         ]
         self._config = CoordinatorConfig(
-            token=TOKEN,
+            token="virtual",
             model="virtual",
             pools=tuple(specs),
             block_size=BLOCK_SIZE,
             local_prefill_threshold=self.setting.local_prefill_threshold,
         )
-        terms = Terms(TOKEN, FINGERPRINT, BLOCK_SIZE)
+        terms = Terms(FINGERPRINT, BLOCK_SIZE)
         registry = Registry(specs, terms, coordinator_epoch=1, patience=Patience())
         peers = [(spec, rank) for spec in specs for rank in range(spec.num_ranks)]
         for spec, rank in peers:
@@ -364,6 +362,6 @@ def _hello(spec: ExpectedPool, rank: int) -> Hello:
     layout = KVLayout(1, 1, 1, 0, 1, BLOCK_SIZE, 1, "float32")
     endpoint = RankEndpoint(rank, rank, 0, _peer(spec.pool_id, rank), "", layout)
     return Hello(
-        PROTOCOL_VERSION, TOKEN, spec.role, spec.pool_id, spec.cp_size, 1, endpoint,
+        PROTOCOL_VERSION, spec.role, spec.pool_id, spec.cp_size, 1, endpoint,
         FINGERPRINT, MAX_MODEL_LEN, GangAddress("", "") if rank == 0 else None,
     )  # fmt: skip

@@ -43,7 +43,6 @@ from protocol.messages import (
 )
 from protocol.request import FinishReason, SamplingParams
 
-TOKEN = "explored"
 LONG_S = 1e6
 MOMENT_S = 2.0
 
@@ -92,7 +91,7 @@ class Coordinator:
 
     def __init__(self, pools: tuple[ExpectedPool, ...], calls: Calls) -> None:
         config = CoordinatorConfig(
-            token=TOKEN,
+            token="explored",
             model="explored",
             pools=pools,
             block_size=BLOCK_SIZE,
@@ -107,7 +106,7 @@ class Coordinator:
         )
         self.outbox: Outbox = []
         self.registry = Registry(
-            config.pools, Terms(TOKEN, FINGERPRINT, BLOCK_SIZE), coordinator_epoch=1,
+            config.pools, Terms(FINGERPRINT, BLOCK_SIZE), coordinator_epoch=1,
             patience=Patience(),
         )  # fmt: skip
         self.service = Service(config, self.registry, self._send, self._clock)
@@ -244,7 +243,7 @@ class Coordinator:
 def hello(pool: ExpectedPool, endpoint: RankEndpoint, life: int) -> Hello:
     """What a rank says first."""
     return Hello(
-        PROTOCOL_VERSION, TOKEN, pool.role, pool.pool_id, pool.cp_size, pool.tp_size, endpoint,
+        PROTOCOL_VERSION, pool.role, pool.pool_id, pool.cp_size, pool.tp_size, endpoint,
         FINGERPRINT, MAX_MODEL_LEN, GangAddress("", "") if endpoint.rank == 0 else None,
         gang_start=life,
     )  # fmt: skip

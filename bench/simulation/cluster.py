@@ -26,7 +26,6 @@ from protocol.messages import (
     Welcome,
 )
 
-TOKEN = "simulated"
 TICK_S = 0.25
 SWEEP_S = 1.0
 
@@ -43,7 +42,7 @@ class Cluster:
         self.world = world
         self.num_blocks = {spec.pool_id: count for spec, count in pools}
         config = CoordinatorConfig(
-            token=TOKEN,
+            token="simulated",
             model="arithmetic",
             pools=tuple(spec for spec, _ in pools),
             block_size=BLOCK_SIZE,
@@ -56,7 +55,7 @@ class Cluster:
         )
         self.registry = Registry(
             config.pools,
-            Terms(TOKEN, FINGERPRINT, BLOCK_SIZE),
+            Terms(FINGERPRINT, BLOCK_SIZE),
             coordinator_epoch=1,
             patience=Patience(),
         )
@@ -104,7 +103,7 @@ class Cluster:
             peer = f"{pool_id}/{rank.identity.rank}/{rank.identity.incarnation}"
             self._peers[peer] = (gang, rank)
             hello = Hello(
-                PROTOCOL_VERSION, TOKEN, spec.role, pool_id, spec.cp_size, spec.tp_size,
+                PROTOCOL_VERSION, spec.role, pool_id, spec.cp_size, spec.tp_size,
                 rank.endpoint, FINGERPRINT, MAX_MODEL_LEN,
                 GangAddress("", "") if rank.identity.is_leader else None,
                 gang_start=self._lives[pool_id],

@@ -20,7 +20,6 @@ from typing import Any
 
 import httpx
 import pytest
-import zmq
 
 from kvcache.prefix import block_salt, hash_blocks
 from modeling.config import ModelConfig, load_config
@@ -56,11 +55,12 @@ from protocol.messages import (
     Welcome,
 )
 from protocol.request import FinishReason, PrefillPath, TokenLogprobs, TransferStats
-from protocol.sockets import Dealer, Poller, Waker
+from protocol.sockets import Dealer, Poller, Waker, open_context
 
 DEADLINE_S = 20.0
 BLOCK_SIZE = 16
 MODEL = "arithmetic"
+TOKEN = "secret-token"
 MAX_MODEL_LEN = 4096
 TO_RANK: Codec[ToRank] = Codec(ToRank)
 TO_COORDINATOR: Codec[ToCoordinator] = Codec(ToCoordinator)
@@ -84,7 +84,6 @@ def hello(pool: tuple[str, str, int, int], rank: int, config: ModelConfig, **cha
     endpoint = RankEndpoint(rank, cp_rank, tp_rank, incarnation, "inproc://nowhere", layout)
     fields: dict[str, Any] = {
         "version": PROTOCOL_VERSION,
-        "token": "secret-token",
         "role": role,
         "pool_id": pool_id,
         "cp_size": cp_size,
@@ -143,7 +142,8 @@ class FakeCluster(threading.Thread):
         self._pools = {pool[0]: pool for pool in pools}
         self._changed = threading.Condition()
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._contexts = open_context(TOKEN)
+        self._context = self._contexts.__enter__()
         self._waker = Waker(self._context, "fake")
         self._handle = self._waker.handle()
         self._poller = Poller(self._waker)
@@ -204,7 +204,7 @@ class FakeCluster(threading.Thread):
         self._handle.wake()
         self.join(DEADLINE_S)
         self._handle.close()
-        self._context.destroy(linger=0)
+        self._contexts.__exit__(None, None, None)
 
     # -- the thread --------------------------------------------------------------------------------
 
@@ -370,7 +370,7 @@ class CoordinatorProcess:
 
     def __init__(self, folder: Path, **fields: Any) -> None:
         self.config = {
-            "token": "secret-token",
+            "token": TOKEN,
             "model": MODEL,
             "max_model_len": MAX_MODEL_LEN,
             "block_size": BLOCK_SIZE,

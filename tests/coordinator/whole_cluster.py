@@ -162,7 +162,7 @@ class WholeCluster:
         self.now = 0.0
         self.registry = Registry(
             self.config.pools,
-            Terms("t", FINGERPRINT, BLOCK_SIZE),
+            Terms(FINGERPRINT, BLOCK_SIZE),
             coordinator_epoch=1,
             patience=Patience(),
         )
@@ -219,7 +219,7 @@ class WholeCluster:
             endpoint = RankEndpoint(rank, rank, 0, f"{pool_id}{rank}.{life}", "", layout)
             gang = GangAddress("", "") if rank == 0 else None
             where = (spec.role, pool_id, spec.cp_size, 1, endpoint, FINGERPRINT, 1000, gang)
-            hello = Hello(PROTOCOL_VERSION, "t", *where)
+            hello = Hello(PROTOCOL_VERSION, *where)
             self.registry.on_hello(f"{pool_id}/{rank}/{life}", hello, self.now)
         for rank in range(spec.num_ranks):
             self.registry.on_gang_ready(f"{pool_id}/{rank}/{life}", GangReady(), self.now)

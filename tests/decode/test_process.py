@@ -134,7 +134,7 @@ class Coordinator:
 
 @pytest.fixture(params=[1, 2], ids=["tp1", "tp2"])
 def coordinator(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Coordinator]:
-    with open_context() as context:
+    with open_context("secret") as context:
         coordinator = Coordinator(context, tmp_path, request.param)
         with contextlib.closing(coordinator):
             yield coordinator

@@ -77,7 +77,7 @@ class Side:
 
 @pytest.fixture
 def context() -> Iterator[Context]:
-    with open_context() as context:
+    with open_context("secret") as context:
         yield context
 
 

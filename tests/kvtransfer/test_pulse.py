@@ -15,6 +15,7 @@ from protocol.sockets import Dealer, Poller, Pulse, open_context
 
 DEADLINE_S = 15.0
 PULSE = Pulse(interval_s=0.2, timeout_s=1.0)
+TOKEN = "secret"
 
 
 class Line:
@@ -28,7 +29,7 @@ class Line:
 
     def _start(self, address: str) -> "subprocess.Popen[str]":
         script = Path(__file__).with_name("busy_coordinator.py")
-        argv = [sys.executable, str(script), address]
+        argv = [sys.executable, str(script), TOKEN, address]
         environment = {**os.environ, "PYTHONPATH": str(script.parents[2])}
         return subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=environment)
 
@@ -63,7 +64,7 @@ class Line:
 @pytest.fixture(params=["ipc", "tcp"])
 def line(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Line]:
     address = f"ipc://{tmp_path}/c" if request.param == "ipc" else "tcp://127.0.0.1:*"
-    with open_context() as context:
+    with open_context(TOKEN) as context:
         line = Line(context, address)
         yield line
         line.dealer.close()

@@ -119,7 +119,7 @@ class Cluster:
 
     def __init__(self, directory: Path) -> None:
         self.listen = f"ipc://{directory}"
-        self._contexts = open_context()
+        self._contexts = open_context(TOKEN)
         self._context = self._contexts.__enter__()
         self._router = Router(self._context, f"{self.listen}/c")
         self._poller = Poller(self._router)
@@ -440,7 +440,7 @@ def test_a_rank_boots(cluster: Cluster) -> None:
     (rank,) = cluster.all
     assert rank.wait(Welcomed).welcome.pool_epoch == EPOCHS["p"]
     hello = cluster.hellos[rank.around.identity.routing_id]
-    assert (hello.token, hello.gang, hello.model_fingerprint) == (TOKEN, GANG, "model")
+    assert (hello.gang, hello.model_fingerprint) == (GANG, "model")
     assert hello.endpoint.layout == rank.pool.layout
     version = cluster.meet("p")
     cluster.pump(lambda: cluster.are_connected(version))
@@ -537,15 +537,14 @@ def test_a_handoff_outlives_no_coordinator(cluster: Cluster, build: Any) -> None
 
 
 def test_a_refused_rank_ends(cluster: Cluster) -> None:
-    cluster.start("p", token="wrong")
+    cluster.start("p")
     cluster.pump(lambda: bool(cluster.hellos))
     (rank,) = cluster.all
-    assert cluster.hellos[rank.around.identity.routing_id].token == "wrong"
-    cluster.send(rank, Refused("the token is not this cluster's"))
+    cluster.send(rank, Refused("its block size is another"))
     died = rank.wait(ThreadDied)
     assert not died.clean
     assert "refused" in died.reason
-    assert "token" in died.reason
+    assert "block size" in died.reason
 
 
 def test_a_rank_that_is_never_welcomed_ends(cluster: Cluster) -> None:
@@ -593,7 +592,7 @@ def test_strangers_and_garbage_are_dropped_and_counted(
     transfer = _pair(cluster, build)
     rank = transfer.target[0]
     address = cluster.hellos[rank.around.identity.routing_id].endpoint.address
-    with open_context() as context:
+    with open_context(TOKEN) as context:
         stranger = Dealer(context, address, "p/0/someone-else")
         for frame in (b"", b"GET / HTTP/1.1", b"\x02\x80", b"\x00" * 100):
             stranger.send(frame)

@@ -25,13 +25,13 @@ class Gang:
         self._stack = stack
 
     def lead(self, world_size: int) -> LeaderChannel:
-        leader = LeaderChannel(self._context, self._address, world_size=world_size, token="secret")
+        leader = LeaderChannel(self._context, self._address, world_size=world_size)
         self._stack.callback(leader.close)
         self._address = leader.address
         return leader
 
     def follow(self, rank: int, **other: str) -> FollowerChannel:
-        fields = {"routing_id": f"p/{rank}", "token": "secret"} | other
+        fields = {"routing_id": f"p/{rank}"} | other
         channel = FollowerChannel(self._context, self._address, rank=rank, **fields)
         self._stack.callback(channel.close)
         return channel
@@ -40,7 +40,7 @@ class Gang:
 @pytest.fixture(params=["ipc", "tcp"])
 def gang(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Gang]:
     address = f"ipc://{tmp_path}/gang" if request.param == "ipc" else "tcp://127.0.0.1:*"
-    with open_context() as context, contextlib.ExitStack() as stack:
+    with open_context("secret") as context, contextlib.ExitStack() as stack:
         yield Gang(context, address, stack)
 
 
@@ -92,17 +92,19 @@ def test_a_silent_follower_breaks_the_gang(gang: Gang) -> None:
 
 def test_who_does_not_know_the_token_is_nobody(gang: Gang) -> None:
     leader = gang.lead(2)
-    stranger = gang.follow(1, token="guess", routing_id="stranger")
-    with pytest.raises(PeerError, match=r"ranks \[1\] have not joined"):
-        leader.wait_joined(0.1)
-    friend = gang.follow(1)
-    leader.wait_joined(BUDGET_S)
-    leader.broadcast(PrefillPlan(1, ()))
-    assert stranger.receive(0.05) is None
-    stranger.reply(StepResult(1, 1))
-    assert friend.receive(BUDGET_S) == PrefillPlan(1, ())
-    with pytest.raises(PeerError):
-        leader.collect(1, 0.1)
+    with open_context("guess") as strange:
+        stranger = FollowerChannel(strange, leader.address, rank=1, routing_id="stranger")
+        with pytest.raises(PeerError, match=r"ranks \[1\] have not joined"):
+            leader.wait_joined(0.5)
+        friend = gang.follow(1)
+        leader.wait_joined(BUDGET_S)
+        leader.broadcast(PrefillPlan(1, ()))
+        assert stranger.receive(0.05) is None
+        stranger.reply(StepResult(1, 1))
+        assert friend.receive(BUDGET_S) == PrefillPlan(1, ())
+        with pytest.raises(PeerError):
+            leader.collect(1, 0.1)
+        stranger.close()
 
 
 def test_two_processes_are_not_one_rank(gang: Gang) -> None:

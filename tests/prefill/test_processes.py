@@ -120,7 +120,7 @@ Start = Callable[..., tuple[Coordinator, list[subprocess.Popen[bytes]]]]
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
     processes: list[subprocess.Popen[bytes]] = []
-    with open_context() as context:
+    with open_context("secret") as context:
         router = Router(context, f"ipc://{tmp_path}/control")
 
         def start_pool(
@@ -221,7 +221,7 @@ def test_a_rank_dies_with_its_parent(tmp_path: Path) -> None:
         f"command = [sys.executable, '-P', '-m', 'prefill', '--config', {str(file)!r}]\n"
         "subprocess.Popen(command).wait()\n"
     )
-    with open_context() as context:
+    with open_context("secret") as context:
         router = Router(context, config["control_address"])
         parent = subprocess.Popen(
             [sys.executable, "-c", parent_code], stderr=subprocess.PIPE, text=True
