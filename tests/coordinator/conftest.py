@@ -137,6 +137,7 @@ class FakeCluster(threading.Thread):
         self.received: list[tuple[str, int, ToRank]] = []
         self.scripts: dict[tuple[int, ...], Script] = {}
         self.silent: set[str] = set()  # pools that are stopped: they neither hear nor speak
+        self.step_ages: dict[tuple[str, int], float] = {}  # of a step that does not end
         self.jobs: dict[str, Job] = {}
         self.cache: dict[str, set[bytes]] = {pool[0]: set() for pool in pools}
         self._pools = {pool[0]: pool for pool in pools}
@@ -228,7 +229,8 @@ class FakeCluster(threading.Thread):
                 next_beat = time.monotonic() + 0.5
                 for pool_id, rank in self._ranks:
                     counts = (BlockCounts(64, 60, 0, 0, 0, 4),) if rank == 0 else ()
-                    self.say(pool_id, Heartbeat(1, 0.0, blocks=counts), rank)
+                    age_s = self.step_ages.get((pool_id, rank), 0.0)
+                    self.say(pool_id, Heartbeat(1, age_s, blocks=counts), rank)
 
     def say(self, pool_id: str, message: ToCoordinator, rank: int = 0) -> None:
         if pool_id not in self.silent:

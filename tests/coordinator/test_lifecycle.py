@@ -199,7 +199,7 @@ def test_a_hung_rank_whose_heartbeats_come(start_coordinator: Any, tmp_path: Pat
     with start_coordinator(tmp_path, step_budget_s=20.0) as running:
         fake = running.fake
         fake.do(lambda: fake.say("prefill0", Heartbeat(1, 19.0), 1))
-        fake.do(lambda: fake.say("prefill0", Heartbeat(1, 21.0), 1))
+        fake.step_ages["prefill0", 1] = 21.0
         lost = news(running.coordinator, "lost")
         assert lost["reason"] == "rank 1 has been in one step for 21.0 s"
 
