@@ -116,7 +116,7 @@ class Answer(Response):
         )
         self._frontend.service.check_room(trace.tenant, len(self._choices))
         self._frontend.traces.add(trace)
-        tokenizer = self._frontend.tokenization.tools.tokenizer
+        tokenizer = self._frontend.tokenizer
         skip_special = self._options.skip_special_tokens
         for choice in self._choices:
             record = self._frontend.service.submit(

@@ -14,14 +14,13 @@ from starlette.exceptions import HTTPException
 
 from coordinator.auth import SCOPE_TENANT, AuthMiddleware, Tenants
 from coordinator.batches_api import add_batches
-from coordinator.chat import chat, encode_messages, read_messages
+from coordinator.chat import chat
 from coordinator.cluster import describe_cluster, version_info
 from coordinator.completions import complete
 from coordinator.documents_api import add_documents
 from coordinator.errors import error_response
 from coordinator.files_api import add_files
 from coordinator.frontend import Asker, Frontend
-from coordinator.json_body import parse_json
 from coordinator.limits import LimitsMiddleware
 from coordinator.metrics import (
     job_families,
@@ -31,8 +30,7 @@ from coordinator.metrics import (
     render,
     request_families,
 )
-from coordinator.parameters import check_token_ids
-from coordinator.schemas import DetokenizeBody, TokenizeBody, validate
+from coordinator.text.tasks import Json, ReadDetokenize, ReadTokenize
 from protocol.errors import RequestError
 from protocol.logs import num_dropped_lines
 
@@ -57,24 +55,20 @@ def build_app(frontend: Frontend, tenants: Tenants) -> FastAPI:
     return app
 
 
-async def _body(request: Request, frontend: Frontend) -> dict[str, Any]:
-    return parse_json(await request.body(), frontend.config.limits)
-
-
 def _add_generation(app: FastAPI, frontend: Frontend) -> None:
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         asker = Asker.of(request)
-        fields = await _body(request, frontend)
-        frontend.check_ready()
-        return await complete(frontend, asker, fields)
+        async with frontend.body(request) as body:
+            frontend.check_ready()
+            return await complete(frontend, asker, body)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         asker = Asker.of(request)
-        fields = await _body(request, frontend)
-        frontend.check_ready()
-        return await chat(frontend, asker, fields)
+        async with frontend.body(request) as body:
+            frontend.check_ready()
+            return await chat(frontend, asker, body)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -108,42 +102,22 @@ def _model(frontend: Frontend) -> dict[str, Any]:
 
 def _add_text(app: FastAPI, frontend: Frontend) -> None:
     @app.post("/tokenize")
-    async def tokenize(request: Request) -> dict[str, Any]:
-        body = validate(TokenizeBody, await _body(request, frontend))
-        frontend.check_model(body.model)
-        if (body.prompt is None) == (body.messages is None):
-            raise RequestError(
-                "give either prompt or messages", code="invalid_value", param="prompt"
-            )
-        if body.prompt is not None:
-            text, adds = body.prompt, body.add_special_tokens is not False
-            frontend.check_text(text, "prompt")
-            token_ids = await frontend.tokenization.run(
-                lambda tools: tools.tokenizer.encode(text, add_special_tokens=adds)
-            )
-        else:
-            messages = read_messages(frontend, body.messages)
-            token_ids = await frontend.tokenization.run(
-                lambda tools: encode_messages(tools, messages)
-            )
-        tokenizer = frontend.tokenization.tools.tokenizer
-        strings = [tokenizer.token(t) for t in token_ids] if body.return_token_strs else None
-        return {
-            "count": len(token_ids),
-            "max_model_len": frontend.max_model_len,
-            "tokens": token_ids,
-            "token_strs": strings,
-        }
+    async def tokenize(request: Request) -> Response:
+        return await _read(frontend, request, ReadTokenize(frontend.max_model_len))
 
     @app.post("/detokenize")
-    async def detokenize(request: Request) -> dict[str, Any]:
-        body = validate(DetokenizeBody, await _body(request, frontend))
-        frontend.check_model(body.model)
-        token_ids = check_token_ids("tokens", body.tokens, frontend.model.vocab_size)
-        text = await frontend.tokenization.run(
-            lambda tools: tools.tokenizer.decode(token_ids, skip_special_tokens=False)
-        )
-        return {"prompt": text}
+    async def detokenize(request: Request) -> Response:
+        return await _read(frontend, request, ReadDetokenize())
+
+
+async def _read(
+    frontend: Frontend, request: Request, task: ReadTokenize | ReadDetokenize
+) -> Response:
+    """A body for which a text worker has the whole answer."""
+    async with frontend.body(request) as body:
+        found = await frontend.workers.run(request.scope[SCOPE_TENANT].name, task, body)
+    assert isinstance(found, Json), found
+    return Response(bytes(found.body), media_type="application/json")
 
 
 def _add_state(app: FastAPI, frontend: Frontend) -> None:

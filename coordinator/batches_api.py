@@ -10,7 +10,6 @@ from coordinator.files_api import MAX_TTL_S, MIN_TTL_S, as_list, read_limit, ten
 from coordinator.frontend import Frontend
 from coordinator.jobs.batch import describe_batch
 from coordinator.jobs.batches import Batches, BatchRequest
-from coordinator.json_body import parse_json
 from coordinator.schemas import validate
 
 MAX_PAGE, DEFAULT_PAGE = 100, 20
@@ -44,8 +43,7 @@ def add_batches(app: FastAPI, frontend: Frontend) -> None:
 def _add_making(app: FastAPI, frontend: Frontend, batches: Batches) -> None:
     @app.post("/v1/batches")
     async def create(request: Request) -> dict[str, Any]:
-        fields = parse_json(await request.body(), frontend.config.limits)
-        body = validate(BatchBody, fields)
+        body = validate(BatchBody, await frontend.fields(request))
         expiry = body.output_expires_after
         batch = await batches.create(
             BatchRequest(

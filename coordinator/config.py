@@ -13,6 +13,7 @@ from protocol.errors import ConfigError
 from protocol.failpoints import Failpoints
 from protocol.kv import DTYPE_BYTES
 
+MIN_TEXT_MEMORY_BYTES = 512 << 20  # below, not even a worker's libraries are sure to load
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
@@ -33,6 +34,8 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What one caller may ask for. Each has its row in the tests, at the limit and beyond it."""
 
     max_body_bytes: int = 64 << 20  # a prompt of a million token ids takes some 8 MB
+    max_total_body_bytes: int = 1 << 30  # of all bodies that are being received or read
+    max_tenant_body_share: float = 0.5  # of those, that one key may have when there are several
     max_headers: int = 100
     max_header_bytes: int = 32 << 10
     header_timeout_s: float = 10.0
@@ -44,6 +47,7 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_messages: int = 2048
     max_content_parts: int = 64
     max_prompts: int = 128  # prompts of one completion request
+    max_prompt_tokens: int = 4_000_000  # of all its prompts together
     max_choices: int = 128  # n
     max_sequences: int = 1024  # prompts x n of one request
     max_stops: int = 32
@@ -145,7 +149,9 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     quarantine_s: float = 3600.0
     non_finite_requests: int = 3  # whose logits a pool spoils before it is lost
     non_finite_window_s: float = 600.0  # within which
-    num_tokenizer_threads: int = 2
+    num_text_workers: int = 1  # processes for small requests; large ones and documents have others
+    text_timeout_s: float = 10.0  # of one stage of reading a request, and a share for its size
+    text_memory_bytes: int = 4 << 30  # of the address space of one such process
     background_chunk_tokens: int = 64  # of each rank, while somebody waits for answers
     limits: Limits = Limits()
     data_dir: str = ""  # what must survive a restart: jobs, documents; "" forgets them at the end
@@ -176,8 +182,7 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
             raise ConfigError(f"kv_dtype {self.kv_dtype}: choose one of {tuple(DTYPE_BYTES)}")
         if self.max_model_len is not None and self.max_model_len < 2:
             raise ConfigError(f"--max-model-len {self.max_model_len}: must be at least 2 tokens")
-        if self.num_tokenizer_threads < 1:
-            raise ConfigError("num_tokenizer_threads: must be at least 1")
+        self._check_text()
         self._check_crashes()
         self._check_failover()
         Failpoints(self.failpoints)
@@ -196,6 +201,18 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
                     f"processes is set aside after {name} of them, which must be fewer than are "
                     f"started again: lower {name}, or raise restart_budget"
                 )
+
+    def _check_text(self) -> None:
+        if self.num_text_workers < 1:
+            raise ConfigError("num_text_workers: must be at least 1")
+        if self.text_timeout_s <= 0:
+            raise ConfigError("text_timeout_s: must be above 0")
+        if self.text_memory_bytes < MIN_TEXT_MEMORY_BYTES:
+            raise ConfigError(f"text_memory_bytes: must be at least {MIN_TEXT_MEMORY_BYTES}")
+        if not 0 < self.limits.max_tenant_body_share <= 1:
+            raise ConfigError("limits.max_tenant_body_share: must be above 0, and 1 at most")
+        if self.limits.max_total_body_bytes < self.limits.max_body_bytes:
+            raise ConfigError("limits.max_total_body_bytes: must be at least max_body_bytes")
 
     def _check_failover(self) -> None:
         if not 0.0 < self.limits.tenant_share <= 1.0:
@@ -235,6 +252,13 @@ def check_keys(keys: Iterable[str], origin: str) -> None:
             raise ConfigError(f"{origin}: a key cannot be empty")
         if not key.isascii() or not key.isprintable() or " " in key:
             raise ConfigError(f"{origin}: a key is printable ASCII without spaces")
+
+
+def public(config: CoordinatorConfig) -> CoordinatorConfig:
+    """It, without what is secret: for processes that run code of checkpoints."""
+    return msgspec.structs.replace(
+        config, token="", secret="", api_keys=(), host="127.0.0.1", failpoints=""
+    )
 
 
 def is_loopback(host: str) -> bool:

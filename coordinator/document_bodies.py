@@ -1,4 +1,4 @@
-"""What a caller may send to ``/v1/documents``, and our own types made of it."""
+"""What a caller may send to ``/v1/documents``; a text worker makes our own types of it."""
 
 import hashlib
 import json
@@ -10,23 +10,24 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from coordinator.auth import Tenant
-from coordinator.chat import read_messages
 from coordinator.config import JobLimits, Limits
-from coordinator.frontend import Frontend
-from coordinator.jobs.document import CHAT, TEXT, Document, Pin, SystemMessage
+from coordinator.jobs.document import CHAT, TEXT, Document, Pin, SystemMessage, new_id
 from coordinator.jobs.document_table import Idempotency
-from coordinator.jobs.documents import Source, new_id
 from coordinator.jobs.formats import HEAD_BYTES, identify, plain_name, unprocessable
 from coordinator.jobs.pins import read_duration, read_pin
 from coordinator.json_body import parse_json
 from coordinator.parameters import check_token_ids
+from coordinator.schemas import validate
+from coordinator.text.chat_body import read_messages
+from coordinator.text.reading import Reading
+from coordinator.text.tasks import Asked, NeedsFile, ReadDocument, Uploaded
 from protocol.errors import RequestError
 
 RING_SIZES = {"auto": 0, **{str(size): size for size in (1, 2, 4, 8, 16, 32, 64)}}
 MAX_SYSTEM_CHARS = 1 << 18
 MAX_METADATA_KEYS = 64
 MAX_NAME_CHARS = 512
+ONE_SOURCE = "source needs one of text, messages, token_ids and file_id"
 
 _Ttl = Annotated[float, Field(gt=0)] | str
 
@@ -70,67 +71,50 @@ class DocumentBody(UpdateBody):
     idempotency_key: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Uploaded:
-    """A file that came with a request, or that was uploaded before and ``is_ours`` not."""
-
-    path: Path
-    file_name: str
-    is_ours: bool
-    charset: str = ""  # that was declared with it
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """A document to be made."""
-
-    document: Document
-    source: Source
-    idempotency: Idempotency | None
-
-
-def read_request(
-    frontend: Frontend,
-    tenant: Tenant,
-    body: DocumentBody,
-    uploaded: Uploaded | None,
-    header_key: str | None,
-) -> Asked:
-    """A document as it was asked for, checked. Blocks while it reads an uploaded file: in a thread.
+def read_document(
+    reading: Reading, task: ReadDocument, fields: dict[str, Any]
+) -> Asked | NeedsFile:
+    """A document as it was asked for, checked; its file first, if that has not been found.
 
     Raises:
         RequestError: naming the field at fault.
     """
-    assert frontend.jobs is not None, "the route exists only with jobs"
-    documents, limits = frontend.jobs.documents, frontend.config.jobs
-    frontend.check_model(body.model)
-    kind, source, system = _source(frontend, body, uploaded)
+    body, uploaded, limits = validate(DocumentBody, fields), task.uploaded, reading.config.jobs
+    reading.check_model(body.model)
+    if body.source is not None and body.source.file_id is not None and uploaded is None:
+        if len(body.source.model_dump(exclude={"type"}, exclude_none=True)) > 1:
+            raise _invalid("source", ONE_SOURCE)
+        return NeedsFile(body.source.file_id)
+    source = _source(reading, body, uploaded)
     form = body.form or CHAT
-    if form == TEXT and kind == "messages":
+    if form == TEXT and source.kind == "messages":
         raise _invalid("form", "form: a document made of messages is of form 'chat'")
     name = plain_name(uploaded.file_name) if uploaded is not None else ""
-    now = documents.table.clock()
+    salt = task.tenant.cache_salt(None)
     document = Document(
         document_id=new_id(),
-        tenant=tenant.name,
-        cache_salt=tenant.cache_salt(None),
-        created_at=now,
-        kind=kind,
-        media_type=_media_type(name, uploaded.path) if uploaded is not None else "text/plain",
+        tenant=task.tenant.name,
+        cache_salt=salt,
+        created_at=task.now,
+        kind=source.kind,
+        media_type=_media_type(name, Path(uploaded.path)) if uploaded is not None else "text/plain",
         charset="" if uploaded is None else uploaded.charset,
         file_name=name,
         form=form,
-        system=system,
+        system=source.system,
         display_name=body.display_name or name,
-        metadata=check_metadata(body.metadata or {}, frontend.config.limits.max_label_chars),
+        metadata=check_metadata(body.metadata or {}, reading.limits.max_label_chars),
         priority=_priority(body.priority or 0, limits),
-        deadline=_deadline(body.deadline, now),
+        deadline=_deadline(body.deadline, task.now),
         ring_size=_ring_size(body.cp),
-        pin=Pin() if body.pin is None else as_pin(body.pin, limits, documents.tiers),
-        model=frontend.config.model_name,
-        fingerprint=frontend.model.fingerprint,
+        pin=Pin() if body.pin is None else as_pin(body.pin, limits, task.tiers),
+        model=reading.config.model_name,
+        fingerprint=reading.model.fingerprint,
     )
-    return Asked(document, source, _idempotency(body, source, name, header_key))
+    idempotency = _idempotency(body, source, name, task.header_key)
+    text = None if source.text is None else memoryview(source.text)
+    prompt = reading.packed(source.token_ids, salt) if source.token_ids else None
+    return Asked(document, idempotency, text, prompt)
 
 
 def as_pin(body: PinBody, limits: JobLimits, tiers: tuple[str, ...]) -> Pin:
@@ -153,33 +137,38 @@ def check_metadata(metadata: dict[str, Any], max_chars: int) -> dict[str, Any]:
     return metadata
 
 
-def _source(
-    frontend: Frontend, body: DocumentBody, uploaded: Uploaded | None
-) -> tuple[str, Source, tuple[SystemMessage, ...]]:
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """What a document is made of: UTF-8, token ids or a file."""
+
+    kind: str
+    text: bytes | None = None
+    token_ids: Sequence[int] = ()
+    path: Path | None = None
+    system: tuple[SystemMessage, ...] = ()
+
+
+def _source(reading: Reading, body: DocumentBody, uploaded: Uploaded | None) -> _Source:
     if uploaded is not None:
-        return "file", Source(path=uploaded.path, is_ours=uploaded.is_ours), ()
+        return _Source("file", path=Path(uploaded.path))
     given = body.source or SourceBody()
-    kinds = [
-        name
-        for name in ("text", "messages", "token_ids", "file_id")
-        if getattr(given, name) is not None
-    ]
+    kinds = [name for name in ("text", "messages", "token_ids") if getattr(given, name) is not None]
     if len(kinds) != 1:
-        raise _invalid("source", "source needs one of text, messages, token_ids and file_id")
+        raise _invalid("source", ONE_SOURCE)
     if given.token_ids is not None:
-        token_ids = check_token_ids("source", given.token_ids, frontend.model.vocab_size)
+        token_ids = check_token_ids("source", given.token_ids, reading.model.vocab_size)
         if not token_ids:
             raise unprocessable("the document is empty: it has no tokens")
-        return "token_ids", Source(token_ids=token_ids), ()
+        return _Source("token_ids", token_ids=token_ids)
     if given.messages is not None:
-        text, system = _messages(frontend, given.messages)
-        return "messages", Source(text=_checked_text(text)), system
-    return "text", Source(text=_checked_text(given.text or "")), ()
+        text, system = _messages(reading, given.messages)
+        return _Source("messages", _utf8(text), system=system)
+    return _Source("text", _utf8(given.text or ""))
 
 
-def _messages(frontend: Frontend, given: Any) -> tuple[str, tuple[SystemMessage, ...]]:  # noqa: ANN401 - a caller's JSON value
+def _messages(reading: Reading, given: Any) -> tuple[str, tuple[SystemMessage, ...]]:  # noqa: ANN401 - a caller's JSON value
     try:
-        *before, last = read_messages(frontend, given)
+        *before, last = read_messages(reading, given)
     except RequestError as error:
         error.param = "source"
         raise
@@ -193,16 +182,15 @@ def _messages(frontend: Frontend, given: Any) -> tuple[str, tuple[SystemMessage,
     return last["content"], tuple(SystemMessage(m["role"], m["content"]) for m in before)
 
 
-def _checked_text(text: str) -> str:
+def _utf8(text: str) -> bytes:
     if not text:
         raise unprocessable("the document is empty: 0 bytes")
     try:
-        text.encode("utf-8")
+        return text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise RequestError(
             "the text has half a surrogate pair", code="invalid_unicode", param="source"
         ) from error
-    return text
 
 
 def _media_type(name: str, path: Path) -> str:
@@ -241,7 +229,7 @@ def _ring_size(given: str | int | None) -> int:
 
 
 def _idempotency(
-    body: DocumentBody, source: Source, file_name: str, header: str | None
+    body: DocumentBody, source: _Source, file_name: str, header: str | None
 ) -> Idempotency | None:
     if header is not None and body.idempotency_key not in (None, header):
         raise _invalid("idempotency_key", "Idempotency-Key and idempotency_key differ")
@@ -260,13 +248,13 @@ def _idempotency(
     return Idempotency(key, digest.digest())
 
 
-def _contents(source: Source) -> Sequence[bytes]:
+def _contents(source: _Source) -> Sequence[bytes]:
     if source.path is not None:
         with source.path.open("rb") as file:
             return (b"file", hashlib.file_digest(file, "sha256").digest())
     if source.text is not None:
-        return (b"text", source.text.encode("utf-8"))
-    return (b"tokens", json.dumps(source.token_ids).encode())
+        return (b"text", source.text)
+    return (b"tokens", json.dumps(tuple(source.token_ids)).encode())
 
 
 def _invalid(param: str, message: str) -> RequestError:

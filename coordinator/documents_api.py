@@ -4,37 +4,28 @@ A multipart upload is streamed to the disk by the code that reads files for ``/v
 arrives here is a file that is ours to move.
 """
 
-import asyncio
 import hashlib
 import math
+from pathlib import Path
 from typing import Any
 
+import msgspec
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from coordinator.auth import SCOPE_TENANT, Tenant
-from coordinator.document_bodies import (
-    Asked,
-    DocumentBody,
-    SourceBody,
-    UpdateBody,
-    Uploaded,
-    as_pin,
-    check_metadata,
-    fields_of_form,
-    read_request,
-)
+from coordinator.bodies import Body
+from coordinator.document_bodies import UpdateBody, as_pin, check_metadata, fields_of_form
 from coordinator.document_events import EventStream
-from coordinator.document_parts import jobs_of
-from coordinator.frontend import Frontend
+from coordinator.frontend import Frontend, jobs_of
 from coordinator.jobs.document import Document
-from coordinator.jobs.documents import Documents
-from coordinator.jobs.files import Files
+from coordinator.jobs.documents import Documents, Source
 from coordinator.jobs.states import FINAL, PENDING
 from coordinator.jobs.suspects import LINE, Work
-from coordinator.json_body import parse_json
 from coordinator.limits import SCOPE_IS_UPLOAD
 from coordinator.schemas import validate
+from coordinator.text.packing import unpacked
+from coordinator.text.tasks import Asked, NeedsFile, ReadDocument, Uploaded
 from coordinator.uploads import receive_upload
 from protocol.errors import RequestError
 
@@ -58,25 +49,23 @@ def _tenant(request: Request) -> str:
     return name
 
 
-async def _fields(request: Request, frontend: Frontend) -> dict[str, Any]:
-    return parse_json(await request.body(), frontend.config.limits)
-
-
 def _add_making(app: FastAPI, frontend: Frontend, documents: Documents) -> None:
     @app.post("/v1/documents")
     async def create(request: Request) -> Response:
         if not request.scope.get(SCOPE_IS_UPLOAD):
-            return await _create(frontend, request, await _fields(request, frontend), None)
+            async with frontend.body(request) as body:
+                return await _create(frontend, request, body, None)
         assert frontend.jobs is not None, "the route exists only with jobs"
         await documents.keeper.wait_recovered()
         limits, min_free_bytes = frontend.config.limits, frontend.jobs.min_free_bytes
         async with receive_upload(request, documents.folder, limits, min_free_bytes) as upload:
-            uploaded = Uploaded(upload.path, upload.file_name, is_ours=True, charset=upload.charset)
-            return await _create(frontend, request, fields_of_form(upload.fields, limits), uploaded)
+            uploaded = Uploaded(str(upload.path), upload.file_name, True, upload.charset)
+            body = Body(msgspec.json.encode(fields_of_form(upload.fields, limits)))
+            return await _create(frontend, request, body, uploaded)
 
     @app.patch("/v1/documents/{document_id}")
     async def update(request: Request, document_id: str) -> Response:
-        body = validate(UpdateBody, await _fields(request, frontend))
+        body = validate(UpdateBody, await frontend.fields(request))
         pin = None
         if body.pin is not None:
             pin = as_pin(body.pin, documents.limits, documents.tiers)
@@ -93,34 +82,40 @@ def _add_making(app: FastAPI, frontend: Frontend, documents: Documents) -> None:
 
 
 async def _create(
-    frontend: Frontend, request: Request, fields: dict[str, Any], uploaded: Uploaded | None
+    frontend: Frontend, request: Request, body: Body, uploaded: Uploaded | None
 ) -> Response:
     """The answer to a POST, whose source is in the fields or in a file."""
     assert frontend.jobs is not None, "the route exists only with jobs"
     tenant, key = request.scope[SCOPE_TENANT], request.headers.get("idempotency-key")
-    document, is_new = await _accept(frontend, tenant, fields, uploaded, key)
+    document, is_new = await _accept(frontend, tenant, body, uploaded, key)
     summary = frontend.jobs.documents.summarise(document)
     return JSONResponse(summary, status_code=202 if is_new else 200)
 
 
 async def _accept(
-    frontend: Frontend,
-    tenant: Tenant,
-    fields: dict[str, Any],
-    uploaded: Uploaded | None,
-    key: str | None,
+    frontend: Frontend, tenant: Tenant, body: Body, uploaded: Uploaded | None, key: str | None
 ) -> tuple[Document, bool]:
-    jobs = jobs_of(frontend)
-    body = validate(DocumentBody, fields)
-    if uploaded is None and body.source is not None and body.source.file_id is not None:
-        uploaded = await _stored(jobs.files, tenant.name, body.source)
-    asked: Asked = await asyncio.to_thread(read_request, frontend, tenant, body, uploaded, key)
-    return await jobs.documents.create(asked.document, asked.source, asked.idempotency)
+    jobs, workers = jobs_of(frontend), frontend.workers
+    documents = jobs.documents
+    now, max_model_len, tiers = documents.table.clock(), frontend.max_model_len, documents.tiers
+    task = ReadDocument(tenant, now, max_model_len, tiers, uploaded, key)
+    found = await workers.run(tenant.name, task, body)
+    if isinstance(found, NeedsFile):
+        file = await jobs.files.get(tenant.name, found.file_id, "source")
+        uploaded = Uploaded(str(jobs.files.path(file.file_id)), file.file_name, is_ours=False)
+        task = msgspec.structs.replace(task, uploaded=uploaded)
+        found = await workers.run(tenant.name, task, body)
+    assert isinstance(found, Asked), found
+    source = Source(
+        text=found.text,
+        prompt=None if found.prompt is None else unpacked(found.prompt),
+        path=None if uploaded is None else Path(uploaded.path),
+        is_ours=uploaded is not None and uploaded.is_ours,
+    )
+    return await documents.create(found.document, source, found.idempotency)
 
 
-async def make_document(
-    frontend: Frontend, tenant: Tenant, fields: dict[str, Any]
-) -> dict[str, Any]:
+async def make_document(frontend: Frontend, tenant: Tenant, body: Body) -> dict[str, Any]:
     """A document of a line of a batch, when nothing is to be done for it any more.
 
     Raises:
@@ -129,24 +124,16 @@ async def make_document(
     jobs = jobs_of(frontend)
     documents = jobs.documents
     # A batch's line is asked again after every start: it must not be able to end each of them.
-    named = f"{tenant.name} {fields.get('idempotency_key')}".encode()
+    named = f"{tenant.name} {body.line and body.line.idempotency_key}".encode()
     key = hashlib.blake2b(named, digest_size=16).hexdigest()
     async with jobs.gate.work(Work(LINE, key)):
-        document, _ = await _accept(frontend, tenant, fields, None, None)
+        document, _ = await _accept(frontend, tenant, body, None, None)
     while document.state in PENDING:
         wait_s = documents.limits.max_wait_s
         document = await documents.wait(tenant.name, document.document_id, wait_s)
     if document.state in FINAL and document.error is None:
         raise RequestError(f"the document is {document.status}", code="document_not_usable")
     return documents.summarise(document)
-
-
-async def _stored(files: Files, tenant: str, source: SourceBody) -> Uploaded:
-    assert source.file_id is not None, "the caller has looked"
-    if len(source.model_dump(exclude={"type"}, exclude_none=True)) > 1:
-        raise _invalid("source", "source needs one of text, messages, token_ids and file_id")
-    file = await files.get(tenant, source.file_id, "source")
-    return Uploaded(files.path(file.file_id), file.file_name, is_ours=False)
 
 
 async def _whole(documents: Documents, document: Document, status: int = 200) -> Response:

@@ -1,45 +1,44 @@
 """What the HTTP routes share: the model that is served, its limits, and the way to an answer.
 
-1. A route validates its body into :class:`Options` and knows how to make token ids of the prompts.
-2. ``prepare`` makes them in a tokenizer thread, checks them, and numbers the choices.
+1. ``body`` takes the bytes of a request in; a route has a text worker read them (text/workers.py).
+2. ``choices`` numbers the sequences of what the worker has made of them.
 3. ``Answer`` submits the choices and speaks to the caller.
 """
 
+import asyncio
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 from starlette.requests import Request
 
 from coordinator.auth import SCOPE_TENANT, Tenant
+from coordinator.bodies import Body, Budget, receive_body
 from coordinator.config import CoordinatorConfig
 from coordinator.control import ControlPlane
 from coordinator.generation import Generation
 from coordinator.jobs.batches import Batches
 from coordinator.jobs.context import Jobs
 from coordinator.jobs.files import Files
-from coordinator.jobs.questions import Attached
+from coordinator.jobs.prompts import Attached, Opened
 from coordinator.lag import LoopLag
 from coordinator.limits import SCOPE_CLIENT_REQUEST_ID, SCOPE_REQUEST_ID
-from coordinator.parameters import (
-    Options,
-    check_token_ids,
-    context_exceeded,
-    for_prompt,
-    mixed_seed,
-)
+from coordinator.parameters import check_model, mixed_seed
 from coordinator.registry import Registry
-from coordinator.schemas import UnknownFields
 from coordinator.service import Service
-from coordinator.tokenizing import Prompt, TextTools, Tokenization, as_prompt
+from coordinator.text.packing import unpacked
+from coordinator.text.tasks import Fields, Prepared, ReadFields
+from coordinator.text.workers import TextWorkers
 from coordinator.traces import Traces
 from modeling.config import ModelConfig
+from modeling.tokenizer import Tokenizer
 from protocol.errors import RequestError
 
 MAX_SESSION_ID_CHARS = 256
 LAG_MEMORY_S = 5.0  # a loop that was late is ready again after so long without being it
-MAX_BYTES_PER_TOKEN = 8  # a text longer than this for each token of the context is not tokenized
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +86,7 @@ class Choice:
     generation: Generation
     echoed: str = ""
     attached: Attached | None = None  # the document that its prompt begins with
+    prompt_json: msgspec.Raw | None = None  # its prompt's ids, if they are to be shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,14 +98,15 @@ class Frontend:
     registry: Registry
     control: ControlPlane
     service: Service
-    tokenization: Tokenization
+    tokenizer: Tokenizer  # for single tokens: a text is never encoded here
+    workers: TextWorkers
+    bodies: Budget
     traces: Traces
     lag: LoopLag
     started_at: int  # Unix time
     jobs: Jobs | None = None  # where documents are offered; these two as well
     files: Files | None = None
     batches: Batches | None = None
-    unknown_fields: UnknownFields = field(default_factory=UnknownFields)
 
     @property
     def max_model_len(self) -> int:
@@ -113,13 +114,31 @@ class Frontend:
 
     def check_model(self, name: str | None) -> None:
         """Raises RequestError when ``name`` is given and is not the model that is served."""
-        if name is not None and name != self.config.model_name:
-            raise RequestError(
-                f"the model {name[:64]!r} does not exist here: see /v1/models",
-                code="model_not_found",
-                param="model",
-                status=404,
-            )
+        check_model(self.config, name)
+
+    @asynccontextmanager
+    async def body(self, request: Request) -> AsyncIterator[Body]:
+        """The body of a request, while the block runs.
+
+        Raises:
+            RequestError: there is no room for it, or it did not arrive.
+        """
+        declared = int(request.headers.get("content-length", "0"))
+        tenant = request.scope[SCOPE_TENANT].name
+        async with receive_body(request.stream(), declared, self.bodies, tenant) as body:
+            yield body
+
+    async def fields(self, request: Request) -> dict[str, Any]:
+        """The fields of a body that is JSON.
+
+        Raises:
+            RequestError: it is none.
+        """
+        async with self.body(request) as body:
+            found = await self.workers.run(request.scope[SCOPE_TENANT].name, ReadFields(), body)
+        assert isinstance(found, Fields), found
+        fields: dict[str, Any] = msgspec.msgpack.decode(found.fields)
+        return fields
 
     def check_ready(self) -> None:
         """Raises RequestError until every pool has served once."""
@@ -139,74 +158,51 @@ class Frontend:
             )
         return None
 
-    def check_text(self, text: str, param: str) -> None:
-        """Refuse by its length a text that cannot fit, before it costs seconds to tokenize."""
-        if len(text.encode("utf-8")) > MAX_BYTES_PER_TOKEN * self.max_model_len:
-            at_least = len(text.encode("utf-8")) // MAX_BYTES_PER_TOKEN
-            raise context_exceeded(at_least, self.max_model_len, param)
-
-    async def prepare(
-        self,
-        asker: Asker,
-        options: Options,
-        encoders: Sequence[Callable[[TextTools], Sequence[int]]],
-        param: str,
-        attached: Attached | None = None,
-    ) -> list[Choice]:
-        """Every choice of a request: ``options.num_choices`` for each prompt, in OpenAI's order.
+    async def open_document(
+        self, tenant: Tenant, document_id: str, form: str, param: str
+    ) -> Opened:
+        """A document that a request names.
 
         Raises:
-            RequestError: a prompt is empty, too long, or not of the model's tokens.
+            RequestError: it cannot be used so, or this cluster has none.
         """
-        most = self.config.limits.max_sequences
-        if len(encoders) * options.num_choices > most:
-            raise RequestError(
-                f"{len(encoders)} prompts with n {options.num_choices} each: at most {most} "
-                f"sequences are served in one request",
-                code="invalid_value",
-                param="n",
-            )
-        salt = asker.tenant.cache_salt(options.cache_salt)
-        if attached is not None:
-            salt, attached = attached.salted(salt, is_own=options.cache_salt is not None)
-        fingerprint, block_size = self.model.fingerprint, self.config.block_size
+        jobs = jobs_of(self, param)
+        return await jobs.questions.open(tenant.name, document_id, form, param)
 
-        def work(tools: TextTools) -> list[Prompt]:
-            return [
-                as_prompt(self._checked(encode(tools), param), block_size, fingerprint, salt)
-                for encode in encoders
-            ]
-
-        prompts = await self.tokenization.run(work)
+    async def choices(self, asker: Asker, prepared: Prepared) -> list[Choice]:
+        """Every choice of a request, in OpenAI's order: ``n`` for each prompt."""
+        options = prepared.options
         session_id = options.session_id or asker.session_id
         choices: list[Choice] = []
-        for number, prompt in enumerate(prompts):
-            sampling = for_prompt(options, len(prompt.token_ids), self.max_model_len)
+        for number, packed in enumerate(prepared.prompts):
+            prompt, sampling = unpacked(packed), prepared.samplings[number]
             for _ in range(options.num_choices):
                 index = len(choices)
                 seed = mixed_seed(sampling.seed, index % options.num_choices)
-                choices.append(
-                    Choice(
-                        index,
-                        number,
-                        Generation(
-                            request_id=f"{asker.request_id}-{index}",
-                            prompt_token_ids=prompt.token_ids,
-                            block_hashes=prompt.block_hashes,
-                            sampling=msgspec.structs.replace(sampling, seed=seed),
-                            tenant=asker.tenant.name,
-                            cache_salt=salt,
-                            priority=asker.priority,
-                            session=(asker.tenant.name, session_id) if session_id else None,
-                        ),
-                        attached=attached,
-                    )
+                generation = Generation(
+                    request_id=f"{asker.request_id}-{index}",
+                    prompt_token_ids=prompt.token_ids,
+                    block_hashes=prompt.block_hashes,
+                    sampling=msgspec.structs.replace(sampling, seed=seed),
+                    tenant=asker.tenant.name,
+                    cache_salt=prepared.salt,
+                    priority=asker.priority,
+                    session=(asker.tenant.name, session_id) if session_id else None,
                 )
+                echoed = prepared.echoed[number] if prepared.echoed else ""
+                shown = msgspec.Raw(packed.json)
+                choices.append(Choice(index, number, generation, echoed, prepared.attached, shown))
+            await asyncio.sleep(0)  # long prompts have many hashes: others run in between
         return choices
 
-    def _checked(self, token_ids: Sequence[int], param: str) -> tuple[int, ...]:
-        if not token_ids:
-            raise RequestError("the prompt is empty", code="empty_prompt", param=param)
-        if len(token_ids) >= self.max_model_len:
-            raise context_exceeded(len(token_ids), self.max_model_len, param)
-        return check_token_ids(param, token_ids, self.model.vocab_size)
+
+def jobs_of(frontend: Frontend, param: str | None = None) -> Jobs:
+    """Documents, files and batches.
+
+    Raises:
+        RequestError: this cluster offers none.
+    """
+    if frontend.jobs is None:
+        code = "unsupported_content" if param == "messages" else "unsupported_parameter"
+        raise RequestError("documents are not offered by this server", code=code, param=param)
+    return frontend.jobs

@@ -7,6 +7,7 @@ from typing import Any
 
 from coordinator.answer import Answer
 from coordinator.auth import Tenant, Tenants
+from coordinator.bodies import Body
 from coordinator.chat import chat
 from coordinator.completions import complete
 from coordinator.errors import error_object, internal_error
@@ -15,8 +16,8 @@ from coordinator.tiering import BACKGROUND
 from protocol.errors import RequestError
 
 # Makes a document for a tenant, as a POST would have it, and returns it when it is ready or has
-# failed. The fields have an ``idempotency_key``: asked again, it means the same document.
-CreateDocument = Callable[[Tenant, dict[str, Any]], Awaitable[dict[str, Any]]]
+# failed. The body has an ``idempotency_key``: asked again, it means the same document.
+CreateDocument = Callable[[Tenant, Body], Awaitable[dict[str, Any]]]
 _MAKERS = {"/v1/completions": complete, "/v1/chat/completions": chat}
 _log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class LineServer:
         return self._frontend.service.loads.num_interactive
 
     async def serve(
-        self, tenant: str, url: str, body: dict[str, Any], request_id: str
+        self, tenant: str, url: str, body: Body, request_id: str
     ) -> tuple[int, dict[str, Any]]:
         """Status and body, as HTTP would have them."""
         try:
@@ -57,7 +58,7 @@ class LineServer:
             return 500, error_object(internal_error())
 
     async def _serve(
-        self, tenant: Tenant, url: str, body: dict[str, Any], request_id: str
+        self, tenant: Tenant, url: str, body: Body, request_id: str
     ) -> tuple[int, dict[str, Any]]:
         self._frontend.check_ready()
         if url in _MAKERS:

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from coordinator.config import Limits
+from coordinator.config import CoordinatorConfig, Limits
 from coordinator.schemas import GenerationBody
 from coordinator.tokens import TextOptions
 from modeling.config import ModelConfig
@@ -157,6 +157,17 @@ def mixed_seed(seed: int, choice: int) -> int:
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
     return (z ^ (z >> 31)) & _SEED_MASK
+
+
+def check_model(config: CoordinatorConfig, name: str | None) -> None:
+    """Raises RequestError when ``name`` is given and is not the model that is served."""
+    if name is not None and name != config.model_name:
+        raise RequestError(
+            f"the model {name[:64]!r} does not exist here: see /v1/models",
+            code="model_not_found",
+            param="model",
+            status=404,
+        )
 
 
 def check_token_ids(param: str, token_ids: Sequence[Any], vocab_size: int) -> tuple[int, ...]:

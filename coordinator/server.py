@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import os
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -26,7 +27,8 @@ import uvicorn
 
 from coordinator.api import build_app
 from coordinator.auth import Tenants
-from coordinator.config import CoordinatorConfig
+from coordinator.bodies import Budget
+from coordinator.config import CoordinatorConfig, public
 from coordinator.connection import guarded
 from coordinator.control import ControlPlane, Owner
 from coordinator.documents_api import make_document
@@ -40,8 +42,10 @@ from coordinator.lag import INTERVAL_S, LoopLag
 from coordinator.line_server import LineServer
 from coordinator.registry import Patience, Registry
 from coordinator.service import Service
+from coordinator.text.tasks import Settings
+from coordinator.text.workers import TextWorkers
 from coordinator.tiering import Tiering
-from coordinator.tokenizing import Tokenization
+from coordinator.tokenizing import load_tools
 from coordinator.traces import Traces
 from modeling.config import load_config
 from protocol.errors import BatonError, ConfigError
@@ -96,7 +100,10 @@ class Coordinator:
         self._stop = asyncio.Event()
         self._lag = LoopLag()
         self._model = load_config(config.model, max_model_len=config.max_model_len)
-        self._tokenization = Tokenization(config.model, config.num_tokenizer_threads)
+        self._tokenizer = load_tools(config).tokenizer  # and the template compiles
+        self._workers = TextWorkers(
+            Settings(public(config), self._model, os.getpid()), config.num_text_workers
+        )
         self._tenants = Tenants(config.api_keys, config.secret or config.token)
         self._key_file: KeyFile | None = None
         if config.api_key_file:
@@ -123,6 +130,7 @@ class Coordinator:
             jobs = self._jobs(registry, service, control)
             http = self._http_server(control, registry, service, jobs)
             failure: StartFailed | None = None
+            self._workers.start()
             await jobs.start()
             async with asyncio.TaskGroup() as tasks:
                 watching = tasks.create_task(jobs.watch())
@@ -140,6 +148,7 @@ class Coordinator:
                     measuring.cancel()
                     watching.cancel()
                     keys.cancel()
+                    await self._workers.close()
                     await jobs.stop()
                     service.shut_down()
                     http.should_exit = True
@@ -178,7 +187,6 @@ class Coordinator:
                     await asyncio.sleep(0.05)
                     router.close()
         finally:
-            self._tokenization.close()
             self._socket.close()
 
     def _registry(self) -> Registry:
@@ -222,7 +230,7 @@ class Coordinator:
         return Surroundings(
             config,
             model,
-            self._tokenization,
+            self._workers,
             ingestor,
             lambda: registry.max_model_len(configured),
         )
@@ -236,7 +244,9 @@ class Coordinator:
             registry=registry,
             control=control,
             service=service,
-            tokenization=self._tokenization,
+            tokenizer=self._tokenizer,
+            workers=self._workers,
+            bodies=self._body_budget(),
             traces=Traces(),
             lag=self._lag,
             started_at=int(time.time()),
@@ -259,6 +269,12 @@ class Coordinator:
                 timeout_graceful_shutdown=1,
             )
         )
+
+    def _body_budget(self) -> Budget:
+        limits = self._config.limits
+        share = limits.max_tenant_body_share if len(self._config.api_keys) > 1 else 1.0
+        most = max(limits.max_body_bytes, int(share * limits.max_total_body_bytes))
+        return Budget(limits.max_total_body_bytes, most)
 
     def _line_server(self, frontend: Frontend, tenants: Tenants) -> LineServer:
         return LineServer(frontend, tenants, partial(make_document, frontend))

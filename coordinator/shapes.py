@@ -70,7 +70,7 @@ class Shape(ABC):
         if self.return_token_ids:
             choice["token_ids"] = [shown.token.token_id for shown in state.unsent]
             if not state.is_started:
-                choice["prompt_token_ids"] = state.choice.generation.prompt_token_ids
+                choice["prompt_token_ids"] = state.choice.prompt_json
         return choice
 
     def final(self, state: ChoiceState) -> dict[str, Any]:
@@ -96,7 +96,7 @@ class Shape(ABC):
         }
         if self.return_token_ids:
             choice["token_ids"] = [shown.token.token_id for shown in state.unsent]
-            choice["prompt_token_ids"] = state.choice.generation.prompt_token_ids
+            choice["prompt_token_ids"] = state.choice.prompt_json
         return choice
 
     def _object(

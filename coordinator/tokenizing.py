@@ -1,26 +1,22 @@
-"""Tokenizing off the event loop, in a few threads.
+"""What turns text into tokens and back, and what a prompt is then.
 
-A long text takes seconds to tokenize; in the event loop every stream would stand still meanwhile.
-The hashes of a prompt's blocks are made in the same place, for the same reason.
+All of it is used by text workers (text/worker.py); the coordinator itself uses the tokenizer to
+turn single tokens into text, and nothing else.
 """
 
-import asyncio
-import copy
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
+from coordinator.config import CoordinatorConfig
 from kvcache.prefix import block_salt, hash_blocks
 from modeling.chat_template import ChatTemplate, load_chat_template
 from modeling.tokenizer import Tokenizer, load_tokenizer
-
-T = TypeVar("T")
+from protocol.token_ids import TokenIds
 
 
 @dataclass(frozen=True, slots=True)
 class TextTools:
-    """What turns text into tokens and back; immutable, shared by the threads."""
+    """Of the model; immutable."""
 
     tokenizer: Tokenizer
     chat_template: ChatTemplate
@@ -30,42 +26,21 @@ class TextTools:
 class Prompt:
     """A prompt as the pools know it: tokens, and the chained hash of each full block."""
 
-    token_ids: tuple[int, ...]
+    token_ids: TokenIds
     block_hashes: tuple[bytes, ...]
 
 
-class Tokenization:
-    """The threads.
-
-    Args:
-        model: a checkpoint folder or a built-in model's name.
-        num_threads: prompts that are tokenized at one time.
+def load_tools(config: CoordinatorConfig) -> TextTools:
+    """The tools of the model that is served.
 
     Raises:
         ConfigError: the tokenizer or the chat template cannot be read.
     """
-
-    def __init__(self, model: str, num_threads: int) -> None:
-        tokenizer = load_tokenizer(model)
-        self.tools = TextTools(tokenizer, load_chat_template(model, tokenizer.special_tokens))
-        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="tokenizer")
-
-    def aside(self, num_threads: int) -> "Tokenization":
-        """The same tools, in other threads: for work that others are not to wait for."""
-        other = copy.copy(self)
-        other._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="tokenizer-aside")
-        return other
-
-    async def run(self, work: Callable[[TextTools], T]) -> T:
-        """``work`` in one of the threads; what it raises is raised here."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work, self.tools)
-
-    def close(self) -> None:
-        """End the threads without waiting for a text that is being tokenized."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+    tokenizer = load_tokenizer(config.model)
+    return TextTools(tokenizer, load_chat_template(config.model, tokenizer.special_tokens))
 
 
-def as_prompt(token_ids: tuple[int, ...], block_size: int, fingerprint: str, salt: str) -> Prompt:
+def as_prompt(token_ids: Sequence[int], block_size: int, fingerprint: str, salt: str) -> Prompt:
     """``token_ids`` with their hashes. Every process salts in this way: model, colon, tenant."""
     hashes = hash_blocks(token_ids, block_size, block_salt(fingerprint, salt))
-    return Prompt(token_ids, tuple(hashes))
+    return Prompt(TokenIds.of(token_ids), tuple(hashes))

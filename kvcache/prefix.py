@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from kvcache.blocks import BlockPool
 from protocol.kv import BlockRef
 
-_HASH_BYTES = 16
+HASH_BYTES = 16
 _TOKEN_BYTES = 4
 
 
@@ -35,11 +35,11 @@ def hash_blocks(token_ids: Sequence[int], block_size: int, salt: str) -> list[by
     num_blocks = len(token_ids) // block_size
     num_tokens = num_blocks * block_size
     packed = memoryview(struct.pack(f"<{num_tokens}I", *token_ids[:num_tokens]))
-    parent = hashlib.blake2b(salt.encode(), digest_size=_HASH_BYTES).digest()
+    parent = hashlib.blake2b(salt.encode(), digest_size=HASH_BYTES).digest()
     hashes = []
     block_bytes = block_size * _TOKEN_BYTES
     for start in range(0, num_blocks * block_bytes, block_bytes):
-        state = hashlib.blake2b(parent, digest_size=_HASH_BYTES)
+        state = hashlib.blake2b(parent, digest_size=HASH_BYTES)
         state.update(packed[start : start + block_bytes])
         parent = state.digest()
         hashes.append(parent)

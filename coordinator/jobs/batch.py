@@ -94,6 +94,13 @@ class Line(msgspec.Struct, frozen=True):
     depends_on: int | None = None  # the line that makes the document that this one names
 
 
+class LineEdit(msgspec.Struct, frozen=True):
+    """What is put into the request of a line when its turn has come."""
+
+    document_id: str | None  # of the document that it names by a line
+    idempotency_key: str | None = None  # if it has none of its own
+
+
 class Claim(msgspec.Struct, frozen=True):
     """A line to be answered now."""
 

@@ -1,17 +1,20 @@
 """The input of a batch: a link to the uploaded file, read line by line.
 
 1. At the batch's creation the file is linked, so that its deletion takes nothing from the batch.
-2. ``read_lines`` checks every line and notes where it is; nothing of its body is kept.
-3. ``read_body`` reads one line again, when its turn has come.
+2. ``LineReader``, in a text worker, checks every line and notes where it is; nothing of its body is
+   kept.
+3. ``request_of``, too, reads one line again, when its turn has come.
 """
 
 import os
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from coordinator.bodies import Body
 from coordinator.config import BatchLimits, Limits
-from coordinator.jobs.batch import DOCUMENTS, Line, LineError
+from coordinator.jobs.batch import DOCUMENTS, Line, LineEdit, LineError
 from coordinator.jobs.files import sync_folder
 from coordinator.json_body import parse_json
 from protocol.errors import RequestError
@@ -23,22 +26,18 @@ MAX_CUSTOM_ID_CHARS = 512
 
 
 class Inputs:
-    """The inputs of all batches that are not over. Its methods block: call them in a thread.
+    """The inputs of all batches that are not over.
+
+    ``add``, ``remove`` and ``recover`` block: call them in a thread.
 
     Args:
         folder: for them alone; made if it is not there.
-        limits: of one batch.
-        json_limits: of the body of one line, as of a request.
         places: told of what becomes durable.
     """
 
-    def __init__(
-        self, folder: Path, limits: BatchLimits, json_limits: Limits, places: Places | None = None
-    ) -> None:
+    def __init__(self, folder: Path, places: Places | None = None) -> None:
         self._places = Places() if places is None else places
         self.folder = folder
-        self._limits = limits
-        self._json_limits = json_limits
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._found = {path.name for path in folder.iterdir()}
 
@@ -58,28 +57,37 @@ class Inputs:
             self.remove(name)  # what has come since may be of a batch that is being written
         self._found.clear()
 
-    def read_lines(self, batch_id: str, endpoint: str) -> tuple[list[Line], list[LineError]]:
-        """All lines, and what is wrong with them; one of both is empty."""
-        reader = _Reader(endpoint, self._limits, self._json_limits)
+    @contextmanager
+    def whole(self, batch_id: str) -> Iterator[Body]:
+        """All lines, for :class:`LineReader`."""
         with self._path(batch_id).open("rb") as file:
-            reader.read(file)
-        return ([], reader.errors) if reader.errors else (reader.lines, [])
+            yield Body(file=file.fileno(), length=os.fstat(file.fileno()).st_size)
 
-    def read_body(self, batch_id: str, line: Line, document_id: str | None) -> dict[str, Any]:
-        """The request of a line, with the id of the document that it names by a line's."""
+    @contextmanager
+    def line(self, batch_id: str, line: Line, edit: LineEdit) -> Iterator[Body]:
+        """The request of a line, for :func:`request_of`."""
         with self._path(batch_id).open("rb") as file:
-            file.seek(line.offset)
-            data = file.read(line.size)
-        body: dict[str, Any] = parse_json(data, self._json_limits)["body"]
-        for holder in _references(body):
-            holder["document_id"] = document_id
-        return body
+            yield Body(file=file.fileno(), offset=line.offset, length=line.size, line=edit)
 
     def _path(self, batch_id: str) -> Path:
         return self.folder / batch_id
 
 
-class _Reader:
+def request_of(data: bytes, edit: LineEdit, limits: Limits) -> dict[str, Any]:
+    """The request of a line, with what is put into it now.
+
+    Raises:
+        RequestError: as ``parse_json``.
+    """
+    body: dict[str, Any] = parse_json(data, limits)["body"]
+    for holder in _references(body):
+        holder["document_id"] = edit.document_id
+    if edit.idempotency_key is not None:
+        body.setdefault("idempotency_key", edit.idempotency_key)
+    return body
+
+
+class LineReader:
     """Reads one input. ``errors`` has the first of them."""
 
     def __init__(self, endpoint: str, limits: BatchLimits, json_limits: Limits) -> None:

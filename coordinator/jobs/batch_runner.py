@@ -16,11 +16,16 @@ import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol, TypeVar
 
+import msgspec
+
+from coordinator.bodies import Body
 from coordinator.errors import error_object
 from coordinator.jobs.batch import (
     DOCUMENTS,
     Batch,
     Claim,
+    Line,
+    LineEdit,
     LineError,
     Result,
     answered,
@@ -31,6 +36,7 @@ from coordinator.jobs.batches import Batches, line_key
 from coordinator.jobs.gate import refusal
 from coordinator.jobs.slots import Slots
 from coordinator.jobs.suspects import BATCH, LINE, Name, Work
+from coordinator.text.tasks import Lines, ReadLines, Workers
 from protocol.errors import RequestError
 from protocol.failpoints import RESULT_ANSWERED
 
@@ -53,10 +59,11 @@ class LineServer(Protocol):
     def num_interactive(self) -> int | None:
         """Sequences in the cluster that are not of lines; None while it serves nobody."""
 
-    async def serve(self, tenant: str, url: str, body: dict[str, Any], request_id: str) -> Reply:
+    async def serve(self, tenant: str, url: str, body: Body, request_id: str) -> Reply:
         """Status and body. May be cancelled; then nothing of it goes on.
 
-        A line to ``/v1/documents`` is answered when the document is ready, or has failed. It has an
+        ``body`` is the line with what is put into it (batch_input.request_of). A line to
+        ``/v1/documents`` is answered when the document is ready, or has failed. It has an
         ``idempotency_key``: asked again, the same document is meant.
         """
 
@@ -67,9 +74,11 @@ class BatchRunner:
     Args:
         batches: what is to be done.
         server: does it.
+        workers: read the lines.
     """
 
-    def __init__(self, batches: Batches, server: LineServer) -> None:
+    def __init__(self, batches: Batches, server: LineServer, workers: Workers) -> None:
+        self._workers = workers
         self._batches = batches
         self._table = batches.table
         self._limits = batches.limits
@@ -201,12 +210,16 @@ class BatchRunner:
         return True
 
     async def _validate(self, batch: Batch) -> None:
-        lines, errors = await asyncio.to_thread(
-            self._batches.inputs.read_lines, batch.batch_id, batch.endpoint
-        )
-        if errors:
-            await self._table.refuse(batch.batch_id, errors)
+        with self._batches.inputs.whole(batch.batch_id) as body:
+            found = await self._workers.run(batch.tenant, ReadLines(batch.endpoint), body)
+        assert isinstance(found, Lines), found
+        if found.errors:
+            await self._table.refuse(batch.batch_id, found.errors)
             return
+        lines: list[Line] = []
+        for piece in found.pieces:
+            lines += msgspec.msgpack.decode(piece, type=list[Line])
+            await asyncio.sleep(0)  # many lines are taken in many steps
         await self._table.add_lines(batch.batch_id, lines)
         now = self._table.clock()
 
@@ -328,21 +341,15 @@ class BatchRunner:
         try:
             _check(claim)
             key = line_key(batch.batch_id, line.number)
-            if line.url != DOCUMENTS:
-                async with self._gate.work(Work(LINE, key)):
-                    body = await self._body(batch, claim)
-                    return await self._server.serve(batch.tenant, line.url, body, request_id)
-            body = await self._body(batch, claim)
-            body.setdefault("idempotency_key", key)
-            # It waits for other work, the document's, which goes through the gate itself.
-            return await self._server.serve(batch.tenant, line.url, body, request_id)
+            edit = LineEdit(claim.document_id, key if line.url == DOCUMENTS else None)
+            with self._batches.inputs.line(batch.batch_id, line, edit) as body:
+                if line.url != DOCUMENTS:
+                    async with self._gate.work(Work(LINE, key)):
+                        return await self._server.serve(batch.tenant, line.url, body, request_id)
+                # It waits for other work, the document's, which goes through the gate itself.
+                return await self._server.serve(batch.tenant, line.url, body, request_id)
         except RequestError as error:
             return error.status, error_object(error)
-
-    async def _body(self, batch: Batch, claim: Claim) -> dict[str, Any]:
-        return await asyncio.to_thread(
-            self._batches.inputs.read_body, batch.batch_id, claim.line, claim.document_id
-        )
 
 
 def _check(claim: Claim) -> None:

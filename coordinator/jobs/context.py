@@ -38,7 +38,7 @@ from coordinator.jobs.pins import PinPolicy
 from coordinator.jobs.preparing import Preparing
 from coordinator.jobs.questions import Questions
 from coordinator.jobs.runner import Runner
-from coordinator.tokenizing import Tokenization
+from coordinator.text.tasks import Workers
 from modeling.config import ModelConfig
 from protocol.errors import RequestError
 from protocol.folders import temporary_folder
@@ -48,7 +48,6 @@ from protocol.places import Places
 _log = logging.getLogger(__name__)
 
 DATABASE_NAME = "jobs.sqlite"
-NUM_THREADS = 2
 RECOVERY_PAUSE_S = 1.0
 SPARE_STARTS = 2  # of the budget, that durable work never uses
 ROOM_TO_ASK = 1  # tokens that must fit behind a document
@@ -60,7 +59,7 @@ class Surroundings:
 
     config: CoordinatorConfig
     model: ModelConfig
-    tokenization: Tokenization
+    workers: Workers
     ingestor: Ingestor
     max_model_len: Callable[[], int]  # of a request, now
     clock: Callable[[], float] = time.time  # Unix time, as callers see it
@@ -78,6 +77,7 @@ class Jobs:
     def __init__(self, surroundings: Surroundings) -> None:
         config = surroundings.config
         self._leftovers = contextlib.ExitStack()
+        self._workers = surroundings.workers
         if config.data_dir:
             self.folder = Path(config.data_dir)
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -94,7 +94,7 @@ class Jobs:
         self.min_free_bytes = surroundings.min_free_bytes or config.batches.min_free_bytes
         clock = surroundings.clock
         self.files = Files(self.database, self.folder / "files", config.batches, clock, places)
-        inputs = Inputs(self.folder / "batches", config.batches, config.limits, places)
+        inputs = Inputs(self.folder / "batches", places)
         table = BatchTable(self.database, clock)
         self.batches = Batches(table, self.files, inputs, config.batches, self.gate)
         self._batch_runner: BatchRunner | None = None
@@ -126,10 +126,7 @@ class Jobs:
         facts = ModelFacts(config.model_name, model.fingerprint, config.block_size)
         num_prefill_pools = sum(pool.role == "prefill" for pool in config.pools)
         files = DocumentFiles(self.folder / "documents", places)
-        # A long document is encoded for seconds: requests have other threads.
-        tokenization = surroundings.tokenization.aside(NUM_THREADS)
-        self._leftovers.callback(tokenization.close)
-        library = Library(files, tokenization, facts)
+        library = Library(files, surroundings.workers, facts)
         policy = PinPolicy(limits, kv_bytes_per_token(model, config.kv_dtype or model.dtype))
         table = DocumentTable(self.database, limits, surroundings.clock)
         preparing = Preparing(table, files, library, limits, max_tokens, places)
@@ -155,7 +152,7 @@ class Jobs:
 
     def attach(self, server: LineServer) -> None:
         """Who answers the lines of batches; before ``start``."""
-        self._batch_runner = BatchRunner(self.batches, server)
+        self._batch_runner = BatchRunner(self.batches, server, self._workers)
 
     async def start(self) -> None:
         """Go on with what an earlier process has left; before anything is taken in."""

@@ -4,6 +4,7 @@ Fields are in the order of a document's life. A :class:`Change` is a new value a
 tell of it: both are written in one transaction, or neither.
 """
 
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from coordinator.jobs import states
 from coordinator.jobs.states import State, Step
 from protocol.errors import RequestError
 
+ID_PREFIX = "doc_"
 CHAT, TEXT = "chat", "text"  # forms: see canonical.py
 NO_PIN, SOFT, HARD = "none", "soft", "hard"
 ANY_TIER = "any"
@@ -58,6 +60,11 @@ class Failure(msgspec.Struct, frozen=True, omit_defaults=True):
     @staticmethod
     def of(error: RequestError) -> "Failure":
         return Failure(error.code, error.message, error.status, error.param)
+
+
+def new_id() -> str:
+    """An id that nobody guesses."""
+    return f"{ID_PREFIX}{secrets.token_hex(16)}"
 
 
 class SystemMessage(msgspec.Struct, frozen=True):

@@ -24,6 +24,7 @@ from coordinator.jobs.space import told_when_full
 from protocol.errors import RequestError
 from protocol.failpoints import FILE_REMOVED, FILE_RENAMED, FILE_WRITE
 from protocol.places import Places
+from protocol.token_ids import TokenIds
 
 SOURCE, TEXT, TOKENS = "source", "text", "tokens"
 _MAGIC = b"BTK1"
@@ -47,7 +48,7 @@ class DocumentFiles:
     def path(self, document_id: str, kind: str) -> Path:
         return self.folder / f"{document_id}.{kind}"
 
-    def write(self, document_id: str, kind: str, data: bytes) -> None:
+    def write(self, document_id: str, kind: str, data: bytes | memoryview) -> None:
         """Returns when the file is on the disk."""
         path = self.path(document_id, kind)
         new = path.with_name(f"{path.name}.new")
@@ -92,10 +93,7 @@ class DocumentFiles:
             raise _damaged("text") from error
 
     def write_tokens(self, document_id: str, token_ids: Sequence[int]) -> None:
-        packed = array(_TYPECODE, token_ids)
-        if sys.byteorder == "big":
-            packed.byteswap()
-        data = packed.tobytes()
+        data = TokenIds.of(token_ids).little()
         digest = hashlib.blake2b(data, digest_size=16).digest()
         self.write(document_id, TOKENS, _HEADER.pack(_MAGIC, len(token_ids), digest) + data)
 

@@ -27,20 +27,21 @@ from coordinator.jobs.document import (
 )
 from coordinator.jobs.document_files import TEXT, DocumentFiles
 from coordinator.jobs.document_rows import not_found
+from coordinator.jobs.document_sizes import check_size
 from coordinator.jobs.document_table import DocumentTable, Idempotency
 from coordinator.jobs.events import WrittenEvent
 from coordinator.jobs.gate import Gate
 from coordinator.jobs.ingestor import Ingestor, IngestRequest
 from coordinator.jobs.keeper import Keeper
-from coordinator.jobs.library import Library, check_size
+from coordinator.jobs.library import Library
 from coordinator.jobs.pins import Pinned, PinPolicy
 from coordinator.jobs.runner import Runner
 from coordinator.jobs.space import check_space
 from coordinator.jobs.states import FINAL, PENDING, Step
 from coordinator.jobs.suspects import DOCUMENT, Name
+from coordinator.tokenizing import Prompt
 from protocol.errors import IllegalTransition, RequestError
 
-ID_PREFIX = "doc_"
 SLIDES_FROM = 0.95  # of a pin's time: not every question is written down
 MAX_BYTES_PER_TOKEN = 8  # a longer text is not even tokenized
 BYTES_PER_TOKEN = 4  # of a text, about; until its tokens are known
@@ -50,18 +51,18 @@ BYTES_PER_TOKEN = 4  # of a text, about; until its tokens are known
 class Source:
     """What a document is made of: one of text, token ids, or a file that ``is_ours`` to move."""
 
-    text: str | None = None
-    token_ids: tuple[int, ...] = ()
+    text: bytes | memoryview | None = None  # UTF-8
+    prompt: Prompt | None = None
     path: Path | None = None
     is_ours: bool = False
 
     @property
     def size_bytes(self) -> int:
         if self.text is not None:
-            return len(self.text.encode("utf-8"))
+            return len(self.text)
         if self.path is not None:
             return self.path.stat().st_size
-        return 4 * len(self.token_ids)
+        return 0 if self.prompt is None else 4 * len(self.prompt.token_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +80,6 @@ class Parts:
     limits: JobLimits
     max_tokens: Callable[[], int]  # of a document that can be asked about
     min_free_bytes: int
-
-
-def new_id() -> str:
-    """An id that nobody guesses."""
-    return f"{ID_PREFIX}{secrets.token_hex(16)}"
 
 
 class Documents:
@@ -129,8 +125,8 @@ class Documents:
         size_bytes = await asyncio.to_thread(lambda: source.size_bytes)
         check_space(self._files.folder, 3 * size_bytes, min_free_bytes=self.min_free_bytes)
         self._check_size(source, size_bytes)
-        if source.token_ids:
-            document = await self._with_tokens(document, source.token_ids)
+        if source.prompt is not None:
+            document = self._with_tokens(document, source.prompt)
         num_tokens = document.num_tokens or size_bytes // BYTES_PER_TOKEN
         try:
             await asyncio.to_thread(self._write_source, document.document_id, source)
@@ -151,26 +147,25 @@ class Documents:
         if not self._ingestor.is_ready:
             return  # how much can be held is not known yet: it is checked again before the work
         max_tokens = self._max_tokens()
-        if source.token_ids:
-            check_size(len(source.token_ids), max_tokens)
+        if source.prompt is not None:
+            check_size(len(source.prompt.token_ids), max_tokens)
         elif source.text is not None and size_bytes > MAX_BYTES_PER_TOKEN * max_tokens:
             check_size(size_bytes // MAX_BYTES_PER_TOKEN, max_tokens)
 
-    async def _with_tokens(self, document: Document, token_ids: tuple[int, ...]) -> Document:
-        facts = self.library.facts
-        prompt = await self.library.hashed(document, token_ids)
+    def _with_tokens(self, document: Document, prompt: Prompt) -> Document:
+        self.library.keep(document.document_id, prompt)
         return msgspec.structs.replace(
             document,
-            num_tokens=len(token_ids),
-            block_size=facts.block_size,
+            num_tokens=len(prompt.token_ids),
+            block_size=self.library.facts.block_size,
             first_hash=prompt.block_hashes[0].hex() if prompt.block_hashes else "",
         )
 
     def _write_source(self, document_id: str, source: Source) -> None:
-        if source.token_ids:
-            self._files.write_tokens(document_id, source.token_ids)
+        if source.prompt is not None:
+            self._files.write_tokens(document_id, source.prompt.token_ids)
         elif source.path is None:
-            self._files.write(document_id, TEXT, (source.text or "").encode("utf-8"))
+            self._files.write(document_id, TEXT, source.text or b"")
         elif source.is_ours:
             self._files.adopt(document_id, source.path)
         else:

@@ -37,7 +37,7 @@ class IngestRequest:
 
     document_id: str
     request_id: str
-    token_ids: tuple[int, ...]
+    token_ids: Sequence[int]
     block_hashes: tuple[bytes, ...]
     tenant: str
     cache_salt: str

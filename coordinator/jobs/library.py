@@ -1,23 +1,28 @@
 """What a document's tokens and block hashes are, kept at hand while it is in use.
 
-Reading and hashing a long document takes a fraction of a second: it is done in a tokenizer thread,
-and the latest few are kept.
+Encoding, reading and hashing a document takes up to minutes: a text worker does it, and the latest
+few are kept, packed.
 """
 
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
-from coordinator.jobs.canonical import encode_document
 from coordinator.jobs.document import Document
 from coordinator.jobs.document_files import TOKENS, DocumentFiles
-from coordinator.jobs.formats import unprocessable
-from coordinator.tokenizing import Prompt, TextTools, Tokenization, as_prompt
+from coordinator.text.packing import unpacked
+from coordinator.text.tasks import (
+    CompareForms,
+    EncodeDocument,
+    LoadDocument,
+    PackedPrompt,
+    Same,
+    Workers,
+)
+from coordinator.tokenizing import Prompt
 from protocol.errors import RequestError
 
-T = TypeVar("T")
 MAX_KEPT_TOKENS = 2 << 20
 
 
@@ -35,14 +40,15 @@ class Library:
 
     Args:
         files: where they lie.
-        tokenization: of the model.
+        workers: make tokens of text.
         facts: of the model.
     """
 
-    def __init__(self, files: DocumentFiles, tokenization: Tokenization, facts: ModelFacts) -> None:
+    def __init__(self, files: DocumentFiles, workers: Workers, facts: ModelFacts) -> None:
         self.facts = facts
         self._files = files
-        self._tokenization = tokenization
+        self._folder = str(files.folder)
+        self._workers = workers
         self._kept: OrderedDict[str, Prompt] = OrderedDict()
 
     def is_current(self, document: Document) -> bool:
@@ -62,9 +68,7 @@ class Library:
         if kept is not None:
             self._kept.move_to_end(document.document_id)
             return kept
-        prompt = await self._tokenization.run(lambda tools: self._load(tools, document))
-        self._keep(document.document_id, prompt)
-        return prompt
+        return await self._made(document, LoadDocument(self._folder, document))
 
     async def encode(self, document: Document, max_tokens: int) -> Prompt:
         """Make the tokens of a document from its text, and keep them on the disk.
@@ -72,54 +76,28 @@ class Library:
         Raises:
             RequestError: it has no tokens, too many, or is of another model's.
         """
-
-        def work(tools: TextTools) -> Prompt:
-            if document.kind == "token_ids":
-                token_ids = self._own_tokens(document)
-            else:
-                token_ids = tuple(self._encoded(tools, document))
-            check_size(len(token_ids), max_tokens)
-            if document.kind != "token_ids":
-                self._files.write_tokens(document.document_id, token_ids)
-            return self._hashed(document, token_ids)
-
-        encoding = asyncio.ensure_future(self._tokenization.run(work))
-        try:
-            prompt = await asyncio.shield(encoding)
-        except asyncio.CancelledError:
-            # No thread stops: it must not write a file of a document that is deleted next.
-            await asyncio.wait({encoding})
-            encoding.exception()
-            raise
-        self._keep(document.document_id, prompt)
-        return prompt
-
-    async def hashed(self, document: Document, token_ids: tuple[int, ...]) -> Prompt:
-        """Token ids that the caller gave, with their hashes."""
-        prompt = await self._tokenization.run(lambda _tools: self._hashed(document, token_ids))
-        self._keep(document.document_id, prompt)
-        return prompt
-
-    async def text(self, document: Document) -> str:
-        """The text of a document that has one.
-
-        Raises:
-            RequestError: it was given as token ids, or its file is damaged.
-        """
         if document.kind == "token_ids":
-            raise RequestError(
-                "this document was given as token ids of another model: ingest it again",
-                code="document_model_changed",
-                param="document_id",
-                status=409,
-            )
-        return await self._tokenization.run(
-            lambda _tools: self._files.read_text(document.document_id)
-        )
+            if document.fingerprint and document.fingerprint != self.facts.fingerprint:
+                raise model_changed()
+            return await self._made(document, LoadDocument(self._folder, document))
+        prompt = await self._made(document, EncodeDocument(self._folder, document, max_tokens))
+        packed = prompt.token_ids
+        await finished(self._files.write_tokens, document.document_id, packed)
+        return prompt
 
-    async def run(self, work: Callable[[TextTools], T]) -> T:
-        """``work`` in a thread of the documents."""
-        return await self._tokenization.run(work)
+    async def is_same(self, document: Document, form: str) -> bool:
+        """Whether a document has the same tokens in that form, too."""
+        task = CompareForms(self._folder, document, form)
+        found = await self._workers.run(document.tenant, task)
+        assert isinstance(found, Same), found
+        return found.is_same
+
+    async def _made(self, document: Document, task: LoadDocument | EncodeDocument) -> Prompt:
+        found = await self._workers.run(document.tenant, task)
+        assert isinstance(found, PackedPrompt), found
+        prompt = unpacked(found)
+        self.keep(document.document_id, prompt)
+        return prompt
 
     def is_at_hand(self, document: Document) -> bool:
         """Whether nothing is read or made for ``prompt``."""
@@ -128,34 +106,8 @@ class Library:
     def forget(self, document_id: str) -> None:
         self._kept.pop(document_id, None)
 
-    def _own_tokens(self, document: Document) -> tuple[int, ...]:
-        if document.fingerprint and document.fingerprint != self.facts.fingerprint:
-            raise RequestError(
-                "these are token ids of another model than is served now: ingest it again",
-                code="document_model_changed",
-                status=409,
-            )
-        return self._files.read_tokens(document.document_id)
-
-    def _encoded(self, tools: TextTools, document: Document) -> list[int]:
-        text = self._files.read_text(document.document_id)
-        system = [{"role": m.role, "content": m.content} for m in document.system]
-        return encode_document(tools, text, document.form, system)
-
-    def _load(self, tools: TextTools, document: Document) -> Prompt:
-        try:
-            return self._hashed(document, self._files.read_tokens(document.document_id))
-        except RequestError:
-            if document.kind == "token_ids":
-                raise
-            # Its text is there still, and the same tokens come of it.
-            return self._hashed(document, tuple(self._encoded(tools, document)))
-
-    def _hashed(self, document: Document, token_ids: tuple[int, ...]) -> Prompt:
-        facts = self.facts
-        return as_prompt(token_ids, facts.block_size, facts.fingerprint, document.cache_salt)
-
-    def _keep(self, document_id: str, prompt: Prompt) -> None:
+    def keep(self, document_id: str, prompt: Prompt) -> None:
+        """Have it at hand, in the place of what was not used for longest."""
         self._kept[document_id] = prompt
         self._kept.move_to_end(document_id)
         total = sum(len(kept.token_ids) for kept in self._kept.values())
@@ -168,18 +120,23 @@ class Library:
         return self.is_current(document) and self._files.has(document.document_id, TOKENS)
 
 
-def check_size(num_tokens: int, max_tokens: int) -> None:
-    """Refuse what can never be held.
+async def finished(work: Callable[..., None], *arguments: object) -> None:
+    """``work`` in a thread, to its end: no thread stops when its task is cancelled, and it must not
+    write a file of a document that is deleted next."""
+    running = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
+    try:
+        await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait({running})
+        running.exception()
+        raise
 
-    Raises:
-        RequestError: naming both numbers.
-    """
-    if num_tokens == 0:
-        raise unprocessable("the document is empty: it has no tokens")
-    if num_tokens > max_tokens:
-        raise RequestError(
-            f"the document has {num_tokens} tokens and this cluster can hold {max_tokens}: "
-            f"split it, or serve with more KV memory or a longer context",
-            code="document_too_large",
-            param="source",
-        )
+
+def model_changed() -> RequestError:
+    """A document of token ids, which mean something else to the model that is served now."""
+    return RequestError(
+        "these are token ids of another model than is served now: ingest it again",
+        code="document_model_changed",
+        param="document_id",
+        status=409,
+    )

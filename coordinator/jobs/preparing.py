@@ -12,8 +12,9 @@ import msgspec
 from coordinator.config import JobLimits
 from coordinator.jobs.document import Change, Document, Event
 from coordinator.jobs.document_files import SOURCE, TEXT, DocumentFiles
+from coordinator.jobs.document_sizes import check_size
 from coordinator.jobs.document_table import DocumentTable
-from coordinator.jobs.library import Library, check_size
+from coordinator.jobs.library import Library
 from coordinator.jobs.parser_process import ParserCrashed, extract
 from protocol.errors import RequestError
 from protocol.places import Places

@@ -182,7 +182,7 @@ class _Run:
         request = IngestRequest(
             document_id=document.document_id,
             request_id=f"{document.document_id}-{document.attempt}-{self._serial}",
-            token_ids=self._prompt.token_ids[:end],
+            token_ids=self._prompt.token_ids.head(end),
             block_hashes=self._prompt.block_hashes[: end // segments.library.facts.block_size],
             tenant=document.tenant,
             cache_salt=document.cache_salt,

@@ -290,7 +290,7 @@ def test_odd_messages_on_the_control_socket_change_nothing(
         {"log_level": "LOUD"},
         {"api_keys": ("a b",)},
         {"api_keys": ("",)},
-        {"num_tokenizer_threads": 0},
+        {"num_text_workers": 0},
         {"kv_dtype": "int3"},
     ],
 )

@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import os
 import sqlite3
 import subprocess
 import sys
@@ -11,15 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.config import BatchLimits
+from coordinator.config import BatchLimits, CoordinatorConfig, ExpectedPool
 from coordinator.jobs.database import Database
 from coordinator.jobs.document import Document
 from coordinator.jobs.document_files import DocumentFiles
 from coordinator.jobs.files import BATCH, SCHEMA, Files, StoredFile
 from coordinator.jobs.library import Library, ModelFacts
-from coordinator.tokenizing import Tokenization
+from coordinator.text.in_process import InProcessWorkers
+from coordinator.text.tasks import Settings
 from kvcache.pool import KVPool
 from kvcache.tiers.files import PackFiles
+from modeling.config import load_config
 from protocol.errors import RequestError
 from protocol.failpoints import ACTIONS, FAIL, KINDS
 from protocol.kv import KVLayout
@@ -113,8 +116,9 @@ def test_who_stops_an_encoding_finds_it_ended(tmp_path: Path) -> None:
         places = Places("jobs.file.write.tokens:delay=0.2")
         files = DocumentFiles(tmp_path, places)
         files.write("doc_a", "text", b"A text.")
-        tokenization = Tokenization("arithmetic", 1)
-        library = Library(files, tokenization, ModelFacts("arithmetic", "f", 4))
+        config = CoordinatorConfig("t", "arithmetic", (ExpectedPool("d", "decode", 1, 1),))
+        workers = InProcessWorkers(Settings(config, load_config("arithmetic"), os.getpid()))
+        library = Library(files, workers, ModelFacts("arithmetic", "f", 4))
         document = Document("doc_a", "t", "salt", 0.0, "text", form="text")
         encoding = asyncio.create_task(library.encode(document, 100))
         async with asyncio.timeout(20):
@@ -124,7 +128,6 @@ def test_who_stops_an_encoding_finds_it_ended(tmp_path: Path) -> None:
             await asyncio.wait({encoding})
         assert encoding.cancelled()
         assert files.has("doc_a", "tokens")
-        tokenization.close()
 
     asyncio.run(run())
 

@@ -27,16 +27,20 @@ from typing import Any, NoReturn
 from bench.faults.jobs.asked import BLOCK_SIZE, SALT, SEGMENT_TOKENS, TENANT, answer_of, text_of
 from bench.faults.jobs.asked import linked_lines as lines_of
 from bench.faults.jobs.packs import PackIngestor
-from coordinator.config import BatchLimits, CoordinatorConfig, ExpectedPool, JobLimits
+from coordinator.bodies import Body
+from coordinator.config import BatchLimits, CoordinatorConfig, ExpectedPool, JobLimits, Limits
+from coordinator.jobs.batch_input import request_of
 from coordinator.jobs.batches import BatchRequest
 from coordinator.jobs.context import Jobs, Surroundings
-from coordinator.jobs.document import Document
+from coordinator.jobs.document import Document, new_id
 from coordinator.jobs.document_table import Idempotency
-from coordinator.jobs.documents import Documents, Source, new_id
+from coordinator.jobs.documents import Documents, Source
 from coordinator.jobs.files import BATCH, StoredFile, new_file_id
 from coordinator.jobs.ingestor import IngestRequest, IngestResult
 from coordinator.jobs.states import PENDING, State
-from coordinator.tokenizing import Tokenization
+from coordinator.text.in_process import InProcessWorkers
+from coordinator.text.tasks import Settings
+from coordinator.tokenizing import load_tools
 from modeling.config import load_config
 from protocol.errors import RequestError
 from protocol.places import Places
@@ -61,14 +65,17 @@ class Lines:
         self._documents = documents
 
     async def serve(
-        self, tenant: str, url: str, body: dict[str, Any], request_id: str
+        self, tenant: str, url: str, body: Body, request_id: str
     ) -> tuple[int, dict[str, Any]]:
         del tenant, request_id
+        assert body.file is not None and body.line is not None, "it is a line"
+        data = os.pread(body.file, body.length, body.offset)
+        fields = request_of(data, body.line, Limits())
         if url != "/v1/documents":
             await asyncio.sleep(LINE_S)
-            return answer_of(body)
-        key, text = body["idempotency_key"], body["source"]["text"]
-        made = await make_document(self._documents, key, Source(text=text), key)
+            return answer_of(fields)
+        key, text = fields["idempotency_key"], fields["source"]["text"]
+        made = await make_document(self._documents, key, Source(text=text.encode()), key)
         while made.state in PENDING:
             made = await self._documents.wait(TENANT, made.document_id, 60)
         assert made.state is State.READY, made
@@ -140,14 +147,12 @@ class Life:
         )
         ingestor = Poisoned(folder / "kv", model.fingerprint, BLOCK_SIZE, Places(config.failpoints))
         self._folder = folder
-        self._tokenization = Tokenization("arithmetic", 1)
+        workers = InProcessWorkers(Settings(config, model, os.getpid()))
         if poison:
-            encode = self._tokenization.tools.tokenizer.encode
+            encode = load_tools(config).tokenizer.encode
             ingestor.poison = tuple(encode(text_of(poison)))[:SEGMENT_TOKENS]
         self.jobs = Jobs(
-            Surroundings(
-                config, model, self._tokenization, ingestor, lambda: 1 << 20, min_free_bytes=1
-            )
+            Surroundings(config, model, workers, ingestor, lambda: 1 << 20, min_free_bytes=1)
         )
         self.jobs.attach(Lines(self.jobs.documents))
         self._asked: set[asyncio.Task[None]] = set()
@@ -177,7 +182,6 @@ class Life:
             task.cancel()
         await asyncio.wait({watching, *self._asked})
         await self.jobs.close()
-        self._tokenization.close()
 
     async def _do(self, asked: dict[str, Any]) -> None:
         try:
@@ -208,7 +212,7 @@ class Life:
         raise ValueError(f"nobody can do {asked}")
 
     async def _make_document(self, key: str, is_file: bool) -> str:
-        source = Source(text=text_of(key))
+        source = Source(text=text_of(key).encode())
         if is_file:
             path = self._folder / f"upload-{key}"
             path.write_text(text_of(key))

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.auth import Tenant, Tenants
+from coordinator.bodies import Body
 from coordinator.config import BatchLimits, CoordinatorConfig, ExpectedPool, Limits
 from coordinator.control import ControlPlane
 from coordinator.frontend import Frontend
+from coordinator.jobs.batch_input import request_of
 from coordinator.jobs.context import Jobs, Surroundings
 from coordinator.jobs.ingestor import Ingestor
 from coordinator.line_server import LineServer
@@ -33,6 +36,12 @@ class Clock:
         return time.time() + self.offset_s
 
 
+def fields_of(body: Body) -> dict[str, Any]:
+    """The request of a line, as a text worker reads it."""
+    assert body.file is not None and body.line is not None, "it is a line"
+    return request_of(os.pread(body.file, body.length, body.offset), body.line, Limits())
+
+
 class Library:
     """Makes documents for lines: each once, ready when ``gate`` is open."""
 
@@ -41,7 +50,8 @@ class Library:
         self.gate = asyncio.Event()
         self.gate.set()
 
-    async def create(self, tenant: Tenant, fields: dict[str, Any]) -> dict[str, Any]:
+    async def create(self, tenant: Tenant, body: Body) -> dict[str, Any]:
+        fields = fields_of(body)
         document = self.made.setdefault(
             fields["idempotency_key"],
             {"id": f"doc_{len(self.made)}", "object": "document", "tenant": tenant.name},
@@ -63,7 +73,7 @@ class Server(LineServer):
         self.failures: list[tuple[int, dict[str, Any]]] = []
 
     async def serve(self, *asked: Any) -> tuple[int, dict[str, Any]]:
-        self.asked.append(asked[2])
+        self.asked.append(fields_of(asked[2]))
         return self.failures.pop() if self.failures else await super().serve(*asked)
 
 

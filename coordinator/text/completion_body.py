@@ -1,0 +1,116 @@
+"""A body of ``/v1/completions`` to a request: text or token ids in, in a text worker.
+
+OpenAI's four forms of a prompt: text, texts, token ids, lists of them; behind a document, if the
+request names one.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from coordinator.auth import Tenant
+from coordinator.jobs.prompts import Contents, Opened, completion_tokens
+from coordinator.parameters import read_options
+from coordinator.schemas import CompletionBody, validate
+from coordinator.text.reading import Encoder, Reading
+from coordinator.text.tasks import NeedsDocument, Prepared, Stage
+from protocol.errors import RequestError
+from protocol.token_ids import TokenIds
+
+DEFAULT_MAX_TOKENS = 16  # OpenAI's
+
+
+def read_completion(
+    reading: Reading,
+    tenant: Tenant,
+    fields: dict[str, Any],
+    opened: Opened | None,
+    contents: Callable[[], Contents],
+) -> Prepared | NeedsDocument:
+    """The request that ``fields`` ask for; what it names first, if that has not been opened.
+
+    Raises:
+        RequestError: the request cannot be served as it is.
+    """
+    body = validate(CompletionBody, fields)
+    reading.unknown_fields.note(CompletionBody, fields)
+    reading.check_model(body.model)
+    options = read_options(
+        body,
+        max_tokens=body.max_tokens,
+        default_max_tokens=DEFAULT_MAX_TOKENS,
+        num_logprobs=body.logprobs,
+        model=reading.model,
+        limits=reading.limits,
+    )
+    if (body.best_of or options.num_choices) != options.num_choices:
+        raise RequestError(
+            "best_of other than n is not supported", code="unsupported_parameter", param="best_of"
+        )
+    if body.echo and body.logprobs is not None:
+        raise RequestError(
+            "echo with logprobs is not supported: prompts have no log-probabilities here",
+            code="unsupported_parameter",
+            param="echo",
+        )
+    if body.document_id is not None and opened is None:
+        return NeedsDocument(body.document_id)
+    given = "" if opened is not None and body.prompt is None else body.prompt
+    prompts = _prompts(reading, given)
+    encoders = [_encoder(reading, prompt) for prompt in prompts]
+    attached = None
+    if opened is not None:
+        document, attached = contents(), opened.attached
+        encoders = [_behind(document, prompt) for prompt in prompts]
+    reading.enter(Stage.ENCODING, sum(map(len, prompts)))
+    prepared = reading.prepare(options, tenant, encoders, "prompt", attached)
+    echoed = [_text(reading, prompt.token_ids) for prompt in prepared.prompts] if body.echo else []
+    with_logprobs = body.logprobs is not None
+    return msgspec.structs.replace(prepared, with_logprobs=with_logprobs, echoed=echoed)
+
+
+def _text(reading: Reading, packed: memoryview) -> str:
+    return reading.tools.tokenizer.decode(TokenIds(packed))
+
+
+def _behind(document: Contents, prompt: str | list[Any]) -> Encoder:
+    return lambda tools: completion_tokens(tools, document, prompt)
+
+
+def _prompts(reading: Reading, prompt: Any) -> list[str | list[Any]]:  # noqa: ANN401 - a caller's JSON value
+    """The prompts in the four forms that OpenAI has: text, texts, token ids, lists of them."""
+    if prompt is None:
+        raise RequestError("prompt is missing", code="missing_required_parameter", param="prompt")
+    if isinstance(prompt, str):
+        return [prompt]
+    if not isinstance(prompt, list):
+        raise _wrong_type()
+    if not prompt:
+        raise RequestError("the prompt is empty", code="empty_prompt", param="prompt")
+    if type(prompt[0]) not in (str, list):
+        return [prompt]
+    if set(map(type, prompt)) != {type(prompt[0])}:
+        raise _wrong_type()
+    if len(prompt) > reading.limits.max_prompts:
+        raise RequestError(
+            f"{len(prompt)} prompts, at most {reading.limits.max_prompts} are served",
+            code="invalid_value",
+            param="prompt",
+        )
+    return prompt
+
+
+def _wrong_type() -> RequestError:
+    return RequestError(
+        "prompt must be a string, a list of strings, a list of token ids, or a list of such lists",
+        code="invalid_type",
+        param="prompt",
+    )
+
+
+def _encoder(reading: Reading, prompt: str | list[Any]) -> Encoder:
+    if isinstance(prompt, list):
+        return lambda _tools: prompt
+    reading.check_text(prompt, "prompt")
+    return lambda tools: tools.tokenizer.encode(prompt) if prompt else []

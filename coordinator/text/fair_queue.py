@@ -1,0 +1,57 @@
+"""Whose turn it is: one queue for each tenant, served in turn. Pure.
+
+A tenant that asks for much waits behind itself, and takes only its part of the places.
+"""
+
+from collections import OrderedDict, deque
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class FairQueue(Generic[T]):
+    """Items of tenants.
+
+    Args:
+        max_items: that wait at one time.
+        max_tenant_items: of one tenant.
+    """
+
+    def __init__(self, max_items: int, max_tenant_items: int) -> None:
+        self._max_items = max_items
+        self._max_tenant_items = max_tenant_items
+        self._waiting: OrderedDict[str, deque[T]] = OrderedDict()
+        self._num_items = 0
+
+    def __len__(self) -> int:
+        return self._num_items
+
+    def put(self, tenant: str, item: T) -> bool:
+        """Behind the tenant's others; False when there is no place for it."""
+        mine = self._waiting.get(tenant)
+        num_mine = 0 if mine is None else len(mine)
+        if self._num_items >= self._max_items or num_mine >= self._max_tenant_items:
+            return False
+        self._waiting.setdefault(tenant, deque()).append(item)
+        self._num_items += 1
+        return True
+
+    def take(self) -> T | None:
+        """The first of the tenant whose turn it is, which is then the last to have one again."""
+        if not self._waiting:
+            return None
+        tenant, items = self._waiting.popitem(last=False)
+        item = items.popleft()
+        if items:
+            self._waiting[tenant] = items
+        self._num_items -= 1
+        return item
+
+    def remove(self, tenant: str, item: T) -> None:
+        """It is not wanted any more. Does nothing if it has been taken."""
+        items = self._waiting.get(tenant)
+        if items is not None and item in items:
+            items.remove(item)
+            self._num_items -= 1
+            if not items:
+                del self._waiting[tenant]
