@@ -54,6 +54,7 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_stop_chars: int = 256
     max_logit_bias: int = 1024
     max_requests: int = 4096  # sequences in the cluster at one time, waiting ones included
+    max_connections: int = 8192  # and no more than the limit of open files leaves room for
     tenant_share: float = 0.75  # of those, that one key may have while there are several
     max_label_chars: int = 4096  # user, and each value of metadata
     max_upload_bytes: int = 512 << 20  # a multipart body, where files are uploaded

@@ -18,6 +18,8 @@ from starlette.requests import Request
 from coordinator.auth import SCOPE_TENANT, Tenant
 from coordinator.bodies import Body, Budget, receive_body
 from coordinator.config import CoordinatorConfig
+from coordinator.connection import GuardedConnection
+from coordinator.connections import Connections
 from coordinator.control import ControlPlane
 from coordinator.generation import Generation
 from coordinator.jobs.batches import Batches
@@ -33,6 +35,7 @@ from coordinator.text.packing import unpacked
 from coordinator.text.tasks import Fields, Prepared, ReadFields
 from coordinator.text.workers import TextWorkers
 from coordinator.traces import Traces
+from coordinator.turns import Turns
 from modeling.config import ModelConfig
 from modeling.tokenizer import Tokenizer
 from protocol.errors import RequestError
@@ -103,6 +106,8 @@ class Frontend:
     bodies: Budget
     traces: Traces
     lag: LoopLag
+    turns: Turns
+    connections: Connections[GuardedConnection]
     started_at: int  # Unix time
     jobs: Jobs | None = None  # where documents are offered; these two as well
     files: Files | None = None
