@@ -72,6 +72,8 @@ class Acceptor:
 
     def _accept_some(self) -> None:
         for _ in range(ACCEPTS_PER_PASS):
+            if self._opening and self._connections.num_free <= len(self._opening):
+                return  # one of those may be idle, and go, in the next pass
             try:
                 accepted, _ = self._listener.accept()
             except (BlockingIOError, InterruptedError):
@@ -81,7 +83,7 @@ class Acceptor:
             except OSError as error:
                 self._wait_for_room(error)
                 return
-            if self._connections.admit(len(self._opening) + 1):
+            if self._connections.admit():
                 task = self._loop.create_task(self._open(accepted))
                 self._opening.add(task)
                 task.add_done_callback(self._opening.discard)

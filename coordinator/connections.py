@@ -45,13 +45,13 @@ class Connections(Generic[C]):
     def __len__(self) -> int:
         return len(self._open)
 
-    def admit(self, num_more: int = 1) -> bool:
-        """Whether there is room for another one, made if need be; a refusal is counted.
+    @property
+    def num_free(self) -> int:
+        return self.max_open - len(self._open)
 
-        Args:
-            num_more: with those that have been admitted and are not yet ``opened``.
-        """
-        if len(self._open) + num_more <= self.max_open or self.make_room():
+    def admit(self) -> bool:
+        """Whether there is room for another one, made if need be; a refusal is counted."""
+        if self.num_free > 0 or self.make_room():
             return True
         self.num_refused += 1
         return False

@@ -83,9 +83,10 @@ class Turns:
             return
         self._see_to_next_pass()
         self._until = self._clock() + self._turn_s
-        while self.num_waiting and self._clock() < self._until:
+        while self.num_waiting:
             if self._start_one():
                 self._until = 0.0  # a task: how long it takes shows in the next pass
+            if self._clock() >= self._until:
                 break
 
     def _start_one(self) -> bool:
