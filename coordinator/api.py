@@ -29,6 +29,7 @@ from coordinator.metrics import (
     pool_families,
     render,
     request_families,
+    text_families,
 )
 from coordinator.text.tasks import Json, ReadDetokenize, ReadTokenize
 from protocol.errors import RequestError
@@ -149,6 +150,7 @@ def _add_state(app: FastAPI, frontend: Frontend) -> None:
                 *service.metrics.families(),
                 *request_families(service.loads.num_active, service.num_leaked),
                 *lag_families(frontend.lag, now),
+                *text_families(frontend.workers, frontend.bodies),
                 *log_families(num_dropped_lines(), frontend.registry.pools.values()),
                 *pool_families(frontend.registry.pools.values()),
                 *([] if frontend.jobs is None else job_families(frontend.jobs.gate)),

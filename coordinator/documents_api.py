@@ -58,7 +58,10 @@ def _add_making(app: FastAPI, frontend: Frontend, documents: Documents) -> None:
         assert frontend.jobs is not None, "the route exists only with jobs"
         await documents.keeper.wait_recovered()
         limits, min_free_bytes = frontend.config.limits, frontend.jobs.min_free_bytes
-        async with receive_upload(request, documents.folder, limits, min_free_bytes) as upload:
+        async with (
+            frontend.room_for_upload(request),
+            receive_upload(request, documents.folder, limits, min_free_bytes) as upload,
+        ):
             uploaded = Uploaded(str(upload.path), upload.file_name, True, upload.charset)
             body = Body(msgspec.json.encode(fields_of_form(upload.fields, limits)))
             return await _create(frontend, request, body, uploaded)

@@ -41,6 +41,7 @@ from modeling.tokenizer import Tokenizer
 from protocol.errors import RequestError
 
 MAX_SESSION_ID_CHARS = 256
+UPLOAD_BYTES = 2 << 20  # of one upload in memory: a piece that is gathered, one that is written
 LAG_MEMORY_S = 5.0  # a loop that was late is ready again after so long without being it
 
 
@@ -132,6 +133,20 @@ class Frontend:
         tenant = request.scope[SCOPE_TENANT].name
         async with receive_body(request.stream(), declared, self.bodies, tenant) as body:
             yield body
+
+    @asynccontextmanager
+    async def room_for_upload(self, request: Request) -> AsyncIterator[None]:
+        """What an upload has in memory while it goes to the disk, for as long as the block runs.
+
+        Raises:
+            RequestError: there is no room for it.
+        """
+        tenant, began = request.scope[SCOPE_TENANT].name, time.monotonic()
+        self.bodies.take(tenant, UPLOAD_BYTES)
+        try:
+            yield
+        finally:
+            self.bodies.give_back(tenant, UPLOAD_BYTES, time.monotonic() - began)
 
     async def fields(self, request: Request) -> dict[str, Any]:
         """The fields of a body that is JSON.
