@@ -72,6 +72,7 @@ class BatchLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_lines: int = 50_000  # of one batch
     max_batch_bytes: int = 200 << 20
     max_open: int = 64  # batches of one tenant that have not ended
+    max_all_open: int = 1_000
     max_errors: int = 100  # wrong lines that a refused batch lists
     window_s: float = 86_400.0  # after which a batch expires
     keep_s: float = 30 * 86_400.0  # how long an ended batch can be looked at
@@ -86,6 +87,11 @@ class JobLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     max_documents: int = 10_000  # of all tenants, ended ones included
     max_tenant_documents: int = 1_000
+    max_waiting: int = 1_000  # of all tenants, that are not ready yet
+    max_tenant_waiting: int = 200
+    max_watchers: int = 1_000  # of all tenants: GETs that wait, and streams of events
+    max_tenant_watchers: int = 100
+    tenant_quota_bytes: int = 0  # of texts, files and KV; 0: half the disk quota if there are keys
     max_running: int = 0  # documents that are computed at one time; 0 takes one per prefill pool
     segment_tokens: int = 8192  # a document goes on from the last whole segment
     max_events: int = 1_000  # of one document that are kept, the newest
@@ -106,6 +112,7 @@ class JobLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_pin_s: float = 30 * 86_400.0
     disk_quota_bytes: int = 64 << 30
     pinned_share: float = 0.5  # of the quota, that may be pinned by all tenants together
+    tenant_pin_share: float = 0.4  # of the quota, that one tenant may pin in any mode
     hard_pin_share: float = 0.25  # of the quota, that one tenant may pin hard
 
 

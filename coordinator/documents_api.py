@@ -167,7 +167,13 @@ def _add_looking(app: FastAPI, frontend: Frontend, documents: Documents) -> None
     @app.get("/v1/documents/{document_id}")
     async def get(request: Request, document_id: str) -> Response:
         wait_s = _number(request.query_params.get("wait"), "wait", 0, 0, math.inf)
-        document = await documents.wait(_tenant(request), document_id, wait_s)
+        tenant = _tenant(request)
+        if wait_s > 0:
+            documents.watchers.check(tenant)
+            with documents.watchers.watching(tenant):
+                document = await documents.wait(tenant, document_id, wait_s)
+        else:
+            document = await documents.get(tenant, document_id)
         return await _whole(documents, await documents.keeper.check_blocks(document))
 
     @app.get("/v1/documents/{document_id}/events")
@@ -175,7 +181,8 @@ def _add_looking(app: FastAPI, frontend: Frontend, documents: Documents) -> None
         document = await documents.get(_tenant(request), document_id)
         given = request.query_params.get("starting_after") or request.headers.get("last-event-id")
         after = int(_number(given, "starting_after", 0, 0, MAX_SEQUENCE))
-        return EventStream(documents, frontend.config, document.document_id, after)
+        documents.watchers.check(document.tenant)
+        return EventStream(documents, frontend.config, document, after)
 
 
 def _add_steps(app: FastAPI, documents: Documents) -> None:

@@ -37,6 +37,7 @@ from coordinator.jobs.marks import Marks, boot_id
 from coordinator.jobs.pins import PinPolicy
 from coordinator.jobs.preparing import Preparing
 from coordinator.jobs.questions import Questions
+from coordinator.jobs.quotas import Quota
 from coordinator.jobs.runner import Runner
 from coordinator.text.tasks import Workers
 from modeling.config import ModelConfig
@@ -93,7 +94,11 @@ class Jobs:
         self.gate = self._gate(surroundings)
         self.min_free_bytes = surroundings.min_free_bytes or config.batches.min_free_bytes
         clock = surroundings.clock
-        self.files = Files(self.database, self.folder / "files", config.batches, clock, places)
+        self._quota = _quota(surroundings)
+        self.files = Files(
+            *(self.database, self.folder / "files", config.batches, clock, places),
+            check_quota=self._quota.check,
+        )
         inputs = Inputs(self.folder / "batches", places)
         table = BatchTable(self.database, clock)
         self.batches = Batches(table, self.files, inputs, config.batches, self.gate)
@@ -127,8 +132,8 @@ class Jobs:
         num_prefill_pools = sum(pool.role == "prefill" for pool in config.pools)
         files = DocumentFiles(self.folder / "documents", places)
         library = Library(files, surroundings.workers, facts)
-        policy = PinPolicy(limits, kv_bytes_per_token(model, config.kv_dtype or model.dtype))
-        table = DocumentTable(self.database, limits, surroundings.clock)
+        policy = PinPolicy(limits, self._quota.bytes_per_token)
+        table = DocumentTable(self.database, limits, surroundings.clock, self._quota)
         preparing = Preparing(table, files, library, limits, max_tokens, places)
         max_running = limits.max_running or max(1, num_prefill_pools)
         limits = msgspec.structs.replace(limits, max_running=max_running)
@@ -200,6 +205,14 @@ class Jobs:
         """Stop, and close the database: nothing may be asked afterwards. Idempotent."""
         await self.stop()
         self._leftovers.close()
+
+
+def _quota(surroundings: Surroundings) -> Quota:
+    config, model = surroundings.config, surroundings.model
+    max_bytes = config.jobs.tenant_quota_bytes
+    if not max_bytes and (config.api_keys or config.api_key_file):
+        max_bytes = config.jobs.disk_quota_bytes // 2
+    return Quota(max_bytes, kv_bytes_per_token(model, config.kv_dtype or model.dtype))
 
 
 def kv_bytes_per_token(model: ModelConfig, dtype: str) -> int:
