@@ -73,12 +73,13 @@ def _add_generation(app: FastAPI, frontend: Frontend) -> None:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_model(frontend)]}
+        names = frontend.config.model_names
+        return {"object": "list", "data": [_model(frontend, name) for name in names]}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         frontend.check_model(name)
-        return _model(frontend)
+        return _model(frontend, name)
 
     @app.get("/v1/requests/{request_id}/timeline")
     async def timeline(request: Request, request_id: str) -> dict[str, Any]:
@@ -88,9 +89,9 @@ def _add_generation(app: FastAPI, frontend: Frontend) -> None:
         return trace.describe()
 
 
-def _model(frontend: Frontend) -> dict[str, Any]:
+def _model(frontend: Frontend, name: str) -> dict[str, Any]:
     return {
-        "id": frontend.config.model_name,
+        "id": name,
         "object": "model",
         "created": frontend.started_at,
         "owned_by": "baton",

@@ -15,6 +15,7 @@ from protocol.kv import DTYPE_BYTES
 
 MIN_TEXT_MEMORY_BYTES = 512 << 20  # below, not even a worker's libraries are sure to load
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+GENERATION_CONFIGS = ("auto", "none")
 
 
 class ExpectedPool(msgspec.Struct, frozen=True):
@@ -129,7 +130,9 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     control_listen: str = "tcp://127.0.0.1:*"  # or ipc://PATH
     host: str = "127.0.0.1"
     port: int = 8000  # 0 takes a free one
-    served_model_name: str = ""  # "" takes the model's own name
+    served_model_names: tuple[str, ...] = ()  # the first is shown; none takes the model's own
+    chat_template: str = ""  # a file that replaces the checkpoint's
+    generation_config: str = "auto"  # "none": its sampling parameters are nobody's defaults
     block_size: int = 32
     kv_dtype: str = ""  # what the ranks keep KV in; "" takes the model's own
     max_model_len: int | None = None
@@ -190,10 +193,19 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
             raise ConfigError(f"kv_dtype {self.kv_dtype}: choose one of {tuple(DTYPE_BYTES)}")
         if self.max_model_len is not None and self.max_model_len < 2:
             raise ConfigError(f"--max-model-len {self.max_model_len}: must be at least 2 tokens")
+        self._check_model()
         self._check_text()
         self._check_crashes()
         self._check_failover()
         Failpoints(self.failpoints)
+
+    def _check_model(self) -> None:
+        if self.generation_config not in GENERATION_CONFIGS:
+            raise ConfigError(
+                f"--generation-config {self.generation_config}: choose one of {GENERATION_CONFIGS}"
+            )
+        if any(not name or not name.isprintable() for name in self.served_model_names):
+            raise ConfigError("--served-model-name: a name is printable text, and not empty")
 
     def _check_crashes(self) -> None:
         """What ends processes must be found out before they are no longer started again."""
@@ -244,9 +256,14 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
             raise ConfigError(f"rejoining {self.rejoining}: no such pools")
 
     @property
+    def model_names(self) -> tuple[str, ...]:
+        """The names that requests give and ``/v1/models`` lists."""
+        return self.served_model_names or (Path(self.model).name,)
+
+    @property
     def model_name(self) -> str:
-        """The name that requests give and ``/v1/models`` lists."""
-        return self.served_model_name or Path(self.model).name
+        """The first of them, which answers carry."""
+        return self.model_names[0]
 
 
 def check_keys(keys: Iterable[str], origin: str) -> None:

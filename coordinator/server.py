@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import cast
 
+import msgspec
 import uvicorn
 
 from coordinator.accepting import Acceptor
@@ -52,7 +53,8 @@ from coordinator.tiering import Tiering
 from coordinator.tokenizing import load_tools
 from coordinator.traces import Traces
 from coordinator.turns import InTurns, Turns
-from modeling.config import load_config
+from modeling.checkpoint_facts import describe_checkpoint, with_facts
+from modeling.config import SamplingDefaults, load_config
 from protocol.errors import BatonError, ConfigError
 from protocol.open_files import max_open_files
 from protocol.sockets import AsyncRouter, open_async_context
@@ -123,8 +125,13 @@ class Coordinator:
         self._owner = owner
         self._stop = asyncio.Event()
         self._lag = LoopLag()
-        self._model = load_config(config.model, max_model_len=config.max_model_len)
-        self._tokenizer = load_tools(config).tokenizer  # and the template compiles
+        model = load_config(config.model, max_model_len=config.max_model_len)
+        if config.generation_config == "none":
+            model = msgspec.structs.replace(model, sampling=SamplingDefaults())
+        tools = load_tools(config)  # and the template compiles
+        self._tokenizer = tools.tokenizer
+        self._facts = describe_checkpoint(config.model, model, tools.tokenizer, tools.chat_template)
+        self._model = with_facts(model, self._facts)
         self._workers = TextWorkers(
             Settings(public(config), self._model, os.getpid()), config.num_text_workers
         )

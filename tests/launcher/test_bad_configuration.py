@@ -59,7 +59,7 @@ def test_an_unknown_architecture(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_that_wants_to_run_code(tmp_path: Path) -> None:
-    config = {"architectures": ["LlamaForCausalLM"], "auto_map": {"AutoModel": "evil.Model"}}
+    config = {"architectures": ["EvilForCausalLM"], "auto_map": {"AutoModel": "evil.Model"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
     _assert_one_line(_serve(str(tmp_path)), "auto_map")
