@@ -20,6 +20,7 @@ from coordinator.document_events import EventStream
 from coordinator.frontend import Frontend, jobs_of
 from coordinator.jobs.document import Document
 from coordinator.jobs.documents import Documents, Source
+from coordinator.jobs.space import check_space
 from coordinator.jobs.states import FINAL, PENDING
 from coordinator.jobs.suspects import LINE, Work
 from coordinator.limits import SCOPE_IS_UPLOAD
@@ -56,8 +57,9 @@ def _add_making(app: FastAPI, frontend: Frontend, documents: Documents) -> None:
             async with frontend.body(request) as body:
                 return await _create(frontend, request, body, None)
         assert frontend.jobs is not None, "the route exists only with jobs"
-        await documents.keeper.wait_recovered()
         limits, min_free_bytes = frontend.config.limits, frontend.jobs.min_free_bytes
+        await asyncio.to_thread(check_space, documents.folder, 0, min_free_bytes=min_free_bytes)
+        await documents.keeper.wait_recovered()
         async with (
             frontend.room_for_upload(request),
             receive_upload(request, documents.folder, limits, min_free_bytes) as upload,

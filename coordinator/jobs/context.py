@@ -39,6 +39,7 @@ from coordinator.jobs.preparing import Preparing
 from coordinator.jobs.questions import Questions
 from coordinator.jobs.quotas import Quota
 from coordinator.jobs.runner import Runner
+from coordinator.jobs.storage import Storage
 from coordinator.text.tasks import Workers
 from modeling.config import ModelConfig
 from protocol.errors import RequestError
@@ -84,15 +85,19 @@ class Jobs:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         else:
             self.folder = self._leftovers.enter_context(temporary_folder("baton-jobs-"))
+        self.min_free_bytes = surroundings.min_free_bytes or config.batches.min_free_bytes
+        secret = config.secret if config.data_dir else ""
+        self.storage = Storage(self.folder, secret, self.min_free_bytes)
+        self.storage.look()
         path = self.folder / DATABASE_NAME if config.data_dir else None
         if path is not None:
             path.touch(mode=0o600, exist_ok=True)  # it holds the tenants' salts
         places = Places(config.failpoints, surroundings.counters)
         schema = (*DOCUMENT_SCHEMA, *FILE_SCHEMA, *BATCH_SCHEMA, *GATE_SCHEMA)
-        self.database = Database(path, schema, places)
+        self.database = Database(path, schema, places, self.storage.ballast)
         self._leftovers.callback(self.database.close)
+        self.storage.refusal = self.database.refusal
         self.gate = self._gate(surroundings)
-        self.min_free_bytes = surroundings.min_free_bytes or config.batches.min_free_bytes
         clock = surroundings.clock
         self._quota = _quota(surroundings)
         self.files = Files(
@@ -161,8 +166,8 @@ class Jobs:
 
     async def start(self) -> None:
         """Go on with what an earlier process has left; before anything is taken in."""
-        await self.files.recover()
         self._tasks = [asyncio.create_task(self._work())]
+        self._tasks.append(asyncio.create_task(self.storage.watch()))
         if self._batch_runner is not None:
             self._tasks.append(asyncio.create_task(self._batch_runner.run()))
 
@@ -176,6 +181,7 @@ class Jobs:
         documents = self.documents
         while True:
             try:
+                await self.files.recover()
                 await documents.table.claim()
                 await self.gate.recover()
                 await documents.keeper.recover()
@@ -184,6 +190,7 @@ class Jobs:
                 return
             except RequestError as error:  # a full disk: requests are served nevertheless
                 _log.error("documents wait: %s", error)
+                documents.table.refusal = error
                 await asyncio.sleep(RECOVERY_PAUSE_S)
 
     async def watch(self) -> None:

@@ -52,6 +52,7 @@ class DocumentTable:
         self.bell = events.Bell()
         self._database = database
         self._epoch = 0  # before ``claim``
+        self.refusal = RequestError("the server is starting", code="starting", status=503)
         self._limits = limits
         self.clock = clock
         self.quota = quota
@@ -64,7 +65,7 @@ class DocumentTable:
 
     async def _write(self, work: Callable[[sqlite3.Connection], T], kind: str) -> T:
         if not self._epoch:
-            raise RequestError("the server is starting", code="starting", status=503)
+            raise self.refusal
 
         def transaction(connection: sqlite3.Connection) -> T:
             rows.check_owner(connection, self._epoch)

@@ -84,13 +84,15 @@ class Keeper:
         """Nothing may be taken in before: its files would be taken for strangers'.
 
         Raises:
-            RequestError: ``starting``, when it takes too long.
+            RequestError: ``starting``, when it takes too long, or what keeps it from it.
         """
+        if not self.recovered.is_set() and self._table.refusal.status == 507:
+            raise self._table.refusal
         try:
             async with asyncio.timeout(RECOVERY_S):
                 await self.recovered.wait()
         except TimeoutError as error:
-            raise RequestError("the server is starting", code="starting", status=503) from error
+            raise self._table.refusal from error
 
     async def tell_pins(self) -> None:
         """After a start: what is pinned is kept from the beginning."""
