@@ -88,7 +88,6 @@ class Jobs:
         self.min_free_bytes = surroundings.min_free_bytes or config.batches.min_free_bytes
         secret = config.secret if config.data_dir else ""
         self.storage = Storage(self.folder, secret, self.min_free_bytes)
-        self.storage.look()
         path = self.folder / DATABASE_NAME if config.data_dir else None
         if path is not None:
             path.touch(mode=0o600, exist_ok=True)  # it holds the tenants' salts
