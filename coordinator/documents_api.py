@@ -4,6 +4,7 @@ A multipart upload is streamed to the disk by the code that reads files for ``/v
 arrives here is a file that is ours to move.
 """
 
+import asyncio
 import hashlib
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A start at which nothing can be written: completions serve, the rest waits for room.
+"""A start at which little can be written: completions serve, the rest waits for room.
 
 A limit on the size of files stands in for the full disk: to SQLite a write fails all the same.
 """
@@ -14,9 +14,15 @@ ONE_POOL = (("decode0", "decode", 1, 1),)
 TEXT = {"source": {"text": "what there is no room for"}}
 
 
-def write_nothing() -> None:
+def write_little() -> None:
+    """Less than a page of a database."""
     _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, most))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, most))
+
+
+def lift(pid: int) -> None:
+    _, most = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (most, most))
 
 
 def test_completions_serve_and_documents_wait_for_room(
@@ -25,12 +31,13 @@ def test_completions_serve_and_documents_wait_for_room(
     with start_coordinator(
         tmp_path,
         ONE_POOL,
-        prepare=write_nothing,
+        prepare=write_little,
         data_dir=str(tmp_path / "data"),
         secret="s" * 64,
         batches={"min_free_bytes": 1},
     ) as running:
         client = running.client
+        pid = running.coordinator.process.pid
         assert running.complete([1, 2, 3], max_tokens=2).status_code == 200
         assert client.get("/ready").status_code == 200
         upload = {"files": {"file": ("a", b"some text")}, "data": {"purpose": "user_data"}}
@@ -42,11 +49,8 @@ def test_completions_serve_and_documents_wait_for_room(
             assert reply.json()["error"]["code"] == "insufficient_storage"
         storage = running.state()["storage"]
         assert (storage["state"], storage["has_ballast"]) == ("full", False)
-        assert not (tmp_path / "data" / "secret").exists()
 
-        pid = running.coordinator.process.pid
-        _, most = resource.prlimit(pid, resource.RLIMIT_FSIZE)
-        resource.prlimit(pid, resource.RLIMIT_FSIZE, (most, most))
+        lift(pid)
         deadline, pause = time.monotonic() + DEADLINE_S, threading.Event()
         while client.post("/v1/documents", json=TEXT).status_code != 202:
             assert time.monotonic() < deadline, client.post("/v1/documents", json=TEXT).text
