@@ -44,6 +44,7 @@ def _assert_one_line(result: subprocess.CompletedProcess[str], *words: str) -> N
         (("--port", "70000"), ("--port 70000",)),
         (("--set", "nonsense"), ("--set nonsense",)),
         (("--set", "prefill_pool.no_such_thing=1"), ("prefill_pool", "no_such_thing")),
+        (("--set", "restart_budget=2"), ("jobs.max_crashes 2", "restart_budget 2")),
         (("--no-such-flag",), ("--no-such-flag",)),
         (("/no/such/folder",), ("/no/such/folder",)),
         (("--host", "0.0.0.0"), ("0.0.0.0", "--api-key")),
