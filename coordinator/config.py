@@ -105,7 +105,7 @@ class JobLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_reading: int = 3  # documents that are read and encoded at one time, of one tenant one less
     parse_attempts: int = 2
     parse_timeout_s: float = 120.0
-    parse_cpu_s: int = 30  # of the processor, for one file
+    parse_cpu_s: int = 100  # of the processor, for one file
     parse_memory_bytes: int = 2 << 30
     max_text_bytes: int = 256 << 20  # that a file may become
     idempotency_s: float = 86_400.0
