@@ -18,7 +18,6 @@ from typing import Protocol
 
 from coordinator.joining import HelloRefused
 from coordinator.registry import CHECK_INTERVAL_S, Outgoing, Registry
-from coordinator.slices import Pace, parts_of
 from protocol.codec import Codec
 from protocol.errors import IllegalTransition, PeerError, VersionError
 from protocol.messages import (
@@ -127,26 +126,20 @@ class ControlPlane:
                 await self._router.send(peer, _OUTGOING.encode(message))
 
     async def _receive_all(self) -> None:
-        pace = Pace()
         while True:
-            peer, frame = await self._router.receive()  # at once, while anything is there
+            peer, frame = await self._router.receive()
             try:
                 message = _INCOMING.decode(frame)
             except VersionError as error:
                 _log.warning("dropped a frame of %s: %s", peer[:80], error)
                 continue
-            for part in parts_of(message):
-                self._take(peer, part)
-                await pace.breathe()
-
-    def _take(self, peer: str, message: ToCoordinator) -> None:
-        try:
-            self._dispatch(peer, message, self._clock())
-        except (PeerError, IllegalTransition) as error:
-            self._num_dropped += 1
-            if self._num_dropped & (self._num_dropped - 1) == 0:  # 1, 2, 4, ...: no full log
-                name = type(message).__name__
-                _log.warning("dropped %s of %s: %s", name, peer[:80], error)
+            try:
+                self._dispatch(peer, message, self._clock())
+            except (PeerError, IllegalTransition) as error:
+                self._num_dropped += 1
+                if self._num_dropped & (self._num_dropped - 1) == 0:  # 1, 2, 4, ...: no full log
+                    name = type(message).__name__
+                    _log.warning("dropped %s of %s: %s", name, peer[:80], error)
 
     def _dispatch(self, peer: str, message: ToCoordinator, now: float) -> None:
         if isinstance(message, Hello):
@@ -208,11 +201,9 @@ class ControlPlane:
             self._outbox.put_nowait(item)
 
     async def _send_all(self) -> None:
-        pace = Pace()
         while True:
-            peer, message = await self._outbox.get()  # neither does this wait for the others
+            peer, message = await self._outbox.get()
             await self._send_one(peer, message)
-            await pace.breathe()
 
     async def _send_one(self, peer: str, message: ToRank) -> None:
         try:
@@ -221,12 +212,16 @@ class ControlPlane:
             if self._registry.pool_of(peer) is not None:
                 self._unreachable.setdefault(peer, str(error))
 
-    def _lose(self, pool_id: str, reason: str, *, is_over: bool = True) -> None:
+    def _lose(
+        self, pool_id: str, reason: str, *, is_over: bool = True, holds_others: bool = True
+    ) -> None:
         _log.error("lost %s: %s", pool_id, reason)
         if is_over:
             start = self._registry.pools[pool_id].gang_start
             self._owner.tell({"lost": pool_id, "start": start, "reason": reason})
-        self._queue(self._registry.lose(pool_id, reason, is_over=is_over))
+        self._queue(
+            self._registry.lose(pool_id, reason, is_over=is_over, holds_others=holds_others)
+        )
         if self._handler is not None:
             self._handler.on_pool_lost(pool_id)
 
@@ -235,6 +230,7 @@ class ControlPlane:
         unreachable, self._unreachable = self._unreachable, {}
         for peer, reason in unreachable.items():
             found = self._registry.pool_of(peer)
+            # Dead: of one that is cut off, the heartbeats are missed before libzmq gives it up.
             if found is not None:
                 self._lose(found[0].pool_id, reason)
 
@@ -246,8 +242,8 @@ class ControlPlane:
                 self._owner.on_stale(f"another listens at {self._router.address}")
             now = self._clock()
             self._lose_unreachable()
-            for pool_id, reason in self._registry.expire(now):
-                self._lose(pool_id, reason)
+            for loss in self._registry.expire(now):
+                self._lose(loss.pool_id, loss.reason, is_over=loss.is_over, holds_others=False)
             self._queue(self._registry.due())
             self._queue(self._registry.beat())
             if now < next_sweep:

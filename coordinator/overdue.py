@@ -10,10 +10,22 @@ from coordinator.records import Record, State
 from protocol.errors import RequestError
 
 
-def overdue(record: Record, config: CoordinatorConfig, now: float) -> RequestError | None:
-    """Why this attempt will come to nothing, or None while it may. Call it once in a while."""
+def overdue(
+    record: Record, config: CoordinatorConfig, now: float, *, is_cut: bool = False
+) -> RequestError | None:
+    """Why this attempt will come to nothing, or None while it may. Call it once in a while.
+
+    Args:
+        record: the request's.
+        config: budgets.
+        now: on the clock of the record.
+        is_cut: its two pools do not reach each other at the moment.
+    """
     if record.state is State.WAITING or not record.is_active:
         return None
+    if is_cut and record.state is State.PREFILLING:
+        text = f"{record.prefill_pool} and {record.decode_pool} do not reach each other"
+        return RequestError(text, code="handoff_failed", status=503)
     if not record.lacks_a_message:
         record.stalled_since = None
     elif record.stalled_since is None:

@@ -23,7 +23,6 @@ from coordinator.router import (
 from protocol.messages import CacheUpdate
 
 STORE_TIERS = ("cpu", "disk")
-MAX_DAMAGED = 100_000  # blocks that are remembered
 
 
 def tier_name(pool_id: str, tier: str) -> str:
@@ -44,20 +43,10 @@ class Placement:
         self._registry = registry
         self._sessions = SessionTable(config.session_ttl_s)
         self._prefixes = PrefixMap()
-        self._damaged: dict[bytes, None] = {}  # on the store's disk; the latest
 
     def on_cache_update(self, pool_id: str, update: CacheUpdate) -> None:
         name = tier_name(pool_id, update.tier)
         self._prefixes.update(name, update.stored, update.evicted)
-        self._damaged.update(dict.fromkeys(update.damaged))
-        for block_hash in update.stored if update.tier == "disk" else ():
-            self._damaged.pop(block_hash, None)
-        for block_hash in list(self._damaged)[:-MAX_DAMAGED]:
-            del self._damaged[block_hash]
-
-    def has_damaged(self, block_hashes: Sequence[bytes]) -> bool:
-        """Whether the store has lost some of these since they did not hold what was written."""
-        return bool(self._damaged) and not self._damaged.keys().isdisjoint(block_hashes)
 
     def forget_pool(self, pool_id: str) -> None:
         """What it held is gone."""
@@ -156,6 +145,14 @@ class Placement:
             ]
         )
         return None if chosen is None else chosen.pool_id
+
+    def is_cut(self, record: Record) -> bool:
+        """Whether the two pools that work on it have lost sight of each other."""
+        pools = self._registry.pools
+        decode, prefill = pools.get(record.decode_pool), pools.get(record.prefill_pool)
+        if decode is None or prefill is None:
+            return False
+        return decode.pool_id in prefill.cut_off or prefill.pool_id in decode.cut_off
 
     def can_avoid(self, record: Record, pool_id: str) -> bool:
         """Whether another pool that serves could do for it what this one did."""

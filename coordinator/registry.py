@@ -12,6 +12,8 @@ The life of a pool through this file
 6. Ranks that had to give *us* up, and say HELLO once more, are the same gang: the pool is lost and
    opens again with them (``displaces`` says so). After a restart of the coordinator all running
    gangs come like that; who does not come in time is lost.
+7. A gang that is only silent, stopped or cut off, may come back as well: the others go on without
+   it at once, and it is told to end when it has not come within ``rejoin_s``.
 
 A pool's epoch has the coordinator's in its high bits, so it rises over coordinators too.
 """
@@ -22,6 +24,7 @@ from dataclasses import dataclass, field
 
 from coordinator.config import ExpectedPool
 from coordinator.joining import HelloRefused, Terms
+from coordinator.losses import Displaced, Loss, Patience
 from protocol.errors import PeerError
 from protocol.kv import PoolEndpoint
 from protocol.messages import (
@@ -49,25 +52,6 @@ class PoolState(enum.Enum):
     LOST = "lost"
 
 
-@dataclass(frozen=True, slots=True)
-class Displaced:
-    """The gang that a pool has must go for a HELLO to be taken. ``is_over``: it must end, too."""
-
-    reason: str
-    is_over: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Patience:
-    """For how long what is allowed; in seconds."""
-
-    silent_s: float = 4.0  # a rank of a ready pool
-    starting_s: float = 60.0  # a rank that loads its model
-    step_s: float = 60.0  # one step
-    rejoin_s: float = 10.0  # a gang that is expected back
-    hold_s: float = 3.0  # the others wait so long with it, so that they need not connect twice
-
-
 @dataclass(slots=True)
 class Rank:
     """One process of a pool, as far as it has introduced itself."""
@@ -93,6 +77,7 @@ class Pool:
     gang_start: int = 0  # the launcher's count, of the gang that is here or was last
     ended: frozenset[str] = frozenset()  # incarnations of the gang that was told to end
     is_awaited: bool = False  # it runs, and has to say HELLO again
+    holds_others: bool = True  # which are told of the topology with it; while it is awaited
     awaited_until: float | None = None
     reason: str = ""  # for which it was lost
 
@@ -113,6 +98,12 @@ class Pool:
     def is_serving(self) -> bool:
         """Ready, and connected to itself at least."""
         return self.state is PoolState.READY and self.connected_version >= self.joined_version
+
+    @property
+    def cut_off(self) -> set[str]:
+        """Other pools that a rank of it does not reach."""
+        beats = (rank.heartbeat for rank in self.ranks.values())
+        return {pool_id for beat in beats if beat is not None for pool_id in beat.cut_off}
 
     @property
     def tokens_per_s(self) -> float:
@@ -177,6 +168,8 @@ class Registry:
 
     def can_hand_over(self, source: Pool, target: Pool) -> bool:
         """Whether the ranks of the two pools reach each other."""
+        if source.pool_id in target.cut_off or target.pool_id in source.cut_off:
+            return False
         needed = max(source.joined_version, target.joined_version)
         return min(source.connected_version, target.connected_version) >= needed
 
@@ -275,9 +268,9 @@ class Registry:
         alive = Alive(self.coordinator_epoch)
         return [(peer, alive) for peer in self._peers]
 
-    def expire(self, now: float) -> list[tuple[str, str]]:
-        """(pool_id, reason) of each pool that is to be lost: a rank has been silent for too long,
-        a step takes too long, or a gang has not come back.
+    def expire(self, now: float) -> list[Loss]:
+        """The pools that are to be lost: a rank has been silent for too long, a step takes too
+        long, or a gang has not come back.
 
         Call it every ``CHECK_INTERVAL_S``. A pause of our own must not look like the death of
         everybody else, so time in which nobody asked does not count.
@@ -291,37 +284,43 @@ class Registry:
             for pool in self.pools.values():
                 if pool.awaited_until is not None:
                     pool.awaited_until += pause_s
-        reasons = ((pool.pool_id, self._overdue(pool, now)) for pool in self.pools.values())
-        return [(pool_id, reason) for pool_id, reason in reasons if reason is not None]
+        losses = (self._overdue(pool, now) for pool in self.pools.values())
+        return [loss for loss in losses if loss is not None]
 
-    def _overdue(self, pool: Pool, now: float) -> str | None:
+    def _overdue(self, pool: Pool, now: float) -> Loss | None:
         is_ready = pool.state is PoolState.READY
         patience = self._patience
         for number, rank in pool.ranks.items():
             silent_s = now - rank.last_seen
             if silent_s > (patience.silent_s if is_ready else patience.starting_s):
-                return f"rank {number} was silent for {silent_s:.1f} s"
+                reason = f"rank {number} was silent for {silent_s:.1f} s"
+                return Loss(pool.pool_id, reason, is_over=not is_ready)
         if is_ready:
             ages = {n: r.heartbeat.step_age_s for n, r in pool.ranks.items() if r.heartbeat}
             oldest = max(ages, key=lambda number: ages[number], default=0)
             if ages and ages[oldest] > patience.step_s:
-                return f"rank {oldest} has been in one step for {ages[oldest]:.1f} s"
+                reason = f"rank {oldest} has been in one step for {ages[oldest]:.1f} s"
+                return Loss(pool.pool_id, reason, is_over=True)
         elif pool.is_awaited:
             if pool.awaited_until is None:
                 pool.awaited_until = now + patience.rejoin_s
             elif now > pool.awaited_until:
-                return f"it did not come back within {patience.rejoin_s:.0f} s"
+                reason = f"it did not come back within {patience.rejoin_s:.0f} s"
+                return Loss(pool.pool_id, reason, is_over=True)
         return None
 
     def due(self) -> list[Outgoing]:
         """What was held back and need not be any longer. Ask it after ``expire``."""
         return self._topology() if self._is_due else []
 
-    def lose(self, pool_id: str, reason: str, *, is_over: bool = True) -> list[Outgoing]:
+    def lose(
+        self, pool_id: str, reason: str, *, is_over: bool = True, holds_others: bool = True
+    ) -> list[Outgoing]:
         """The pool is gone: all others go on without it.
 
         Args:
             is_over: tell what is left of its gang to end; or else to come again.
+            holds_others: it will come at once, so that the others need not be told it was gone.
         """
         pool = self.pools[pool_id]
         if pool.state is PoolState.LOST and not pool.is_awaited:
@@ -336,6 +335,7 @@ class Registry:
             pool.ended = frozenset(incarnations)
         pool.state, pool.ranks, pool.epoch = PoolState.LOST, {}, pool.epoch + 1
         pool.is_awaited, pool.awaited_until, pool.reason = not is_over, None, reason
+        pool.holds_others = holds_others
         return outgoing + (self._topology() if was_ready else [])
 
     def shut_down(self, reason: str) -> list[Outgoing]:
@@ -373,7 +373,7 @@ class Registry:
             pool.awaited_until is None
             or now < pool.awaited_until - patience.rejoin_s + patience.hold_s
             for pool in self.pools.values()
-            if pool.is_awaited
+            if pool.is_awaited and pool.holds_others
         )
 
     def _topology(self) -> list[Outgoing]:

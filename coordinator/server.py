@@ -22,18 +22,14 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import cast
 
-import msgspec
 import uvicorn
 
-from coordinator.accepting import Acceptor
 from coordinator.api import build_app
 from coordinator.auth import Tenants
 from coordinator.bodies import Budget
 from coordinator.config import CoordinatorConfig, public
-from coordinator.connection import GuardedConnection, guarded
-from coordinator.connections import Connections, max_connections
+from coordinator.connection import guarded
 from coordinator.control import ControlPlane, Owner
 from coordinator.documents_api import make_document
 from coordinator.faulty import FaultyControlPlane
@@ -44,24 +40,21 @@ from coordinator.joining import Terms
 from coordinator.key_file import KeyFile
 from coordinator.lag import INTERVAL_S, LoopLag
 from coordinator.line_server import LineServer
-from coordinator.registry import Patience, Registry
+from coordinator.losses import Patience
+from coordinator.registry import Registry
 from coordinator.service import Service
-from coordinator.slices import Slices
 from coordinator.text.tasks import Settings
 from coordinator.text.workers import TextWorkers
 from coordinator.tiering import Tiering
 from coordinator.tokenizing import load_tools
 from coordinator.traces import Traces
-from coordinator.turns import InTurns, Turns
-from modeling.checkpoint_facts import describe_checkpoint, with_facts
-from modeling.config import SamplingDefaults, load_config
+from modeling.config import load_config
 from protocol.errors import BatonError, ConfigError
-from protocol.open_files import max_open_files
 from protocol.sockets import AsyncRouter, open_async_context
 
 KEEP_ALIVE_S = 75  # longer than clients keep idle connections, so that they close them first
 STOP_BUDGET_S = 2.0
-BACKLOG = 4096  # connections that wait to be accepted; the kernel's own limit may be lower
+BACKLOG = 2048
 
 _log = logging.getLogger(__name__)
 
@@ -71,25 +64,7 @@ class StartFailed(BatonError):
 
 
 class _HttpServer(uvicorn.Server):
-    """uvicorn without its signal handlers, and with our own way of accepting connections."""
-
-    def __init__(self, config: uvicorn.Config, connections: Connections[GuardedConnection]) -> None:
-        super().__init__(config)
-        self._connections = connections
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await self.lifespan.startup()
-        make_protocol = partial(
-            cast(Callable[..., asyncio.Protocol], self.config.http_protocol_class),
-            config=self.config,
-            server_state=self.server_state,
-            app_state=self.lifespan.state,
-        )
-        acceptors = [Acceptor(one, make_protocol, self._connections) for one in sockets or ()]
-        for acceptor in acceptors:
-            acceptor.start()
-        self.servers = acceptors  # type: ignore[assignment]  # closed like those of the loop
-        self.started = True
+    """uvicorn without its signal handlers: the process has its own."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -125,13 +100,8 @@ class Coordinator:
         self._owner = owner
         self._stop = asyncio.Event()
         self._lag = LoopLag()
-        model = load_config(config.model, max_model_len=config.max_model_len)
-        if config.generation_config == "none":
-            model = msgspec.structs.replace(model, sampling=SamplingDefaults())
-        tools = load_tools(config)  # and the template compiles
-        self._tokenizer = tools.tokenizer
-        self._facts = describe_checkpoint(config.model, model, tools.tokenizer, tools.chat_template)
-        self._model = with_facts(model, self._facts)
+        self._model = load_config(config.model, max_model_len=config.max_model_len)
+        self._tokenizer = load_tools(config).tokenizer  # and the template compiles
         self._workers = TextWorkers(
             Settings(public(config), self._model, os.getpid()), config.num_text_workers
         )
@@ -154,30 +124,21 @@ class Coordinator:
             StartFailed: see the module's docstring.
         """
         async with self._control() as (control, registry, router):
-            slices, turns = Slices(), Turns()
             service = Service(
-                self._config,
-                registry,
-                control.send,
-                time.monotonic,
-                observed=self._observed,
-                spread=slices.add,
+                self._config, registry, control.send, time.monotonic, observed=self._observed
             )
             control.attach(service)
             jobs = self._jobs(registry, service, control)
-            http = self._http_server(control, registry, service, jobs, turns)
+            http = self._http_server(control, registry, service, jobs)
             failure: StartFailed | None = None
             self._workers.start()
             await jobs.start()
             async with asyncio.TaskGroup() as tasks:
-                watching = [
-                    tasks.create_task(jobs.watch()),
-                    tasks.create_task(self._watch_keys()),
-                    tasks.create_task(self._measure_lag()),
-                ]
+                watching = tasks.create_task(jobs.watch())
+                keys = tasks.create_task(self._watch_keys())
                 serving = tasks.create_task(http.serve(sockets=[self._socket]))
                 plane = tasks.create_task(control.run())
-                slicing = tasks.create_task(slices.run())
+                measuring = tasks.create_task(self._measure_lag())
                 self._on_control(router.address, self.url)
                 try:
                     await self._wait_ready(control, registry)
@@ -185,13 +146,12 @@ class Coordinator:
                 except StartFailed as error:
                     failure = error  # raised when everything has been put away
                 finally:
-                    for task in watching:
-                        task.cancel()
+                    measuring.cancel()
+                    watching.cancel()
+                    keys.cancel()
                     await self._workers.close()
                     await jobs.stop()
                     service.shut_down()
-                    await slices.settled()
-                    slicing.cancel()
                     http.should_exit = True
                     plane.cancel()
                     await control.shut_down("the coordinator ends")
@@ -277,17 +237,8 @@ class Coordinator:
         )
 
     def _http_server(
-        self,
-        control: ControlPlane,
-        registry: Registry,
-        service: Service,
-        jobs: Jobs,
-        turns: Turns,
+        self, control: ControlPlane, registry: Registry, service: Service, jobs: Jobs
     ) -> _HttpServer:
-        limits = self._config.limits
-        connections: Connections[GuardedConnection] = Connections(
-            max_connections(limits.max_connections, max_open_files())
-        )
         frontend = Frontend(
             config=self._config,
             model=self._model,
@@ -303,14 +254,12 @@ class Coordinator:
             jobs=jobs,
             files=jobs.files,
             batches=jobs.batches,
-            turns=turns,
-            connections=connections,
         )
         jobs.attach(self._line_server(frontend, self._tenants))
         return _HttpServer(
             uvicorn.Config(
-                InTurns(build_app(frontend, self._tenants), turns),
-                http=guarded(limits, connections, turns),
+                build_app(frontend, self._tenants),
+                http=guarded(self._config.limits),
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -319,8 +268,7 @@ class Coordinator:
                 proxy_headers=False,
                 timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=1,
-            ),
-            connections,
+            )
         )
 
     def _body_budget(self) -> Budget:

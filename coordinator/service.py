@@ -251,7 +251,7 @@ class Service:
     def _sweep_one(self, record: Record, now: float) -> None:
         if now - record.ended_at > self._config.release_grace_s:
             self._holding.tell_pools(record)
-        error = overdue(record, self._config, now)
+        error = overdue(record, self._config, now, is_cut=self._placement.is_cut(record))
         if error is not None:
             self._lose(record, error, home=record.decode_pool)
         for pool_id in pools_to_ask(record, self._config, now):

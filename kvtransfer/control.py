@@ -74,6 +74,7 @@ class ControlLine:
         self._hello: Hello | None = None
         self._status = ReportStatus(num_steps=0, step_started=None)
         self._next_beat = 0.0
+        self._cut_off: tuple[str, ...] = ()
 
     def _open_line(self) -> Dealer:
         name = self._identity.routing_id
@@ -141,6 +142,10 @@ class ControlLine:
         """Whether the coordinator is gone. Ask many times a second."""
         return self.allegiance.is_over(now, is_up=self._dealer.is_up)
 
+    def tell_cut_off(self, pools: tuple[str, ...]) -> None:
+        """Other pools that this rank does not reach, from now on; the next heartbeat is due."""
+        self._cut_off, self._next_beat = pools, 0.0
+
     def report(self, status: ReportStatus) -> None:
         """What the next heartbeats say."""
         self._status = status
@@ -165,6 +170,7 @@ class ControlLine:
                     **self._counters,
                     LOG_LINES_DROPPED: num_dropped_lines(),
                 },
+                cut_off=self._cut_off,
             )
         )
 

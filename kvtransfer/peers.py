@@ -13,6 +13,9 @@ know each other:
 - A peer of another pool that acknowledges nothing for half a minute is given up: what was kept for
   it is dropped, and a new line starts. Whether it lives is for the coordinator to decide, hand-offs
   have their own budgets, and what comes through later finds a line without a gap.
+- libzmq's threads ask each peer every second whether it is there. A pool of which a rank has not
+  answered for some seconds is *cut off*: the coordinator is told, and lets others work together
+  until the connection is back, which libzmq goes on trying by itself.
 - In a gang there is no such budget: nobody would ever say again that something was closed. Ranks
   that do not reach each other are no gang any more, so a silent one of our own pool ends us all.
 """
@@ -35,9 +38,12 @@ from protocol.errors import PeerError, VersionError
 from protocol.frames import Acknowledgement, Frame, Numbered
 from protocol.handoff import HandoffMessage
 from protocol.kv import PoolEndpoint
-from protocol.sockets import Dealer, Router
+from protocol.sockets import Dealer, Pulse, Router
 
 MAX_GONE = 1_000  # incarnations of which we still know how far we got
+PULSE = Pulse(interval_s=1.0, timeout_s=2.5)
+RETURN_S = 1.0  # for a connection that has broken to come back, or a new one to stand
+LOOK_INTERVAL_S = 0.25
 
 _CODEC: Codec[Frame] = Codec(Frame)
 _log = logging.getLogger(__name__)
@@ -58,6 +64,13 @@ class Link:
     line: int
     inbox: Inbox[HandoffMessage]
     outbox: Outbox[HandoffMessage] = field(default_factory=Outbox)
+    up_at: float | None = None  # when the connection stood last; None: nobody has looked
+
+    def is_cut_off(self, now: float) -> bool:
+        """Whether the connection has been down for longer than one needs to come back."""
+        if self.dealer.is_up or self.up_at is None:
+            self.up_at = now
+        return now - self.up_at > RETURN_S
 
     @property
     def due_at(self) -> float:
@@ -93,6 +106,8 @@ class Peers:
         self._by_name: dict[PeerName, Link] = {}
         self._inboxes: dict[str, Inbox[HandoffMessage]] = {}  # of who is gone, oldest first
         self._awake: dict[str, Link] = {}  # those with something to send again or to acknowledge
+        self._look_at = 0.0
+        self.cut_off: tuple[str, ...] = ()  # other pools, of which a rank does not answer
 
     @property
     def address(self) -> str:
@@ -129,7 +144,7 @@ class Peers:
         self._num_lines += 1
         incarnation = routing_id.rpartition("/")[2]
         socket_id = f"{self._identity.routing_id}+{self._num_lines}+{incarnation}"
-        dealer = Dealer(self._context, address, socket_id)
+        dealer = Dealer(self._context, address, socket_id, PULSE)
         return Link(name, routing_id, dealer, self._num_lines, inbox)
 
     def _forget(self, routing_id: str) -> None:
@@ -180,6 +195,25 @@ class Peers:
             elif link.inbox.due_at <= now:
                 line, inbox = link.inbox.line, link.inbox
                 self._transmit(link, Acknowledgement(line, *inbox.acknowledgement()))
+
+    def look(self, now: float) -> bool:
+        """Look at the connections, if it is time to; whether :attr:`cut_off` has changed."""
+        if now < self._look_at:
+            return False
+        is_late = (
+            now - self._look_at > RETURN_S
+        )  # we were stopped: what is there must be read first
+        self._look_at = now + LOOK_INTERVAL_S
+        own = self._identity.pool_id
+        others = [link for link in self._links.values() if link.name.pool_id != own]
+        if is_late:
+            for link in others:
+                link.up_at = None
+        before = self.cut_off
+        self.cut_off = tuple(sorted({x.name.pool_id for x in others if x.is_cut_off(now)}))
+        if self.cut_off != before:
+            _log.warning("pools that are cut off: %s", ", ".join(self.cut_off) or "none any more")
+        return self.cut_off != before
 
     def _numbered(self, link: Link, number: int, message: HandoffMessage) -> Numbered:
         return Numbered(number, message, link.inbox.line, *link.inbox.acknowledgement())

@@ -234,6 +234,8 @@ class _Loop:
             self._connect()
         self._do(self._handoffs.tick(now))
         self._peers.keep_up(now)
+        if self._peers.look(now):
+            self._control.tell_cut_off(self._peers.cut_off)
         self._control.beat(now)
 
     # -- the coordinator ---------------------------------------------------------------------------

@@ -8,7 +8,6 @@
    them when their parent dies, so a killed launcher leaves nothing either.
 """
 
-import contextlib
 import json
 import queue
 import subprocess
@@ -150,8 +149,7 @@ class Child:
 
     def _write(self, line: str) -> None:
         if self._log is None:
-            with contextlib.suppress(OSError, ValueError):  # who does not listen costs us no reader
-                sys.stderr.write(f"{line}\n")
+            sys.stderr.write(f"{line}\n")
         else:
             self._log.put(line.encode("utf-8", "replace"))
 

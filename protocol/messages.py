@@ -142,6 +142,7 @@ class Heartbeat(_Message, frozen=True):
     blocks: tuple[BlockCounts, ...] = ()  # one per block space; from the leader only
     rss_bytes: int = 0
     counters: dict[str, float] = {}
+    cut_off: tuple[str, ...] = ()  # pools of which this rank does not reach every rank now
 
 
 class CacheUpdate(_Message, frozen=True):
@@ -150,7 +151,6 @@ class CacheUpdate(_Message, frozen=True):
     stored: tuple[bytes, ...] = ()
     evicted: tuple[bytes, ...] = ()
     tier: str = ""  # of a store: "cpu" or "disk"; "" is the memory of the device
-    damaged: tuple[bytes, ...] = ()  # evicted, since the disk did not hold what was written
 
 
 class Shutdown(_Message, frozen=True):

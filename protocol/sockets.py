@@ -169,6 +169,8 @@ class Dealer:
         if pulse is not None:
             self.socket.setsockopt(zmq.HEARTBEAT_IVL, math.ceil(pulse.interval_s * 1000))
             self.socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, math.ceil(pulse.timeout_s * 1000))
+            # TCP alone would try a link that was cut for long ever more rarely.
+            self.socket.setsockopt(zmq.CONNECT_TIMEOUT, math.ceil(pulse.timeout_s * 1000))
             events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
             self._monitor = self.socket.get_monitor_socket(events)
         self.socket.connect(address)

@@ -32,9 +32,10 @@ from bench.experiments.workload import Arrival
 from coordinator.config import CoordinatorConfig, ExpectedPool
 from coordinator.joining import Terms
 from coordinator.loads import Loads
+from coordinator.losses import Patience
 from coordinator.placement import Placement
 from coordinator.records import Record, Step, as_new_token
-from coordinator.registry import Patience, Registry
+from coordinator.registry import Registry
 from kvcache.prefix import block_salt, hash_blocks
 from kvtransfer.events import (
     CommitWhenRead,

@@ -24,8 +24,9 @@ from coordinator.config import CoordinatorConfig, ExpectedPool
 from coordinator.delivery import Delivery
 from coordinator.generation import Generation
 from coordinator.joining import HelloRefused, Terms
+from coordinator.losses import Patience
 from coordinator.records import Record
-from coordinator.registry import Patience, PoolState, Registry
+from coordinator.registry import PoolState, Registry
 from coordinator.service import Service
 from kvcache.prefix import block_salt, hash_blocks
 from protocol.errors import RequestError

@@ -11,7 +11,8 @@ from bench.simulation.storing import SimulatedDisk, StoreGang
 from bench.simulation.world import World
 from coordinator.config import CoordinatorConfig, ExpectedPool
 from coordinator.joining import Terms
-from coordinator.registry import Patience, PoolState, Registry
+from coordinator.losses import Patience
+from coordinator.registry import PoolState, Registry
 from coordinator.service import Service
 from kvtransfer.events import ControlReceived, PoolsChanged
 from protocol.messages import (

@@ -368,11 +368,9 @@ class FakeCluster(threading.Thread):
 
 
 class CoordinatorProcess:
-    """``python -P -m coordinator``: its lines, and how it ended. ``prepare`` runs in it first."""
+    """``python -P -m coordinator``: its lines, and how it ended."""
 
-    def __init__(
-        self, folder: Path, prepare: Callable[[], None] | None = None, **fields: Any
-    ) -> None:
+    def __init__(self, folder: Path, **fields: Any) -> None:
         self.config = {
             "token": TOKEN,
             "model": MODEL,
@@ -392,11 +390,7 @@ class CoordinatorProcess:
         file.write_text(json.dumps(self.config))
         argv = [sys.executable, "-P", "-m", "coordinator", "--config", str(file)]
         self.process = subprocess.Popen(
-            argv,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            preexec_fn=prepare,
+            argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, daemon=True)

@@ -15,7 +15,7 @@ from coordinator.service import Service
 from decode.memory import SequenceMemory
 from decode.sequence import Sequence
 from protocol.errors import IllegalTransition, RequestError
-from protocol.messages import Abort, NewToken, Prefill, Reserve
+from protocol.messages import Abort, Heartbeat, NewToken, Prefill, Reserve
 from tests.coordinator.whole_cluster import WholeCluster
 from tests.decode.fake_cluster import reference
 
@@ -462,3 +462,30 @@ def test_late_messages_of_a_lost_attempt_change_nothing() -> None:
     cluster.settle()
     assert cluster.tokens("a") == reference(prompt_of(30), 6)
     assert [m for _, m in cluster.dispatched if isinstance(m, Abort)]
+
+
+@pytest.mark.parametrize("num_blocks", [0, 3])
+def test_a_decode_pool_that_no_prefill_pool_reaches_computes_prompts_itself(
+    num_blocks: int,
+) -> None:
+    """What has arrived is kept, and pools that reach each other again hand over again."""
+    cluster = WholeCluster(SMALLEST)
+    cluster.submit("a", prompt_of(34), 5)
+    record = cluster.records["a"]
+
+    def is_far_enough() -> bool:
+        handoff = cluster.handoffs.get((("a", 1), False))
+        return record.prefill_pool != "" and len(handoff.read if handoff else ()) >= num_blocks
+
+    run_until(cluster, is_far_enough)
+    peer = cluster.registry.pools["decode0"].leader
+    cluster.registry.on_heartbeat(peer, Heartbeat(1, 0.0, cut_off=("prefill0",)), cluster.now)
+    cluster.sweep()
+    cluster.settle()
+    cluster.assert_exact("a", 5)
+    assert (record.attempt, record.prefill_pool) == (2, "")
+    assert [lost.reason for lost in record.lost] == ["handoff_failed"]
+    cluster.registry.on_heartbeat(peer, Heartbeat(2, 0.0), cluster.now)
+    cluster.submit("b", prompt_of(34, 7), 5)
+    cluster.settle()
+    assert cluster.records["b"].lost == [] and cluster.records["b"].prefill_pool == "prefill0"

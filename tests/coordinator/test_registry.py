@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from coordinator.config import ExpectedPool
 from coordinator.joining import HelloRefused, Terms
-from coordinator.registry import EPOCH_BITS, Patience, PoolState, Registry
+from coordinator.losses import Patience
+from coordinator.registry import EPOCH_BITS, PoolState, Registry
 from modeling.config import load_config
 from protocol.errors import PeerError
 from protocol.messages import (
@@ -134,8 +135,8 @@ def test_a_silent_rank_loses_its_pool_and_no_other(helpers: Any) -> None:
             mine.on_heartbeat(name(pool, rank), Heartbeat(1, 0.0), float(now))
         assert mine.expire(float(now)) == []
     mine.on_heartbeat("decode0/0", Heartbeat(1, 0.0), 5.5)
-    ((pool_id, reason),) = mine.expire(5.5)
-    assert pool_id == "prefill0"
+    ((pool_id, reason, is_over),) = mine.expire(5.5)
+    assert (pool_id, is_over) == ("prefill0", False)
     assert "rank 3" in reason
     out = mine.lose(pool_id, reason)
     assert sorted(p for p, m in out if isinstance(m, Shutdown)) == [
@@ -168,10 +169,11 @@ def test_our_own_pause_is_nobodys_death(helpers: Any) -> None:
     bring_up(helpers, mine)
     assert mine.expire(1.0) == []
     assert mine.expire(60.0) == []
-    assert [pool_id for pool_id, _ in mine.expire(62.0)] == []
-    assert {pool_id for pool_id, _ in mine.expire(64.4)} | {
-        pool_id for pool_id, _ in mine.expire(66.5)
-    } == {"prefill0", "decode0"}
+    assert [loss.pool_id for loss in mine.expire(62.0)] == []
+    assert {loss.pool_id for loss in (*mine.expire(64.4), *mine.expire(66.5))} == {
+        "prefill0",
+        "decode0",
+    }
 
 
 def test_the_shortest_context_counts(helpers: Any) -> None:
@@ -256,12 +258,12 @@ def test_the_others_go_on_without_a_gang_that_does_not_come_back_soon(helpers: A
             mine.on_heartbeat(name(POOLS[0], rank), Heartbeat(1, 0.0), now)
         losses += [(now, *loss) for loss in mine.expire(now)]
         sent += [(now, m) for _, m in mine.due() if isinstance(m, Topology)]
-        for _, reason in [loss[1:] for loss in losses if loss[0] == now]:
-            mine.lose("decode0", reason)
+        for loss in [loss for loss in losses if loss[0] == now]:
+            mine.lose("decode0", loss[2], is_over=loss[3])
     assert 2.9 < sent[0][0] < 3.5
     assert [pool.pool_id for pool in sent[0][1].pools] == ["prefill0"]
-    ((when, pool_id, reason),) = losses
-    assert (pool_id, reason) == ("decode0", "it did not come back within 10 s")
+    ((when, *loss),) = losses
+    assert loss == ["decode0", "it did not come back within 10 s", True]
     assert 9.9 < when < 10.7
 
 
@@ -287,7 +289,7 @@ def test_a_new_coordinator_waits_for_gangs_that_run(helpers: Any) -> None:
     mine.on_hello("new", new, 5.0)
     for tenth in range(3, 150, 3):
         lost = mine.expire(tenth / 10)
-        assert "decode0" not in [pool_id for pool_id, _ in lost]
+        assert "decode0" not in [loss.pool_id for loss in lost]
 
 
 def test_a_step_that_takes_too_long(helpers: Any) -> None:
@@ -297,7 +299,7 @@ def test_a_step_that_takes_too_long(helpers: Any) -> None:
     assert mine.expire(1.0) == []
     mine.on_heartbeat("prefill0/0", Heartbeat(1, 30.5), 1.5)
     mine.on_heartbeat("prefill0/2", Heartbeat(1, 31.0), 1.5)
-    assert mine.expire(1.5) == [("prefill0", "rank 2 has been in one step for 31.0 s")]
+    assert mine.expire(1.5) == [("prefill0", "rank 2 has been in one step for 31.0 s", True)]
 
 
 def test_a_rank_that_is_silent_while_it_starts(helpers: Any) -> None:
@@ -306,3 +308,67 @@ def test_a_rank_that_is_silent_while_it_starts(helpers: Any) -> None:
     lost = [mine.expire(tenth / 10) for tenth in range(0, 250, 3)]
     assert not any(lost[:60])
     assert lost[-1][0][0] == "decode0"
+
+
+def test_a_gang_that_was_cut_off_comes_back_as_it_is(helpers: Any) -> None:
+    """The others go on without it at once; its ranks, model and cache stay, under a new epoch."""
+    mine = registry()
+    bring_up(helpers, mine)
+    gang_start = mine.pools["decode0"].gang_start
+    mine.expire(0.0)
+    out = mine.lose("decode0", "rank 1 was silent", is_over=False, holds_others=False)
+    assert not [m for _, m in out if isinstance(m, Shutdown)]
+    assert {m.coordinator_epoch for _, m in out if isinstance(m, Introduce)} == {COORDINATOR}
+    topologies = [m for _, m in out if isinstance(m, Topology)]
+    assert [[pool.pool_id for pool in m.pools] for m in topologies] == [["prefill0"]] * 4
+    for pool, rank in PEERS[4:]:
+        again = helpers.hello(pool, rank, CONFIG, coordinator_epoch=COORDINATOR)
+        assert mine.displaces(f"{name(pool, rank)}+1", again) is None
+        out = mine.on_hello(f"{name(pool, rank)}+1", again, 8.0)
+    assert [m.pool_epoch for _, m in out] == [FIRST_EPOCH + 1] * 2
+    for pool, rank in PEERS[4:]:
+        out = mine.on_gang_ready(f"{name(pool, rank)}+1", GangReady(), 8.0)
+    assert [pool.pool_id for pool in out[0][1].pools] == ["prefill0", "decode0"]
+    assert mine.pools["decode0"].gang_start == gang_start
+    assert not [loss for loss in mine.expire(8.1) if loss.pool_id == "decode0"]
+
+
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_a_gang_of_which_one_rank_stays_silent_must_end_after_the_grace(
+    helpers: Any, is_stopped: bool
+) -> None:
+    mine = registry()
+    bring_up(helpers, mine)
+    mine.expire(0.0)
+    mine.lose("decode0", "rank 1 was silent", is_over=False, holds_others=False)
+    if not is_stopped:  # the other one says HELLO, and waits
+        again = helpers.hello(POOLS[1], 0, CONFIG, coordinator_epoch=COORDINATOR)
+        mine.on_hello("decode0/0+1", again, 1.0)
+    losses = []
+    for tenth in range(3, 120, 3):
+        for peer in (*(name(POOLS[0], rank) for rank in range(4)), "decode0/0+1"):
+            if mine.pool_of(peer):
+                mine.on_heartbeat(peer, Heartbeat(1, 0.0), tenth / 10)
+        losses += [(tenth / 10, loss) for loss in mine.expire(tenth / 10)]
+        if losses:
+            break
+    ((when, loss),) = losses
+    assert (loss.pool_id, loss.is_over) == ("decode0", True) and 9.9 < when < 10.9
+    out = mine.lose(*loss[:2])
+    assert [isinstance(m, Shutdown) for _, m in out] == [True] * (not is_stopped)
+
+
+@pytest.mark.parametrize("who", [("prefill0", 3, "decode0"), ("decode0", 1, "prefill0")])
+def test_pools_of_which_one_rank_misses_the_other_do_not_hand_over(
+    helpers: Any, who: tuple[str, int, str]
+) -> None:
+    mine = registry()
+    bring_up(helpers, mine)
+    prefill, decode = mine.pools["prefill0"], mine.pools["decode0"]
+    pool_id, rank, missed = who
+    assert mine.can_hand_over(prefill, decode)
+    mine.on_heartbeat(f"{pool_id}/{rank}", Heartbeat(1, 0.0, cut_off=(missed,)), 1.0)
+    assert not mine.can_hand_over(prefill, decode)
+    assert prefill.is_serving and decode.is_serving
+    mine.on_heartbeat(f"{pool_id}/{rank}", Heartbeat(2, 0.0), 2.0)
+    assert mine.can_hand_over(prefill, decode)

@@ -15,8 +15,9 @@ from coordinator.config import CoordinatorConfig, ExpectedPool
 from coordinator.delivery import Delivery
 from coordinator.generation import Generation
 from coordinator.joining import Terms
+from coordinator.losses import Patience
 from coordinator.records import Record
-from coordinator.registry import Patience, Registry
+from coordinator.registry import Registry
 from coordinator.service import Service
 from coordinator.slices import at_once
 from decode.batch import SchedulerLimits

@@ -246,6 +246,24 @@ def test_a_stopped_rank(cluster: Cluster, name: str) -> None:
     cluster.wait_whole()
 
 
+@pytest.mark.parametrize("name", ["prefill0.1", "decode0.0"])
+def test_a_rank_that_pauses(cluster: Cluster, name: str) -> None:
+    """Its requests go on elsewhere; when it runs again its gang is the same, and what it cached."""
+    pool_id = name.partition(".")[0]
+    before, pids = cluster.pools(), cluster.pids()
+    hurt(pids[name], signal.SIGSTOP)
+    streams = [cluster.stream(40) for _ in range(2)]
+    cluster.wait_lost(pool_id, before[pool_id]["epoch"])
+    os.kill(pids[name], signal.SIGCONT)
+    for stream in streams:
+        stream.check_end("worker_lost", "handoff_failed", "stale_target")
+    cluster.wait_whole()
+    assert cluster.pids() == pids
+    assert cluster.pools()[pool_id]["gang_start"] == before[pool_id]["gang_start"]
+    for _ in range(3):
+        cluster.check_exact()
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_coordinator_that_is_gone(cluster: Cluster, number: signal.Signals) -> None:
     """The next one listens at the same addresses; the gangs are the same, with what they cached."""

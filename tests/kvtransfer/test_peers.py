@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 
+import msgspec
 import pytest
 import zmq
 
@@ -120,6 +121,7 @@ class Proxy:
         self._lock = threading.Lock()
         self._swallows = 0  # bytes that get lost before the connections break
         self._leaves_open = False
+        self.is_frozen = threading.Event()  # nothing passes, in either direction
         self.num_cuts = 0
         self._ends = threading.Event()
         self._thread = threading.Thread(target=self._serve)
@@ -158,6 +160,8 @@ class Proxy:
             data = b""
         if not data:
             self._break(end, leaves_open=False)
+            return
+        if self.is_frozen.is_set():
             return
         with self._lock:
             if self._swallows and end in self._callers:
@@ -390,3 +394,48 @@ def _frame(context: Context, one: Side, other: Side) -> bytes:
     assert received is not None
     _close(listener, speaker)
     return received[1]
+
+
+def test_a_pool_that_is_cut_off_is_told_of_within_five_seconds_and_when_it_is_back(
+    context: Context,
+) -> None:
+    """Packets vanish, and no connection breaks by itself. The own pool is nobody's to tell of."""
+    here, there = Side(context, "d"), Side(context, "p")
+    mate = Side(context, "d", rank=1, incarnation="2")
+    proxies = [Proxy(side.peers.address) for side in (there, mate)]
+    told: list[tuple[str, ...]] = []
+
+    def look() -> None:
+        if here.peers.look(time.monotonic()):
+            told.append(here.peers.cut_off)
+
+    def until(count: int) -> float:
+        started = time.monotonic()
+        deadline = started + DEADLINE_S
+        while len(told) < count:
+            assert time.monotonic() < deadline, told
+            for side in (here, there, mate):
+                side.poller.wait(0.01)
+                side.turn()
+            look()
+        return time.monotonic() - started
+
+    try:
+        own = here.pool()
+        own = msgspec.structs.replace(own, ranks=(*own.ranks, *mate.pool(proxies[1].address).ranks))
+        here.peers.set_pools([own, there.pool(proxies[0].address)])
+        _meet(there, here)
+        here.say(there, 1)
+        _run(here, there, until=lambda: bool(there.got))
+        look()
+        for proxy in proxies:
+            proxy.is_frozen.set()
+        assert until(1) < 5.0
+        for proxy in proxies:
+            proxy.is_frozen.clear()
+        until(2)
+        assert told == [("p",), ()]
+    finally:
+        for proxy in proxies:
+            proxy.close()
+        _close(here, there, mate)
