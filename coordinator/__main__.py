@@ -26,6 +26,7 @@ from coordinator.control import News, Owner
 from coordinator.server import Coordinator, StartFailed
 from protocol.errors import ConfigError
 from protocol.logs import configure_logging, finish_output
+from protocol.open_files import raise_open_files
 
 EXIT_CLEAN, EXIT_FAILED, EXIT_CONFIG, EXIT_STALE = 0, 1, 2, 3
 _PR_SET_PDEATHSIG = 1
@@ -43,6 +44,7 @@ def main() -> int:
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
         os.umask(0o077)  # documents and files are the operator's alone
         _die_with_parent(config.parent_pid)
+        raise_open_files()
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_serve(config))
     except ConfigError as error:

@@ -30,6 +30,7 @@ from coordinator.patience import patient
 from coordinator.shapes import ChoiceState, Header, Shape, cache_miss_of, usage_of
 from coordinator.tokens import ChoiceText, Piece
 from coordinator.traces import Trace
+from coordinator.turns import Lane
 from protocol.errors import RequestError
 from protocol.messages import NewToken
 from protocol.request import FinishReason
@@ -65,7 +66,7 @@ class Answer(Response):
     async def gather(self) -> tuple[int, dict[str, Any]]:
         """Status and body, sent to nobody. Cancelling it ends the answer."""
         try:
-            self._submit()
+            await self._submit()
             return 200, await self._whole()
         except RequestError as error:
             return error.status, error_object(error)
@@ -77,6 +78,8 @@ class Answer(Response):
         watcher = asyncio.create_task(_until_disconnect(receive))
         try:
             await asyncio.wait({work, watcher}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                await self._frontend.turns.take(Lane.ANSWERS)  # callers go away together, too
         finally:
             for task in (work, watcher):
                 if not task.done():
@@ -88,7 +91,7 @@ class Answer(Response):
 
     async def _answer(self, scope: Scope, send: Send) -> None:
         try:
-            self._submit()
+            await self._submit()
             if self._options.stream:
                 await self._send_stream(send)
             else:
@@ -106,7 +109,8 @@ class Answer(Response):
         for state in self._states:
             self._frontend.service.abort(state.record)
 
-    def _submit(self) -> None:
+    async def _submit(self) -> None:
+        await self._frontend.turns.take(Lane.NEW)
         trace = Trace(
             self._asker.request_id,
             self._asker.client_request_id,
@@ -128,6 +132,13 @@ class Answer(Response):
             text = ChoiceText(stream, self._options.text)
             self._states.append(ChoiceState(choice, record, text))
             trace.records.append(record)
+            await self._frontend.turns.take(Lane.NEW)
+
+    async def _arrivals(self, timeout_s: float | None = None) -> Arrivals:
+        """What has come for the caller, when it is this answer's turn."""
+        arrivals = await self._delivery.take(timeout_s)
+        await self._frontend.turns.take(Lane.ANSWERS)
+        return arrivals
 
     def _take(self, arrivals: Arrivals) -> Iterator[tuple[ChoiceState, Piece]]:
         for index, tokens in arrivals:
@@ -156,7 +167,7 @@ class Answer(Response):
     async def _whole(self) -> dict[str, Any]:
         texts = [[choice.echoed] for choice in self._choices]
         while not self._is_finished:
-            for state, piece in self._take(await self._delivery.take()):
+            for state, piece in self._take(await self._arrivals()):
                 texts[state.choice.index].append(piece.text)
         joined = [(state, "".join(text)) for state, text in zip(self._states, texts, strict=True)]
         answer = self._shape.whole(self._header, joined, usage_of(self._states))
@@ -183,7 +194,7 @@ class Answer(Response):
     # -- streamed ----------------------------------------------------------------------------------
 
     async def _send_stream(self, send: Send) -> None:
-        arrivals = await self._delivery.take(self._frontend.config.header_wait_s)
+        arrivals = await self._arrivals(self._frontend.config.header_wait_s)
         headers = [*sse.HEADERS, self._path_header()]
         await self._send(send, {"type": "http.response.start", "status": 200, "headers": headers})
         try:
@@ -192,7 +203,7 @@ class Answer(Response):
                 await self._send_part(send, events)
                 if self._is_finished:
                     break
-                arrivals = await self._delivery.take(self._frontend.config.keep_alive_s)
+                arrivals = await self._arrivals(self._frontend.config.keep_alive_s)
                 if not arrivals:
                     await self._send_part(send, sse.keep_alive(self._progress()))
             tail = sse.DONE

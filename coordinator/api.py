@@ -29,6 +29,7 @@ from coordinator.metrics import (
     pool_families,
     render,
     request_families,
+    text_families,
 )
 from coordinator.text.tasks import Json, ReadDetokenize, ReadTokenize
 from protocol.errors import RequestError
@@ -72,12 +73,13 @@ def _add_generation(app: FastAPI, frontend: Frontend) -> None:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_model(frontend)]}
+        names = frontend.config.model_names
+        return {"object": "list", "data": [_model(frontend, name) for name in names]}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         frontend.check_model(name)
-        return _model(frontend)
+        return _model(frontend, name)
 
     @app.get("/v1/requests/{request_id}/timeline")
     async def timeline(request: Request, request_id: str) -> dict[str, Any]:
@@ -87,9 +89,9 @@ def _add_generation(app: FastAPI, frontend: Frontend) -> None:
         return trace.describe()
 
 
-def _model(frontend: Frontend) -> dict[str, Any]:
+def _model(frontend: Frontend, name: str) -> dict[str, Any]:
     return {
-        "id": frontend.config.model_name,
+        "id": name,
         "object": "model",
         "created": frontend.started_at,
         "owned_by": "baton",
@@ -149,6 +151,7 @@ def _add_state(app: FastAPI, frontend: Frontend) -> None:
                 *service.metrics.families(),
                 *request_families(service.loads.num_active, service.num_leaked),
                 *lag_families(frontend.lag, now),
+                *text_families(frontend.workers, frontend.bodies),
                 *log_families(num_dropped_lines(), frontend.registry.pools.values()),
                 *pool_families(frontend.registry.pools.values()),
                 *([] if frontend.jobs is None else job_families(frontend.jobs.gate)),

@@ -39,6 +39,7 @@ def describe_cluster(frontend: Frontend, now: float) -> dict[str, Any]:
         "num_leaked": service.num_leaked,
         "loop": {"lag_s": round(lag.largest(now), 6), "num_stalls": lag.num_stalls},
         "counters": dict(frontend.control.counters),
+        "storage": None if frontend.jobs is None else frontend.jobs.storage.describe(),
         "pools": [_describe_pool(pool, lag.observed(now)) for pool in registry.pools.values()],
     }
 

@@ -15,6 +15,7 @@ from protocol.kv import DTYPE_BYTES
 
 MIN_TEXT_MEMORY_BYTES = 512 << 20  # below, not even a worker's libraries are sure to load
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+GENERATION_CONFIGS = ("auto", "none")
 
 
 class ExpectedPool(msgspec.Struct, frozen=True):
@@ -54,6 +55,7 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_stop_chars: int = 256
     max_logit_bias: int = 1024
     max_requests: int = 4096  # sequences in the cluster at one time, waiting ones included
+    max_connections: int = 8192  # and no more than the limit of open files leaves room for
     tenant_share: float = 0.75  # of those, that one key may have while there are several
     max_label_chars: int = 4096  # user, and each value of metadata
     max_upload_bytes: int = 512 << 20  # a multipart body, where files are uploaded
@@ -71,6 +73,7 @@ class BatchLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_lines: int = 50_000  # of one batch
     max_batch_bytes: int = 200 << 20
     max_open: int = 64  # batches of one tenant that have not ended
+    max_all_open: int = 1_000
     max_errors: int = 100  # wrong lines that a refused batch lists
     window_s: float = 86_400.0  # after which a batch expires
     keep_s: float = 30 * 86_400.0  # how long an ended batch can be looked at
@@ -85,6 +88,11 @@ class JobLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     max_documents: int = 10_000  # of all tenants, ended ones included
     max_tenant_documents: int = 1_000
+    max_waiting: int = 1_000  # of all tenants, that are not ready yet
+    max_tenant_waiting: int = 200
+    max_watchers: int = 1_000  # of all tenants: GETs that wait, and streams of events
+    max_tenant_watchers: int = 100
+    tenant_quota_bytes: int = 0  # of texts, files and KV; 0: half the disk quota if there are keys
     max_running: int = 0  # documents that are computed at one time; 0 takes one per prefill pool
     segment_tokens: int = 8192  # a document goes on from the last whole segment
     max_events: int = 1_000  # of one document that are kept, the newest
@@ -97,7 +105,7 @@ class JobLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_reading: int = 3  # documents that are read and encoded at one time, of one tenant one less
     parse_attempts: int = 2
     parse_timeout_s: float = 120.0
-    parse_cpu_s: int = 30  # of the processor, for one file
+    parse_cpu_s: int = 100  # of the processor, for one file
     parse_memory_bytes: int = 2 << 30
     max_text_bytes: int = 256 << 20  # that a file may become
     idempotency_s: float = 86_400.0
@@ -105,6 +113,7 @@ class JobLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_pin_s: float = 30 * 86_400.0
     disk_quota_bytes: int = 64 << 30
     pinned_share: float = 0.5  # of the quota, that may be pinned by all tenants together
+    tenant_pin_share: float = 0.4  # of the quota, that one tenant may pin in any mode
     hard_pin_share: float = 0.25  # of the quota, that one tenant may pin hard
 
 
@@ -121,7 +130,9 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     control_listen: str = "tcp://127.0.0.1:*"  # or ipc://PATH
     host: str = "127.0.0.1"
     port: int = 8000  # 0 takes a free one
-    served_model_name: str = ""  # "" takes the model's own name
+    served_model_names: tuple[str, ...] = ()  # the first is shown; none takes the model's own
+    chat_template: str = ""  # a file that replaces the checkpoint's
+    generation_config: str = "auto"  # "none": its sampling parameters are nobody's defaults
     block_size: int = 32
     kv_dtype: str = ""  # what the ranks keep KV in; "" takes the model's own
     max_model_len: int | None = None
@@ -182,10 +193,19 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
             raise ConfigError(f"kv_dtype {self.kv_dtype}: choose one of {tuple(DTYPE_BYTES)}")
         if self.max_model_len is not None and self.max_model_len < 2:
             raise ConfigError(f"--max-model-len {self.max_model_len}: must be at least 2 tokens")
+        self._check_model()
         self._check_text()
         self._check_crashes()
         self._check_failover()
         Failpoints(self.failpoints)
+
+    def _check_model(self) -> None:
+        if self.generation_config not in GENERATION_CONFIGS:
+            raise ConfigError(
+                f"--generation-config {self.generation_config}: choose one of {GENERATION_CONFIGS}"
+            )
+        if any(not name or not name.isprintable() for name in self.served_model_names):
+            raise ConfigError("--served-model-name: a name is printable text, and not empty")
 
     def _check_crashes(self) -> None:
         """What ends processes must be found out before they are no longer started again."""
@@ -236,9 +256,14 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
             raise ConfigError(f"rejoining {self.rejoining}: no such pools")
 
     @property
+    def model_names(self) -> tuple[str, ...]:
+        """The names that requests give and ``/v1/models`` lists."""
+        return self.served_model_names or (Path(self.model).name,)
+
+    @property
     def model_name(self) -> str:
-        """The name that requests give and ``/v1/models`` lists."""
-        return self.served_model_name or Path(self.model).name
+        """The first of them, which answers carry."""
+        return self.model_names[0]
 
 
 def check_keys(keys: Iterable[str], origin: str) -> None:

@@ -12,7 +12,9 @@ from typing import cast
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from coordinator.config import Limits
+from coordinator.connections import Connections
 from coordinator.patience import Countdown
+from coordinator.turns import Lane, Turns
 
 SCOPE_ABORT = "baton.abort_connection"
 _TOO_LARGE = (
@@ -32,24 +34,56 @@ _NO_SUCH_CODING = (
 
 
 class GuardedConnection(HttpToolsProtocol):
-    """One connection. ``limits`` is bound by :func:`guarded`."""
+    """One connection. The keywords named here are bound by :func:`guarded`."""
 
-    def __init__(self, *args: object, limits: Limits, **kwargs: object) -> None:
+    def __init__(
+        self,
+        *args: object,
+        limits: Limits,
+        connections: "Connections[GuardedConnection]",
+        turns: Turns,
+        **kwargs: object,
+    ) -> None:
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]  # passed through as they came
         self._limits = limits
+        self._all = connections
+        self._turns = turns
+        self._unread: list[bytes] = []
         self._head_bytes = 0
         self._is_in_head = True
         self._head_timer: Countdown | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._all.opened(self)
         self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        self._all.closed(self)
         super().connection_lost(exc)
 
+    def close_idle(self) -> None:
+        """Make room for another connection; no request is at work here."""
+        self.transport.close()
+
     def data_received(self, data: bytes) -> None:
+        """What arrives on thousands of connections together is read in several passes."""
+        self._unread.append(data)
+        if len(self._unread) == 1:
+            self._turns.call(Lane.NEW, self._read)
+            if self._unread:
+                self.transport.pause_reading()
+
+    def _read(self) -> None:
+        unread, self._unread = self._unread, []
+        for data in unread:
+            if self.parser is not None and not self.transport.is_closing():  # not lost meanwhile
+                self._feed(data)
+        if not self.transport.is_closing() and not self.flow.read_paused:
+            self.transport.resume_reading()
+
+    def _feed(self, data: bytes) -> None:
         if self._is_in_head:
             self._head_bytes += len(data)
         super().data_received(data)
@@ -65,6 +99,7 @@ class GuardedConnection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._stop_timer()
+        self._all.at_work(self)
         self._is_in_head = False
         if self.transport.is_closing():  # behind a refused request nothing is one: it may be a body
             return
@@ -98,6 +133,11 @@ class GuardedConnection(HttpToolsProtocol):
         if not self.transport.is_closing():
             super().on_message_complete()
 
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.cycle is None or self.cycle.response_complete:  # else a pipelined one has begun
+            self._all.answered(self)
+
     def _start_timer(self) -> None:
         self._stop_timer()
         self._head_timer = Countdown(
@@ -124,6 +164,10 @@ class GuardedConnection(HttpToolsProtocol):
         self.transport.close()
 
 
-def guarded(limits: Limits) -> type[asyncio.Protocol]:
+def guarded(
+    limits: Limits, connections: Connections[GuardedConnection], turns: Turns
+) -> type[asyncio.Protocol]:
     """The protocol for ``uvicorn.Config(http=...)``; it only ever calls what it is given."""
-    return partial(GuardedConnection, limits=limits)  # type: ignore[return-value]
+    return partial(  # type: ignore[return-value]
+        GuardedConnection, limits=limits, connections=connections, turns=turns
+    )

@@ -18,6 +18,7 @@ from typing import Protocol
 
 from coordinator.joining import HelloRefused
 from coordinator.registry import CHECK_INTERVAL_S, Outgoing, Registry
+from coordinator.slices import Pace, parts_of
 from protocol.codec import Codec
 from protocol.errors import IllegalTransition, PeerError, VersionError
 from protocol.messages import (
@@ -126,20 +127,26 @@ class ControlPlane:
                 await self._router.send(peer, _OUTGOING.encode(message))
 
     async def _receive_all(self) -> None:
+        pace = Pace()
         while True:
-            peer, frame = await self._router.receive()
+            peer, frame = await self._router.receive()  # at once, while anything is there
             try:
                 message = _INCOMING.decode(frame)
             except VersionError as error:
                 _log.warning("dropped a frame of %s: %s", peer[:80], error)
                 continue
-            try:
-                self._dispatch(peer, message, self._clock())
-            except (PeerError, IllegalTransition) as error:
-                self._num_dropped += 1
-                if self._num_dropped & (self._num_dropped - 1) == 0:  # 1, 2, 4, ...: no full log
-                    name = type(message).__name__
-                    _log.warning("dropped %s of %s: %s", name, peer[:80], error)
+            for part in parts_of(message):
+                self._take(peer, part)
+                await pace.breathe()
+
+    def _take(self, peer: str, message: ToCoordinator) -> None:
+        try:
+            self._dispatch(peer, message, self._clock())
+        except (PeerError, IllegalTransition) as error:
+            self._num_dropped += 1
+            if self._num_dropped & (self._num_dropped - 1) == 0:  # 1, 2, 4, ...: no full log
+                name = type(message).__name__
+                _log.warning("dropped %s of %s: %s", name, peer[:80], error)
 
     def _dispatch(self, peer: str, message: ToCoordinator, now: float) -> None:
         if isinstance(message, Hello):
@@ -201,9 +208,11 @@ class ControlPlane:
             self._outbox.put_nowait(item)
 
     async def _send_all(self) -> None:
+        pace = Pace()
         while True:
-            peer, message = await self._outbox.get()
+            peer, message = await self._outbox.get()  # neither does this wait for the others
             await self._send_one(peer, message)
+            await pace.breathe()
 
     async def _send_one(self, peer: str, message: ToRank) -> None:
         try:

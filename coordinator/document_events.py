@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 from coordinator import sse
 from coordinator.config import CoordinatorConfig
 from coordinator.connection import SCOPE_ABORT
+from coordinator.jobs.document import Document
 from coordinator.jobs.documents import Documents, shutting_down
 from coordinator.jobs.events import WrittenEvent
 from coordinator.patience import patient
@@ -24,7 +25,7 @@ class EventStream(Response):
     Args:
         documents: all of them.
         config: how long to wait for a reader, and to be silent.
-        document_id: the document, which is the reader's.
+        document: which is the reader's.
         starting_after: number of the last event that the reader has.
     """
 
@@ -32,20 +33,22 @@ class EventStream(Response):
         self,
         documents: Documents,
         config: CoordinatorConfig,
-        document_id: str,
+        document: Document,
         starting_after: int,
     ) -> None:
         super().__init__()
         self._documents = documents
         self._config = config
-        self._document_id = document_id
+        self._document_id = document.document_id
+        self._tenant = document.tenant
         self._last = starting_after
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         work = asyncio.create_task(self._stream(send))
         watcher = asyncio.create_task(_until_disconnect(receive))
         try:
-            await asyncio.wait({work, watcher}, return_when=asyncio.FIRST_COMPLETED)
+            with self._documents.watchers.watching(self._tenant):
+                await asyncio.wait({work, watcher}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for task in (work, watcher):
                 task.cancel()

@@ -4,6 +4,7 @@ A multipart upload is streamed to the disk by the code that reads files for ``/v
 arrives here is a file that is ours to move.
 """
 
+import asyncio
 import hashlib
 import math
 from pathlib import Path
@@ -20,6 +21,7 @@ from coordinator.document_events import EventStream
 from coordinator.frontend import Frontend, jobs_of
 from coordinator.jobs.document import Document
 from coordinator.jobs.documents import Documents, Source
+from coordinator.jobs.space import check_space
 from coordinator.jobs.states import FINAL, PENDING
 from coordinator.jobs.suspects import LINE, Work
 from coordinator.limits import SCOPE_IS_UPLOAD
@@ -56,9 +58,13 @@ def _add_making(app: FastAPI, frontend: Frontend, documents: Documents) -> None:
             async with frontend.body(request) as body:
                 return await _create(frontend, request, body, None)
         assert frontend.jobs is not None, "the route exists only with jobs"
-        await documents.keeper.wait_recovered()
         limits, min_free_bytes = frontend.config.limits, frontend.jobs.min_free_bytes
-        async with receive_upload(request, documents.folder, limits, min_free_bytes) as upload:
+        await asyncio.to_thread(check_space, documents.folder, 0, min_free_bytes=min_free_bytes)
+        await documents.keeper.wait_recovered()
+        async with (
+            frontend.room_for_upload(request),
+            receive_upload(request, documents.folder, limits, min_free_bytes) as upload,
+        ):
             uploaded = Uploaded(str(upload.path), upload.file_name, True, upload.charset)
             body = Body(msgspec.json.encode(fields_of_form(upload.fields, limits)))
             return await _create(frontend, request, body, uploaded)
@@ -164,7 +170,13 @@ def _add_looking(app: FastAPI, frontend: Frontend, documents: Documents) -> None
     @app.get("/v1/documents/{document_id}")
     async def get(request: Request, document_id: str) -> Response:
         wait_s = _number(request.query_params.get("wait"), "wait", 0, 0, math.inf)
-        document = await documents.wait(_tenant(request), document_id, wait_s)
+        tenant = _tenant(request)
+        if wait_s > 0:
+            documents.watchers.check(tenant)
+            with documents.watchers.watching(tenant):
+                document = await documents.wait(tenant, document_id, wait_s)
+        else:
+            document = await documents.get(tenant, document_id)
         return await _whole(documents, await documents.keeper.check_blocks(document))
 
     @app.get("/v1/documents/{document_id}/events")
@@ -172,7 +184,8 @@ def _add_looking(app: FastAPI, frontend: Frontend, documents: Documents) -> None
         document = await documents.get(_tenant(request), document_id)
         given = request.query_params.get("starting_after") or request.headers.get("last-event-id")
         after = int(_number(given, "starting_after", 0, 0, MAX_SEQUENCE))
-        return EventStream(documents, frontend.config, document.document_id, after)
+        documents.watchers.check(document.tenant)
+        return EventStream(documents, frontend.config, document, after)
 
 
 def _add_steps(app: FastAPI, documents: Documents) -> None:

@@ -35,7 +35,10 @@ def _add_upload(app: FastAPI, frontend: Frontend, files: Files) -> None:
     @app.post("/v1/files")
     async def create(request: Request) -> dict[str, Any]:
         limits, min_free_bytes = frontend.config.limits, files.limits.min_free_bytes
-        async with receive_upload(request, files.folder, limits, min_free_bytes) as upload:
+        async with (
+            frontend.room_for_upload(request),
+            receive_upload(request, files.folder, limits, min_free_bytes) as upload,
+        ):
             file = _as_file(files, tenant_of(request), upload)
             return describe_file(await files.add(file, upload.path))
 

@@ -18,6 +18,8 @@ from starlette.requests import Request
 from coordinator.auth import SCOPE_TENANT, Tenant
 from coordinator.bodies import Body, Budget, receive_body
 from coordinator.config import CoordinatorConfig
+from coordinator.connection import GuardedConnection
+from coordinator.connections import Connections
 from coordinator.control import ControlPlane
 from coordinator.generation import Generation
 from coordinator.jobs.batches import Batches
@@ -33,11 +35,13 @@ from coordinator.text.packing import unpacked
 from coordinator.text.tasks import Fields, Prepared, ReadFields
 from coordinator.text.workers import TextWorkers
 from coordinator.traces import Traces
+from coordinator.turns import Turns
 from modeling.config import ModelConfig
 from modeling.tokenizer import Tokenizer
 from protocol.errors import RequestError
 
 MAX_SESSION_ID_CHARS = 256
+UPLOAD_BYTES = 2 << 20  # of one upload in memory: a piece that is gathered, one that is written
 LAG_MEMORY_S = 5.0  # a loop that was late is ready again after so long without being it
 
 
@@ -103,6 +107,8 @@ class Frontend:
     bodies: Budget
     traces: Traces
     lag: LoopLag
+    turns: Turns
+    connections: Connections[GuardedConnection]
     started_at: int  # Unix time
     jobs: Jobs | None = None  # where documents are offered; these two as well
     files: Files | None = None
@@ -127,6 +133,20 @@ class Frontend:
         tenant = request.scope[SCOPE_TENANT].name
         async with receive_body(request.stream(), declared, self.bodies, tenant) as body:
             yield body
+
+    @asynccontextmanager
+    async def room_for_upload(self, request: Request) -> AsyncIterator[None]:
+        """What an upload has in memory while it goes to the disk, for as long as the block runs.
+
+        Raises:
+            RequestError: there is no room for it.
+        """
+        tenant, began = request.scope[SCOPE_TENANT].name, time.monotonic()
+        self.bodies.take(tenant, UPLOAD_BYTES)
+        try:
+            yield
+        finally:
+            self.bodies.give_back(tenant, UPLOAD_BYTES, time.monotonic() - began)
 
     async def fields(self, request: Request) -> dict[str, Any]:
         """The fields of a body that is JSON.

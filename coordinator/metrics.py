@@ -14,10 +14,12 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from coordinator.bodies import Budget
 from coordinator.jobs.gate import Gate
 from coordinator.lag import LoopLag
 from coordinator.records import Record
 from coordinator.registry import Pool
+from coordinator.text.workers import TextWorkers
 from protocol.logs import LOG_LINES_DROPPED
 from protocol.request import FinishReason
 from protocol.timeline import Event
@@ -143,6 +145,19 @@ def lag_families(lag: LoopLag, now: float) -> Iterator[Metric]:
         "coordinator_loop_lag_seconds", "Largest lag of the event loop of late", lag.largest(now)
     )
     yield _counter("coordinator_loop_stalls", "Times that the event loop was late", lag.num_stalls)
+
+
+def text_families(workers: TextWorkers, bodies: Budget) -> Iterator[Metric]:
+    """What is read of requests, and by whom."""
+    yield _gauge("body_bytes", "Bytes of bodies that are being received or read", bodies.num_bytes)
+    yield _gauge("texts_waiting", "Requests that wait for a text worker", workers.num_waiting)
+    yield _counter("texts", "Requests that text workers have read", workers.counters["done"])
+    family = CounterMetricFamily(
+        "baton_text_workers_lost", "Text workers that have ended in a task", labels=["reason"]
+    )
+    for reason in ("late", "crashed", "worn", "starting"):
+        family.add_metric([reason], workers.counters[f"lost_{reason}"])
+    yield family
 
 
 def log_families(num_dropped: int, pools: Iterable[Pool]) -> Iterator[Metric]:

@@ -65,7 +65,7 @@ def read_options(
     return Options(
         sampling=_sampling(body, num_logprobs, model, limits),
         max_tokens=max_tokens,
-        default_max_tokens=default_max_tokens,
+        default_max_tokens=default_max_tokens or model.sampling.max_tokens,
         text=TextOptions(
             stops=_stops(body.stop, limits),
             include_stop=bool(body.include_stop_str_in_output),
@@ -88,18 +88,19 @@ def _sampling(
     body: GenerationBody, num_logprobs: int | None, model: ModelConfig, limits: Limits
 ) -> SamplingParams:
     caller_stops = _token_ids("stop_token_ids", body.stop_token_ids or [], model.vocab_size)
+    default = model.sampling
     ignore_eos = bool(body.ignore_eos)
     eos_token_ids = () if ignore_eos else model.eos_token_ids
     return SamplingParams(
         max_tokens=1,  # until the prompt's length is known
         seed=secrets.randbits(63) if body.seed is None else body.seed & _SEED_MASK,
-        temperature=_or(body.temperature, 1.0),
-        top_k=max(0, body.top_k or 0),
-        top_p=_or(body.top_p, 1.0),
-        min_p=_or(body.min_p, 0.0),
-        presence_penalty=_or(body.presence_penalty, 0.0),
-        frequency_penalty=_or(body.frequency_penalty, 0.0),
-        repetition_penalty=_or(body.repetition_penalty, 1.0),
+        temperature=_first(body.temperature, default.temperature, 1.0),
+        top_k=max(0, int(_first(body.top_k, default.top_k, 0))),
+        top_p=_first(body.top_p, default.top_p, 1.0),
+        min_p=_first(body.min_p, default.min_p, 0.0),
+        presence_penalty=_first(body.presence_penalty, 0.0),
+        frequency_penalty=_first(body.frequency_penalty, 0.0),
+        repetition_penalty=_first(body.repetition_penalty, default.repetition_penalty, 1.0),
         logit_bias=_logit_bias(body.logit_bias or {}, model.vocab_size, limits),
         min_tokens=body.min_tokens or 0,
         stop_token_ids=tuple(dict.fromkeys((*eos_token_ids, *caller_stops))),
@@ -160,10 +161,11 @@ def mixed_seed(seed: int, choice: int) -> int:
 
 
 def check_model(config: CoordinatorConfig, name: str | None) -> None:
-    """Raises RequestError when ``name`` is given and is not the model that is served."""
-    if name is not None and name != config.model_name:
+    """Raises RequestError when ``name`` is given and is no name of the model that is served."""
+    if name is not None and name not in config.model_names:
+        names = ", ".join(config.model_names)
         raise RequestError(
-            f"the model {name[:64]!r} does not exist here: see /v1/models",
+            f"the model {name[:64]!r} does not exist here: served is {names[:256]}",
             code="model_not_found",
             param="model",
             status=404,
@@ -188,8 +190,9 @@ def _token_ids(param: str, token_ids: Sequence[Any], vocab_size: int) -> tuple[i
     return tuple(token_ids)
 
 
-def _or(value: float | None, default: float) -> float:
-    return default if value is None else float(value)
+def _first(*values: float | None) -> float:
+    """The first that is given: null is "not given", 0 is a value."""
+    return float(next(value for value in values if value is not None))
 
 
 def _invalid(param: str, message: str) -> RequestError:

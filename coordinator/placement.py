@@ -23,6 +23,7 @@ from coordinator.router import (
 from protocol.messages import CacheUpdate
 
 STORE_TIERS = ("cpu", "disk")
+MAX_DAMAGED = 100_000  # blocks that are remembered
 
 
 def tier_name(pool_id: str, tier: str) -> str:
@@ -43,10 +44,20 @@ class Placement:
         self._registry = registry
         self._sessions = SessionTable(config.session_ttl_s)
         self._prefixes = PrefixMap()
+        self._damaged: dict[bytes, None] = {}  # on the store's disk; the latest
 
     def on_cache_update(self, pool_id: str, update: CacheUpdate) -> None:
         name = tier_name(pool_id, update.tier)
         self._prefixes.update(name, update.stored, update.evicted)
+        self._damaged.update(dict.fromkeys(update.damaged))
+        for block_hash in update.stored if update.tier == "disk" else ():
+            self._damaged.pop(block_hash, None)
+        for block_hash in list(self._damaged)[:-MAX_DAMAGED]:
+            del self._damaged[block_hash]
+
+    def has_damaged(self, block_hashes: Sequence[bytes]) -> bool:
+        """Whether the store has lost some of these since they did not hold what was written."""
+        return bool(self._damaged) and not self._damaged.keys().isdisjoint(block_hashes)
 
     def forget_pool(self, pool_id: str) -> None:
         """What it held is gone."""

@@ -22,14 +22,18 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import cast
 
+import msgspec
 import uvicorn
 
+from coordinator.accepting import Acceptor
 from coordinator.api import build_app
 from coordinator.auth import Tenants
 from coordinator.bodies import Budget
 from coordinator.config import CoordinatorConfig, public
-from coordinator.connection import guarded
+from coordinator.connection import GuardedConnection, guarded
+from coordinator.connections import Connections, max_connections
 from coordinator.control import ControlPlane, Owner
 from coordinator.documents_api import make_document
 from coordinator.faulty import FaultyControlPlane
@@ -43,18 +47,22 @@ from coordinator.line_server import LineServer
 from coordinator.losses import Patience
 from coordinator.registry import Registry
 from coordinator.service import Service
+from coordinator.slices import Slices
 from coordinator.text.tasks import Settings
 from coordinator.text.workers import TextWorkers
 from coordinator.tiering import Tiering
 from coordinator.tokenizing import load_tools
 from coordinator.traces import Traces
-from modeling.config import load_config
+from coordinator.turns import InTurns, Turns
+from modeling.checkpoint_facts import describe_checkpoint, with_facts
+from modeling.config import SamplingDefaults, load_config
 from protocol.errors import BatonError, ConfigError
+from protocol.open_files import max_open_files
 from protocol.sockets import AsyncRouter, open_async_context
 
 KEEP_ALIVE_S = 75  # longer than clients keep idle connections, so that they close them first
 STOP_BUDGET_S = 2.0
-BACKLOG = 2048
+BACKLOG = 4096  # connections that wait to be accepted; the kernel's own limit may be lower
 
 _log = logging.getLogger(__name__)
 
@@ -64,7 +72,25 @@ class StartFailed(BatonError):
 
 
 class _HttpServer(uvicorn.Server):
-    """uvicorn without its signal handlers: the process has its own."""
+    """uvicorn without its signal handlers, and with our own way of accepting connections."""
+
+    def __init__(self, config: uvicorn.Config, connections: Connections[GuardedConnection]) -> None:
+        super().__init__(config)
+        self._connections = connections
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await self.lifespan.startup()
+        make_protocol = partial(
+            cast(Callable[..., asyncio.Protocol], self.config.http_protocol_class),
+            config=self.config,
+            server_state=self.server_state,
+            app_state=self.lifespan.state,
+        )
+        acceptors = [Acceptor(one, make_protocol, self._connections) for one in sockets or ()]
+        for acceptor in acceptors:
+            acceptor.start()
+        self.servers = acceptors  # type: ignore[assignment]  # closed like those of the loop
+        self.started = True
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -100,8 +126,13 @@ class Coordinator:
         self._owner = owner
         self._stop = asyncio.Event()
         self._lag = LoopLag()
-        self._model = load_config(config.model, max_model_len=config.max_model_len)
-        self._tokenizer = load_tools(config).tokenizer  # and the template compiles
+        model = load_config(config.model, max_model_len=config.max_model_len)
+        if config.generation_config == "none":
+            model = msgspec.structs.replace(model, sampling=SamplingDefaults())
+        tools = load_tools(config)  # and the template compiles
+        self._tokenizer = tools.tokenizer
+        self._facts = describe_checkpoint(config.model, model, tools.tokenizer, tools.chat_template)
+        self._model = with_facts(model, self._facts)
         self._workers = TextWorkers(
             Settings(public(config), self._model, os.getpid()), config.num_text_workers
         )
@@ -124,21 +155,30 @@ class Coordinator:
             StartFailed: see the module's docstring.
         """
         async with self._control() as (control, registry, router):
+            slices, turns = Slices(), Turns()
             service = Service(
-                self._config, registry, control.send, time.monotonic, observed=self._observed
+                self._config,
+                registry,
+                control.send,
+                time.monotonic,
+                observed=self._observed,
+                spread=slices.add,
             )
             control.attach(service)
             jobs = self._jobs(registry, service, control)
-            http = self._http_server(control, registry, service, jobs)
+            http = self._http_server(control, registry, service, jobs, turns)
             failure: StartFailed | None = None
             self._workers.start()
             await jobs.start()
             async with asyncio.TaskGroup() as tasks:
-                watching = tasks.create_task(jobs.watch())
-                keys = tasks.create_task(self._watch_keys())
+                watching = [
+                    tasks.create_task(jobs.watch()),
+                    tasks.create_task(self._watch_keys()),
+                    tasks.create_task(self._measure_lag()),
+                ]
                 serving = tasks.create_task(http.serve(sockets=[self._socket]))
                 plane = tasks.create_task(control.run())
-                measuring = tasks.create_task(self._measure_lag())
+                slicing = tasks.create_task(slices.run())
                 self._on_control(router.address, self.url)
                 try:
                     await self._wait_ready(control, registry)
@@ -146,12 +186,13 @@ class Coordinator:
                 except StartFailed as error:
                     failure = error  # raised when everything has been put away
                 finally:
-                    measuring.cancel()
-                    watching.cancel()
-                    keys.cancel()
+                    for task in watching:
+                        task.cancel()
                     await self._workers.close()
                     await jobs.stop()
                     service.shut_down()
+                    await slices.settled()
+                    slicing.cancel()
                     http.should_exit = True
                     plane.cancel()
                     await control.shut_down("the coordinator ends")
@@ -237,8 +278,17 @@ class Coordinator:
         )
 
     def _http_server(
-        self, control: ControlPlane, registry: Registry, service: Service, jobs: Jobs
+        self,
+        control: ControlPlane,
+        registry: Registry,
+        service: Service,
+        jobs: Jobs,
+        turns: Turns,
     ) -> _HttpServer:
+        limits = self._config.limits
+        connections: Connections[GuardedConnection] = Connections(
+            max_connections(limits.max_connections, max_open_files())
+        )
         frontend = Frontend(
             config=self._config,
             model=self._model,
@@ -254,12 +304,14 @@ class Coordinator:
             jobs=jobs,
             files=jobs.files,
             batches=jobs.batches,
+            turns=turns,
+            connections=connections,
         )
         jobs.attach(self._line_server(frontend, self._tenants))
         return _HttpServer(
             uvicorn.Config(
-                build_app(frontend, self._tenants),
-                http=guarded(self._config.limits),
+                InTurns(build_app(frontend, self._tenants), turns),
+                http=guarded(limits, connections, turns),
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -268,7 +320,8 @@ class Coordinator:
                 proxy_headers=False,
                 timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=1,
-            )
+            ),
+            connections,
         )
 
     def _body_budget(self) -> Budget:

@@ -10,7 +10,13 @@ import time
 from collections import deque
 from collections.abc import Iterator
 
+import msgspec
+
+from protocol.messages import CacheUpdate, ToCoordinator, Tokens
+
 SLICE_S = 0.004
+PART_TOKENS = 256  # of a message, that are handed out in one go
+PART_HASHES = 8192
 
 
 class Pace:
@@ -77,3 +83,25 @@ def at_once(work: Iterator[None]) -> None:
     """Do all of it now, for drivers without a loop."""
     for _ in work:
         pass
+
+
+def parts_of(message: ToCoordinator) -> Iterator[ToCoordinator]:
+    """A message that is too long for one go, as several that say the same in this order."""
+    if isinstance(message, Tokens) and len(message.tokens) > PART_TOKENS:
+        for start in range(0, len(message.tokens), PART_TOKENS):
+            tokens = message.tokens[start : start + PART_TOKENS]
+            yield msgspec.structs.replace(message, tokens=tokens)
+    elif isinstance(message, CacheUpdate):
+        stored, evicted = message.stored, message.evicted
+        for start in range(0, max(len(evicted), 1), PART_HASHES):
+            is_last = start + PART_HASHES >= len(evicted)
+            yield msgspec.structs.replace(
+                message,
+                stored=stored[:PART_HASHES] if is_last else (),
+                evicted=evicted[start : start + PART_HASHES],
+            )
+        for start in range(PART_HASHES, len(stored), PART_HASHES):
+            part = stored[start : start + PART_HASHES]
+            yield msgspec.structs.replace(message, stored=part, evicted=())
+    else:
+        yield message

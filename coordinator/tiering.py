@@ -99,6 +99,10 @@ class Tiering:
         pools = self._registry.serving("decode")
         return max((self._placement.num_cached(pool, block_hashes) for pool in pools), default=0)
 
+    def has_damaged(self, block_hashes: Sequence[bytes]) -> bool:
+        """Whether the store has found packs of these damaged."""
+        return self._placement.has_damaged(block_hashes)
+
     def residency(self, block_hashes: Sequence[bytes]) -> list[Residence]:
         """Where they lie now, as far as the pools have told."""
         places = [(pool, "gpu", "") for pool in self._registry.serving("decode")]

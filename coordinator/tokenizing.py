@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from coordinator.config import CoordinatorConfig
 from kvcache.prefix import block_salt, hash_blocks
-from modeling.chat_template import ChatTemplate, load_chat_template
+from modeling.chat_template import ChatTemplate
+from modeling.template_sources import load_chat_template
 from modeling.tokenizer import Tokenizer, load_tokenizer
 from protocol.token_ids import TokenIds
 
@@ -37,7 +38,8 @@ def load_tools(config: CoordinatorConfig) -> TextTools:
         ConfigError: the tokenizer or the chat template cannot be read.
     """
     tokenizer = load_tokenizer(config.model)
-    return TextTools(tokenizer, load_chat_template(config.model, tokenizer.special_tokens))
+    template = load_chat_template(config.model, tokenizer.special_tokens, file=config.chat_template)
+    return TextTools(tokenizer, template)
 
 
 def as_prompt(token_ids: Sequence[int], block_size: int, fingerprint: str, salt: str) -> Prompt:

@@ -23,6 +23,10 @@ import msgspec
 
 from protocol.errors import ConfigError
 
+_KEEPING = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=8589934592"
+_GIVING_BACK = (
+    "glibc.malloc.arena_max=2:glibc.malloc.mmap_threshold=131072:glibc.malloc.trim_threshold=131072"
+)
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 _EXPONENT = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
@@ -193,9 +197,7 @@ def child_environment(num_threads: int, *, is_local: bool) -> dict[str, str]:
     environment = {name: value for name, value in os.environ.items() if name not in (_KEYS, _KEY)}
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         environment[name] = str(num_threads)
-    environment.setdefault(
-        "GLIBC_TUNABLES", "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=8589934592"
-    )
+    environment.setdefault("GLIBC_TUNABLES", _KEEPING)
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
     environment.setdefault("NIXL_LOG_LEVEL", "ERROR")
     environment.setdefault("UCX_LOG_LEVEL", "error")
@@ -203,6 +205,17 @@ def child_environment(num_threads: int, *, is_local: bool) -> dict[str, str]:
     environment["PYTHONUNBUFFERED"] = "1"
     if is_local:
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    return environment
+
+
+def coordinator_environment(*, is_local: bool) -> dict[str, str]:
+    """The same of the coordinator and its text workers, but that memory is given back.
+
+    What callers send is large for a moment: ranks keep their buffers, the coordinator must not.
+    """
+    environment = child_environment(1, is_local=is_local)
+    if environment["GLIBC_TUNABLES"] == _KEEPING:
+        environment["GLIBC_TUNABLES"] = _GIVING_BACK
     return environment
 
 

@@ -3,19 +3,24 @@
 lock               held by the launcher that runs a cluster on it
 secret             salts the hashes of every tenant's blocks; without it no KV is found again
 kv/                packs of KV, written by the store
+ballast            room for deletions on a full disk
 jobs.sqlite        documents, files and batches, written by the coordinator
 documents/ files/  what they consist of
 """
 
 import contextlib
+import errno
 import fcntl
-import os
+import logging
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from coordinator.jobs.storage import SECRET_NAME, keep_secret
 from protocol.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 FOLDERS = ("kv", "documents", "files", "batches")
 _SECRET_BYTES = 32
@@ -55,7 +60,7 @@ def open_data_folder(name: str) -> DataFolder:
         ) from error
     try:
         _close_to_others(folder)
-        return DataFolder(folder, _secret(folder / "secret"), lock)
+        return DataFolder(folder, _secret(folder / SECRET_NAME), lock)
     except OSError as error:
         lock.close()
         raise ConfigError(f"--data-dir {name}: {error.strerror}") from error
@@ -72,12 +77,13 @@ def _close_to_others(folder: Path) -> None:
 
 def _secret(path: Path) -> str:
     """What the folder's first cluster has drawn."""
-    if not path.exists():
-        part = path.with_suffix(".part")
-        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(secrets.token_hex(_SECRET_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
-        part.rename(path)
-    return path.read_text(encoding="utf-8").strip()
+    if path.exists():
+        return path.read_text(encoding="utf-8").strip()
+    drawn = secrets.token_hex(_SECRET_BYTES)
+    try:
+        keep_secret(path, drawn)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        log.warning("%s: the disk is full; the coordinator writes it when there is room", path)
+    return drawn

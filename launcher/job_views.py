@@ -17,6 +17,7 @@ STYLES = {
     "failed": "red",
     "expired": "red",
     "evicted": "yellow",
+    "damaged": "red",
     "cancelled": "dim",
 }
 PLAIN_STEP = 0.1  # of a document, between two lines where there is no terminal

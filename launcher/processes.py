@@ -8,6 +8,7 @@
    them when their parent dies, so a killed launcher leaves nothing either.
 """
 
+import contextlib
 import json
 import queue
 import subprocess
@@ -149,7 +150,8 @@ class Child:
 
     def _write(self, line: str) -> None:
         if self._log is None:
-            sys.stderr.write(f"{line}\n")
+            with contextlib.suppress(OSError, ValueError):  # who does not listen costs us no reader
+                sys.stderr.write(f"{line}\n")
         else:
             self._log.put(line.encode("utf-8", "replace"))
 

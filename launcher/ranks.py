@@ -14,6 +14,7 @@ from coordinator.config import CoordinatorConfig, ExpectedPool
 from decode.config import DecodeConfig
 from kvtransfer.store.config import StoreConfig
 from launcher.config import child_environment, environment_api_keys, key_file
+from launcher.memory import body_bytes, memory_bytes, text_worker_bytes
 from launcher.processes import ProcessGroup
 from launcher.resolved import Cluster
 from launcher.topology import PoolSpec
@@ -152,7 +153,7 @@ def coordinator_config(cluster: Cluster, where: dict[str, Any]) -> bytes:
     Raises:
         ConfigError: ``[coordinator]`` names an unknown field or a bad value.
     """
-    serve = cluster.serve
+    serve, given = cluster.serve, cluster.serve.coordinator
     fields: dict[str, Any] = {
         "host": serve.host,
         "port": serve.port,
@@ -176,9 +177,11 @@ def coordinator_config(cluster: Cluster, where: dict[str, Any]) -> bytes:
         "restart_window_s": serve.restart_window_s,
         "secret": "" if cluster.data is None else cluster.data.secret,
         "data_dir": "" if cluster.data is None else str(cluster.data.folder),
-        "jobs": {"disk_quota_bytes": cluster.disk_quota_bytes} | serve.coordinator.get("jobs", {}),
+        "text_memory_bytes": text_worker_bytes(memory_bytes()),
+        "jobs": {"disk_quota_bytes": cluster.disk_quota_bytes} | given.get("jobs", {}),
+        "limits": {"max_total_body_bytes": body_bytes(memory_bytes())} | given.get("limits", {}),
     }
-    settings = {name: value for name, value in serve.coordinator.items() if name != "jobs"}
+    settings = {name: given[name] for name in given if name not in ("jobs", "limits")}
     return _encode("coordinator", CoordinatorConfig, fields | settings | where)
 
 

@@ -26,6 +26,7 @@ from launcher.resolved import resolve_cluster
 from launcher.supervisor import ClusterFailed, Supervisor
 from protocol.errors import ConfigError
 from protocol.folders import temporary_folder
+from protocol.open_files import raise_open_files
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +80,7 @@ def _log_files(config: ServeConfig) -> LogFiles | None:
 def serve(config: ServeConfig) -> int:
     """Run a cluster until a signal. Returns the exit code; messages go to standard error."""
     os.umask(0o077)  # children have it from us: what they write is the operator's alone
+    raise_open_files()  # for the processes that are started
     try:
         cluster = resolve_cluster(config)
         log_files = _log_files(config)

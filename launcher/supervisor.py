@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launcher.config import child_environment
+from launcher.config import coordinator_environment
 from launcher.gangs import COORDINATOR, Action, End, Fail, Gangs, Kill, Look, Say, Start, Waits
 from launcher.processes import (
     Exited,
@@ -113,7 +113,8 @@ class Supervisor:
         config = coordinator_config(self.cluster, where)
         file = self._run_dir / "coordinator.json"
         write_config(file, config)
-        environment = child_environment(1, is_local=self.cluster.serve.launcher == "local")
+        is_local = self.cluster.serve.launcher == "local"
+        environment = coordinator_environment(is_local=is_local)
         self._group.start(COORDINATOR, "coordinator", file, environment, int(where["epoch"]))
 
     def _make_ranks(self) -> RankStarter:

@@ -3,8 +3,8 @@
 The template is code of the checkpoint: it runs in jinja2's immutable sandbox with a bound on its
 output and its time, and what it raises is the request's failure, never ours. A caller's message is
 data: it is never rendered as a template, and text in it that spells a control token
-(``<|im_end|>``) is encoded as text. Without a template in the checkpoint, each message becomes a
-line ``role: content`` and the answer is asked for with ``assistant:``.
+(``<|im_end|>``) is encoded as text. A model without a template is asked nothing in a chat: what its
+prompt should look like is not for us to invent.
 """
 
 import json
@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import jinja2
@@ -21,15 +21,10 @@ from jinja2.ext import Extension, LoopControlExtension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
 
-from modeling.config import is_arithmetic
-from modeling.json_fields import read_json
+from modeling.roles import as_known, check_shown
 from modeling.tokenizer import Tokenizer
 from protocol.errors import ConfigError, RequestError
 
-DEFAULT_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant:{% endif %}"
-)
 MAX_SOURCE_CHARS = 1 << 20
 MAX_OUTPUT_CHARS = 32 << 20
 MAX_RENDER_S = 2.0
@@ -144,8 +139,15 @@ class ChatTemplate:
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         try:
             self._template = environment.from_string(source)
+            constants = environment.parse(source).find_all(nodes.Const)
+        except jinja2.TemplateSyntaxError as error:
+            raise ConfigError(
+                f"{where}: chat template does not compile: line {error.lineno}: {error.message}"
+            ) from error
         except (jinja2.TemplateError, RecursionError) as error:
             raise ConfigError(f"{where}: chat template does not compile ({error})") from error
+        self.where = where
+        self.names_developer = any("developer" in str(node.value) for node in constants)
         self._special_tokens = dict(special_tokens)
 
     def render(
@@ -194,35 +196,23 @@ class ChatTemplate:
         return "".join(pieces)
 
 
-def load_chat_template(path_or_name: str, special_tokens: Mapping[str, str]) -> ChatTemplate:
-    """The template of a checkpoint folder, or the plain default when it has none.
+class NoChatTemplate(ChatTemplate):
+    """Of a model that has none: every conversation is refused."""
 
-    ``chat_template.jinja`` wins over ``tokenizer_config.json``, as in transformers; of several
-    named templates ``default`` is taken.
+    def __init__(self) -> None:
+        super().__init__("", "none", {})
 
-    Raises:
-        ConfigError: a template that cannot be read or does not compile.
-    """
-    if is_arithmetic(path_or_name):
-        return ChatTemplate(DEFAULT_TEMPLATE, "default chat template", special_tokens)
-    path = Path(path_or_name) / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return ChatTemplate(path.read_text(encoding="utf-8"), str(path), special_tokens)
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: cannot be read ({error})") from error
-    path = Path(path_or_name) / "tokenizer_config.json"
-    found = read_json(path).get("chat_template") if path.is_file() else None
-    if isinstance(found, list):
-        named = {entry.get("name"): entry.get("template") for entry in found if _is_object(entry)}
-        found = named.get("default")
-        if found is None:
-            raise ConfigError(f"{path}: chat_template has no template named default: name one so")
-    if found is None:
-        return ChatTemplate(DEFAULT_TEMPLATE, "default chat template", special_tokens)
-    if not isinstance(found, str):
-        raise ConfigError(f"{path}: chat_template must be text")
-    return ChatTemplate(found, str(path), special_tokens)
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],  # noqa: ARG002
+        **_: Any,  # noqa: ANN401
+    ) -> str:
+        raise RequestError(
+            "this model has no chat template, so it is not known how it wants to be asked: start "
+            "the server with --chat-template FILE, or use /v1/completions",
+            code="no_chat_template",
+            param="messages",
+        )
 
 
 class RenderedChat:
@@ -238,7 +228,7 @@ class RenderedChat:
         options: as of :meth:`ChatTemplate.render`.
 
     Raises:
-        RequestError: as :meth:`ChatTemplate.render`.
+        RequestError: as :meth:`ChatTemplate.render`, and ``role_not_supported``.
     """
 
     def __init__(
@@ -249,12 +239,16 @@ class RenderedChat:
         **options: Any,  # noqa: ANN401 - see render
     ) -> None:
         everything = json.dumps([messages, options], ensure_ascii=False, default=str)
-        self._guard = next(chr(point) for point in GUARDS if chr(point) not in everything)
+        unused = (chr(point) for point in GUARDS if chr(point) not in everything)
+        self._guard, mark = next(unused), next(unused)
         self._tokenizer = tokenizer
         specials = [text for text in tokenizer.special_texts() if text]
         if options.get("tools") is not None:
             options["tools"] = _guard(options["tools"], specials, self._guard)
-        self.text = template.render(_guard(messages, specials, self._guard), **options)
+        known = as_known(messages, names_developer=template.names_developer)
+        guarded = _guard(known, specials, self._guard)
+        self.text = template.render(guarded, **options)
+        check_shown(guarded, partial(template.render, **options), mark)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a piece of ``self.text``.
@@ -304,10 +298,6 @@ def _guard(value: Any, specials: Sequence[str], guard: str) -> Any:  # noqa: ANN
     if isinstance(value, Sequence):
         return [_guard(item, specials, guard) for item in value]
     return value
-
-
-def _is_object(value: object) -> bool:
-    return isinstance(value, dict)
 
 
 def _check_time(deadline: float) -> None:

@@ -1,20 +1,27 @@
 """The files of a checkpoint folder: which safetensors there are and what their headers say.
 
+Tensors go by the names that transformers gives them in a causal language model: a checkpoint that
+was saved without ``model.`` in front of them, or with it in front of everything, reads the same.
+
 Torch-free, so that the coordinator can fingerprint a model. A safetensors file is eight bytes of
 header length, a JSON header ``name -> {dtype, shape, data_offsets}`` and the data; nothing in it is
 ever executed. Pickled weights (.bin, .pt) are refused, whatever is in them.
 """
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 
-from modeling.json_fields import read_json
+from modeling.json_fields import GIT_LFS, git_lfs_pointer, read_json
 from protocol.errors import ConfigError
 
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+_PARTS_OF_MODEL = ("embed_tokens.", "layers.", "norm.")
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
@@ -28,6 +35,7 @@ class TensorEntry:
     """Where one tensor lies."""
 
     file: Path
+    stored_name: str
     dtype: str  # as safetensors spells it: "F32", "BF16", ...
     shape: tuple[int, ...]
     offset: int  # of its first byte in the file
@@ -35,14 +43,17 @@ class TensorEntry:
 
 
 def read_checkpoint(folder: Path) -> dict[str, TensorEntry]:
-    """Every tensor of a checkpoint folder by name, from one file or from sharded ones.
+    """Every tensor of a checkpoint folder by its name in transformers, however it is stored.
+
+    All tensors of the files that an index names are taken, as transformers does, whether the index
+    names them or not.
 
     Raises:
-        ConfigError: no safetensors, a missing, truncated or foreign file, or an index that points
-            outside its folder or at tensors that are not there.
+        ConfigError: no safetensors, a missing, truncated or foreign file, an index that points
+            outside its folder or at tensors that are not there, or a tensor that is there twice.
     """
     if (folder / SINGLE_FILE).is_file():
-        return read_header(folder / SINGLE_FILE)
+        return _by_name(read_header(folder / SINGLE_FILE).values())
     if not (folder / INDEX_FILE).is_file():
         _refuse(folder)
     index = folder / INDEX_FILE
@@ -50,15 +61,40 @@ def read_checkpoint(folder: Path) -> dict[str, TensorEntry]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ConfigError(f"{index}: weight_map is missing or empty: download the index again")
     headers: dict[str, dict[str, TensorEntry]] = {}
-    entries: dict[str, TensorEntry] = {}
     for name, file_name in weight_map.items():
         path = _shard_path(folder, index, file_name)
         if file_name not in headers:
             headers[file_name] = read_header(path)
         if name not in headers[file_name]:
             raise ConfigError(f"{index}: says that {file_name} holds {name}, but it does not")
-        entries[name] = headers[file_name][name]
-    return entries
+    return _by_name(entry for header in headers.values() for entry in header.values())
+
+
+def _by_name(entries: Iterable[TensorEntry]) -> dict[str, TensorEntry]:
+    found: dict[str, TensorEntry] = {}
+    for entry in entries:
+        name = canonical_name(entry.stored_name)
+        if name in found:
+            first = found[name]
+            raise ConfigError(
+                f"{entry.file}: {entry.stored_name} is there twice, also as {first.stored_name} in "
+                f"{first.file.name}: which one counts is not known"
+            )
+        found[name] = entry
+    return found
+
+
+def canonical_name(stored_name: str) -> str:
+    """The name of a tensor in a whole causal language model.
+
+    A base model is saved without ``model.``, a wrapped one with it twice: transformers adds and
+    takes away one such prefix.
+    """
+    if stored_name.startswith(_PARTS_OF_MODEL):
+        return f"model.{stored_name}"
+    bare = stored_name.removeprefix("model.")
+    is_wrapped = bare == HEAD or bare.startswith(tuple(f"model.{part}" for part in _PARTS_OF_MODEL))
+    return bare if is_wrapped else stored_name
 
 
 def _shard_path(folder: Path, index: Path, file_name: object) -> Path:
@@ -77,13 +113,19 @@ def _shard_path(folder: Path, index: Path, file_name: object) -> Path:
     return path
 
 
-def _refuse(folder: Path) -> None:
-    pickled = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLED_SUFFIXES)
-    if pickled:
-        raise ConfigError(
-            f"{folder}: has only pickled weights ({pickled[0]}), which can run code when loaded: "
-            f"convert them to safetensors first"
-        )
+def _refuse(folder: Path) -> NoReturn:
+    names = sorted(path.name for path in folder.iterdir())
+    for suffixes, problem in (
+        (PICKLED_SUFFIXES, "has only pickled weights ({}), which can run code when loaded: convert "
+         "them to safetensors first"),
+        ((".gguf",), "has only GGUF weights ({}): use the checkpoint in Hugging Face's form"),
+        (("adapter_model.safetensors",), "is an adapter ({}), not a model: merge it into its base "
+         "model first"),
+        ((".safetensors",), "has {} but no index that names it: complete the download"),
+    ):  # fmt: skip
+        found = next((name for name in names if name.endswith(suffixes)), None)
+        if found is not None:
+            raise ConfigError(f"{folder}: {problem.format(found)}")
     raise ConfigError(f"{folder}: has neither {SINGLE_FILE} nor {INDEX_FILE}: no weights to load")
 
 
@@ -97,7 +139,9 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         with path.open("rb") as file:
             size = file.seek(0, 2)
             file.seek(0)
-            length = int.from_bytes(file.read(8), "little")
+            length = int.from_bytes(start := file.read(8), "little")
+            if start == GIT_LFS[:8]:
+                raise git_lfs_pointer(path)
             if size < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
                 raise ConfigError(f"{path}: truncated or not a safetensors file: download it again")
             raw = file.read(length)
@@ -133,7 +177,7 @@ def _entry(path: Path, name: str, value: object, base: int, size: int) -> Tensor
     item_bytes = ITEM_BYTES.get(entry.dtype)
     if item_bytes is not None and num_elements * item_bytes != end - begin:
         raise ConfigError(f"{path}: {name} has {end - begin} bytes, not what its shape needs")
-    return TensorEntry(path, entry.dtype, tuple(entry.shape), base + begin, end - begin)
+    return TensorEntry(path, name, entry.dtype, tuple(entry.shape), base + begin, end - begin)
 
 
 def fingerprint(entries: dict[str, TensorEntry], salt: bytes) -> str:

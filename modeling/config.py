@@ -13,15 +13,17 @@ from pathlib import Path
 import msgspec
 
 from modeling.checkpoint import fingerprint, read_checkpoint
+from modeling.generation_config import SamplingDefaults, parse_sampling, read_generation_config
 from modeling.json_fields import Fields, read_json
 from modeling.rope_config import RopeConfig, parse_rope
 from protocol.errors import ConfigError
 
-__all__ = ["ModelConfig", "RopeConfig", "is_arithmetic", "load_config"]
+__all__ = ["ModelConfig", "RopeConfig", "SamplingDefaults", "is_arithmetic", "load_config"]
 
 ARITHMETIC = "arithmetic"
 MAX_LAYERS = 4096
 HEADER_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+ONE_DTYPE = ({"F32"}, {"F16"}, {"BF16"})
 
 
 class ModelConfig(msgspec.Struct, frozen=True):
@@ -46,8 +48,9 @@ class ModelConfig(msgspec.Struct, frozen=True):
     layer_windows: tuple[int | None, ...] = ()  # of each layer; None sees everything before it
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
-    dtype: str = "bfloat16"  # to serve in by default: "float32" or "bfloat16"
+    dtype: str = "bfloat16"  # of the checkpoint: "float32", "bfloat16" or "float16"
     fingerprint: str = ""
+    sampling: SamplingDefaults = SamplingDefaults()  # of requests that name none
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -86,6 +89,8 @@ def load_config(path_or_name: str, *, max_model_len: int | None = None) -> Model
         config = _arithmetic_config(path_or_name)
         return config if max_model_len is None else _with_length(config, max_model_len)
     folder = Path(path_or_name)
+    if folder.is_file():
+        raise ConfigError(f"{path_or_name}: is a file: give the folder of a checkpoint")
     if not folder.is_dir():
         raise ConfigError(
             f"{path_or_name}: no such folder: give a checkpoint folder or {ARITHMETIC!r}"
@@ -112,7 +117,9 @@ def _identity(config: ModelConfig) -> bytes:
     blank = msgspec.structs.replace(
         config, max_model_len=0, dtype="", fingerprint="", bos_token_id=None, eos_token_ids=()
     )
-    return msgspec.json.encode(blank)
+    fields = msgspec.to_builtins(blank)
+    del fields["sampling"]
+    return msgspec.json.encode(fields)
 
 
 def _with_length(config: ModelConfig, max_model_len: int) -> ModelConfig:
@@ -153,16 +160,20 @@ FAMILIES = {
 
 
 def _refuse_unsupported(fields: Fields) -> None:
-    if fields.raw("auto_map"):
-        fields.fail("auto_map", "asks for code of the checkpoint, which is never run: use a "
-                    "checkpoint of a built-in architecture")  # fmt: skip
+    for name in ("text_config", "llm_config", "language_config"):
+        if isinstance(fields.raw(name), dict):
+            fields.fail(name, "makes this a model of more than text, which is not supported: use "
+                        "its language model alone")  # fmt: skip
     for name in ("quantization_config", "compression_config"):
         if fields.raw(name):
             fields.fail(name, "is not supported: use the checkpoint's bf16 or fp32 version")
     architectures = fields.strings("architectures")
     if len(architectures) != 1 or architectures[0] not in FAMILIES:
         named = ", ".join(architectures)[:120] or "none"
-        fields.fail("architectures", f"names {named}; supported are {', '.join(FAMILIES)}")
+        supported = f"supported are {', '.join(FAMILIES)}"
+        if fields.raw("auto_map"):
+            supported += "; code of the checkpoint (auto_map) is never run"
+        fields.fail("architectures", f"names {named}; {supported}")
     activation = fields.string("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         fields.fail("hidden_act", f"{activation!r} is not supported: only silu is")
@@ -176,7 +187,8 @@ def _parse(fields: Fields, folder: Path) -> ModelConfig:
     num_heads = fields.integer("num_attention_heads", high=2**16)
     max_len = fields.integer("max_position_embeddings")
     attention_bias = fields.boolean("attention_bias", False)
-    bos = fields.token_ids("bos_token_id", vocab_size)
+    bos = [item for item in fields.token_ids("bos_token_id") if 0 <= item < vocab_size]
+    generation = read_generation_config(folder)
     return ModelConfig(
         architecture=family.name,
         vocab_size=vocab_size,
@@ -196,7 +208,8 @@ def _parse(fields: Fields, folder: Path) -> ModelConfig:
         tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
         layer_windows=_layer_windows(fields, family, num_layers),
         bos_token_id=bos[0] if bos else None,
-        eos_token_ids=_eos_token_ids(fields, folder, vocab_size),
+        eos_token_ids=_eos_token_ids(fields, generation, vocab_size),
+        sampling=parse_sampling(generation),
     )
 
 
@@ -251,25 +264,21 @@ def _layer_windows(fields: Fields, family: _Family, num_layers: int) -> tuple[in
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
-def _eos_token_ids(fields: Fields, folder: Path, vocab_size: int) -> tuple[int, ...]:
+def _eos_token_ids(fields: Fields, generation: Fields, vocab_size: int) -> tuple[int, ...]:
     """Those of config.json, then those that generation_config.json adds."""
-    ids = list(fields.token_ids("eos_token_id", vocab_size))
-    path = folder / "generation_config.json"
-    if path.is_file():
-        ids += Fields(read_json(path), str(path)).token_ids("eos_token_id", vocab_size)
-    return tuple(dict.fromkeys(ids))
+    ids = (*fields.token_ids("eos_token_id"), *generation.token_ids("eos_token_id"))
+    return tuple(dict.fromkeys(item for item in ids if 0 <= item < vocab_size))
 
 
 def _dtype(fields: Fields, stored: set[str]) -> str:
-    """float16 checkpoints are served in bfloat16: the CPU has no fast float16."""
     for name in stored - set(HEADER_DTYPES) - {"F64"}:
         if name.startswith(("F8", "F4", "F6")):
             fields.fail("dtype", f"of the stored weights is {name}: only unquantised weights load")
-    default = "float32" if stored == {"F32"} else "bfloat16"
+    default = HEADER_DTYPES[next(iter(stored))] if stored in ONE_DTYPE else "bfloat16"
     name = fields.string("dtype", fields.string("torch_dtype", default)).removeprefix("torch.")
     if name not in HEADER_DTYPES.values():
         fields.fail("dtype", f"{name!r} is not float32, bfloat16 or float16")
-    return "float32" if name == "float32" else "bfloat16"
+    return name
 
 
 ARITHMETIC_DEFAULTS = {

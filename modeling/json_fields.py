@@ -4,22 +4,58 @@ A checkpoint is written by strangers. Its JSON is size-bounded, never executed, 
 becomes one line for the operator that names the file and the field.
 """
 
+import codecs
+import json
 from pathlib import Path
 from typing import Any, NoReturn
-
-import msgspec
 
 from protocol.errors import ConfigError
 
 MAX_JSON_BYTES = 64 << 20
+GIT_LFS = b"version https://git-lfs.github.com/spec"
 REQUIRED: Any = object()
+_FLOATS = ("Infinity", "-Infinity", "NaN")
 
 
 def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """The object in ``path``.
+    """The object in ``path``, as Python writes JSON: with NaN and infinities.
+
+    transformers tags those (``{"__float__": "Infinity"}``); they are floats here in either form,
+    for :class:`Fields` to refuse by name where they have an effect.
 
     Raises:
-        ConfigError: the file is missing, too large, not JSON, or not an object.
+        ConfigError: the file is missing, too large, not UTF-8, not JSON, not an object, or has a
+            name twice with different values.
+    """
+    text = read_text(path, max_bytes)
+
+    def take_object(pairs: list[tuple[str, Any]]) -> Any:  # noqa: ANN401 - JSON is anything
+        taken = dict(pairs)
+        if len(taken) < len(pairs):
+            _refuse_contradiction(path, pairs)
+        tagged = taken.get("__float__")
+        return float(tagged) if len(taken) == 1 and tagged in _FLOATS else taken
+
+    try:
+        data = json.loads(text, object_pairs_hook=take_object)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}: not valid JSON: {_explained(error)}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: not valid JSON: nested too deeply") from error
+    except ConfigError:
+        raise
+    except ValueError as error:  # an integer of more digits than Python converts
+        raise ConfigError(f"{path}: holds an integer of thousands of digits") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a JSON object, found {type(data).__name__}")
+    return data
+
+
+def read_text(path: Path, max_bytes: int = MAX_JSON_BYTES) -> str:
+    """The text of a file of a checkpoint.
+
+    Raises:
+        ConfigError: the file is missing, empty, too large, a Git LFS pointer or not UTF-8.
     """
     try:
         with path.open("rb") as file:
@@ -28,13 +64,45 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
     if len(raw) > max_bytes:
         raise ConfigError(f"{path}: larger than {max_bytes} bytes, which no such file is")
+    if not raw:
+        raise ConfigError(f"{path}: is empty: download it again")
+    if raw.startswith(GIT_LFS):
+        raise git_lfs_pointer(path)
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ConfigError(f"{path}: is UTF-16: save it as UTF-8")
+    if raw.startswith(codecs.BOM_UTF8):
+        raise ConfigError(f"{path}: begins with a byte order mark: save it as UTF-8 without one")
     try:
-        data = msgspec.json.decode(raw)
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected a JSON object, found {type(data).__name__}")
-    return data
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 at byte {error.start}") from error
+
+
+def git_lfs_pointer(path: Path) -> ConfigError:
+    """A clone without Git LFS has a few lines of text in the place of each large file."""
+    return ConfigError(f"{path}: is a Git LFS pointer, not the file itself: run git lfs pull")
+
+
+def _explained(error: json.JSONDecodeError) -> str:
+    where = f"line {error.lineno} column {error.colno}: "
+    rest = error.doc[error.pos :].lstrip()
+    if rest.startswith(("//", "/*", "#")):
+        return f"{where}JSON has no comments, take it out"
+    if rest.startswith(("}", "]")) and error.doc[: error.pos].rstrip().endswith(","):
+        return f"{where}a comma without anything behind it, take it out"
+    if not rest:
+        return f"{where}the file ends too early, download it again"
+    return f"{where}{error.msg}"
+
+
+def _refuse_contradiction(path: Path, pairs: list[tuple[str, Any]]) -> None:
+    first: dict[str, Any] = {}
+    for name, value in pairs:
+        if first.setdefault(name, value) != value:
+            raise ConfigError(
+                f"{path}: {name:.80} is there twice, once as {first[name]!r:.80} and once as "
+                f"{value!r:.80}: take one out"
+            )
 
 
 class Fields:
@@ -104,14 +172,14 @@ class Fields:
             self.fail(name, f"must be a list of strings, found {value!r:.80}")
         return value
 
-    def token_ids(self, name: str, vocab_size: int) -> tuple[int, ...]:
+    def token_ids(self, name: str) -> tuple[int, ...]:
         """A token id or a list of them; absent gives none."""
         value = self._take(name, [])
         ids = value if isinstance(value, list) else [value]
         for item in ids:
             if not isinstance(item, int) or isinstance(item, bool):
                 self.fail(name, f"must be token ids, found {value!r:.80}")
-        return tuple(item for item in ids if 0 <= item < vocab_size)
+        return tuple(ids)
 
     def section(self, name: str) -> "Fields | None":
         """A nested object, or None when absent or null."""

@@ -1,8 +1,7 @@
 """From a checkpoint folder to a model, or one rank's shard of it.
 
 Layer by layer: read this rank's slices, pack them, unmap the files. Nothing of the checkpoint is
-executed, and only tensors that the architecture names are read; others (such as
-``rotary_emb.inv_freq`` of old checkpoints) are ignored.
+executed, and only tensors that the architecture names are read (tensors.py says which).
 """
 
 from pathlib import Path
@@ -10,17 +9,18 @@ from pathlib import Path
 import torch
 
 from modeling.attention import AttentionKernel
+from modeling.checkpoint import EMBEDDING, HEAD
 from modeling.config import ModelConfig, is_arithmetic, load_config
 from modeling.linear import Linear, make_linear
 from modeling.model import Model
 from modeling.parallel import TensorParallel
 from modeling.rope import channel_order
+from modeling.tensors import tied_name
 from modeling.transformer import Layer, Transformer, TransformerWeights
 from modeling.weights import Part, WeightReader
 from protocol.errors import ConfigError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-EMBEDDING = "model.embed_tokens.weight"
 
 
 def load_model(
@@ -97,10 +97,12 @@ class ShardLoader:
     def load(self) -> TransformerWeights:
         """Everything that the rank holds."""
         config = self._config
-        embedding = self._vocab_rows(EMBEDDING)
-        head_name = EMBEDDING if config.tie_word_embeddings else "lm_head.weight"
+        # Where both are stored each is used, though config.json ties them: as in transformers.
+        embedding_name = tied_name(EMBEDDING, HEAD, self._reader, config)
+        head_name = tied_name(HEAD, EMBEDDING, self._reader, config)
+        embedding = self._vocab_rows(embedding_name)
         # A tied head has a second, packed copy: reading it costs less than half in decode.
-        source = embedding if config.tie_word_embeddings else self._vocab_rows(head_name)
+        source = embedding if head_name == embedding_name else self._vocab_rows(head_name)
         head = make_linear(source, None, self._device)
         del source
         self._reader.release()

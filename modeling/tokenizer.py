@@ -1,8 +1,9 @@
 """Text to token ids and back, without torch.
 
 A prompt is encoded once, by the coordinator; a stream of generated ids is decoded by a
-:class:`DetokenizeStream`. A checkpoint's ``tokenizer.json`` is the truth about both. Tokenizers are
-immutable once loaded and may be shared by threads; a stream belongs to one sequence.
+:class:`DetokenizeStream`. A checkpoint's ``tokenizer.json`` is the truth about both, and other
+files may add special tokens to it (special_tokens.py). Tokenizers are immutable once loaded and may
+be shared by threads; a stream belongs to one sequence.
 """
 
 from abc import ABC, abstractmethod
@@ -10,14 +11,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import tokenizers
 
 from modeling.config import is_arithmetic, load_config
 from modeling.detokenize import BYTE_OF_CHARACTER, DecodeRule, DetokenizeStream, parse_decoder
-from modeling.json_fields import MAX_JSON_BYTES, read_json
+from modeling.json_fields import MAX_JSON_BYTES, read_text
+from modeling.special_tokens import add_special_tokens, read_special_tokens
 from protocol.errors import ConfigError, RequestError
 
-SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
+_OTHER_TOKENIZERS = ("tokenizer.model", "tekken.json", "vocab.json", "vocab.txt")
 
 
 class Tokenizer(ABC):
@@ -101,18 +104,22 @@ class CheckpointTokenizer(Tokenizer):
     def __init__(self, folder: Path) -> None:
         path = folder / "tokenizer.json"
         if not path.is_file():
+            others = [name for name in _OTHER_TOKENIZERS if (folder / name).is_file()]
+            only = f", only {others[0]}" if others else ""
             raise ConfigError(
-                f"{folder}: has no tokenizer.json: save the tokenizer in its fast form first"
+                f"{folder}: has no tokenizer.json{only}: save the tokenizer in its fast form first"
             )
-        decoder = read_json(path, 4 * MAX_JSON_BYTES).get("decoder")
-        self.rule = parse_decoder(decoder, str(path))
+        file = _read_parts(path)
+        self.rule = parse_decoder(file.decoder, str(path))
         self._tokenizer = _load(path)
-        self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        tokens = read_special_tokens(folder, self._tokenizer.get_added_tokens_decoder())
+        self._special_texts = add_special_tokens(self._tokenizer, tokens, str(folder))
         added = self._tokenizer.get_added_tokens_decoder()
-        self._special = {
-            token_id: token.content for token_id, token in added.items() if token.special
-        }
-        self.special_tokens = _special_tokens(folder)
+        size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        self.vocab_size = max([size, *(token_id + 1 for token_id in added)])  # ids may have gaps
+        # The library spells some as the normalizer leaves them, and then shows them: so do we.
+        self._special = {i for i in added if self.token(i) in self._special_texts}
+        self.special_tokens = tokens.texts()
         eos = self._tokenizer.token_to_id(self.special_tokens.get("eos_token", ""))
         self.eos_token_ids = () if eos is None else (eos,)
 
@@ -143,7 +150,7 @@ class CheckpointTokenizer(Tokenizer):
         return token_id in self._special
 
     def special_texts(self) -> Sequence[str]:
-        return list(self._special.values())
+        return sorted(self._special_texts)
 
     def _encoding(self, text: str, add_special_tokens: bool) -> Any:  # noqa: ANN401 - untyped library
         try:
@@ -218,6 +225,20 @@ def invalid_unicode(error: UnicodeEncodeError) -> RequestError:
     )
 
 
+class _TokenizerFile(msgspec.Struct):
+    """What we look at ourselves of a tokenizer.json, which may have tens of megabytes."""
+
+    decoder: dict[str, Any] | None = None
+
+
+def _read_parts(path: Path) -> _TokenizerFile:
+    text = read_text(path, 4 * MAX_JSON_BYTES)
+    try:
+        return msgspec.json.decode(text, type=_TokenizerFile)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: not a tokenizer's JSON ({error})") from error
+
+
 def _load(path: Path) -> Any:  # noqa: ANN401 - untyped library
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
@@ -226,19 +247,3 @@ def _load(path: Path) -> Any:  # noqa: ANN401 - untyped library
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
-
-
-def _special_tokens(folder: Path) -> dict[str, str]:
-    """The named special tokens; tokenizer_config.json wins over special_tokens_map.json."""
-    found: dict[str, str] = {}
-    for file_name in ("special_tokens_map.json", "tokenizer_config.json"):
-        path = folder / file_name
-        if not path.is_file():
-            continue
-        data = read_json(path)
-        for name in SPECIAL_TOKEN_NAMES:
-            value = data.get(name)
-            content = value.get("content") if isinstance(value, dict) else value
-            if isinstance(content, str):
-                found[name] = content
-    return found

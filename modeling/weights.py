@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from modeling.checkpoint import ITEM_BYTES, TensorEntry, read_checkpoint
+from modeling.checkpoint import TensorEntry, read_checkpoint
 from modeling.sampling import is_finite
+from modeling.tensors import check_tensor
 from protocol.errors import ConfigError
 
 _log = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class WeightReader:
         self._open: dict[Path, Any] = {}
         self._warned: set[str] = set()
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         return name in self._entries
 
     def read(self, parts: Sequence[Part]) -> torch.Tensor:
@@ -93,9 +94,9 @@ class WeightReader:
         self._open.clear()
 
     def _copy(self, part: Part, out: torch.Tensor) -> None:
-        entry = self._checked(part)
+        entry = check_tensor(self._entries.get(part.name), part.name, part.shape, self._folder)
         try:
-            stored = self._file(entry).get_slice(part.name)
+            stored = self._file(entry).get_slice(entry.stored_name)
             rows = part.rows or slice(None)
             if len(part.shape) == 1:
                 source = stored[rows]
@@ -107,25 +108,6 @@ class WeightReader:
             run = len(part.order)
             source = source.unflatten(0, (-1, run))[:, part.order].flatten(0, 1)
         out.copy_(source)
-
-    def _checked(self, part: Part) -> TensorEntry:
-        entry = self._entries.get(part.name)
-        if entry is None:
-            raise ConfigError(
-                f"{self._folder}: tensor {part.name} is missing: the checkpoint is incomplete or "
-                f"config.json describes another model"
-            )
-        if entry.shape != part.shape:
-            raise ConfigError(
-                f"{entry.file}: {part.name} has shape {list(entry.shape)}, config.json asks for "
-                f"{list(part.shape)}"
-            )
-        if entry.dtype not in ITEM_BYTES:
-            raise ConfigError(
-                f"{entry.file}: {part.name} is stored as {entry.dtype}: only unquantised floating "
-                f"point weights load"
-            )
-        return entry
 
     def _file(self, entry: TensorEntry) -> Any:  # noqa: ANN401 - the library has no types
         if entry.file not in self._open:

@@ -151,6 +151,7 @@ class CacheUpdate(_Message, frozen=True):
     stored: tuple[bytes, ...] = ()
     evicted: tuple[bytes, ...] = ()
     tier: str = ""  # of a store: "cpu" or "disk"; "" is the memory of the device
+    damaged: tuple[bytes, ...] = ()  # evicted, since the disk did not hold what was written
 
 
 class Shutdown(_Message, frozen=True):

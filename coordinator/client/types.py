@@ -100,8 +100,8 @@ class Document(msgspec.Struct, frozen=True):
 
     @property
     def is_usable(self) -> bool:
-        """A question may name it; while it is evicted, what is missing is computed anew."""
-        return self.status in ("ready", "evicted")
+        """A question may name it; what is missing of it, if it is not ready, is computed anew."""
+        return self.status in ("ready", "evicted", "damaged")
 
     @property
     def fraction_done(self) -> float:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from coordinator.admission import Departures, Queue
 from coordinator.jobs.batch import DOCUMENTS, Batch, Claim, Line, LineError, Result
 from coordinator.jobs.batch_states import OPEN, State, Step
 from coordinator.jobs.database import Database
@@ -76,24 +77,31 @@ class BatchTable:
     def __init__(self, database: Database, clock: Callable[[], float]) -> None:
         self.clock = clock
         self._database = database
+        self._departures = Departures()
+        self._queue = Queue()
 
     # -- batches -----------------------------------------------------------------------------------
 
-    async def insert(self, batch: Batch, max_open: int) -> None:
+    async def insert(self, batch: Batch, max_open: int, max_all_open: int = 1_000) -> None:
         """A new batch.
 
         Raises:
-            RequestError: its tenant has too many.
+            RequestError: its tenant has too many, or all together have.
         """
 
         def work(connection: sqlite3.Connection) -> None:
-            query = "SELECT count(*) FROM batch WHERE tenant = ? AND is_open = 1"
-            (count,) = connection.execute(query, (batch.tenant,)).fetchone()
-            if count >= max_open:
+            query = (
+                "SELECT count(*), count(*) FILTER (WHERE tenant = ?) FROM batch WHERE is_open = 1"
+            )
+            everybody, own = connection.execute(query, (batch.tenant,)).fetchone()
+            if own >= max_open or everybody >= max_all_open:
+                now = self.clock()
                 raise RequestError(
-                    f"{count} batches are under way: wait for one, or cancel one",
+                    f"{own if own >= max_open else everybody} batches are under way: wait for one, "
+                    f"or cancel one",
                     code="too_many_batches",
-                    status=429,
+                    status=429 if own >= max_open else 503,
+                    retry_after_s=self._queue.retry_after_s(1, self._departures.per_s(now), now),
                 )
             connection.execute(
                 "INSERT INTO batch (batch_id, tenant, is_open, expires_at, fields) "
@@ -320,6 +328,7 @@ class BatchTable:
             )
 
         await self._database.write(work, "batch_closed")
+        self._departures.ended(now)
 
 
 def _find(connection: sqlite3.Connection, batch_id: str) -> Batch | None:

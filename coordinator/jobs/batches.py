@@ -83,7 +83,7 @@ class Batches:
         batch = self._new(asked)
         try:
             await asyncio.to_thread(self.inputs.add, batch.batch_id, self.files.path(file.file_id))
-            await self.table.insert(batch, self.limits.max_open)
+            await self.table.insert(batch, self.limits.max_open, self.limits.max_all_open)
         except FileNotFoundError as error:  # deleted in this moment
             raise RequestError(
                 "no such file", code="file_not_found", param="input_file_id", status=404

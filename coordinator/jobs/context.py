@@ -37,7 +37,9 @@ from coordinator.jobs.marks import Marks, boot_id
 from coordinator.jobs.pins import PinPolicy
 from coordinator.jobs.preparing import Preparing
 from coordinator.jobs.questions import Questions
+from coordinator.jobs.quotas import Quota
 from coordinator.jobs.runner import Runner
+from coordinator.jobs.storage import Storage
 from coordinator.text.tasks import Workers
 from modeling.config import ModelConfig
 from protocol.errors import RequestError
@@ -83,17 +85,24 @@ class Jobs:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         else:
             self.folder = self._leftovers.enter_context(temporary_folder("baton-jobs-"))
+        self.min_free_bytes = surroundings.min_free_bytes or config.batches.min_free_bytes
+        secret = config.secret if config.data_dir else ""
+        self.storage = Storage(self.folder, secret, self.min_free_bytes)
         path = self.folder / DATABASE_NAME if config.data_dir else None
         if path is not None:
             path.touch(mode=0o600, exist_ok=True)  # it holds the tenants' salts
         places = Places(config.failpoints, surroundings.counters)
         schema = (*DOCUMENT_SCHEMA, *FILE_SCHEMA, *BATCH_SCHEMA, *GATE_SCHEMA)
-        self.database = Database(path, schema, places)
+        self.database = Database(path, schema, places, self.storage.ballast)
         self._leftovers.callback(self.database.close)
+        self.storage.refusal = self.database.refusal
         self.gate = self._gate(surroundings)
-        self.min_free_bytes = surroundings.min_free_bytes or config.batches.min_free_bytes
         clock = surroundings.clock
-        self.files = Files(self.database, self.folder / "files", config.batches, clock, places)
+        self._quota = _quota(surroundings)
+        self.files = Files(
+            *(self.database, self.folder / "files", config.batches, clock, places),
+            check_quota=self._quota.check,
+        )
         inputs = Inputs(self.folder / "batches", places)
         table = BatchTable(self.database, clock)
         self.batches = Batches(table, self.files, inputs, config.batches, self.gate)
@@ -127,8 +136,8 @@ class Jobs:
         num_prefill_pools = sum(pool.role == "prefill" for pool in config.pools)
         files = DocumentFiles(self.folder / "documents", places)
         library = Library(files, surroundings.workers, facts)
-        policy = PinPolicy(limits, kv_bytes_per_token(model, config.kv_dtype or model.dtype))
-        table = DocumentTable(self.database, limits, surroundings.clock)
+        policy = PinPolicy(limits, self._quota.bytes_per_token)
+        table = DocumentTable(self.database, limits, surroundings.clock, self._quota)
         preparing = Preparing(table, files, library, limits, max_tokens, places)
         max_running = limits.max_running or max(1, num_prefill_pools)
         limits = msgspec.structs.replace(limits, max_running=max_running)
@@ -156,8 +165,8 @@ class Jobs:
 
     async def start(self) -> None:
         """Go on with what an earlier process has left; before anything is taken in."""
-        await self.files.recover()
         self._tasks = [asyncio.create_task(self._work())]
+        self._tasks.append(asyncio.create_task(self.storage.watch()))
         if self._batch_runner is not None:
             self._tasks.append(asyncio.create_task(self._batch_runner.run()))
 
@@ -171,6 +180,7 @@ class Jobs:
         documents = self.documents
         while True:
             try:
+                await self.files.recover()
                 await documents.table.claim()
                 await self.gate.recover()
                 await documents.keeper.recover()
@@ -179,6 +189,7 @@ class Jobs:
                 return
             except RequestError as error:  # a full disk: requests are served nevertheless
                 _log.error("documents wait: %s", error)
+                documents.table.refusal = error
                 await asyncio.sleep(RECOVERY_PAUSE_S)
 
     async def watch(self) -> None:
@@ -200,6 +211,14 @@ class Jobs:
         """Stop, and close the database: nothing may be asked afterwards. Idempotent."""
         await self.stop()
         self._leftovers.close()
+
+
+def _quota(surroundings: Surroundings) -> Quota:
+    config, model = surroundings.config, surroundings.model
+    max_bytes = config.jobs.tenant_quota_bytes
+    if not max_bytes and (config.api_keys or config.api_key_file):
+        max_bytes = config.jobs.disk_quota_bytes // 2
+    return Quota(max_bytes, kv_bytes_per_token(model, config.kv_dtype or model.dtype))
 
 
 def kv_bytes_per_token(model: ModelConfig, dtype: str) -> int:

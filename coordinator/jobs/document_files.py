@@ -9,7 +9,6 @@ of the database has is left from a process that was killed, and removed at the n
 """
 
 import contextlib
-import errno
 import hashlib
 import os
 import shutil
@@ -20,7 +19,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from coordinator.jobs.database import insufficient_storage
-from coordinator.jobs.space import told_when_full
+from coordinator.jobs.space import DISK_FULL, told_when_full
 from protocol.errors import RequestError
 from protocol.failpoints import FILE_REMOVED, FILE_RENAMED, FILE_WRITE
 from protocol.places import Places
@@ -140,7 +139,7 @@ def _counted_on(new: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in DISK_FULL:
             raise insufficient_storage("the disk is full") from error
         raise
     finally:

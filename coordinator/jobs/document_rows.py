@@ -6,8 +6,9 @@ from collections.abc import Iterable
 
 import msgspec
 
-from coordinator.jobs import events
+from coordinator.jobs import events, quotas
 from coordinator.jobs.document import HARD, NO_PIN, Document
+from coordinator.jobs.files import SCHEMA as FILE_SCHEMA
 from coordinator.jobs.pins import Pinned
 from coordinator.jobs.states import FINAL, State
 from protocol.errors import BatonError, RequestError
@@ -43,6 +44,8 @@ SCHEMA = (
     ) WITHOUT ROWID""",
     "CREATE TABLE IF NOT EXISTS document_owners (epoch INTEGER PRIMARY KEY AUTOINCREMENT)",
     *events.SCHEMA,
+    *quotas.SCHEMA,
+    *FILE_SCHEMA,  # files count against the same quota
 )
 _ENCODER = msgspec.json.Encoder()
 _DECODER = msgspec.json.Decoder(Document)
@@ -137,13 +140,14 @@ def number(connection: sqlite3.Connection, tenant: str, document_id: str) -> int
 
 def pinned(connection: sqlite3.Connection, document: Document) -> Pinned:
     """What other documents have pinned; ended ones hold nothing."""
-    everybody, hard = connection.execute(
+    everybody, hard, own = connection.execute(
         "SELECT COALESCE(SUM(num_tokens), 0), COALESCE(SUM(num_tokens)"
-        " FILTER (WHERE pin_mode = ? AND tenant = ?), 0) FROM documents"
+        " FILTER (WHERE pin_mode = ? AND tenant = ?), 0), COALESCE(SUM(num_tokens)"
+        " FILTER (WHERE tenant = ?), 0) FROM documents"
         f" WHERE pin_mode != ? AND status NOT IN ({named(FINAL)}) AND document_id != ?",
-        (HARD, document.tenant, NO_PIN, document.document_id),
+        (HARD, document.tenant, document.tenant, NO_PIN, document.document_id),
     ).fetchone()
-    return Pinned(everybody, hard)
+    return Pinned(everybody, hard, own)
 
 
 def not_found(param: str | None = None) -> RequestError:

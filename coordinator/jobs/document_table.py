@@ -10,12 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+from coordinator.admission import Departures, Queue
 from coordinator.config import JobLimits
 from coordinator.jobs import document_rows as rows
 from coordinator.jobs import events
 from coordinator.jobs.database import Database
 from coordinator.jobs.document import NO_PIN, Change, Document, state_event
 from coordinator.jobs.pins import Pinned
+from coordinator.jobs.quotas import NO_QUOTA, Quota
 from coordinator.jobs.states import PENDING, State
 from protocol.errors import RequestError
 
@@ -37,14 +39,25 @@ class DocumentTable:
         database: with ``SCHEMA``.
         limits: how many there may be.
         clock: Unix time, for what callers see.
+        quota: of each tenant.
     """
 
-    def __init__(self, database: Database, limits: JobLimits, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        database: Database,
+        limits: JobLimits,
+        clock: Callable[[], float],
+        quota: Quota = NO_QUOTA,
+    ) -> None:
         self.bell = events.Bell()
         self._database = database
         self._epoch = 0  # before ``claim``
+        self.refusal = RequestError("the server is starting", code="starting", status=503)
         self._limits = limits
         self.clock = clock
+        self.quota = quota
+        self._departures = Departures()
+        self._queue = Queue()
 
     async def claim(self) -> None:
         """Be the one process that writes, from now on: an older one that is still there is not."""
@@ -52,7 +65,7 @@ class DocumentTable:
 
     async def _write(self, work: Callable[[sqlite3.Connection], T], kind: str) -> T:
         if not self._epoch:
-            raise RequestError("the server is starting", code="starting", status=503)
+            raise self.refusal
 
         def transaction(connection: sqlite3.Connection) -> T:
             rows.check_owner(connection, self._epoch)
@@ -67,6 +80,7 @@ class DocumentTable:
         document: Document,
         idempotency: Idempotency | None,
         check_pin: Callable[[Pinned], None],
+        num_bytes: int = 0,
     ) -> tuple[Document, bool]:
         """Keep a new document; or find the one that an earlier request with the same key has made.
 
@@ -74,8 +88,8 @@ class DocumentTable:
             It, and whether it is new.
 
         Raises:
-            RequestError: ``idempotency_conflict``, ``too_many_documents``, or what ``check_pin``
-                raises.
+            RequestError: ``idempotency_conflict``, ``too_many_documents``, ``too_many_waiting``,
+                ``quota_exceeded``, or what ``check_pin`` raises.
         """
 
         def work(connection: sqlite3.Connection) -> tuple[Document, bool]:
@@ -84,11 +98,17 @@ class DocumentTable:
                 if known is not None:
                     return known, False
             self._check_number(connection, document.tenant)
+            self._check_waiting(connection, document.tenant)
+            self.quota.check(connection, document.tenant, num_bytes)
             check_pin(rows.pinned(connection, document))
             connection.execute(
                 "INSERT INTO documents (document_id, tenant, status, priority, deadline, pin_mode,"
                 " pin_expires_at, num_tokens, first_hash, body) VALUES (?,?,?,?,?,?,?,?,?,?)",
                 (document.document_id, document.tenant, *rows.columns(document)),
+            )
+            connection.execute(
+                "INSERT INTO document_sizes VALUES (?, ?, ?)",
+                (document.document_id, document.tenant, num_bytes),
             )
             if idempotency is not None:
                 connection.execute(
@@ -131,6 +151,10 @@ class DocumentTable:
             change = work(document)
             if check_pin is not None:
                 check_pin(change.document, rows.pinned(connection, change.document))
+            is_kept = change.document.state is State.PREFILLING
+            if is_kept and document.state is State.TOKENIZING:
+                num_tokens = change.document.num_tokens
+                self.quota.check(connection, document.tenant, num_tokens=num_tokens)
             if change.document != document:
                 connection.execute(
                     "UPDATE documents SET status = ?, priority = ?, deadline = ?, pin_mode = ?,"
@@ -142,6 +166,8 @@ class DocumentTable:
             return change.document
 
         following = await self._write(transaction, "document_changed")
+        if following.state not in PENDING:
+            self._departures.ended(self.clock())
         self.bell.ring(document_id)
         return following
 
@@ -344,3 +370,20 @@ class DocumentTable:
                 code="too_many_documents",
                 status=429,
             )
+
+    def _check_waiting(self, connection: sqlite3.Connection, tenant: str) -> None:
+        everybody, own = connection.execute(
+            "SELECT COUNT(*), COUNT(*) FILTER (WHERE tenant = ?) FROM documents"
+            f" WHERE status IN ({rows.named(PENDING)})",
+            (tenant,),
+        ).fetchone()
+        is_own = own >= self._limits.max_tenant_waiting
+        if not is_own and everybody < self._limits.max_waiting:
+            return
+        now = self.clock()
+        raise RequestError(
+            f"{own if is_own else everybody} documents wait to be made ready already",
+            code="too_many_waiting",
+            status=429 if is_own else 503,
+            retry_after_s=self._queue.retry_after_s(1, self._departures.per_s(now), now),
+        )

@@ -39,6 +39,7 @@ from coordinator.jobs.runner import Runner
 from coordinator.jobs.space import check_space
 from coordinator.jobs.states import FINAL, PENDING, Step
 from coordinator.jobs.suspects import DOCUMENT, Name
+from coordinator.jobs.watchers import Watchers
 from coordinator.tokenizing import Prompt
 from protocol.errors import IllegalTransition, RequestError
 
@@ -95,6 +96,7 @@ class Documents:
         self.library = parts.library
         self.runner = parts.runner
         self.keeper = parts.keeper
+        self.watchers = Watchers(parts.limits)
         self.table = parts.table
         self.folder = parts.files.folder
         self.gate = parts.gate
@@ -134,6 +136,7 @@ class Documents:
                 document,
                 idempotency,
                 lambda pinned: self.policy.check(document.pin, num_tokens, pinned),
+                size_bytes,
             )
         except RequestError:
             await asyncio.to_thread(self._files.remove, document.document_id)

@@ -39,6 +39,7 @@ SCHEMA = (
     "CREATE INDEX IF NOT EXISTS file_of_tenant ON file (tenant, sequence)",
     "CREATE INDEX IF NOT EXISTS file_expiry ON file (expires_at) WHERE expires_at IS NOT NULL",
 )
+CheckQuota = Callable[[sqlite3.Connection, str, int], None]
 _COLUMNS = "file_id, tenant, purpose, file_name, size_bytes, created_at, expires_at"
 
 
@@ -73,6 +74,7 @@ class Files:
         limits: how many there may be.
         clock: Unix time.
         places: told of what becomes durable.
+        check_quota: whether a tenant may keep so many bytes more; raises if not.
     """
 
     def __init__(
@@ -82,7 +84,9 @@ class Files:
         limits: BatchLimits,
         clock: Callable[[], float],
         places: Places | None = None,
+        check_quota: CheckQuota = lambda _connection, _tenant, _num_bytes: None,
     ) -> None:
+        self._check_quota = check_quota
         self.places = Places() if places is None else places
         self.folder = folder
         self.limits = limits
@@ -99,7 +103,7 @@ class Files:
         """Take over ``arrived``, which is synced and on the same disk. Returns when it is durable.
 
         Raises:
-            RequestError: the tenant has too many files, or the disk is full.
+            RequestError: the tenant has too many files, or bytes, or the disk is full.
         """
         path = self.path(file.file_id)
         with told_when_full():
@@ -114,6 +118,7 @@ class Files:
                     code="too_many_files",
                     status=429,
                 )
+            self._check_quota(connection, file.tenant, file.size_bytes)
             insert_file(connection, file)
 
         try:

@@ -84,6 +84,10 @@ class Ingestor(Protocol):
         """Leading blocks that are durable; without a store, that a decode pool has cached."""
         ...
 
+    def has_damaged(self, block_hashes: Sequence[bytes]) -> bool:
+        """Whether some of these were found damaged where they were stored, and are gone."""
+        ...
+
     async def compute(
         self, request: IngestRequest, on_progress: Callable[[int], None]
     ) -> IngestResult:
@@ -149,6 +153,7 @@ class SimulatedIngestor:
         self.gate = asyncio.Event()  # closed, a segment waits at its first chunk
         self.gate.set()
         self.stored: dict[bytes, None] = {}  # in the order of their coming
+        self.damaged: set[bytes] = set()
         self.pins: dict[str, tuple[tuple[bytes, ...], str]] = {}
         self.warmed: list[str] = []
         self._block_size = block_size
@@ -168,6 +173,9 @@ class SimulatedIngestor:
             if block_hash not in self.stored:
                 return number
         return len(block_hashes)
+
+    def has_damaged(self, block_hashes: Sequence[bytes]) -> bool:
+        return not self.damaged.isdisjoint(block_hashes)
 
     async def compute(
         self, request: IngestRequest, on_progress: Callable[[int], None]
@@ -219,6 +227,7 @@ class SimulatedIngestor:
             new.replace(self._path)
 
     def _store(self, block_hashes: Sequence[bytes]) -> None:
+        self.damaged.difference_update(block_hashes)
         new = [block_hash for block_hash in block_hashes if block_hash not in self.stored]
         self.stored.update(dict.fromkeys(new))
         if self._path is not None:

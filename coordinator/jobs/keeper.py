@@ -1,7 +1,8 @@
 """Watches over documents that are not being made: once a second, and when there is a deletion.
 
 1. A pin whose time is over is taken off, with an event; a document whose deadline is over, ended.
-2. Ready documents are looked at in turns: one that has lost blocks is evicted, and says so.
+2. Ready documents are looked at in turns: one that has lost blocks is evicted, or damaged if the
+   disk has lost them, and says so.
 3. Of deleted documents the KV is forgotten that no other document shares, then the files go.
 
 A bug that one document brings out keeps none of the others from being looked after.
@@ -83,13 +84,15 @@ class Keeper:
         """Nothing may be taken in before: its files would be taken for strangers'.
 
         Raises:
-            RequestError: ``starting``, when it takes too long.
+            RequestError: ``starting``, when it takes too long, or what keeps it from it.
         """
+        if not self.recovered.is_set() and self._table.refusal.status == 507:
+            raise self._table.refusal
         try:
             async with asyncio.timeout(RECOVERY_S):
                 await self.recovered.wait()
         except TimeoutError as error:
-            raise RequestError("the server is starting", code="starting", status=503) from error
+            raise self._table.refusal from error
 
     async def tell_pins(self) -> None:
         """After a start: what is pinned is kept from the beginning."""
@@ -163,7 +166,7 @@ class Keeper:
                 await work(document)
 
     async def check_blocks(self, document: Document) -> Document:
-        """The document, evicted if blocks of it are gone."""
+        """The document, evicted or damaged if blocks of it are gone."""
         if document.state is not State.READY or not self._ingestor.is_ready:
             return document
         if not self._library.is_current(document):
@@ -173,6 +176,9 @@ class Keeper:
         if num_stored >= len(prompt.block_hashes):
             return document
         missed = (len(prompt.block_hashes) - num_stored) * self._library.facts.block_size
+        if self._ingestor.has_damaged(prompt.block_hashes[num_stored:]):
+            _log.error("%s: %d tokens are damaged on the disk", document.document_id, missed)
+            return await self._evict(document, "damaged", missed_tokens=missed)
         _log.info("%s: %d tokens were evicted", document.document_id, missed)
         reason = "expired" if document.pin.has_expired else "evicted"
         return await self._evict(document, reason, missed_tokens=missed)
@@ -181,7 +187,7 @@ class Keeper:
         warning = Event("warning", {"code": reason, "message": "its KV has gone", **more})
 
         def work(found: Document) -> Change:
-            change = stepped(found, Step.EVICT)
+            change = stepped(found, Step.DAMAGE if reason == "damaged" else Step.EVICT)
             return Change(change.document, (warning, *change.events))
 
         return await self._change(document.document_id, work) or document

@@ -2,7 +2,8 @@
 
 *soft* is kept as long as there is room and evicted after what nobody has pinned; *hard* is kept,
 and counts against its tenant's quota when it is asked for. Both end by themselves. What is pinned
-by all tenants together never takes more than a share of the store.
+by all tenants together never takes more than a share of the store, and what one has pinned leaves
+some of that to the others.
 """
 
 import re
@@ -76,6 +77,7 @@ class Pinned:
 
     num_tokens: int  # by anybody, in any mode
     num_hard_tokens: int  # by the tenant
+    num_own_tokens: int = 0  # by the tenant, in any mode
 
 
 class PinPolicy:
@@ -89,6 +91,7 @@ class PinPolicy:
     def __init__(self, limits: JobLimits, bytes_per_token: int) -> None:
         self.bytes_per_token = bytes_per_token
         self.max_bytes = int(limits.disk_quota_bytes * limits.pinned_share)
+        self.max_own_bytes = int(limits.disk_quota_bytes * limits.tenant_pin_share)
         self.max_hard_bytes = int(limits.disk_quota_bytes * limits.hard_pin_share)
 
     def check(self, pin: Pin, num_tokens: int, pinned: Pinned) -> None:
@@ -105,6 +108,9 @@ class PinPolicy:
             needed = (pinned.num_tokens + num_tokens) * self.bytes_per_token
             if needed > self.max_bytes:
                 raise _exceeded("all pins together", needed, self.max_bytes)
+            needed = (pinned.num_own_tokens + num_tokens) * self.bytes_per_token
+            if needed > self.max_own_bytes:
+                raise _exceeded("your pins", needed, self.max_own_bytes)
 
 
 def _exceeded(what: str, needed: int, allowed: int) -> RequestError:

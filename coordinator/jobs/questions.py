@@ -11,6 +11,7 @@ from coordinator.jobs.states import PENDING, USABLE, State
 from protocol.errors import RequestError
 
 MODEL_CHANGED, EVICTED, EXPIRED = "model_changed", "evicted", "expired"
+DAMAGED = "damaged"
 
 
 class Questions:
@@ -50,7 +51,7 @@ class Questions:
             document_id=document.document_id,
             cache_salt=document.cache_salt,
             num_promised=document.num_promised,
-            likely=EXPIRED if document.pin.has_expired else EVICTED,
+            likely=_likely(document),
             missing=missing,
         )
         await self._documents.touch(document)
@@ -65,6 +66,13 @@ class Questions:
         if document.kind == "token_ids":
             return form == TEXT  # in a completion they are taken as they are
         return await self._documents.library.is_same(document, form)
+
+
+def _likely(document: Document) -> str:
+    """Why blocks may be missing that should be there."""
+    if document.state is State.DAMAGED:
+        return DAMAGED
+    return EXPIRED if document.pin.has_expired else EVICTED
 
 
 def _check_usable(document: Document, param: str) -> None:

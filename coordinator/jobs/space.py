@@ -10,6 +10,7 @@ from coordinator.jobs.database import insufficient_storage
 
 MIN_FREE_SHARE = 0.05
 MIN_FREE_BYTES = 512 << 20
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, a limit of the process
 
 
 def check_space(folder: Path, needed_bytes: int, *, min_free_bytes: int = MIN_FREE_BYTES) -> None:
@@ -34,6 +35,6 @@ def told_when_full() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in DISK_FULL:
             raise insufficient_storage("the disk is full") from error
         raise

@@ -1,7 +1,8 @@
 """The states of a document. Pure; the table is all there is.
 
 QUEUED --start--> TOKENIZING --tokenized--> PREFILLING --computed--> STORING --stored--> READY
-READY --evict--> EVICTED --rewarm--> QUEUED. What cannot go on for now is queued again.
+READY --evict--> EVICTED --rewarm--> QUEUED; READY --damage--> DAMAGED --rewarm--> QUEUED.
+What cannot go on for now is queued again.
 An end may come at any time: FAILED and CANCELLED may be resumed, EXPIRED may not. What has ended
 the process that worked on it, or read it, is set aside: it has FAILED, from wherever it was.
 """
@@ -18,6 +19,7 @@ class State(enum.Enum):
     STORING = "storing"  # everything is computed; it is seen to lie where it was promised
     READY = "ready"
     EVICTED = "evicted"  # it can be asked still, but what is missing is computed anew
+    DAMAGED = "damaged"  # the same, but what is missing was lost by the disk
     FAILED = "failed"
     CANCELLED = "cancelled"
     EXPIRED = "expired"  # its deadline came first
@@ -31,6 +33,7 @@ class Step(enum.Enum):
     LOSE_BLOCKS = "lose_blocks"  # some of what was stored has gone meanwhile
     REQUEUE = "requeue"  # it cannot go on for now, or the process that worked on it has ended
     EVICT = "evict"
+    DAMAGE = "damage"
     REWARM = "rewarm"
     RESUME = "resume"
     FAIL = "fail"
@@ -42,7 +45,7 @@ class Step(enum.Enum):
 WORKING = frozenset({State.TOKENIZING, State.PREFILLING, State.STORING})
 PENDING = WORKING | {State.QUEUED}  # something is still to be done, without anybody's asking
 FINAL = frozenset({State.FAILED, State.CANCELLED, State.EXPIRED})
-USABLE = frozenset({State.READY, State.EVICTED})  # a question may name it
+USABLE = frozenset({State.READY, State.EVICTED, State.DAMAGED})  # a question may name it
 
 TABLE: dict[tuple[State, Step], State] = {
     (State.QUEUED, Step.START): State.TOKENIZING,
@@ -55,6 +58,8 @@ TABLE: dict[tuple[State, Step], State] = {
     (State.STORING, Step.REQUEUE): State.QUEUED,
     (State.READY, Step.EVICT): State.EVICTED,
     (State.EVICTED, Step.REWARM): State.QUEUED,
+    (State.READY, Step.DAMAGE): State.DAMAGED,
+    (State.DAMAGED, Step.REWARM): State.QUEUED,
     (State.FAILED, Step.RESUME): State.QUEUED,
     (State.CANCELLED, Step.RESUME): State.QUEUED,
     **{(state, Step.FAIL): State.FAILED for state in State if state in PENDING},

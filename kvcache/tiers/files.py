@@ -54,6 +54,7 @@ class PackFiles:
         self._mover = mover if mover is not None else VectoredMover(self._memory)
         self._model_fingerprint = model_fingerprint
         self._numbers = itertools.count()
+        self.damaged: list[tuple[bytes, str]] = []  # by ``scan``: a block's hash, and what it was
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         for path in folder.glob(f"*{UNFINISHED}"):
             path.unlink(missing_ok=True)
@@ -63,7 +64,8 @@ class PackFiles:
         for path in sorted(self.folder.glob(f"*{SUFFIX}")):
             try:
                 header, _ = read_header(path)
-            except PackError:
+            except PackError as error:
+                self.damaged.append((_first_hash(path), str(error)))
                 path.unlink(missing_ok=True)
                 continue
             if (header.model_fingerprint, header.shape) == (self._model_fingerprint, self.shape):
@@ -150,6 +152,14 @@ class PackFiles:
             for block_id in block_ids
             for layer in range(self.shape.num_layers)
         ]
+
+
+def _first_hash(path: Path) -> bytes:
+    """Of the pack's blocks, from its name: its header may say anything."""
+    try:
+        return bytes.fromhex(path.name.partition("-")[0])
+    except ValueError:
+        return b""
 
 
 def _runs(indices: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -72,5 +72,6 @@ class Disk:
         try:
             self._files.read(job.name, job.indices, [block.block_id for block in job.blocks])
         except PackError as error:
+            _log.error("a pack is given up: %s", error)
             return PackRead(job.number, str(error))
         return PackRead(job.number)

@@ -143,7 +143,7 @@ class Loans:
             self.num_damaged += 1
             loan.error = loan.error or done.error
             if not self._index.pack(name).num_readers:
-                self._writing.delete([name])
+                self._writing.delete([name], are_damaged=True)
         else:
             self.num_loaded_blocks += len(positions)
             for position in positions:

@@ -305,12 +305,12 @@ class StoreScheduler:
 
     def take_commands(self) -> list[Command]:
         """What the transfer thread is to do, since the last call, in order."""
-        for tier, (stored, evicted) in (
-            (DISK, self._writing.take_changes()),
-            (HOST, self._pool.take_cache_events()),
+        for tier, (stored, evicted), damaged in (
+            (DISK, self._writing.take_changes(), self._writing.take_damaged()),
+            (HOST, self._pool.take_cache_events(), ()),
         ):
             if stored or evicted:
-                self._send(CacheUpdate(stored, evicted, tier))
+                self._send(CacheUpdate(stored, evicted, tier, damaged))
         self._commands += self._loans.take_commands()
         commands, self._commands = self._commands, []
         return commands
@@ -325,6 +325,10 @@ class StoreScheduler:
 
     def counts(self) -> BlockCounts:
         return self._pool.counts()
+
+    def count_damaged(self, num_packs: int) -> None:
+        """So many were found damaged before any was asked for."""
+        self._loans.num_damaged += num_packs
 
     def counters(self) -> dict[str, float]:
         """For the heartbeat."""

@@ -58,6 +58,9 @@ def serve(config: StoreConfig) -> None:
         index.add(name, header, now)
     facts = StoreFacts(layout.block_size, files.block_bytes, config.pack_blocks, model.fingerprint)
     scheduler = StoreScheduler(BlockPool(layout.num_blocks, layout.block_size), index, facts)
+    scheduler.count_damaged(len(files.damaged))
+    for _, why in files.damaged:
+        _log.error("a pack is given up: %s", why)
     with start_rank("store", config, model, pool) as process:
         process.form_gang(torch.device("cpu"))
 
@@ -74,6 +77,8 @@ def serve(config: StoreConfig) -> None:
             hashes = index.hashes
             for start in range(0, len(hashes), MAX_HASHES):
                 process.tell(CacheUpdate(hashes[start : start + MAX_HASHES], tier=DISK))
+            if damaged := tuple(block_hash for block_hash, _ in files.damaged):
+                process.tell(CacheUpdate(tier=DISK, damaged=damaged))
             process.tell(GangReady())
             lead(process, scheduler, disk, places)
 

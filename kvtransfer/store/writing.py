@@ -64,6 +64,7 @@ class WriteBehind:
         self._jobs: list[DiskJob] = []
         self._stored: list[bytes] = []
         self._evicted: list[bytes] = []
+        self._damaged: list[bytes] = []
         self.num_written_bytes = 0
 
     def __len__(self) -> int:
@@ -192,10 +193,12 @@ class WriteBehind:
         )
         return True
 
-    def delete(self, names: Sequence[str]) -> None:
+    def delete(self, names: Sequence[str], *, are_damaged: bool = False) -> None:
         """Give packs up at once."""
         for name in names:
-            self._evicted += self._index.remove(name)
+            gone = self._index.remove(name)
+            self._evicted += gone
+            self._damaged += gone if are_damaged else ()
         if names:
             self._jobs.append(DeletePacks(tuple(names)))
 
@@ -204,6 +207,12 @@ class WriteBehind:
     def take_jobs(self) -> list[DiskJob]:
         jobs, self._jobs = self._jobs, []
         return jobs
+
+    def take_damaged(self) -> tuple[bytes, ...]:
+        """Hashes that were given up as damaged since the last call."""
+        damaged = tuple(h for h in self._damaged if h not in self._index)
+        self._damaged = []
+        return damaged
 
     def take_changes(self) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
         """Hashes that are on disk (newly, no longer) since the last call."""

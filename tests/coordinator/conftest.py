@@ -368,9 +368,11 @@ class FakeCluster(threading.Thread):
 
 
 class CoordinatorProcess:
-    """``python -P -m coordinator``: its lines, and how it ended."""
+    """``python -P -m coordinator``: its lines, and how it ended. ``prepare`` runs in it first."""
 
-    def __init__(self, folder: Path, **fields: Any) -> None:
+    def __init__(
+        self, folder: Path, prepare: Callable[[], None] | None = None, **fields: Any
+    ) -> None:
         self.config = {
             "token": TOKEN,
             "model": MODEL,
@@ -390,7 +392,11 @@ class CoordinatorProcess:
         file.write_text(json.dumps(self.config))
         argv = [sys.executable, "-P", "-m", "coordinator", "--config", str(file)]
         self.process = subprocess.Popen(
-            argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            argv,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=prepare,
         )
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, daemon=True)

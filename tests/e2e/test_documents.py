@@ -165,7 +165,10 @@ def test_a_document_outlives_every_process(
         tokens, cached, _ = third.ask(document_id)
         assert tokens == answer, "KV that was damaged on disk was used"
         assert cached < NUM_KEPT
+        assert third.document(document_id)["status"] == "damaged"
         no_leaks(_Leaks(third))
+    found = [path for path in (tmp_path / "data").rglob("*") if path.stat().st_mode & 0o077]
+    assert not found, "somebody else may read it"
 
 
 @pytest.mark.parametrize(

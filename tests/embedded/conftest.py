@@ -9,11 +9,12 @@ from kvcache.pool import KVPool
 from kvtransfer.local_transport import LocalFabric, LocalTransport
 from kvtransfer.plan import plan
 from kvtransfer.transport import ReadState
-from modeling.chat_template import ChatTemplate, encode_chat, load_chat_template
+from modeling.chat_template import ChatTemplate, encode_chat
 from modeling.embedded import CHECKPOINT
 from modeling.loader import load_model
 from modeling.paged import PagedAttention, PagedSequence
 from modeling.parallel import SingleRank
+from modeling.template_sources import load_chat_template
 from modeling.tokenizer import Tokenizer, load_tokenizer
 from protocol.kv import KVLayout, RankEndpoint
 

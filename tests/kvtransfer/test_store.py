@@ -285,6 +285,8 @@ def test_a_damaged_pack_is_given_up(make_store: MakeStore) -> None:
     evicted = [
         h for m in store.said if isinstance(m, CacheUpdate) and m.tier == "disk" for h in m.evicted
     ]
+    damaged = [h for m in store.said if isinstance(m, CacheUpdate) for h in m.damaged]
+    assert damaged == evicted
     assert sorted(evicted) == sorted(hashes_of(PROMPT)[:2])
     store.lend("again", hashes_of(PROMPT))
     assert store.last(RefuseFetch).request_id == "again"

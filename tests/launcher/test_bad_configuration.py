@@ -44,6 +44,7 @@ def _assert_one_line(result: subprocess.CompletedProcess[str], *words: str) -> N
         (("--port", "70000"), ("--port 70000",)),
         (("--set", "nonsense"), ("--set nonsense",)),
         (("--set", "prefill_pool.no_such_thing=1"), ("prefill_pool", "no_such_thing")),
+        (("--set", "restart_budget=2"), ("jobs.max_crashes 2", "restart_budget 2")),
         (("--no-such-flag",), ("--no-such-flag",)),
         (("/no/such/folder",), ("/no/such/folder",)),
         (("--host", "0.0.0.0"), ("0.0.0.0", "--api-key")),
@@ -59,7 +60,7 @@ def test_an_unknown_architecture(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_that_wants_to_run_code(tmp_path: Path) -> None:
-    config = {"architectures": ["LlamaForCausalLM"], "auto_map": {"AutoModel": "evil.Model"}}
+    config = {"architectures": ["EvilForCausalLM"], "auto_map": {"AutoModel": "evil.Model"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
     _assert_one_line(_serve(str(tmp_path)), "auto_map")

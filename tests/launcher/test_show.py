@@ -106,10 +106,11 @@ def test_keys_come_from_everywhere_and_are_shown_nowhere(
     assert said["api_key_file"] == str(file)
     environment = child_environment(1, is_local=True)
     assert not [value for value in environment.values() if "hush-" in value]
-    flags = ["arithmetic", "--decode", "tp1", "--api-key", "flag", "--api-key-file", str(file)]
-    shown = show(capsys, "--resolved", *flags)
+    flags = ["arithmetic", "--resolved", "--decode", "tp1", "--api-key", "flag"]
+    flags += ["--api-key-file", str(file)]
+    shown = show(capsys, *flags)
     assert shown["coordinator"]["api_keys"] == ["hidden"] * 4
     assert "hush-" not in json.dumps(shown)
     file.write_text("")
-    assert main(["config", "show", "--resolved", *flags]) == 2
+    assert main(["config", "show", *flags]) == 2
     assert "no key" in capsys.readouterr().err

@@ -9,12 +9,8 @@ import jinja2
 import pytest
 
 from bench.tokenizer_file import CHAT_TEMPLATE, write_tokenizer
-from modeling.chat_template import (
-    MAX_SOURCE_CHARS,
-    ChatTemplate,
-    encode_chat,
-    load_chat_template,
-)
+from modeling.chat_template import MAX_SOURCE_CHARS, ChatTemplate, encode_chat
+from modeling.template_sources import load_chat_template
 from modeling.tokenizer import load_tokenizer
 from protocol.errors import ConfigError, RequestError
 
@@ -236,23 +232,52 @@ def test_a_range_is_a_range() -> None:
     assert _template(source).render([]) == "41[0, 1, 2, 3]FalseFalseFalseTrue"
 
 
-@pytest.mark.parametrize("source", ["{% for %}", "{{ 'a' ", "x" * (MAX_SOURCE_CHARS + 1)])
-def test_a_template_that_does_not_compile(source: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ("\n\n{% for %}", "line 3: Expected"),
+        ("{{ 'a' ", "line 1: "),
+        ("x" * (MAX_SOURCE_CHARS + 1), "longer than"),
+        ("", "is empty"),
+        ("\ufeff{{ 1 }}", "byte order mark"),
+    ],
+)
+def test_a_template_that_does_not_compile(source: str, problem: str, tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_text(source)
-    with pytest.raises(ConfigError, match=r"chat_template\.jinja"):
+    with pytest.raises(ConfigError, match=rf"chat_template\.jinja: .*{problem}"):
         load_chat_template(str(tmp_path), {})
 
 
 def test_where_the_template_comes_from(tmp_path: Path) -> None:
+    def said(**options: str) -> tuple[str, str]:
+        template = load_chat_template(str(tmp_path), {}, **options)
+        return template.render([]), template.where.removeprefix(str(tmp_path))
+
+    (tmp_path / "chat_template.json").write_text('{"chat_template": "zero"}')
+    assert said() == ("zero", "/chat_template.json")
     config = tmp_path / "tokenizer_config.json"
-    assert load_chat_template(str(tmp_path), {}).render([]) == "assistant:"
     config.write_text('{"chat_template": "one"}')
-    assert load_chat_template(str(tmp_path), {}).render([]) == "one"
+    assert said() == ("one", "/tokenizer_config.json")
     named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "two"}]
     config.write_text(json.dumps({"chat_template": named}))
-    assert load_chat_template(str(tmp_path), {}).render([]) == "two"
+    assert said() == ("two", "/tokenizer_config.json")
     config.write_text(json.dumps({"chat_template": named[:1]}))
     with pytest.raises(ConfigError, match="no template named default"):
-        load_chat_template(str(tmp_path), {})
+        said()
     (tmp_path / "chat_template.jinja").write_text("three")
-    assert load_chat_template(str(tmp_path), {}).render([]) == "three"
+    assert said() == ("three", "/chat_template.jinja")
+    (tmp_path / "mine.jinja").write_text("four")
+    assert said(file=str(tmp_path / "mine.jinja")) == ("four", "/mine.jinja")
+    assert load_chat_template("arithmetic", {}, file=str(tmp_path / "mine.jinja")).render([]) == (
+        "four"
+    )
+    with pytest.raises(ConfigError, match=r"yours\.jinja: cannot be read"):
+        said(file=str(tmp_path / "yours.jinja"))
+
+
+def test_without_a_template_a_chat_is_refused(tmp_path: Path) -> None:
+    template = load_chat_template(str(tmp_path), {})
+    assert template.where == "none"
+    with pytest.raises(RequestError, match="--chat-template FILE") as caught:
+        encode_chat(template, load_tokenizer("arithmetic"), CHATS["one"])
+    assert (caught.value.code, caught.value.status) == ("no_chat_template", 400)

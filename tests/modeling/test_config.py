@@ -118,7 +118,16 @@ def test_eos_ids_of_both_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map asks for code"),
+        (
+            {"auto_map": {"AutoModel": "evil.Model"}, "architectures": ["EvilForCausalLM"]},
+            "architectures names EvilForCausalLM; supported are LlamaForCausalLM, "
+            "MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM; code of the checkpoint",
+        ),
+        ({"text_config": LLAMA}, "text_config makes this a model of more than text"),
+        ({"rope_theta": float("inf")}, "rope_theta must be above 1 and finite, found inf"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be above 0 and finite, found nan"),
+        ({"max_position_embeddings": float("inf")}, "max_position_embeddings must be an integer"),
+        ({"max_position_embeddings": {"__float__": "Infinity"}}, "must be an integer, found inf"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is not supported"),
         ({"architectures": ["GPT2LMHeadModel"]}, "architectures names GPT2LMHeadModel"),
         ({"architectures": "absent"}, "architectures names none"),
@@ -166,11 +175,8 @@ def test_refusals_name_file_and_field(
     assert "\n" not in text
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", '{"a": NaN}', "\x00", "[" * 100_000])
-def test_a_config_that_is_not_json(content: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ConfigError, match=r"config\.json"):
-        load_config(str(tmp_path))
+def test_what_is_infinite_and_read_by_nobody_is_no_fault(tmp_path: Path) -> None:
+    assert _load(tmp_path, swiglu_limit=float("inf"), other=float("nan")) == _load(tmp_path)
 
 
 def test_no_folder_and_no_config(tmp_path: Path) -> None:
@@ -180,11 +186,14 @@ def test_no_folder_and_no_config(tmp_path: Path) -> None:
         load_config(str(tmp_path))
 
 
-def test_float16_is_served_in_bfloat16_and_missing_dtypes_are_those_of_the_weights(
-    tmp_path: Path,
-) -> None:
-    assert _load(tmp_path, dtype="absent", torch_dtype="float16").dtype == "bfloat16"
+def test_missing_dtypes_are_those_of_the_weights(tmp_path: Path) -> None:
+    assert _load(tmp_path, dtype="absent", torch_dtype="float16").dtype == "float16"
     assert _load(tmp_path, dtype="absent").dtype == "float32"  # what the file holds
+
+
+def test_code_of_the_checkpoint_is_not_needed_for_a_known_architecture(tmp_path: Path) -> None:
+    plain = _load(tmp_path)
+    assert _load(tmp_path, auto_map={"AutoModelForCausalLM": "evil.Model"}) == plain
 
 
 def test_max_model_len(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """The transformer against transformers, for checkpoints that transformers itself wrote."""
 
+import json
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from bench.checkpoint import write_checkpoint
 from modeling.config import load_config
@@ -109,6 +112,42 @@ def _logits(folder: Path, input_ids: torch.Tensor, context: Any, **options: Any)
 def _prompt() -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.randint(SIZES["vocab"], (NUM_TOKENS,), generator=generator)
+
+
+def _as_base_model(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+
+
+def _as_wrapped_model(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"model.{name}": tensor for name, tensor in tensors.items()}
+
+
+def _without_embedding(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    del tensors["model.embed_tokens.weight"]
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("is_tied", "change"),
+    [
+        (True, dict),  # config.json ties what the checkpoint has twice, differently
+        (True, _without_embedding),
+        (False, _as_base_model),
+        (False, _as_wrapped_model),
+    ],
+)
+def test_tensors_that_are_stored_otherwise_are_read_as_transformers_does(
+    is_tied: bool, change: Any, checkpoint: Any, tmp_path: Path, dense_attention: Any
+) -> None:
+    shutil.copytree(checkpoint("llama"), tmp_path, dirs_exist_ok=True)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    fields |= {"tie_word_embeddings": is_tied, "auto_map": {"AutoModelForCausalLM": "evil.Model"}}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    weights = tmp_path / "model.safetensors"
+    save_file(change(load_file(weights)), weights, metadata={"format": "pt"})
+    expected = _reference(tmp_path, _prompt(), torch.float32)
+    logits = _logits(tmp_path, _prompt(), dense_attention)
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

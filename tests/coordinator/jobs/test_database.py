@@ -1,11 +1,13 @@
 """The database of the jobs, and the room that is asked for before anything is accepted."""
 
 import asyncio
+import shutil
 import sqlite3
 from pathlib import Path
 
 import pytest
 
+from coordinator.jobs.ballast import Ballast
 from coordinator.jobs.database import Database
 from coordinator.jobs.space import check_space
 from protocol.errors import ConfigError, RequestError
@@ -124,3 +126,67 @@ def test_room_is_kept_free(tmp_path: Path) -> None:
     with pytest.raises(RequestError) as refused:
         check_space(tmp_path, 1 << 60)
     assert (refused.value.status, refused.value.code) == (507, "insufficient_storage")
+
+
+class Room:
+    """A ballast whose release lets a database grow by some pages."""
+
+    def __init__(self) -> None:
+        self.is_there = True
+        self.connection: sqlite3.Connection | None = None
+
+    def release(self) -> bool:
+        assert self.connection is not None
+        self.connection.execute("PRAGMA max_page_count = 1000")
+        was_there, self.is_there = self.is_there, False
+        return was_there
+
+
+def test_the_ballast_is_for_what_ends_and_not_for_what_is_new(tmp_path: Path) -> None:
+    async def run() -> None:
+        room = Room()
+        database = Database(tmp_path / "jobs.sqlite", SCHEMA, ballast=room)  # type: ignore[arg-type]
+
+        def fill(connection: sqlite3.Connection) -> None:
+            room.connection = connection
+            (pages,) = connection.execute("PRAGMA page_count").fetchone()
+            connection.execute(f"PRAGMA max_page_count = {pages}")
+
+        def grow(connection: sqlite3.Connection) -> None:
+            connection.execute("INSERT INTO item VALUES ('a', zeroblob(100000))")
+
+        await database.read(fill)
+        for kind in ("document_added", "file_added", "batch_added", "lines_added"):
+            with pytest.raises(RequestError) as full:
+                await database.write(grow, kind)
+            assert full.value.status == 507
+        assert room.is_there
+        await database.write(grow, "document_deleted")
+        assert not room.is_there
+        assert await database.read(names) == ["a"]
+        await database.read(fill)
+        with pytest.raises(RequestError):
+            await database.write(lambda c: c.execute("UPDATE item SET value = zeroblob(9000000)"))
+        database.close()
+
+    asyncio.run(run())
+
+
+def test_a_ballast_is_taken_when_there_is_room_and_given_up_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ballast = Ballast(tmp_path / "ballast", 4096)
+    assert not ballast.release()
+    assert ballast.restore() and ballast.restore()
+    found = (tmp_path / "ballast").stat()
+    assert (found.st_size, found.st_mode & 0o777) == (4096, 0o600)
+    assert found.st_blocks * 512 >= 4096, "the room is really taken"
+    assert ballast.release() and not ballast.release()
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=8191))
+    assert not ballast.restore()
+    assert not list(tmp_path.iterdir())
+    small = usage._replace(total=8 * 1024, free=2048)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: small)
+    assert ballast.restore()
+    assert (tmp_path / "ballast").stat().st_size == 1024

@@ -349,6 +349,23 @@ def test_rewarm(site: Any) -> None:
     assert (warning["code"], warning["missed_tokens"]) == ("evicted", (total // 16 - 5) * 16)
 
 
+def test_what_the_disk_has_lost_is_not_called_evicted(site: Any) -> None:
+    document_id = site.ingest(text="Written on sand. " * 60)["id"]
+    site.wait(document_id)
+    request = next(r for r in site.ingestor.requests[::-1] if r.document_id == document_id)
+
+    def damage() -> None:
+        site.ingestor.damaged.update(request.block_hashes[3:5])
+        site.ingestor.evict(request.block_hashes[3:])
+
+    site.running.do(damage)
+    assert site.get(document_id)["status"] == "damaged"
+    warning = next(e for e in site.events(document_id) if e["type"] == "warning")
+    assert warning["code"] == "damaged"
+    assert site.post(f"/{document_id}/rewarm").json()["status"] == "queued"
+    assert site.wait(document_id)["status"] == "ready"
+
+
 def test_eviction_is_noticed_without_asking(site: Any) -> None:
     document_id = site.ingest(text="Lost in silence. " * 40)["id"]
     site.wait(document_id)

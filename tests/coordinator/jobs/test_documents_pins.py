@@ -46,6 +46,9 @@ def test_the_policy() -> None:
         (HARD, 1, Pinned(250, 250), False),
         (SOFT, 251, Pinned(0, 250), True),
         (SOFT, 100, Pinned(401, 0), False),
+        (SOFT, 100, Pinned(300, 0, 300), True),
+        (SOFT, 101, Pinned(300, 0, 300), False),  # the rest is for the others
+        (HARD, 101, Pinned(300, 0, 300), False),
         ("none", 10_000, Pinned(500, 0), True),
     ):
         try:

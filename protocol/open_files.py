@@ -1,0 +1,24 @@
+"""How many files and sockets this process may have open at one time."""
+
+import contextlib
+import resource
+
+
+def max_open_files() -> int:
+    """The limit that is in force."""
+    return _finite(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+
+
+def raise_open_files() -> int:
+    """Raise the limit as far as the system lets us; what it is now. Children inherit it.
+
+    The usual soft limit of 1024 is for programs that use ``select``, which nothing here does.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # some have an infinite one, which nobody gets
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return max_open_files()
+
+
+def _finite(limit: int) -> int:
+    return 1 << 20 if limit == resource.RLIM_INFINITY else limit
