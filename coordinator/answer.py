@@ -28,12 +28,15 @@ from coordinator.parameters import Options
 from coordinator.paths import describe_path
 from coordinator.patience import patient
 from coordinator.shapes import ChoiceState, Header, Shape, cache_miss_of, usage_of
+from coordinator.slices import Pace
 from coordinator.tokens import ChoiceText, Piece
 from coordinator.traces import Trace
 from coordinator.turns import Lane
 from protocol.errors import RequestError
 from protocol.messages import NewToken
 from protocol.request import FinishReason
+
+GATHERED_TOKENS = 64  # of a whole answer, that are made JSON in one go
 
 Arrivals = list[tuple[int, Sequence[NewToken]]]
 
@@ -166,11 +169,21 @@ class Answer(Response):
 
     async def _whole(self) -> dict[str, Any]:
         texts = [[choice.echoed] for choice in self._choices]
+        pace = Pace()
         while not self._is_finished:
-            for state, piece in self._take(await self._arrivals()):
+            arrivals = await self._arrivals()
+            pace.begin()
+            for state, piece in self._take(arrivals):
                 texts[state.choice.index].append(piece.text)
-        joined = [(state, "".join(text)) for state, text in zip(self._states, texts, strict=True)]
-        answer = self._shape.whole(self._header, joined, usage_of(self._states))
+                if len(state.unsent) >= GATHERED_TOKENS:
+                    self._shape.gather(state)
+                await pace.breathe()
+        choices = []
+        for state, text in zip(self._states, texts, strict=True):
+            self._shape.gather(state)
+            choices.append(self._shape.whole_choice(state, "".join(text)))
+            await pace.breathe()
+        answer = self._shape.whole(self._header, choices, usage_of(self._states))
         return {**answer, **cache_miss_of(self._states)}
 
     async def _send_whole(self, send: Send) -> None:
@@ -199,8 +212,7 @@ class Answer(Response):
         await self._send(send, {"type": "http.response.start", "status": 200, "headers": headers})
         try:
             while True:
-                events = b"".join(self._events(arrivals))
-                await self._send_part(send, events)
+                await self._send_events(send, arrivals)
                 if self._is_finished:
                     break
                 arrivals = await self._arrivals(self._frontend.config.keep_alive_s)
@@ -212,6 +224,17 @@ class Answer(Response):
         except RequestError as error:
             tail = sse.error_event(error)
         await self._send(send, {"type": "http.response.body", "body": tail, "more_body": False})
+
+    async def _send_events(self, send: Send, arrivals: Arrivals) -> None:
+        """In one piece, unless there are so many that others must run in between."""
+        pace, events = Pace(), []
+        for event in self._events(arrivals):
+            events.append(event)
+            if pace.is_over:
+                await self._send_part(send, b"".join(events))
+                events.clear()
+                await pace.breathe()
+        await self._send_part(send, b"".join(events))
 
     def _events(self, arrivals: Arrivals) -> Iterator[bytes]:
         for state, piece in self._take(arrivals):

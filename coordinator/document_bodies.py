@@ -17,7 +17,7 @@ from coordinator.jobs.formats import HEAD_BYTES, identify, plain_name, unprocess
 from coordinator.jobs.pins import read_duration, read_pin
 from coordinator.json_body import parse_json
 from coordinator.parameters import check_token_ids
-from coordinator.schemas import validate
+from coordinator.schemas import TokenIdList, validate
 from coordinator.text.chat_body import read_messages
 from coordinator.text.reading import Reading
 from coordinator.text.tasks import Asked, NeedsFile, ReadDocument, Uploaded
@@ -38,7 +38,7 @@ class SourceBody(BaseModel):
     type: str | None = None  # what it is, said once more: ignored
     text: str | None = None
     messages: Any = None
-    token_ids: list[int] | None = None
+    token_ids: TokenIdList | None = None
     file_id: Annotated[str, Field(min_length=1, max_length=64)] | None = None
 
 

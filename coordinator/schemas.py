@@ -160,6 +160,8 @@ _WITHOUT_EFFECT = frozenset(
 )
 MAX_UNKNOWN_FIELDS = 256
 
+# One wrong id is enough: of a million, each would be an error of its own.
+TokenIdList = Annotated[list[int], Field(fail_fast=True)]
 _Limited = Annotated[float, Field(ge=-2, le=2)]
 
 
@@ -191,7 +193,7 @@ class GenerationBody(BaseModel):
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
     stop: Any = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: TokenIdList | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     ignore_eos: bool | None = None
@@ -231,7 +233,7 @@ class DetokenizeBody(BaseModel):
     model_config = ConfigDict(strict=True)
 
     model: str | None = None
-    tokens: list[int]
+    tokens: TokenIdList
 
 
 B = TypeVar("B", bound=BaseModel)

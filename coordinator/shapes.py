@@ -5,7 +5,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from coordinator.frontend import Choice
+from coordinator.growing_json import GrowingLists
 from coordinator.logprobs import chat_logprobs, completion_logprobs
 from coordinator.records import Record
 from coordinator.tokens import ChoiceText, ShownToken
@@ -23,6 +26,8 @@ class ChoiceState:
     is_started: bool = False
     unsent: list[ShownToken] = field(default_factory=list)
     stop_reason: int | str | None = None
+    token_ids: GrowingLists = field(default_factory=GrowingLists)  # these two of a whole answer
+    logprobs: GrowingLists = field(default_factory=GrowingLists)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +58,18 @@ class Shape(ABC):
         return self._object(header, self.chunk_object, choices)
 
     def whole(
-        self, header: Header, states: Sequence[tuple[ChoiceState, str]], usage: dict[str, Any]
+        self, header: Header, choices: Sequence[msgspec.Raw], usage: dict[str, Any]
     ) -> dict[str, Any]:
-        """A complete answer; each state comes with its whole text."""
-        choices = [self._whole_choice(state, text) for state, text in states]
+        """A complete answer, of its ``whole_choice``s."""
         return {**self._object(header, self.whole_object, choices), "usage": usage}
+
+    def gather(self, state: ChoiceState) -> None:
+        """Put the unsent tokens into what a whole answer shows of them."""
+        logprobs = self._shape_logprobs(state)
+        if logprobs is not None:
+            state.logprobs.add(logprobs)
+        state.token_ids.add({"token_ids": [shown.token.token_id for shown in state.unsent]})
+        state.unsent.clear()
 
     def content(self, state: ChoiceState, text: str) -> dict[str, Any]:
         """A choice of a chunk: ``text`` and the unsent tokens."""
@@ -86,21 +98,22 @@ class Shape(ABC):
             choice["token_ids"] = []
         return choice
 
-    def _whole_choice(self, state: ChoiceState, text: str) -> dict[str, Any]:
+    def whole_choice(self, state: ChoiceState, text: str) -> msgspec.Raw:
+        """A choice that has ended, and whose tokens have all been gathered."""
         choice = {
             "index": state.choice.index,
             **self._whole_text(text),
-            "logprobs": self._shape_logprobs(state),
+            "logprobs": state.logprobs.whole() if self.with_logprobs else None,
             "finish_reason": _finish_reason(state),
             "stop_reason": state.stop_reason,
         }
         if self.return_token_ids:
-            choice["token_ids"] = [shown.token.token_id for shown in state.unsent]
+            choice.update(state.token_ids.whole())
             choice["prompt_token_ids"] = state.choice.prompt_json
-        return choice
+        return msgspec.Raw(msgspec.json.encode(choice))
 
     def _object(
-        self, header: Header, name: str, choices: Sequence[dict[str, Any]]
+        self, header: Header, name: str, choices: Sequence[dict[str, Any] | msgspec.Raw]
     ) -> dict[str, Any]:
         return {
             "id": f"{self.id_prefix}{header.request_id}",
