@@ -84,7 +84,8 @@ def measured(
     monkeypatch.setattr(asyncio.Handle, "_run", steps.wrap(asyncio.Handle._run))
     # Ranks that can hold long prompts, too.
     monkeypatch.setitem(helpers.hello.__globals__, "MAX_MODEL_LEN", MAX_MODEL_LEN)
-    pools = (("prefill0", "prefill", 2, 1), ("decode0", "decode", 1, 2), ("decode1", "decode", 1, 1))
+    pools = [("prefill0", "prefill", 2, 1)]
+    pools += [("decode0", "decode", 1, 2), ("decode1", "decode", 1, 1)]
     config = CoordinatorConfig(
         helpers.FakeCluster.__init__.__globals__["TOKEN"],
         MODEL,
