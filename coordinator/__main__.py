@@ -6,7 +6,7 @@ Standard output has JSON lines for whoever started us, and nothing else: {"contr
 for a gang that is to be ended, {"serving": POOL, "start": N}, and {"alive": EPOCH} each second. A
 coordinator that finds itself replaced ends at once with the exit code 3. The operator's mistakes
 are one line on standard error and the exit code 2. SIGTERM and SIGINT end the whole cluster with
-the exit code 0.
+the exit code 0, in order; the second one at once.
 """
 
 import argparse
@@ -15,8 +15,8 @@ import ctypes
 import json
 import logging
 import os
-import signal
 import sys
+from functools import partial
 from typing import NoReturn
 
 import uvloop
@@ -24,6 +24,7 @@ import uvloop
 from coordinator.config import CoordinatorConfig, read_config
 from coordinator.control import News, Owner
 from coordinator.server import Coordinator, StartFailed
+from protocol.ending import ASKED, DRAIN, END
 from protocol.errors import ConfigError
 from protocol.logs import configure_logging, finish_output
 from protocol.open_files import raise_open_files
@@ -64,8 +65,17 @@ async def _serve(config: CoordinatorConfig) -> None:
         owner=Owner(tell=_say, on_stale=_end_stale),
     )
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, coordinator.stop)
+    num_asked = 0
+
+    def on_asked() -> None:
+        nonlocal num_asked
+        num_asked += 1  # without what the launcher says, who may have got the same signal
+        coordinator.stop(at_once=num_asked > 1)
+
+    for number in ASKED:
+        loop.add_signal_handler(number, on_asked)
+    loop.add_signal_handler(DRAIN, coordinator.stop)
+    loop.add_signal_handler(END, partial(coordinator.stop, at_once=True))
     await coordinator.run()
 
 
@@ -84,7 +94,7 @@ def _die_with_parent(parent_pid: int) -> None:
     """Have the kernel end this process when ``parent_pid`` ends; 0 changes nothing."""
     if parent_pid == 0 or sys.platform != "linux":
         return
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, END, 0, 0, 0)
     if os.getppid() != parent_pid:
         raise ConfigError(f"the parent process {parent_pid} is gone")
 

@@ -18,6 +18,7 @@ from coordinator.chat import chat
 from coordinator.cluster import describe_cluster, version_info
 from coordinator.completions import complete
 from coordinator.documents_api import add_documents
+from coordinator.draining import DoorMiddleware
 from coordinator.errors import error_response
 from coordinator.files_api import add_files
 from coordinator.frontend import Asker, Frontend
@@ -43,6 +44,7 @@ def build_app(frontend: Frontend, tenants: Tenants) -> FastAPI:
     app = FastAPI(
         title="Baton", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
     )
+    app.add_middleware(DoorMiddleware, door=frontend.door)
     app.add_middleware(AuthMiddleware, tenants=tenants)
     app.add_middleware(LimitsMiddleware, limits=frontend.config.limits)
     app.add_exception_handler(RequestError, _on_request_error)

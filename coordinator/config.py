@@ -146,6 +146,7 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     step_budget_s: float = 60.0  # a rank that is in one step for longer is lost
     start_silence_s: float = 60.0  # as heartbeat_timeout_s, while a rank loads its model
     rejoin_timeout_s: float = 10.0  # a running gang that does not come back in time is lost
+    shutdown_grace_s: float = 30.0  # what runs may take so long to end once the cluster is to
     max_loop_lag_s: float = 1.0  # of the event loop, beyond which the coordinator is not ready
     header_wait_s: float = 2.0  # a stream's headers wait so long for the first token
     keep_alive_s: float = 15.0
@@ -245,6 +246,8 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
             raise ConfigError("stall_timeout_s and handoff_timeout_s: must be above 0")
         if self.max_loop_lag_s <= 0:
             raise ConfigError("max_loop_lag_s: must be above 0")
+        if self.shutdown_grace_s < 0:
+            raise ConfigError("shutdown_grace_s: must be at least 0")
 
     def _check_pools(self) -> None:
         if not any(pool.role == "decode" for pool in self.pools):

@@ -13,8 +13,9 @@ from starlette.types import Receive, Scope, Send
 from coordinator import sse
 from coordinator.config import CoordinatorConfig
 from coordinator.connection import SCOPE_ABORT
+from coordinator.draining import shutting_down
 from coordinator.jobs.document import Document
-from coordinator.jobs.documents import Documents, shutting_down
+from coordinator.jobs.documents import Documents
 from coordinator.jobs.events import WrittenEvent
 from coordinator.patience import patient
 

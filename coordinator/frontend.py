@@ -21,6 +21,7 @@ from coordinator.config import CoordinatorConfig
 from coordinator.connection import GuardedConnection
 from coordinator.connections import Connections
 from coordinator.control import ControlPlane
+from coordinator.draining import Door, shutting_down
 from coordinator.generation import Generation
 from coordinator.jobs.batches import Batches
 from coordinator.jobs.context import Jobs
@@ -109,6 +110,7 @@ class Frontend:
     lag: LoopLag
     turns: Turns
     connections: Connections[GuardedConnection]
+    door: Door
     started_at: int  # Unix time
     jobs: Jobs | None = None  # where documents are offered; these two as well
     files: Files | None = None
@@ -167,6 +169,8 @@ class Frontend:
 
     def unready(self, now: float) -> RequestError | None:
         """Why new work had better go elsewhere; what comes nevertheless is served if it can be."""
+        if self.door.is_closed:
+            return shutting_down()
         if not self.control.complete.is_set() or not self.registry.serving("decode"):
             return RequestError(self.registry.missing(), code="starting", status=503)
         lag_s = self.lag.largest(now, LAG_MEMORY_S)

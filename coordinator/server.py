@@ -6,7 +6,9 @@
    restart, until one decode pool does.
 4. A rank that is refused, or a start that takes too long, ends it with :class:`StartFailed`.
 5. Pools that are lost and serve again are told to the owner; nothing of it ends the process.
-6. ``stop``: nothing new is accepted, streams end with an error event, every rank is told to end.
+6. ``stop``: nothing new is accepted, what runs may end within ``shutdown_grace_s``; then streams
+   end with an error event, and every rank is told to end. Documents and batches are not waited
+   for: they go on with the next coordinator.
 7. A coordinator that finds itself replaced does nothing of that: what it put away would be its
    successor's. Its owner has to end the process.
 """
@@ -36,6 +38,7 @@ from coordinator.connection import GuardedConnection, guarded
 from coordinator.connections import Connections, max_connections
 from coordinator.control import ControlPlane, Owner
 from coordinator.documents_api import make_document
+from coordinator.draining import Door
 from coordinator.faulty import FaultyControlPlane
 from coordinator.frontend import Frontend
 from coordinator.jobs.context import Jobs, Surroundings
@@ -124,7 +127,8 @@ class Coordinator:
         self._on_control = on_control
         self._on_ready = on_ready
         self._owner = owner
-        self._stop = asyncio.Event()
+        self._stop, self._stop_now = asyncio.Event(), asyncio.Event()
+        self._door = Door()
         self._lag = LoopLag()
         model = load_config(config.model, max_model_len=config.max_model_len)
         if config.generation_config == "none":
@@ -144,9 +148,11 @@ class Coordinator:
         self._socket = bind_http(config.host, config.port)
         self.url = _url(config.host, self._socket)
 
-    def stop(self) -> None:
-        """End ``run`` soon. Call it in the event loop."""
+    def stop(self, *, at_once: bool = False) -> None:
+        """End ``run`` when what runs has ended, or at once. Call it in the event loop."""
         self._stop.set()
+        if at_once:
+            self._stop_now.set()
 
     async def run(self) -> None:
         """Serve until ``stop``.
@@ -183,6 +189,10 @@ class Coordinator:
                 try:
                     await self._wait_ready(control, registry)
                     await self._stop.wait()
+                    self._door.close()
+                    watching.cancel()
+                    await jobs.stop()
+                    await self._drain()
                 except StartFailed as error:
                     failure = error  # raised when everything has been put away
                 finally:
@@ -202,6 +212,19 @@ class Coordinator:
                     await jobs.close()
             if failure is not None:
                 raise failure
+
+    async def _drain(self) -> None:
+        """Wait until nothing runs any more, not for longer than the grace."""
+        grace_s = self._config.shutdown_grace_s
+        _log.info("ending: %d requests may take %.0f s more", self._door.num_running, grace_s)
+        waiting = [
+            asyncio.create_task(event) for event in (self._door.wait_idle(), self._stop_now.wait())
+        ]
+        await asyncio.wait(waiting, timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
+        for task in waiting:
+            task.cancel()
+        if self._door.num_running:
+            _log.warning("ending: %d requests are cut off", self._door.num_running)
 
     def _observed(self) -> float:
         """The clock of every budget for what others do."""
@@ -300,6 +323,7 @@ class Coordinator:
             bodies=self._body_budget(),
             traces=Traces(),
             lag=self._lag,
+            door=self._door,
             started_at=int(time.time()),
             jobs=jobs,
             files=jobs.files,

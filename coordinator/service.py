@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from coordinator.admission import Admission
 from coordinator.config import CoordinatorConfig
 from coordinator.delivery import Delivery, StoreListener
+from coordinator.draining import shutting_down
 from coordinator.errors import no_workers, quarantined
 from coordinator.failover import Failover
 from coordinator.generation import Generation
@@ -141,7 +142,7 @@ class Service:
 
     def shut_down(self) -> None:
         """Fail what is running and refuse everything from now on."""
-        error = RequestError("the server is shutting down", code="shutting_down", status=503)
+        error = shutting_down()
         self._admission.close(error)
         self._spread(self._fail_all(error))
 

@@ -1,14 +1,14 @@
 """What the process of a rank does before and around its loop, the same for both roles.
 
 The life of a rank's process
-1. ``main`` reads the configuration, ties the process to its parent's life and to SIGTERM, and calls
+1. ``main`` reads the configuration, ties the process to its parent's life and to signals, and calls
    the role's ``serve``, which has the KV pool sized by ``plan_layout``.
 2. ``start_rank`` binds the leader's sockets and starts the transfer thread, which says HELLO.
 3. ``RankProcess.form_gang``: the coordinator's WELCOME, torch.distributed, the plan channel. A rank
    that computes loads its shard: ``start_shard`` does all that.
 4. The role warms up, says GangReady and enters its loop: the leader calls ``drain`` and ``step``, a
    follower ``follow``.
-5. Shutdown, SIGTERM or the leader's Stop: exit code 0. A mistake of the operator: 2. The rest: 1.
+5. Shutdown, a signal or the leader's Stop: exit code 0. A mistake of the operator: 2. The rest: 1.
 
 Nobody outlives the gang: the parent's death kills the process, the transfer thread's death ends it.
 """
@@ -40,6 +40,7 @@ from modeling.config import ModelConfig, load_config
 from modeling.loader import load_model
 from modeling.model import Model
 from modeling.parallel import make_tensor_parallel, open_gang_store
+from protocol.ending import ASKED, END
 from protocol.errors import BatonError, ConfigError, PeerError
 from protocol.gang import LeaderChannel
 from protocol.kv import DTYPE_BYTES, KVLayout
@@ -50,6 +51,7 @@ from protocol.sockets import open_context
 
 EXIT_CLEAN, EXIT_FAILED, EXIT_CONFIG = 0, 1, 2
 STOP_TIMEOUT_S = 5.0
+FAREWELL_S = 5.0  # for a coordinator to say that the cluster ends, after the grace
 _PR_SET_PDEATHSIG = 1
 
 _log = logging.getLogger(__name__)
@@ -108,15 +110,30 @@ def _prepare(path: str, config_type: type[C]) -> C:
     config = read_config(path, config_type)
     configure_logging(f"{config.pool_id}/{config.rank}", config.log_level)
     die_with_parent(config.parent_pid)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _stop)
+    _end_on_signals(config)
     torch.set_num_threads(config.threads)
     return config
 
 
-def _stop(number: int, _frame: FrameType | None) -> None:
-    signal.signal(number, signal.SIG_IGN)  # once is enough, the way out must not be interrupted
-    raise SystemExit(EXIT_CLEAN)
+def _end_on_signals(config: RankConfig) -> None:
+    """END ends this process, and so does what comes from outside if there is nobody else to say so.
+
+    If there is, what comes from outside may have come to the whole cluster: its coordinator says
+    when its ranks are to end. If it does not, they do by themselves, and at once when asked again.
+    """
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)  # once is enough, the way out must not be interrupted
+        raise SystemExit(EXIT_CLEAN)
+
+    def wait(number: int, _frame: FrameType | None) -> None:
+        signal.signal(number, stop)
+        signal.setitimer(signal.ITIMER_REAL, config.shutdown_grace_s + FAREWELL_S)
+
+    for number in (END, signal.SIGALRM):
+        signal.signal(number, stop)
+    for number in ASKED:
+        signal.signal(number, wait if config.parent_pid else stop)
 
 
 def read_config(path: str, config_type: type[C]) -> C:

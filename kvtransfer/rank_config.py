@@ -30,6 +30,7 @@ class RankConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     transport: str = "auto"
     checksum: str = "sampled"
     parent_pid: int = 0  # the process to die with; 0 is nobody
+    shutdown_grace_s: float = 30.0  # in which the coordinator says that the cluster ends
     gang_start: int = 0  # which start of the gang this is, counted by the launcher
     log_level: str = "INFO"
     coordinator_timeout_s: float = 2.5  # a coordinator without a sign of life is given up

@@ -59,6 +59,7 @@ class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     log_max_bytes: str = "64MiB"  # of a file in log_dir, which is then renamed
     log_files: int = 5  # of one process, the current one included; older ones are removed
     ready_timeout_s: float = 600.0
+    shutdown_grace_s: float = 30.0  # what runs may take so long to end, after SIGTERM
     restart_budget: int = 5  # restarts of one gang, and of the coordinator, within the window
     restart_window_s: float = 600.0
     restart_backoff_s: float = 0.25  # before the first restart; doubled each time
@@ -88,6 +89,8 @@ class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ConfigError(f"--max-model-len {self.max_model_len}: must be at least 2 tokens")
         if self.threads_per_rank is not None and self.threads_per_rank < 1:
             raise ConfigError(f"--threads-per-rank {self.threads_per_rank}: must be at least 1")
+        if self.shutdown_grace_s < 0:
+            raise ConfigError(f"shutdown_grace_s {self.shutdown_grace_s}: must be at least 0")
         if not 0 < self.coordinator_silence_s <= self.coordinator_stall_s:
             raise ConfigError(
                 f"coordinator_silence_s {self.coordinator_silence_s}: must be above 0, and at most "

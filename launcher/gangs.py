@@ -133,6 +133,7 @@ class Gangs:
         self._policy = policy
         self._waits = waits
         self._ticked = now
+        self._is_closed = False
         self._silence = Silence(waits.coordinator_silent_s, waits.coordinator_stall_s, now)
         self._gangs[COORDINATOR].deadline = self._silence.look_at
 
@@ -144,6 +145,13 @@ class Gangs:
         """Pools whose processes run and have served: a new coordinator may wait for them."""
         gangs = self._gangs.values()
         return [g.name for g in gangs if g.phase is Phase.SERVING and g.name != COORDINATOR]
+
+    def close(self) -> None:
+        """The cluster ends in order: what dies from now on stays dead, and says nothing."""
+        self._is_closed = True
+        for gang in self._gangs.values():
+            if gang.phase is Phase.WAITING:
+                gang.phase, gang.deadline = Phase.GIVEN_UP, None
 
     def wait_s(self, now: float) -> float:
         """Until the next ``tick`` is due."""
@@ -244,13 +252,18 @@ class Gangs:
         if gang.phase is Phase.SERVING:
             gang.lost_at = now
         gang.phase, gang.reason = Phase.ENDING, reason
-        actions: list[Action] = [Say(f"{gang.name} is lost: {reason}")]
+        actions: list[Action] = []
+        if not self._is_closed:
+            actions.append(Say(f"{gang.name} is lost: {reason}"))
         if not gang.running:
             return actions + self._ended(gang, now)
         gang.deadline = now + GRACE_S
         return [*actions, Kill(gang.name) if gang.name == COORDINATOR else End(gang.name)]
 
     def _ended(self, gang: Gang, now: float) -> list[Action]:
+        if self._is_closed:
+            gang.phase, gang.deadline = Phase.GIVEN_UP, None
+            return []
         wait_s = gang.budget.take(now)
         if wait_s is not None:
             gang.phase, gang.deadline = Phase.WAITING, now + wait_s

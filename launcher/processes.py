@@ -4,13 +4,14 @@
    the interpreter starts. ``-P`` keeps the current folder from shadowing our packages.
 2. Threads read a child's output until the end, whether or not anybody takes what they pass on, then
    report its exit. Every report goes to one queue, so the supervisor waits in one place.
-3. ``stop`` asks with SIGTERM, waits out a budget, then kills. Children also ask the kernel to kill
+3. ``stop`` asks by a signal, waits out a budget, then kills. Children also ask the kernel to kill
    them when their parent dies, so a killed launcher leaves nothing either.
 """
 
 import contextlib
 import json
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from protocol.ending import DRAIN, END
 from protocol.line_rules import LineSplitter
 from protocol.outlets import Outlet, RotatingFile
 
@@ -227,15 +229,20 @@ class ProcessGroup:
 
     def terminate(self, name: str) -> None:
         """Ask one child to end. Does not wait."""
-        child = self._children.get(name)
-        if child is not None and child.process.poll() is None:
-            child.process.terminate()
+        self._send(name, END)
+
+    def drain(self, name: str) -> None:
+        """Ask one child to end when nothing runs in it any more. Does not wait."""
+        self._send(name, DRAIN)
 
     def kill(self, name: str) -> None:
         """End one child, whatever it is doing; one that is stopped too. Does not wait."""
+        self._send(name, signal.SIGKILL)
+
+    def _send(self, name: str, number: signal.Signals) -> None:
         child = self._children.get(name)
-        if child is not None and child.process.poll() is None:
-            child.process.kill()
+        if child is not None:
+            child.process.send_signal(number)  # nothing if it has ended
 
     def wait_ended(self, budget_s: float) -> None:
         """Give every child that long to end by itself."""
@@ -250,7 +257,7 @@ class ProcessGroup:
         """Ask every child to end, and kill those that have not after ``budget_s``."""
         running = [child for child in self._children.values() if child.process.poll() is None]
         for child in running:
-            child.process.terminate()
+            child.process.send_signal(END)
         deadline = time.monotonic() + budget_s
         for child in running:
             try:

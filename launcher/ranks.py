@@ -124,6 +124,7 @@ def rank_config(cluster: Cluster, pool: PoolSpec, rank: int, where: dict[str, An
         "token": cluster.token,
         "transport": serve.transport,
         "checksum": serve.checksum,
+        "shutdown_grace_s": serve.shutdown_grace_s,
         "log_level": serve.log_level,
         **where,
     }
@@ -171,6 +172,7 @@ def coordinator_config(cluster: Cluster, where: dict[str, Any]) -> bytes:
         "api_keys": [*serve.api_key, *environment_api_keys()],
         "api_key_file": "" if serve.api_key_file is None else str(key_file(serve.api_key_file)),
         "ready_timeout_s": serve.ready_timeout_s,
+        "shutdown_grace_s": serve.shutdown_grace_s,
         "log_level": serve.log_level,
         "parent_pid": os.getpid(),
         "restart_budget": serve.restart_budget,

@@ -90,6 +90,7 @@ def connect(address: str | None) -> None:
     if ray.is_initialized():
         return
     options: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address or "auto", **options)
     except ConnectionError as error:
@@ -97,6 +98,8 @@ def connect(address: str | None) -> None:
             raise ConfigError(f"ray_address {address}: no Ray answers there") from error
         log.info("no Ray is running: starting one on this machine")
         ray.init(include_dashboard=False, _node_ip_address="127.0.0.1", **options)
+    finally:
+        signal.signal(signal.SIGTERM, handler)  # Ray's own ends this process in the midst of things
 
 
 def head_address(address: str | None) -> str:

@@ -5,7 +5,8 @@
 3. The ranks start, here or through Ray, and introduce themselves to the coordinator.
 4. The coordinator says that every pool serves: we print the ready line.
 5. A gang that dies is started again, and so is the coordinator (supervisor.py).
-6. A signal, or the loss of all that can serve, ends everything: nothing of a cluster outlives it.
+6. A signal ends everything, once what runs has ended or ``shutdown_grace_s`` is over, a second one
+   at once; so does the loss of all that can serve. Nothing of a cluster outlives it.
 """
 
 import contextlib

@@ -4,7 +4,9 @@
 2. ``supervise``: reports of the processes go to the rules (gangs.py, pure), and what those say is
    done: a gang is ended, killed, started again. The coordinator is started again on the addresses
    that it had, and told which pools to wait for.
-3. ``stop``: the coordinator first, it tells the ranks; then whoever is left.
+3. Asked to end, ``supervise`` has the coordinator drain first: nothing is started again any more,
+   but what hangs is still killed. Asked twice, it returns at once.
+4. ``stop``: the coordinator first, it tells the ranks; then whoever is left.
 
 What became of a rank is known from its process's exit, or from the coordinator, which finds those
 that are stopped or hang; what became of the coordinator, from its exit or its silence. The two meet
@@ -170,17 +172,36 @@ class Supervisor:
             except queue.Empty:
                 self._do(gangs.tick(time.monotonic()))
                 continue
+            if isinstance(report, StopAsked):
+                self._drain(gangs, report.signal_name)
+                return
             if self._is_farewell(report):
                 return
             self._do(self._judge(gangs, report, time.monotonic()))
             if self.reports.empty():
                 self._do(gangs.tick(time.monotonic()))
 
+    def _drain(self, gangs: Gangs, reason: str) -> None:
+        """Let what runs end, until the coordinator has ended, or we are asked again."""
+        grace_s = self.cluster.serve.shutdown_grace_s
+        log.info("%s: ending the cluster, what runs has %.0f s", reason, grace_s)
+        gangs.close()
+        self._group.drain(COORDINATOR)
+        deadline = time.monotonic() + grace_s + FAREWELL_S
+        while COORDINATOR in self._group.pids() and (now := time.monotonic()) < deadline:
+            try:
+                report = self.reports.get(timeout=min(gangs.wait_s(now), deadline - now))
+            except queue.Empty:
+                self._do(gangs.tick(time.monotonic()))
+                continue
+            if isinstance(report, StopAsked):
+                log.info("%s: ending the cluster at once", report.signal_name)
+                return
+            if not (isinstance(report, Exited) and report.code == 0):  # it was told to
+                self._do(self._judge(gangs, report, time.monotonic()))
+
     @staticmethod
     def _is_farewell(report: Report) -> bool:
-        if isinstance(report, StopAsked):
-            log.info("%s: ending the cluster", report.signal_name)
-            return True
         # A coordinator that ends in order was asked to, and has told every rank to end.
         return isinstance(report, Exited) and (report.name, report.code) == (COORDINATOR, 0)
 

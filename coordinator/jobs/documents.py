@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from coordinator.config import JobLimits
+from coordinator.draining import shutting_down
 from coordinator.jobs.document import (
     HARD,
     Change,
@@ -357,11 +358,6 @@ class Documents:
     async def _let_go(self, document_id: str) -> None:
         await self.runner.abort(document_id)
         self._ingestor.unpin(document_id)
-
-
-def shutting_down() -> RequestError:
-    """Nothing more is told by this process."""
-    return RequestError("the server is shutting down", code="shutting_down", status=503)
 
 
 def _conflict(code: str, document: Document, why: str) -> RequestError:

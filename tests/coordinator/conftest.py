@@ -385,6 +385,7 @@ class CoordinatorProcess:
                 for p, role, cp, tp in POOLS
             ],
             "ready_timeout_s": DEADLINE_S,
+            "shutdown_grace_s": 0.0,
             "log_level": "WARNING",
             **fields,
         }

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import httpx
 import pytest
 
 from coordinator.config import CoordinatorConfig, ExpectedPool, is_loopback
+from protocol.ending import DRAIN
 from protocol.errors import ConfigError
 from protocol.messages import (
     PROTOCOL_VERSION,
@@ -261,6 +263,78 @@ def test_sigterm_ends_streams_with_an_error_and_tells_every_rank(
         assert running.coordinator.process.wait(10) == 0
         assert time.monotonic() - started < 5
         running.fake.wait_for(lambda: len(running.fake.got(Shutdown)) == 5)
+
+
+def test_sigterm_lets_what_runs_end_and_nothing_new_begin(
+    start_coordinator: Any, helpers: Any, tmp_path: Path
+) -> None:
+    with start_coordinator(tmp_path, shutdown_grace_s=60.0) as running:
+        running.fake.scripts[(1, 2)] = helpers.Script(hold_after=1)
+        with half_a_body(running.url) as half, _stream(running.client, [1, 2], 4) as reply:
+            pieces = reply.iter_bytes()
+            received = _read_tokens(pieces, 1)
+            running.coordinator.process.terminate()
+            with httpx.Client(base_url=running.url, timeout=20) as other:
+                ready = wait_unready(other)
+                assert (ready["ready"], ready["code"]) == (False, "shutting_down")
+                assert other.get("/health").status_code == 200
+                for path in ("completions", "batches", "documents", "files"):
+                    form = {"files": {"file": b"x"}} if path == "files" else {"json": {}}
+                    refused = other.post(f"/v1/{path}", **form)
+                    assert refused.status_code == 503, path
+                    assert refused.json()["error"]["code"] == "shutting_down"
+                    assert refused.headers["retry-after"]
+                half.sendall(b" ")
+                assert half.recv(100).startswith(b"HTTP/1.1 503")
+                started = time.monotonic()
+                running.fake.release([1, 2])
+                received += b"".join(pieces)
+                assert _tokens_of(received) == helpers.reply([1, 2], 4)
+                assert received.endswith(b"data: [DONE]\n\n")
+                assert running.coordinator.process.wait(20) == 0, "idle connections hold up nobody"
+            assert time.monotonic() - started < 10
+        running.fake.wait_for(lambda: len(running.fake.got(Shutdown)) == 5)
+
+
+def test_the_second_sigterm_ends_it_at_once(
+    start_coordinator: Any, helpers: Any, tmp_path: Path
+) -> None:
+    """What the launcher says is not one of the two: who signals both of them asks once."""
+    with start_coordinator(tmp_path, shutdown_grace_s=60.0) as running:
+        process = running.coordinator.process
+        running.fake.scripts[(1, 2)] = helpers.Script(hold_after=1)
+        with _stream(running.client, [1, 2], 4) as reply:
+            pieces = reply.iter_bytes()
+            received = _read_tokens(pieces, 1)
+            for number in (DRAIN, signal.SIGTERM, DRAIN):
+                process.send_signal(number)
+            with httpx.Client(base_url=running.url, timeout=20) as other:
+                wait_unready(other)
+                assert other.get("/health").status_code == 200
+            process.send_signal(signal.SIGINT)
+            received += b"".join(pieces)
+        assert b'"code":"shutting_down"' in received
+        assert process.wait(20) == 0
+
+
+def wait_unready(client: httpx.Client) -> dict[str, Any]:
+    """What ``/ready`` says once it says no."""
+    deadline = time.monotonic() + 20
+    while (reply := client.get("/ready")).status_code == 200:
+        assert time.monotonic() < deadline
+    return dict(reply.json())
+
+
+@contextlib.contextmanager
+def half_a_body(url: str) -> Iterator[socket.socket]:
+    """A request of which all but the last byte has been sent: it does not run."""
+    host, _, port = url.removeprefix("http://").rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            b'content-length: 15\r\n\r\n{"prompt":"hi"}'[:-1]
+        )
+        yield connection
 
 
 def test_odd_messages_on_the_control_socket_change_nothing(

@@ -323,6 +323,45 @@ def test_a_coordinator_and_a_rank_at_once(cluster: Cluster) -> None:
     assert changed == {COORDINATOR, "decode0.0", "decode0.1"}
 
 
+# -- a coordinator that is busy, and one that is asked to end --------------------------------------
+
+
+def test_a_busy_coordinator_and_the_end(start_cluster: Any, until: Any) -> None:
+    """Its GIL is held for longer than ranks and launcher would wait for a dead one: nobody minds.
+    A signal to every process of the cluster ends it when what runs has ended."""
+    flags = (
+        *("--prefill", "cp1", "--decode", "tp1", "--kv-memory", "8MiB", "--block-size", "16"),
+        *("--checksum", "always", "--set", "coordinator.failpoints=loop.reserve:hold=8@3"),
+    )
+    with start_cluster(MODEL, *flags) as running:
+        cluster = Cluster(running, until, None)
+        before, pids = running.cluster(), cluster.pids()
+        streams = [cluster.stream() for _ in range(2)]
+        for stream in streams:
+            stream.wait_begun()
+        streams.append(cluster.stream(20))  # its Reserve is the third
+        for stream in streams:
+            stream.check_exact()
+        after = running.cluster()
+        assert after["counters"]["failpoint:loop.reserve:hold"] == 1
+        assert after["loop"]["lag_s"] > 7
+        assert cluster.pids() == pids
+        assert [pool["epoch"] for pool in after["pools"]] == [p["epoch"] for p in before["pools"]]
+        assert "baton_attempts_lost_total{" not in running.client.get("/metrics").text
+        streams = [cluster.stream() for _ in range(2)]
+        for stream in streams:
+            stream.wait_begun()
+        for pid in (running.process.pid, *pids.values()):
+            os.kill(pid, signal.SIGTERM)
+        until(lambda: running.client.get("/ready").status_code == 503, "it takes nothing new")
+        reply = running.client.post("/v1/completions", json={"prompt": [1]})
+        assert (reply.status_code, reply.json()["error"]["code"]) == (503, "shutting_down")
+        for stream in streams:
+            stream.check_exact()
+        assert running.process.wait(20) == 0
+        assert not [pid for pid in pids.values() if Path(f"/proc/{pid}").exists()]
+
+
 # -- without a launcher ----------------------------------------------------------------------------
 
 

@@ -249,6 +249,30 @@ def test_the_budget_is_of_a_window() -> None:
             RestartPolicy(**bad)  # type: ignore[arg-type]  # one float among them is an int
 
 
+def test_once_the_cluster_ends_nothing_is_started_again() -> None:
+    mine = gangs()
+    mine.on_exit("decode1", 0, 1, "dead", 1.0)
+    mine.close()
+    assert mine.tick(2.0) == [], "it was to be"
+    assert mine.on_lost("prefill0", 1, "rank 1 was silent for 4.0 s", 3.0) == [End("prefill0")]
+    assert mine.tick(3.0 + GRACE_S) == [Kill("prefill0")]
+    for rank in (0, 1):
+        assert mine.on_exit("prefill0", rank, 1, "killed", 4.0) == []
+        assert told(mine.on_exit("decode0", rank, 1, "dead", 4.0)) in ([], [End("decode0")])
+    assert mine.tick(60.0) == []
+    assert all(mine.phase(name) is Phase.GIVEN_UP for name, _, _ in POOLS), "nor does that fail"
+
+
+def test_a_coordinator_that_hangs_while_it_ends_is_killed() -> None:
+    mine = Gangs(POOLS, POLICY, WAITS, 0.0)
+    mine.close()
+    for second in (1.5, 2.5, 3.5, 4.5):
+        assert mine.tick(second) == [Look(COORDINATOR, 1)]
+        assert mine.on_vitals(1, IDLE, second) == []
+    assert mine.on_vitals(1, IDLE, 5.0) == [Kill(COORDINATOR)]
+    assert mine.on_exit(COORDINATOR, 0, 1, "code -9", 5.1) == []
+
+
 class Processes:
     """The processes of all gangs, as the actions start and kill them."""
 
