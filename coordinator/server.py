@@ -190,9 +190,7 @@ class Coordinator:
                     await self._wait_ready(control, registry)
                     await self._stop.wait()
                     self._door.close()
-                    watching.cancel()
-                    await jobs.stop()
-                    await self._drain()
+                    await self._drain(jobs, watching[0])
                 except StartFailed as error:
                     failure = error  # raised when everything has been put away
                 finally:
@@ -213,8 +211,10 @@ class Coordinator:
             if failure is not None:
                 raise failure
 
-    async def _drain(self) -> None:
-        """Wait until nothing runs any more, not for longer than the grace."""
+    async def _drain(self, jobs: Jobs, watching: asyncio.Task[None]) -> None:
+        """Stop the jobs; wait until nothing else runs any more, no longer than the grace."""
+        watching.cancel()
+        await jobs.stop()
         grace_s = self._config.shutdown_grace_s
         _log.info("ending: %d requests may take %.0f s more", self._door.num_running, grace_s)
         waiting = [

@@ -10,6 +10,7 @@ import sys
 
 import msgspec
 
+from coordinator.patience import patient
 from coordinator.text.frames import memory_file, receive, send
 from coordinator.text.tasks import Call, Ready, Result, Settings, Stage
 from protocol.errors import BatonError
@@ -83,7 +84,7 @@ class WorkerProcess:
 
     async def _answer(self, timeout_s: float) -> Result:
         try:
-            async with asyncio.timeout(timeout_s):
+            async with patient(timeout_s):
                 await _readable(self._connection)
         except TimeoutError:  # stopped, or the machine is: its own timer would have ended it
             lost = WorkerLost("it was silent", Stage(self._stage[0]), is_late=True)
