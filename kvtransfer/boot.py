@@ -110,12 +110,12 @@ def _prepare(path: str, config_type: type[C]) -> C:
     config = read_config(path, config_type)
     configure_logging(f"{config.pool_id}/{config.rank}", config.log_level)
     die_with_parent(config.parent_pid)
-    _end_on_signals(config)
+    end_on_signals(config)
     torch.set_num_threads(config.threads)
     return config
 
 
-def _end_on_signals(config: RankConfig) -> None:
+def end_on_signals(config: RankConfig) -> None:
     """END ends this process, and so does what comes from outside if there is nobody else to say so.
 
     If there is, what comes from outside may have come to the whole cluster: its coordinator says
@@ -123,7 +123,10 @@ def _end_on_signals(config: RankConfig) -> None:
     """
 
     def stop(number: int, _frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_IGN)  # once is enough, the way out must not be interrupted
+        # Once is enough, the way out must not be interrupted.
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        for other in (number, signal.SIGALRM):
+            signal.signal(other, signal.SIG_IGN)
         raise SystemExit(EXIT_CLEAN)
 
     def wait(number: int, _frame: FrameType | None) -> None:
