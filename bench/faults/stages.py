@@ -2,8 +2,7 @@
 
 abandon    clients go away in every phase; how long until every block is free again
 landing    reads land after their request was given up, while others take its blocks
-messages   hand-off messages come twice, late and out of order, steps are slow, the coordinator's
-           event loop stands still: all must be exact
+messages   hand-off messages come twice, late and out of order, steps are slow: all must be exact
 drops      frames between ranks are lost: each is sent again, and costs nobody an attempt
 silence    all of one kind are lost, each time: attempts end by their budgets, nothing stays held
 bytes      read bytes are changed, reads fail and come late: never a wrong token
@@ -163,9 +162,6 @@ async def messages(context: Context, num_requests: int) -> None:
         f"step:delay=0.03%{seed()}:0.05",
     )
     told = [f"control.send.{kind}:duplicate%{seed()}:0.3" for kind in TOLD_TWICE]
-    # The coordinator's event loop stands still for longer than a dead one is waited for.
-    told += [f"loop.reserve:delay=3@{num_requests // 4 + 1}"]
-    told += [f"loop.reserve:hold=3@{num_requests // 3 + 1}"]
     everywhere = (*failpoints("prefill", *faults), *failpoints("decode", *faults))
     flags = (*everywhere, "--set", f"coordinator.failpoints={','.join(told)}")
     async with context.cluster(*SMALL, *flags) as (cluster, watch):
@@ -175,7 +171,6 @@ async def messages(context: Context, num_requests: int) -> None:
         await audit(watch, context.tally)
         _expect_hits(context, watch, "handoff.send:duplicate", "handoff.send:delay", "step:delay")
         _expect_hits(context, watch, *(f"control.send.{kind}:duplicate" for kind in TOLD_TWICE))
-        _expect_hits(context, watch, "loop.reserve:delay", "loop.reserve:hold")
 
 
 async def drops(context: Context, num_requests: int) -> None:
