@@ -5,11 +5,13 @@ POST is refused, and so is one whose body had not come in full; what only looks 
 """
 
 import asyncio
+import logging
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from protocol.errors import RequestError
 
+_log = logging.getLogger(__name__)
 _TAKEN = ("POST", "PUT", "PATCH")  # they ask for work, or for something to be kept
 
 
@@ -31,9 +33,15 @@ class Door:
         if self.is_closed:
             raise shutting_down()
 
-    async def wait_idle(self) -> None:
-        """Until nothing runs."""
-        await self._is_idle.wait()
+    async def drained(self, grace_s: float, now: asyncio.Event) -> None:
+        """Wait until nothing runs any more, for at most ``grace_s`` and until ``now`` is set."""
+        _log.info("ending: %d requests may take %.0f s more", self.num_running, grace_s)
+        waiting = [asyncio.create_task(event.wait()) for event in (self._is_idle, now)]
+        await asyncio.wait(waiting, timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
+        for task in waiting:
+            task.cancel()
+        if self.num_running:
+            _log.warning("ending: %d requests are cut off", self.num_running)
 
     def enter(self) -> None:
         """One more runs."""

@@ -189,7 +189,6 @@ class Coordinator:
                 try:
                     await self._wait_ready(control, registry)
                     await self._stop.wait()
-                    self._door.close()
                     await self._drain(jobs, watching[0])
                 except StartFailed as error:
                     failure = error  # raised when everything has been put away
@@ -212,19 +211,10 @@ class Coordinator:
                 raise failure
 
     async def _drain(self, jobs: Jobs, watching: asyncio.Task[None]) -> None:
-        """Stop the jobs; wait until nothing else runs any more, no longer than the grace."""
+        self._door.close()
         watching.cancel()
         await jobs.stop()
-        grace_s = self._config.shutdown_grace_s
-        _log.info("ending: %d requests may take %.0f s more", self._door.num_running, grace_s)
-        waiting = [
-            asyncio.create_task(event) for event in (self._door.wait_idle(), self._stop_now.wait())
-        ]
-        await asyncio.wait(waiting, timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
-        for task in waiting:
-            task.cancel()
-        if self._door.num_running:
-            _log.warning("ending: %d requests are cut off", self._door.num_running)
+        await self._door.drained(self._config.shutdown_grace_s, self._stop_now)
 
     def _observed(self) -> float:
         """The clock of every budget for what others do."""
