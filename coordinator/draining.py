@@ -35,6 +35,8 @@ class Door:
 
     async def drained(self, grace_s: float, now: asyncio.Event) -> None:
         """Wait until nothing runs any more, for at most ``grace_s`` and until ``now`` is set."""
+        if self.num_running == 0:
+            return
         _log.info("ending: %d requests may take %.0f s more", self.num_running, grace_s)
         waiting = [asyncio.create_task(event.wait()) for event in (self._is_idle, now)]
         await asyncio.wait(waiting, timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
