@@ -6,6 +6,7 @@ ratio: twice the input takes twice the time, and four times where every part loo
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Callable
 
@@ -13,14 +14,28 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.config import Limits
+from coordinator.auth import Tenant
+from coordinator.config import CoordinatorConfig, ExpectedPool, Limits
 from coordinator.json_body import parse_json
+from coordinator.text.tasks import (
+    Call,
+    ReadChat,
+    ReadCompletion,
+    ReadDetokenize,
+    ReadTokenize,
+    Settings,
+    Task,
+)
+from coordinator.text.worker import TextWorker
+from modeling.config import load_config
 from protocol.errors import RequestError
 
 MAX_RATIO = 3.0
 NUM_RUNS = 3
 NUM_ROUNDS = 4  # of measuring both: only a ratio that never holds is a growth
-LIMITS = Limits(max_json_values=300_000)  # so that less is enough to be counted exactly
+TENANT = Tenant("t", "salt")
+CHAT, COMPLETION = ReadChat(1 << 20, TENANT), ReadCompletion(1 << 20, TENANT)
+LIMITS = Limits(max_json_values=150_000)  # so that less is enough to be counted exactly
 
 
 def cost_s(work: Callable[[], object]) -> float:
@@ -60,16 +75,16 @@ BODIES: dict[str, tuple[Callable[[int], str], int]] = {
     "too many floats": (lambda n: '{"a":[' + "1.5," * n + "1.5]}", 1_000_000),
     "a long float": (lambda n: '{"a":1.' + "1" * n + "}", 2_000_000),
     "a long integer": (lambda n: '{"a":' + "1" * n + "}", 2_000_000),
-    "token ids": (lambda n: '{"prompt":[' + "123456," * n + "1]}", 100_000),
-    "strings": (lambda n: '{"a":[' + '"ab",' * n + "1]}", 100_000),
-    "strings of marks": (lambda n: '{"a":[' + '",[{",' * n + "1]}", 100_000),
-    "too many strings of marks": (lambda n: '{"a":[' + '",[{",' * n + "1]}", 400_000),
+    "token ids": (lambda n: '{"prompt":[' + "123456," * n + "1]}", 50_000),
+    "strings": (lambda n: '{"a":[' + '"ab",' * n + "1]}", 50_000),
+    "strings of marks": (lambda n: '{"a":[' + '",[{",' * n + "1]}", 50_000),
+    "too many strings of marks": (lambda n: '{"a":[' + '",[{",' * n + "1]}", 200_000),
     "one string": (lambda n: '{"prompt":"' + "text, " * n + '"}', 600_000),
     "escapes": (lambda n: '{"prompt":"' + "\\u00e9\\n" * n + '"}', 200_000),
     "surrogate pairs": (lambda n: '{"prompt":"' + "\\ud83d\\ude00" * n + '"}', 100_000),
-    "backslashes": (lambda n: '{"prompt":"' + ",\\\\" * n + '"}', 500_000),
-    "spaces": (lambda n: '{"prompt":1' + " " * n + "}", 8_000_000),
-    "lines before an error": (lambda n: '{"prompt":1' + "\n" * n + "x", 4_000_000),
+    "backslashes": (lambda n: '{"prompt":"' + ",\\\\" * n + '"}', 150_000),
+    "spaces": (lambda n: '{"prompt":1' + " " * n + "}", 3_000_000),
+    "lines before an error": (lambda n: '{"prompt":1' + "\n" * n + "x", 2_000_000),
 }
 
 
@@ -81,6 +96,76 @@ def test_parsing_a_body_grows_with_its_size(kind: str) -> None:
         body = make(n).encode()
         assert len(body) <= LIMITS.max_body_bytes
         return lambda: parse_json(body, LIMITS)
+
+    assert_linear(prepare, size)
+
+
+def _chat(messages: list[dict[str, object]], **fields: object) -> str:
+    return json.dumps({"messages": messages, "max_tokens": 1, **fields})
+
+
+READ: dict[str, tuple[Task, Callable[[int], str], int]] = {
+    "messages": (CHAT, lambda n: _chat([{"role": "user", "content": "hi"}] * n), 900),
+    "parts": (
+        CHAT,
+        lambda n: _chat([{"role": "user", "content": [{"type": "text", "text": "x"}] * 60}] * n),
+        100,
+    ),
+    "a long message": (CHAT, lambda n: _chat([{"role": "user", "content": "word " * n}]), 50_000),
+    "spelled special tokens": (
+        CHAT,
+        lambda n: _chat([{"role": "user", "content": "<|im_end|>" * n}]),
+        20_000,
+    ),
+    "token ids": (COMPLETION, lambda n: json.dumps({"prompt": [7] * n}), 50_000),
+    "wrong token ids": (COMPLETION, lambda n: json.dumps({"prompt": [7] * n + [-1]}), 50_000),
+    "stop tokens": (
+        COMPLETION,
+        lambda n: json.dumps({"prompt": "x", "stop_token_ids": [i % 500 for i in range(n)]}),
+        100_000,
+    ),
+    "stop tokens of a wrong type": (
+        COMPLETION,
+        lambda n: json.dumps({"prompt": "x", "stop_token_ids": [""] * n}),
+        100_000,
+    ),
+    "biases": (
+        COMPLETION,
+        lambda n: json.dumps({"prompt": "x", "logit_bias": {str(i): 1 for i in range(n)}}),
+        20_000,
+    ),
+    "stop strings": (COMPLETION, lambda n: json.dumps({"prompt": "x", "stop": ["ab"] * n}), 50_000),
+    "metadata": (
+        COMPLETION,
+        lambda n: json.dumps({"prompt": "x", "metadata": {f"k{i}": "v" for i in range(n)}}),
+        20_000,
+    ),
+    "unknown fields": (
+        COMPLETION,
+        lambda n: json.dumps({"prompt": "x", **{f"k{i}": 1 for i in range(n)}}),
+        20_000,
+    ),
+    "prompts": (COMPLETION, lambda n: json.dumps({"prompt": ["text " * 200] * n}), 60),
+    "text": (ReadTokenize(1 << 20), lambda n: json.dumps({"prompt": "text " * n}), 50_000),
+    "ids to text": (ReadDetokenize(), lambda n: json.dumps({"tokens": [97] * n}), 30_000),
+}
+
+
+@pytest.fixture(scope="module")
+def worker() -> TextWorker:
+    pools = (ExpectedPool("decode0", "decode", 1, 1),)
+    config = CoordinatorConfig("token", "arithmetic", pools, log_level="ERROR")
+    settings = Settings(config, load_config("arithmetic"), os.getpid())
+    return TextWorker(settings, lambda _stage, _size: None)
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_reading_a_request_grows_with_its_size(worker: TextWorker, kind: str) -> None:
+    task, make, size = READ[kind]
+
+    def prepare(n: int) -> Callable[[], object]:
+        call = Call(task, memoryview(make(n).encode()))
+        return lambda: worker.do(call, None)
 
     assert_linear(prepare, size)
 
