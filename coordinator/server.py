@@ -7,8 +7,7 @@
 4. A rank that is refused, or a start that takes too long, ends it with :class:`StartFailed`.
 5. Pools that are lost and serve again are told to the owner; nothing of it ends the process.
 6. ``stop``: nothing new is accepted, what runs may end within ``shutdown_grace_s``; then streams
-   end with an error event, and every rank is told to end. Documents and batches are not waited
-   for: they go on with the next coordinator.
+   end with an error event, every rank is told to end; jobs go on with the next coordinator.
 7. A coordinator that finds itself replaced does nothing of that: what it put away would be its
    successor's. Its owner has to end the process.
 """
