@@ -50,6 +50,13 @@ class _Job:
     answer: asyncio.Future[Result]
     num_tries: int = 0
 
+    @property
+    def reads_files(self) -> bool:
+        """Whether it is about more than its body: how much only the worker sees."""
+        named = ("opened", "uploaded")
+        is_named = any(getattr(self.task, name, None) is not None for name in named)
+        return is_named or isinstance(self.task, _OF_DOCUMENTS)
+
     def call(self) -> Call:
         body = self.body
         return Call(self.task, memoryview(body.data), body.offset, body.length, body.line)
@@ -119,8 +126,8 @@ class TextWorkers:
         Raises:
             RequestError: it was refused, cannot be done, or too much waits.
         """
-        lane = self._lane(task, body)
         job = _Job(task, body, asyncio.get_running_loop().create_future())
+        lane = self._lane(job)
         if not lane.queue.put(tenant, job):
             wait_s = len(lane.queue) * lane.typical_s / lane.num_workers
             raise RequestError(
@@ -140,11 +147,10 @@ class TextWorkers:
             )
         return result
 
-    def _lane(self, task: Task, body: Body) -> _Lane:
-        if isinstance(task, _OF_DOCUMENTS):
+    def _lane(self, job: _Job) -> _Lane:
+        if isinstance(job.task, _OF_DOCUMENTS):
             return self._documents
-        opened = getattr(task, "opened", None)
-        return self._small if body.size <= SMALL_BYTES and opened is None else self._large
+        return self._large if job.reads_files or job.body.size > SMALL_BYTES else self._small
 
     # -- one worker --------------------------------------------------------------------------------
 
@@ -167,7 +173,8 @@ class TextWorkers:
         """Have it done; the worker, if it can do another task."""
         config, loop = self._settings.config, asyncio.get_running_loop()
         began = loop.time()
-        silence_s = SILENCE_FACTOR * config.text_timeout_s + job.body.size / SLOWEST_BYTES_PER_S
+        size = max(job.body.size, config.limits.max_upload_bytes if job.reads_files else 0)
+        silence_s = SILENCE_FACTOR * config.text_timeout_s + size / SLOWEST_BYTES_PER_S
         try:
             with job.body.lent() as file:
                 result = await worker.do(job.call(), file, silence_s)
