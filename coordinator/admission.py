@@ -9,6 +9,7 @@
 """
 
 import math
+from collections.abc import Callable
 
 from coordinator.config import Limits
 from protocol.errors import RequestError
@@ -66,13 +67,12 @@ class Admission:
 
     Args:
         limits: how many.
-        num_tenants: who share them.
+        num_tenants: who share them at the moment.
     """
 
-    def __init__(self, limits: Limits, num_tenants: int) -> None:
-        self._max_all = limits.max_requests
-        share = limits.tenant_share if num_tenants > 1 else 1.0
-        self._max_tenant = max(1, math.floor(limits.max_requests * share))
+    def __init__(self, limits: Limits, num_tenants: Callable[[], int]) -> None:
+        self.num_tenants = num_tenants
+        self._limits = limits
         self._departures = Departures()
         self._queue = Queue()
         self._queues: dict[str, Queue] = {}  # as many as there are keys
@@ -99,29 +99,35 @@ class Admission:
         if self._closed is not None:
             raise self._closed
         num_own, num_all = held
-        if num > self._max_tenant:
+        most, most_own = self._limits.max_requests, self._max_tenant
+        if num > most_own:
             raise RequestError(
-                f"{num} sequences, at most {self._max_tenant} are served at one time",
+                f"{num} sequences, at most {most_own} are served at one time",
                 code="invalid_value",
                 param="n",
             )
         per_s = self._departures.per_s(now)
-        if num_all + num > self._max_all:
-            wait_s = self._queue.retry_after_s(num_all + num - self._max_all, per_s, now)
+        if num_all + num > most:
+            wait_s = self._queue.retry_after_s(num_all + num - most, per_s, now)
             raise RequestError(
                 f"too many requests are waiting: there should be room in {wait_s} s",
                 code="overloaded",
                 status=503,
                 retry_after_s=wait_s,
             )
-        if num_own + num > self._max_tenant:
+        if num_own + num > most_own:
             queue = self._queues.setdefault(tenant, Queue())
             own_per_s = per_s * num_own / max(num_all, 1)
-            wait_s = queue.retry_after_s(num_own + num - self._max_tenant, own_per_s, now)
+            wait_s = queue.retry_after_s(num_own + num - most_own, own_per_s, now)
             raise RequestError(
-                f"{num_own} of this key's requests are here, at most {self._max_tenant} are taken "
+                f"{num_own} of this key's requests are here, at most {most_own} are taken "
                 f"at one time: there should be room in {wait_s} s",
                 code="too_many_requests",
                 status=429,
                 retry_after_s=wait_s,
             )
+
+    @property
+    def _max_tenant(self) -> int:
+        share = self._limits.tenant_share if self.num_tenants() > 1 else 1.0
+        return max(1, math.floor(self._limits.max_requests * share))

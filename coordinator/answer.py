@@ -120,6 +120,7 @@ class Answer(Response):
             self._asker.tenant.name,
             self._header.model,
             self._header.created,
+            len(self._choices),
         )
         self._frontend.service.check_room(trace.tenant, len(self._choices))
         self._frontend.traces.add(trace)

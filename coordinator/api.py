@@ -24,6 +24,7 @@ from coordinator.files_api import add_files
 from coordinator.frontend import Asker, Frontend
 from coordinator.limits import LimitsMiddleware
 from coordinator.metrics import (
+    connection_families,
     job_families,
     lag_families,
     log_families,
@@ -154,6 +155,7 @@ def _add_state(app: FastAPI, frontend: Frontend) -> None:
                 *request_families(service.loads.num_active, service.num_leaked),
                 *lag_families(frontend.lag, now),
                 *text_families(frontend.workers, frontend.bodies),
+                *connection_families(frontend.connections),
                 *log_families(num_dropped_lines(), frontend.registry.pools.values()),
                 *pool_families(frontend.registry.pools.values()),
                 *([] if frontend.jobs is None else job_families(frontend.jobs.gate)),

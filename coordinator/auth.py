@@ -78,6 +78,10 @@ class Tenants:
         self._by_hash = by_hash
         return num_new, num_gone
 
+    def __len__(self) -> int:
+        """How many keys there are."""
+        return len(self._by_hash)
+
     @property
     def has_keys(self) -> bool:
         return bool(self._by_hash)

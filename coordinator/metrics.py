@@ -15,6 +15,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from coordinator.bodies import Budget
+from coordinator.connections import Connections
 from coordinator.jobs.gate import Gate
 from coordinator.lag import LoopLag
 from coordinator.records import Record
@@ -158,6 +159,21 @@ def text_families(workers: TextWorkers, bodies: Budget) -> Iterator[Metric]:
     for reason in ("late", "crashed", "worn", "starting"):
         family.add_metric([reason], workers.counters[f"lost_{reason}"])
     yield family
+
+
+def connection_families(connections: Connections[Any]) -> Iterator[Metric]:
+    """How many callers are connected, and what was done about too many."""
+    yield _gauge("connections_open", "Open HTTP connections", len(connections))
+    yield _gauge("connections_max", "HTTP connections that may be open", connections.max_open)
+    yield _counter(
+        "connections_refused", "Refused, since all were at work", connections.num_refused
+    )
+    yield _counter(
+        "connections_closed_idle", "Closed to make room for others", connections.num_closed_idle
+    )
+    yield _counter(
+        "accept_errors", "Times that the system had no connection", connections.num_accept_errors
+    )
 
 
 def log_families(num_dropped: int, pools: Iterable[Pool]) -> Iterator[Metric]:

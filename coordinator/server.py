@@ -169,6 +169,7 @@ class Coordinator:
                 observed=self._observed,
                 spread=slices.add,
             )
+            service.admission.num_tenants = partial(len, self._tenants)
             control.attach(service)
             jobs = self._jobs(registry, service, control)
             http = self._http_server(control, registry, service, jobs, turns)

@@ -88,8 +88,8 @@ class Service:
         self._observed = observed or clock
         self._spread = spread
         self.loads = Loads()  # of all records
-        self._admission = Admission(config.limits, len(config.api_keys))
-        self._holding = Holding(send, clock, self._admission.ended)
+        self.admission = Admission(config.limits, lambda: len(config.api_keys))
+        self._holding = Holding(send, clock, self.admission.ended)
         self._records = self._holding.records
         self._is_sweeping = False
         self._deliveries: dict[str, tuple[Delivery, int]] = {}
@@ -106,7 +106,7 @@ class Service:
             RequestError: as ``submit``.
         """
         held = (self.loads.num_held(tenant), len(self._records))
-        self._admission.check(tenant, num, held, self._clock())
+        self.admission.check(tenant, num, held, self._clock())
 
     def submit(
         self, generation: Generation, delivery: Delivery, choice: int, arrived: float
@@ -143,7 +143,7 @@ class Service:
     def shut_down(self) -> None:
         """Fail what is running and refuse everything from now on."""
         error = shutting_down()
-        self._admission.close(error)
+        self.admission.close(error)
         self._spread(self._fail_all(error))
 
     def _fail_all(self, error: RequestError) -> Iterator[None]:

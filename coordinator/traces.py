@@ -12,6 +12,7 @@ from coordinator.records import Record
 from protocol.timeline import Event
 
 MAX_TRACES = 1024
+MAX_SEQUENCES = 8192  # of all traces together: each takes some 3 KB
 
 
 @dataclass(slots=True)
@@ -23,6 +24,7 @@ class Trace:
     tenant: str
     model: str
     created: int
+    num_sequences: int = 1  # that it becomes; the records come one by one
     records: list[Record] = field(default_factory=list)
 
     def describe(self) -> dict[str, Any]:
@@ -68,18 +70,29 @@ def _builtins(struct: msgspec.Struct) -> dict[str, Any]:
 
 
 class Traces:
-    """The latest ``max_traces`` requests, by any id that their caller has seen."""
+    """The latest requests, by any id that their caller has seen.
 
-    def __init__(self, max_traces: int = MAX_TRACES) -> None:
+    Args:
+        max_traces: requests.
+        max_sequences: of all of them together, but for the latest one.
+    """
+
+    def __init__(self, max_traces: int = MAX_TRACES, max_sequences: int = MAX_SEQUENCES) -> None:
         self._max_traces = max_traces
+        self._max_sequences = max_sequences
+        self._num_sequences = 0
         self._by_id: OrderedDict[str, Trace] = OrderedDict()
         self._by_client_id: dict[tuple[str, str], str] = {}
 
     def add(self, trace: Trace) -> None:
         self._by_id[trace.request_id] = trace
+        self._num_sequences += trace.num_sequences
         self._by_client_id[trace.tenant, trace.client_request_id] = trace.request_id
-        while len(self._by_id) > self._max_traces:
+        while len(self._by_id) > self._max_traces or (
+            self._num_sequences > self._max_sequences and len(self._by_id) > 1
+        ):
             _, old = self._by_id.popitem(last=False)
+            self._num_sequences -= old.num_sequences
             key = (old.tenant, old.client_request_id)
             if self._by_client_id.get(key) == old.request_id:
                 del self._by_client_id[key]

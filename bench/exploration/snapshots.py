@@ -49,7 +49,7 @@ LEFT_OUT: dict[str, frozenset[str]] = {
         | {"num_fetched_tokens"}
     ),
     "RequestMemory": frozenset({"_facts", "_costs"}),
-    "Service": frozenset({"metrics", "_config", "_spread", "_is_sweeping", "_admission", "loads"}),
+    "Service": frozenset({"metrics", "_config", "_spread", "_is_sweeping", "admission", "loads"}),
     "Holding": frozenset({"_ending"}),
     "Placement": frozenset({"_config"}),
     "Failover": frozenset({"_config"}),

@@ -114,7 +114,7 @@ async def _follow(reader: asyncio.StreamReader, tally: Tally) -> str:
     if is_stream:
         return await _follow_events(reader)
     body = await reader.readexactly(length)
-    if status[0] == b"200":
+    if status[0].startswith(b"2"):
         return "ok"
     error = _BODY.decode(body).error if body.startswith(b"{") else None
     return f"{status[0].decode()} {error.code if error else '?'}"

@@ -18,14 +18,14 @@ def refusal(admission: Admission, num: int, held: tuple[int, int], now: float) -
 
 
 def test_one_tenant_may_have_it_all() -> None:
-    admission = Admission(LIMITS, 1)
+    admission = Admission(LIMITS, lambda: 1)
     admission.check("a", 1, (99, 99), 0.0)
     error = refusal(admission, 1, (100, 100), 0.0)
     assert (error.status, error.code) == (503, "overloaded")
 
 
 def test_one_of_several_leaves_room_for_the_others() -> None:
-    admission = Admission(LIMITS, 2)
+    admission = Admission(LIMITS, lambda: 2)
     admission.check("a", 1, (74, 74), 0.0)
     error = refusal(admission, 1, (75, 75), 0.0)
     assert (error.status, error.code) == (429, "too_many_requests")
@@ -33,18 +33,18 @@ def test_one_of_several_leaves_room_for_the_others() -> None:
 
 
 def test_what_can_never_be_served_is_told_so() -> None:
-    assert refusal(Admission(LIMITS, 1), 101, (0, 0), 0.0).status == 400
-    assert refusal(Admission(LIMITS, 2), 76, (0, 0), 0.0).status == 400
+    assert refusal(Admission(LIMITS, lambda: 1), 101, (0, 0), 0.0).status == 400
+    assert refusal(Admission(LIMITS, lambda: 2), 76, (0, 0), 0.0).status == 400
 
 
 def test_all_of_a_request_or_nothing() -> None:
-    admission = Admission(LIMITS, 1)
+    admission = Admission(LIMITS, lambda: 1)
     admission.check("a", 8, (0, 92), 0.0)
     assert refusal(admission, 8, (0, 93), 0.0).status == 503
 
 
 def test_the_cluster_ends() -> None:
-    admission = Admission(LIMITS, 1)
+    admission = Admission(LIMITS, lambda: 1)
     admission.close(RequestError("the end", code="shutting_down", status=503))
     assert refusal(admission, 1, (0, 0), 0.0).code == "shutting_down"
 
@@ -72,7 +72,7 @@ def test_a_rate_fades_when_nothing_ends_any_more() -> None:
     nums=st.lists(st.integers(1, 50), min_size=1, max_size=200),
 )
 def test_the_wait_grows_with_those_before_and_is_bounded(per_s: float, nums: list[int]) -> None:
-    admission = Admission(LIMITS, 1)
+    admission = Admission(LIMITS, lambda: 1)
     for number in range(200):
         admission.ended(number / per_s)
     now, waits = 200 / per_s, []
@@ -86,4 +86,13 @@ def test_the_wait_grows_with_those_before_and_is_bounded(per_s: float, nums: lis
 
 
 def test_before_anything_has_ended() -> None:
-    assert refusal(Admission(LIMITS, 1), 1, (0, 100), 0.0).retry_after_s == 5
+    assert refusal(Admission(LIMITS, lambda: 1), 1, (0, 100), 0.0).retry_after_s == 5
+
+
+def test_the_share_follows_the_number_of_keys() -> None:
+    admission = Admission(LIMITS, lambda: 1)
+    admission.check("a", 1, (80, 80), 0.0)
+    admission.num_tenants = lambda: 2
+    assert refusal(admission, 1, (80, 80), 0.0).status == 429
+    admission.num_tenants = lambda: 1
+    admission.check("a", 1, (80, 80), 0.0)
