@@ -5,11 +5,11 @@ the whole prompt and one token more, so that whoever is admitted can be handed a
 it, without waiting for a block.
 """
 
-from collections import deque
+from collections import OrderedDict
 
 from decode.batch import SchedulerLimits
 from decode.memory import SequenceMemory
-from decode.sequence import Sequence
+from decode.sequence import Key, Sequence
 
 
 class Admission:
@@ -18,7 +18,7 @@ class Admission:
     def __init__(self, memory: SequenceMemory, limits: SchedulerLimits) -> None:
         self._memory = memory
         self._limits = limits
-        self._queue: deque[Sequence] = deque()
+        self._queue: OrderedDict[Key, Sequence] = OrderedDict()  # any may leave at any time
 
     def __len__(self) -> int:
         return len(self._queue)
@@ -38,10 +38,10 @@ class Admission:
         )
 
     def add(self, sequence: Sequence) -> None:
-        self._queue.append(sequence)
+        self._queue[sequence.key] = sequence
 
     def remove(self, sequence: Sequence) -> None:
-        self._queue.remove(sequence)
+        del self._queue[sequence.key]
         self._memory.has_new_room = True  # another may be first in the queue
 
     def next(self, num_holders: int) -> Sequence | None:
@@ -52,7 +52,7 @@ class Admission:
         """
         if not self._queue or not self._memory.has_new_room:
             return None
-        sequence = self._queue[0]
+        sequence = next(iter(self._queue.values()))
         num_slots = min(sequence.num_prompt_tokens + 1, self._memory.num_slots)
         if num_holders >= self._limits.max_num_sequences or not self._memory.allocate(
             sequence, num_slots, is_alone=num_holders == 0
@@ -60,4 +60,5 @@ class Admission:
             self._memory.has_new_room = False  # do not ask again before something changes
             return None
         sequence.num_cached_tokens = sequence.num_computed_tokens
-        return self._queue.popleft()
+        del self._queue[sequence.key]
+        return sequence

@@ -25,7 +25,7 @@ from decode.admission import Admission
 from decode.batch import Batch, SchedulerLimits
 from decode.loading import Loadings, TargetEvent
 from decode.memory import SequenceMemory
-from decode.sequence import Key, Sequence
+from decode.sequence import Sequence
 from decode.serving import Serving
 from decode.states import Change, State
 from decode.totals import Load, Totals
@@ -44,7 +44,7 @@ from kvtransfer.events import (
     TargetCommitted,
     TargetIsOpen,
 )
-from protocol.ended import EndedAttempts
+from protocol.ended import ByAttempt, EndedAttempts
 from protocol.messages import (
     Abort,
     Ask,
@@ -80,7 +80,7 @@ class DecodeScheduler:
         self._model_fingerprint = model_fingerprint
         # The last token generated needs no slot: nothing follows it.
         self._max_len = min(limits.max_model_len, self._memory.num_slots + 1)
-        self._sequences: dict[Key, Sequence] = {}  # all that are not RELEASED
+        self._sequences: ByAttempt[Sequence] = ByAttempt()  # all that are not RELEASED
         self._admission = Admission(self._memory, limits)
         self._ended = EndedAttempts()
         self._num_closing = 0
@@ -132,7 +132,7 @@ class DecodeScheduler:
     def _on_reserve(self, message: Reserve, now: float) -> None:
         """Queue a request. A duplicate changes nothing; a newer attempt ends the older ones."""
         key = (message.request_id, message.attempt)
-        others = [s for s in self._sequences.values() if s.key[0] == message.request_id]
+        others = self._sequences.of(message.request_id)
         if self._ended.covers(*key) or any(other.key[1] >= key[1] for other in others):
             return
         for other in others:

@@ -38,7 +38,7 @@ from prefill.placement import ChunkCosts, Placement
 from prefill.request import Key, Request
 from prefill.states import Change, State
 from prefill.step import Load, StepTime, load_s, service_order
-from protocol.ended import EndedAttempts
+from protocol.ended import ByAttempt, EndedAttempts
 from protocol.kv import PoolEndpoint
 from protocol.messages import (
     Abort,
@@ -71,7 +71,7 @@ class PrefillScheduler:
         self._costs = costs
         self._memory = RequestMemory(facts, costs)
         self._epochs: dict[str, int] = {}  # of the decode pools that can be reached
-        self._requests: dict[Key, Request] = {}  # in order of arrival
+        self._requests: ByAttempt[Request] = ByAttempt()  # in order of arrival
         self._ended = EndedAttempts()
         self._commands: list[Command] = []
         self._step = 0
@@ -86,7 +86,7 @@ class PrefillScheduler:
     def add(self, message: Prefill, now: float) -> list[Command]:
         """Queue a prompt. A duplicate changes nothing; a newer attempt ends the older ones."""
         key = (message.request_id, message.attempt)
-        others = [r for r in self._requests.values() if r.key[0] == message.request_id]
+        others = self._requests.of(message.request_id)
         if self._ended.covers(*key) or any(other.key[1] >= message.attempt for other in others):
             return self.take_commands()
         for other in others:

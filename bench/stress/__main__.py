@@ -93,9 +93,9 @@ def _mib(num_bytes: int) -> int:
 
 async def _settled(cluster: RunningCluster) -> None:
     """Wait until nothing is at work any more."""
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + SETTLE_S
-    while active(await cluster.state()) != 0 and loop.time() < deadline:
+    for _ in range(int(2 * SETTLE_S)):
+        if active(await cluster.state()) == 0:
+            break
         await asyncio.sleep(0.5)
     await asyncio.sleep(2.0)  # what is freed a moment later
 

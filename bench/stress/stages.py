@@ -109,13 +109,12 @@ async def wide(context: Context) -> None:
 async def bodies(context: Context) -> None:
     """The worst JSON that the limits let in, and some that they do not."""
     keys = ",".join(f'"k{number}":{number}' for number in range(25_000))
-    ids = ",".join(["1"] * (20 << 20))
     worst: Sequence[str] = (
         f'{{"prompt":"x",{keys}}}',
-        '{"prompt":[%s]}' % ",".join(["[]"] * (8 << 20)),
-        f'{{"prompt":[{ids}]}}',
-        '{"prompt":[%s]}' % ",".join(["0.5"] * (15 << 20)),
-        '{"prompt":"%s"}' % ("x" * (60 << 20)),
+        _prompt_of("[]", 8 << 20),
+        _prompt_of("1", 20 << 20),
+        _prompt_of("0.5", 15 << 20),
+        f'{{"prompt":"{"x" * (60 << 20)}"}}',
         "[" * (1 << 20),
     )
     requests = [
@@ -124,6 +123,10 @@ async def bodies(context: Context) -> None:
     for data in requests:  # one at a time, each beside plain ones
         plain = [context.completion() for _ in range(context.num(20))]
         await ask_all(context.address, [data, *plain], context.tally, patience_s=PATIENCE_S)
+
+
+def _prompt_of(value: str, count: int) -> str:
+    return f'{{"prompt":[{",".join([value] * count)}]}}'
 
 
 async def text(context: Context) -> None:
