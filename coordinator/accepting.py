@@ -8,12 +8,13 @@ import asyncio
 import errno
 import logging
 import socket
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
 from coordinator.connections import Connections
 
-ACCEPTS_PER_PASS = 8
+TURN_S = 0.005  # of a pass: whoever waits here could be somebody who asks how we are
 PAUSE_S = 0.1  # when the system has no room for another connection
 _PASSING = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _BODY = (
@@ -71,7 +72,8 @@ class Acceptor:
             await asyncio.wait(self._opening)
 
     def _accept_some(self) -> None:
-        for _ in range(ACCEPTS_PER_PASS):
+        until = time.monotonic() + TURN_S
+        while time.monotonic() < until:
             if self._opening and self._connections.num_free <= len(self._opening):
                 return  # one of those may be idle, and go, in the next pass
             try:

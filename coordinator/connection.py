@@ -14,9 +14,10 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from coordinator.config import Limits
 from coordinator.connections import Connections
 from coordinator.patience import Countdown
-from coordinator.turns import Lane, Turns
+from coordinator.turns import URGENT_PATHS, Lane, Turns
 
 SCOPE_ABORT = "baton.abort_connection"
+_URGENT = tuple(f"GET {path}".encode() for path in URGENT_PATHS)
 _TOO_LARGE = (
     431,
     "Request Header Fields Too Large",
@@ -68,7 +69,13 @@ class GuardedConnection(HttpToolsProtocol):
         self.transport.close()
 
     def data_received(self, data: bytes) -> None:
-        """What arrives on thousands of connections together is read in several passes."""
+        """What arrives on thousands of connections together is read in several passes.
+
+        Whoever asks how we are does not wait for the others.
+        """
+        if not self._unread and data.startswith(_URGENT):
+            self._feed(data)
+            return
         self._unread.append(data)
         if len(self._unread) == 1:
             self._turns.call(Lane.NEW, self._read)

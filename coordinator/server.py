@@ -40,6 +40,7 @@ from coordinator.documents_api import make_document
 from coordinator.draining import Door
 from coordinator.faulty import FaultyControlPlane
 from coordinator.frontend import Frontend
+from coordinator.garbage import collect_in_quiet
 from coordinator.jobs.context import Jobs, Surroundings
 from coordinator.jobs.ingestor import Ingestor
 from coordinator.joining import Terms
@@ -137,7 +138,9 @@ class Coordinator:
         self._facts = describe_checkpoint(config.model, model, tools.tokenizer, tools.chat_template)
         self._model = with_facts(model, self._facts)
         self._workers = TextWorkers(
-            Settings(public(config), self._model, os.getpid()), config.num_text_workers
+            Settings(public(config), self._model, os.getpid()),
+            config.num_text_workers,
+            _places(config),
         )
         self._tenants = Tenants(config.api_keys, config.secret or config.token)
         self._key_file: KeyFile | None = None
@@ -181,6 +184,7 @@ class Coordinator:
                     tasks.create_task(jobs.watch()),
                     tasks.create_task(self._watch_keys()),
                     tasks.create_task(self._measure_lag()),
+                    tasks.create_task(collect_in_quiet(lambda: service.loads.num_active)),
                 ]
                 serving = tasks.create_task(http.serve(sockets=[self._socket]))
                 plane = tasks.create_task(control.run())
@@ -368,6 +372,13 @@ class Coordinator:
         finally:
             complete.cancel()
             stop.cancel()
+
+
+def _places(config: CoordinatorConfig) -> tuple[int, int]:
+    """Requests that may wait to be read: as many as there may be, and a share for each key."""
+    most = config.limits.max_requests
+    has_several = bool(config.api_key_file) or len(config.api_keys) > 1
+    return most, max(1, int(most * config.limits.tenant_share)) if has_several else most
 
 
 def bind_http(host: str, port: int) -> socket.socket:

@@ -3,24 +3,26 @@
 A tenant that asks for much waits behind itself, and takes only its part of the places.
 """
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
+from collections.abc import Hashable
 from typing import Generic, TypeVar
 
-T = TypeVar("T")
+T = TypeVar("T", bound=Hashable)
 
 
 class FairQueue(Generic[T]):
     """Items of tenants.
 
     Args:
-        max_items: that wait at one time.
+        max_items: that wait at one time; each is there once.
         max_tenant_items: of one tenant.
     """
 
     def __init__(self, max_items: int, max_tenant_items: int) -> None:
         self._max_items = max_items
         self._max_tenant_items = max_tenant_items
-        self._waiting: OrderedDict[str, deque[T]] = OrderedDict()
+        # Items as keys: thousands may wait, and any of them may leave.
+        self._waiting: OrderedDict[str, OrderedDict[T, None]] = OrderedDict()
         self._num_items = 0
 
     def __len__(self) -> int:
@@ -32,7 +34,7 @@ class FairQueue(Generic[T]):
         num_mine = 0 if mine is None else len(mine)
         if self._num_items >= self._max_items or num_mine >= self._max_tenant_items:
             return False
-        self._waiting.setdefault(tenant, deque()).append(item)
+        self._waiting.setdefault(tenant, OrderedDict())[item] = None
         self._num_items += 1
         return True
 
@@ -41,7 +43,7 @@ class FairQueue(Generic[T]):
         if not self._waiting:
             return None
         tenant, items = self._waiting.popitem(last=False)
-        item = items.popleft()
+        item, _ = items.popitem(last=False)
         if items:
             self._waiting[tenant] = items
         self._num_items -= 1
@@ -51,7 +53,7 @@ class FairQueue(Generic[T]):
         """It is not wanted any more. Does nothing if it has been taken."""
         items = self._waiting.get(tenant)
         if items is not None and item in items:
-            items.remove(item)
+            del items[item]
             self._num_items -= 1
             if not items:
                 del self._waiting[tenant]

@@ -33,7 +33,7 @@ from protocol.errors import RequestError
 
 SMALL_BYTES = 64 << 10  # a larger body waits in the lane of large ones
 SLOWEST_BYTES_PER_S = 64 << 10
-MAX_WAITING, MAX_TENANT_WAITING = 1024, 512  # tasks of one lane
+MAX_WAITING, MAX_TENANT_WAITING = 1024, 512  # tasks of one lane, but for small ones
 NUM_TRIES = 2  # of a task whose worker died
 BACKOFF_S, MAX_BACKOFF_S = 0.05, 5.0  # before a worker is started again; doubled each time
 _OF_DOCUMENTS = (EncodeDocument, LoadDocument, CompareForms, ReadLines)
@@ -81,12 +81,19 @@ class TextWorkers:
     Args:
         settings: of every worker.
         num_workers: for small tasks; large ones and documents have one each.
+        places: for small tasks that wait, of all tenants and of one. A request has one of them
+            before it counts among those that were let in, of which there may be as many.
     """
 
-    def __init__(self, settings: Settings, num_workers: int) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        num_workers: int,
+        places: tuple[int, int] = (MAX_WAITING, MAX_TENANT_WAITING),
+    ) -> None:
         self.counters: Counter[str] = Counter()  # tasks done, and workers lost, by how
         self._settings = settings
-        self._small = _Lane("small", num_workers)
+        self._small = _Lane("small", num_workers, FairQueue(*places))
         self._large = _Lane("large", 1)
         self._documents = _Lane("documents", 1)
         self._serving: list[asyncio.Task[None]] = []
