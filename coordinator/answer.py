@@ -27,6 +27,7 @@ from coordinator.frontend import Asker, Choice, Frontend
 from coordinator.parameters import Options
 from coordinator.paths import describe_path
 from coordinator.patience import patient
+from coordinator.sending import body_messages
 from coordinator.shapes import ChoiceState, Header, Shape, cache_miss_of, usage_of
 from coordinator.slices import Pace
 from coordinator.tokens import ChoiceText, Piece
@@ -195,7 +196,8 @@ class Answer(Response):
             self._path_header(),
         ]
         await self._send(send, {"type": "http.response.start", "status": 200, "headers": headers})
-        await self._send(send, {"type": "http.response.body", "body": body})
+        for message in body_messages(body):
+            await self._send(send, message)
 
     async def _send_error(self, send: Send, error: RequestError) -> None:
         status, headers, body = error_response(error)

@@ -33,6 +33,7 @@ from coordinator.metrics import (
     request_families,
     text_families,
 )
+from coordinator.sending import JsonBody
 from coordinator.text.tasks import Json, ReadDetokenize, ReadTokenize
 from protocol.errors import RequestError
 from protocol.logs import num_dropped_lines
@@ -122,7 +123,7 @@ async def _read(
     async with frontend.body(request) as body:
         found = await frontend.workers.run(request.scope[SCOPE_TENANT].name, task, body)
     assert isinstance(found, Json), found
-    return Response(bytes(found.body), media_type="application/json")
+    return JsonBody(found.body)
 
 
 def _add_state(app: FastAPI, frontend: Frontend) -> None:
