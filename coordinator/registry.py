@@ -91,6 +91,17 @@ class Pool:
         return self.ranks[0].peer
 
     @property
+    def num_blocks(self) -> int:
+        """Of KV that each of its ranks has: those that found less memory decide."""
+        return min(rank.hello.endpoint.layout.num_blocks for rank in self.ranks.values())
+
+    @property
+    def num_slots(self) -> int:
+        """Tokens of one request whose KV it can hold."""
+        block_size = self.ranks[0].hello.endpoint.layout.block_size
+        return self.num_blocks * block_size * self.spec.cp_size
+
+    @property
     def connected_version(self) -> int:
         return min((rank.connected_version for rank in self.ranks.values()), default=0)
 
@@ -174,9 +185,23 @@ class Registry:
         return min(source.connected_version, target.connected_version) >= needed
 
     def max_model_len(self, limit: int) -> int:
-        """What every pool can take, and no more than ``limit``."""
+        """Tokens of prompt and answer that every pool can take, and no more than ``limit``.
+
+        The last token needs no slot: nothing follows it.
+        """
         ranks = [rank for pool in self.pools.values() for rank in pool.ranks.values()]
-        return min([limit, *(rank.hello.max_model_len for rank in ranks)])
+        whole = [
+            pool
+            for pool in self.pools.values()
+            if pool.spec.role != "store" and len(pool.ranks) == pool.spec.num_ranks
+        ]
+        return min(
+            [
+                limit,
+                *(rank.hello.max_model_len for rank in ranks),
+                *(pool.num_slots + 1 for pool in whole),
+            ]
+        )
 
     def pool_of(self, peer: str) -> tuple[Pool, bool] | None:
         """The pool that a routing id belongs to and whether it leads it; None for a stranger."""
@@ -364,7 +389,7 @@ class Registry:
         pool.state = PoolState.WELCOMED
         gang = pool.ranks[0].hello.gang
         assert gang is not None
-        welcome = Welcome(self.coordinator_epoch, pool.epoch, gang)
+        welcome = Welcome(self.coordinator_epoch, pool.epoch, gang, pool.num_blocks)
         return [(rank.peer, welcome) for rank in pool.ranks.values()]
 
     def _is_held(self) -> bool:

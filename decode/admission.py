@@ -24,17 +24,19 @@ class Admission:
         return len(self._queue)
 
     def refusal(self, sequence: Sequence) -> str | None:
-        """Why a sequence can never be admitted.
+        """Why a sequence can never be served to its end here.
 
-        One that comes from another attempt may fill the pool to its last slot, as it might have
-        there: the token after that ends it, and needs none.
+        It would end in the middle of its answer, and its caller take that for its own limit. The
+        last token needs no slot: nothing follows it.
         """
-        num_needed = sequence.num_prompt_tokens + (0 if sequence.num_earlier_tokens else 1)
+        num_left = sequence.sampling.max_tokens - sequence.num_earlier_tokens
+        num_asked = sequence.num_prompt_tokens + num_left
+        num_needed = min(num_asked, self._limits.max_model_len) - 1
         if num_needed <= self._memory.num_slots:
             return None
         return (
-            f"the prompt's {sequence.num_prompt_tokens} tokens and one more do not fit into "
-            f"the {self._memory.num_slots} that this decode pool can hold"
+            f"{sequence.num_prompt_tokens} tokens and {num_left} more that were asked for do not "
+            f"fit into the {self._memory.num_slots} that this decode pool can hold"
         )
 
     def add(self, sequence: Sequence) -> None:

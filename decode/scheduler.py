@@ -78,8 +78,7 @@ class DecodeScheduler:
         pieces = (limits.min_tokens_to_load, limits.load_piece_blocks)
         self._loadings = Loadings(self._memory, *pieces)
         self._model_fingerprint = model_fingerprint
-        # The last token generated needs no slot: nothing follows it.
-        self._max_len = min(limits.max_model_len, self._memory.num_slots + 1)
+        self._max_len = limits.max_model_len
         self._sequences: ByAttempt[Sequence] = ByAttempt()  # all that are not RELEASED
         self._admission = Admission(self._memory, limits)
         self._ended = EndedAttempts()

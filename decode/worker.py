@@ -1,6 +1,6 @@
 """The loop of a decode rank.
 
-1. Size the KV pool, say HELLO, form the gang, load the shard, warm up, measure: GangReady.
+1. Load the shard, size the KV pool, say HELLO, form the gang, warm up, measure: GangReady.
 2. The leader: take in events, schedule, pass on what follows, have every rank execute the plan,
    update. With nothing to do it blocks until an event comes.
 3. A follower executes the leader's plans.
@@ -15,6 +15,8 @@ import logging
 import math
 import time
 
+import msgspec
+
 from decode.batch import SchedulerLimits
 from decode.config import DecodeConfig
 from decode.runner import DecodeRunner, sampling_row
@@ -22,6 +24,7 @@ from decode.scheduler import DecodeScheduler
 from decode.startup import Speed, warm_up
 from kvcache.blocks import BlockPool
 from kvtransfer.boot import start_shard
+from kvtransfer.kv_memory import LargestStep
 from kvtransfer.process import RankProcess
 from modeling.config import ModelConfig
 from protocol.kv import KVLayout
@@ -41,16 +44,18 @@ def serve(config: DecodeConfig) -> None:
         PeerError: the gang has broken.
         SystemExit: it was asked to stop.
     """
-    with start_shard("decode", config) as shard:
+    largest = LargestStep(config.token_budget, config.max_num_sequences, config.max_num_sequences)
+    with start_shard("decode", config, largest) as shard:
         process = shard.process
         runner = DecodeRunner(config.rank, shard.model, shard.pool)
-        speed = warm_up(runner, shard.layout, shard.model_config)
-        _log.info("%d blocks of KV, %s", shard.layout.num_blocks, speed)
+        layout = msgspec.structs.replace(shard.pool.layout, num_blocks=shard.num_blocks)
+        speed = warm_up(runner, layout, shard.model_config)
+        _log.info("%d blocks of KV, %s", layout.num_blocks, speed)
         process.tell(GangReady(tokens_per_s=speed.prefill_tokens_per_s))
         gc.collect()
         gc.freeze()  # a model's many small objects need not be walked in the middle of a step
         if config.is_leader:
-            scheduler = make_scheduler(config, shard.model_config, shard.layout)
+            scheduler = make_scheduler(config, shard.model_config, layout)
             Leader(process, scheduler, runner, speed, config.step_timeout_s).run()
         else:
             process.follow(runner.execute)

@@ -2,10 +2,11 @@
 
 The life of a rank's process
 1. ``main`` reads the configuration, ties the process to its parent's life and to signals, and calls
-   the role's ``serve``, which has the KV pool sized by ``plan_layout``.
-2. ``start_rank`` binds the leader's sockets and starts the transfer thread, which says HELLO.
-3. ``RankProcess.form_gang``: the coordinator's WELCOME, torch.distributed, the plan channel. A rank
-   that computes loads its shard: ``start_shard`` does all that.
+   the role's ``serve``.
+2. A rank that computes loads its shard, whose size decides how much KV there is room for.
+3. ``start_rank`` binds the leader's sockets and starts the transfer thread, which says HELLO.
+   ``RankProcess.form_gang``: the coordinator's WELCOME, torch.distributed, the plan channel.
+   ``start_shard`` does all that.
 4. The role warms up, says GangReady and enters its loop: the leader calls ``drain`` and ``step``, a
    follower ``follow``.
 5. Shutdown, a signal or the leader's Stop: exit code 0. A mistake of the operator: 2. The rest: 1.
@@ -33,17 +34,17 @@ import zmq
 
 from kvcache.pool import KVPool
 from kvtransfer.identity import RankIdentity, TransferConfig
+from kvtransfer.kv_memory import LargestStep, size_pool
 from kvtransfer.process import RankProcess
 from kvtransfer.rank_config import RankConfig
 from kvtransfer.thread import TransferThread
 from modeling.config import ModelConfig, load_config
 from modeling.loader import load_model
 from modeling.model import Model
-from modeling.parallel import make_tensor_parallel, open_gang_store
+from modeling.parallel import UnconnectedRank, make_tensor_parallel, open_gang_store
 from protocol.ending import ASKED, END
 from protocol.errors import BatonError, ConfigError, PeerError
 from protocol.gang import LeaderChannel
-from protocol.kv import DTYPE_BYTES, KVLayout
 from protocol.logs import configure_logging, finish_output
 from protocol.messages import GangAddress
 from protocol.plans import Stop
@@ -194,32 +195,6 @@ def resolve_device(config: RankConfig) -> torch.device:
     return torch.device("cuda", config.rank % torch.cuda.device_count())
 
 
-def plan_layout(config: RankConfig, model: ModelConfig, dtype: str) -> KVLayout:
-    """The layout of this rank's pool: as many blocks as ``kv_memory_bytes`` holds.
-
-    Raises:
-        ConfigError: not one block fits, or the heads cannot be divided.
-    """
-    one_block = KVLayout(
-        num_layers=model.num_layers,
-        num_blocks=1,
-        num_kv_heads_total=model.num_kv_heads,
-        tp_rank=config.tp_rank,
-        tp_size=config.tp_size,
-        block_size=config.block_size,
-        head_dim=model.head_dim,
-        dtype=dtype,
-    )
-    num_blocks = config.kv_memory_bytes // one_block.num_bytes
-    if num_blocks < 1:
-        raise ConfigError(
-            f"--kv-memory {config.kv_memory_bytes} bytes: one block of {config.block_size} tokens "
-            f"of this model takes {one_block.num_bytes} bytes ({DTYPE_BYTES[dtype]} per number), "
-            f"give more or choose a smaller --block-size"
-        )
-    return msgspec.structs.replace(one_block, num_blocks=num_blocks)
-
-
 @dataclass(frozen=True)
 class Shard:
     """What a rank computes with."""
@@ -228,13 +203,16 @@ class Shard:
     model_config: ModelConfig
     model: Model
     pool: KVPool
-    layout: KVLayout
+    num_blocks: int  # that the scheduler may use: every rank of the gang has as many at least
     device: torch.device
 
 
 @contextlib.contextmanager
-def start_shard(role: str, config: RankConfig) -> Iterator[Shard]:
-    """Size the KV pool, say HELLO, form the gang, load this rank's part of the weights.
+def start_shard(role: str, config: RankConfig, largest: LargestStep) -> Iterator[Shard]:
+    """Load this rank's part of the weights, size the KV pool, say HELLO, form the gang.
+
+    Args:
+        largest: what may be in one step, and in the pool.
 
     Raises:
         ConfigError: it cannot run as configured.
@@ -243,21 +221,23 @@ def start_shard(role: str, config: RankConfig) -> Iterator[Shard]:
     """
     model_config = load_config(config.model, max_model_len=config.max_model_len)
     dtype, device = resolve_dtype(config, model_config), resolve_device(config)
-    layout = plan_layout(config, model_config, dtype)
+    model = load_model(
+        config.model,
+        tp=UnconnectedRank(config.tp_rank, config.tp_size),
+        dtype=dtype,
+        device=str(device),
+        max_model_len=config.max_model_len,
+    )
+    layout = size_pool(config, model, dtype, largest)
     pool = KVPool(layout, device)
     with start_rank(role, config, model_config, pool) as process:
-        process.form_gang(device)
-        tp = make_tensor_parallel(
-            config.rank, config.cp_size, config.tp_size, device, same_host=config.same_host
+        num_blocks = process.form_gang(device) or layout.num_blocks
+        model.connect(
+            make_tensor_parallel(
+                config.rank, config.cp_size, config.tp_size, device, same_host=config.same_host
+            )
         )
-        model = load_model(
-            config.model,
-            tp=tp,
-            dtype=dtype,
-            device=str(device),
-            max_model_len=config.max_model_len,
-        )
-        yield Shard(process, model_config, model, pool, layout, device)
+        yield Shard(process, model_config, model, pool, num_blocks, device)
 
 
 @contextlib.contextmanager

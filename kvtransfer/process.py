@@ -65,8 +65,11 @@ class RankProcess:
 
     # -- boot --------------------------------------------------------------------------------------
 
-    def form_gang(self, device: torch.device) -> None:
+    def form_gang(self, device: torch.device) -> int:
         """Wait for the coordinator's WELCOME, then for the whole gang.
+
+        Returns:
+            Blocks of KV that every rank of the gang has.
 
         Raises:
             PeerError: the gang has not formed in time, or the coordinator refused this rank.
@@ -94,6 +97,7 @@ class RankProcess:
                 routing_id=self.identity.routing_id,
             )
         _log.info("gang of %d formed, epoch %d", config.world_size, welcome.pool_epoch)
+        return welcome.num_blocks
 
     def _wait_welcomed(self, deadline: float) -> Welcome:
         while (left_s := deadline - time.monotonic()) > 0:

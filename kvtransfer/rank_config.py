@@ -24,7 +24,8 @@ class RankConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     dtype: str = "auto"
     device: str = "auto"
     block_size: int = 32
-    kv_memory_bytes: int = 1 << 30
+    kv_memory_bytes: int = 1 << 30  # 0: what ``memory_budget_bytes`` leaves
+    memory_budget_bytes: int = 0  # this rank's part of its machine; 0: what is free when it looks
     max_model_len: int | None = None  # None: the model's
     threads: int = 1
     transport: str = "auto"
@@ -40,9 +41,10 @@ class RankConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     failpoints: str = ""  # faults to inject, see protocol.failpoints; none by default
 
     def __post_init__(self) -> None:
-        sizes = (self.cp_size, self.tp_size, self.block_size, self.kv_memory_bytes, self.threads)
-        if min(sizes) < 1:
+        if min(self.cp_size, self.tp_size, self.block_size, self.threads) < 1:
             raise ConfigError(f"{self.pool_id}: degrees, sizes and threads must be at least 1")
+        if min(self.kv_memory_bytes, self.memory_budget_bytes) < 0:
+            raise ConfigError(f"{self.pool_id}: memory cannot be negative")
         if not 0 <= self.rank < self.world_size:
             raise ConfigError(f"{self.pool_id}: rank {self.rank} of {self.world_size}")
         if self.max_model_len is not None and self.max_model_len < 2:

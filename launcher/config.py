@@ -42,7 +42,7 @@ class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     device: str = "auto"
     dtype: str = "auto"
     block_size: int = 32
-    kv_memory: str = "1GiB"
+    kv_memory: str = "auto"  # of each rank, or a size
     store_memory: str = "1GiB"  # host memory of the store, which is there with --data-dir
     disk_quota: str = "64GiB"  # of the KV in --data-dir
     disk_io: str = "vectored"  # how that is read and written
@@ -96,7 +96,8 @@ class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 f"coordinator_silence_s {self.coordinator_silence_s}: must be above 0, and at most "
                 f"coordinator_stall_s {self.coordinator_stall_s}"
             )
-        parse_size("--kv-memory", self.kv_memory)
+        if self.kv_memory != "auto":
+            parse_size("--kv-memory", self.kv_memory)
         parse_size("--store-memory", self.store_memory)
         parse_size("--disk-quota", self.disk_quota)
         parse_size("log_max_bytes", self.log_max_bytes)

@@ -1,38 +1,52 @@
-"""How much memory there is for this process and its children: the machine's, or its cgroup's."""
+"""Which part of this machine's memory each process may have. Pure.
 
-import os
-from pathlib import Path
+On CPU all ranks of a local cluster live in one memory. It is looked at once, before anything is
+started, so that ranks which start at the same moment do not count the same bytes twice; a rank that
+is started again gets the same part.
+"""
 
-_CGROUPS = Path("/sys/fs/cgroup")
+from dataclasses import dataclass
+
+from kvcache.host_memory import Room
+from launcher.config import parse_size
+from protocol.errors import ConfigError
+
+AUTO = "auto"
+COORDINATOR_BYTES = 512 << 20  # with the processes that read, render and tokenize for it
 _GIB, _MIB = 1 << 30, 1 << 20
 
 
-def memory_bytes(cgroups: Path = _CGROUPS, own: Path = Path("/proc/self/cgroup")) -> int:
-    """The least of the machine's memory and the limits of the cgroups that this process is in."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    try:
-        lines = own.read_text().splitlines()
-    except OSError:  # not Linux
-        lines = []
-    for line in lines:
-        _, kinds, path = line.split(":", 2)
-        if kinds in ("", "memory"):
-            folder = cgroups / kinds / path.lstrip("/")
-            for parent in (folder, *folder.parents[: len(folder.relative_to(cgroups).parts)]):
-                limits += _limits_in(parent)
-    return min(limits)
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """What every rank that computes is told."""
+
+    kv_bytes: int  # of each; 0: as much as its part leaves
+    budget_bytes: int  # each rank's part; 0: it has to look itself
 
 
-def _limits_in(folder: Path) -> list[int]:
-    found = []
-    for name in ("memory.max", "memory.limit_in_bytes"):
-        try:
-            text = (folder / name).read_text().strip()
-        except OSError:
-            continue
-        if text.isdigit():  # else "max"
-            found.append(int(text))
-    return found
+def share_out(kv_memory: str, num_ranks: int, store_bytes: int, room: Room | None) -> MemoryPlan:
+    """How ``num_ranks`` ranks and a store share ``room``.
+
+    Args:
+        kv_memory: "auto", or a size for each rank.
+        room: what the machine leaves; None where the ranks do not share one that we can see.
+
+    Raises:
+        ConfigError: not a size, or more than there is.
+    """
+    kv_bytes = 0 if kv_memory == AUTO else parse_size("--kv-memory", kv_memory)
+    if room is None:
+        return MemoryPlan(kv_bytes, 0)
+    left = room.num_bytes - COORDINATOR_BYTES - store_bytes
+    asked = kv_bytes * num_ranks + store_bytes
+    if asked > room.num_bytes:
+        store = f" and --store-memory {store_bytes // _MIB} MiB" if store_bytes else ""
+        raise ConfigError(
+            f"--kv-memory {kv_memory} for each of {num_ranks} ranks{store} are "
+            f"{asked // _MIB} MiB, and {room.num_bytes // _MIB} MiB are left on this machine "
+            f"({room.bound}): give less, or auto"
+        )
+    return MemoryPlan(kv_bytes, max(1, left // num_ranks))
 
 
 def body_bytes(memory: int) -> int:

@@ -12,9 +12,10 @@ import msgspec
 
 from coordinator.config import CoordinatorConfig, ExpectedPool
 from decode.config import DecodeConfig
+from kvcache.host_memory import total_bytes
 from kvtransfer.store.config import StoreConfig
 from launcher.config import child_environment, environment_api_keys, key_file
-from launcher.memory import body_bytes, memory_bytes, text_worker_bytes
+from launcher.memory import body_bytes, text_worker_bytes
 from launcher.processes import ProcessGroup
 from launcher.resolved import Cluster
 from launcher.topology import PoolSpec
@@ -118,7 +119,8 @@ def rank_config(cluster: Cluster, pool: PoolSpec, rank: int, where: dict[str, An
         "dtype": cluster.dtype,
         "device": cluster.device,
         "block_size": serve.block_size,
-        "kv_memory_bytes": cluster.kv_memory_bytes,
+        "kv_memory_bytes": cluster.memory.kv_bytes,
+        "memory_budget_bytes": cluster.memory.budget_bytes,
         "max_model_len": cluster.max_model_len,
         "threads": cluster.threads,
         "token": cluster.token,
@@ -141,6 +143,7 @@ def _store_fields(cluster: Cluster) -> dict[str, Any]:
     return {
         "folder": str(cluster.data.kv),
         "kv_memory_bytes": cluster.store_memory_bytes,
+        "memory_budget_bytes": 0,
         "disk_quota_bytes": cluster.disk_quota_bytes,
         "disk_io": cluster.serve.disk_io,
         "device": "cpu",
@@ -179,9 +182,9 @@ def coordinator_config(cluster: Cluster, where: dict[str, Any]) -> bytes:
         "restart_window_s": serve.restart_window_s,
         "secret": "" if cluster.data is None else cluster.data.secret,
         "data_dir": "" if cluster.data is None else str(cluster.data.folder),
-        "text_memory_bytes": text_worker_bytes(memory_bytes()),
+        "text_memory_bytes": text_worker_bytes(total_bytes()),
         "jobs": {"disk_quota_bytes": cluster.disk_quota_bytes} | given.get("jobs", {}),
-        "limits": {"max_total_body_bytes": body_bytes(memory_bytes())} | given.get("limits", {}),
+        "limits": {"max_total_body_bytes": body_bytes(total_bytes())} | given.get("limits", {}),
     }
     settings = {name: given[name] for name in given if name not in ("jobs", "limits")}
     return _encode("coordinator", CoordinatorConfig, fields | settings | where)

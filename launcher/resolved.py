@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coordinator.key_file import read_keys
+from kvcache.host_memory import available
 from launcher.config import ServeConfig, key_file, num_cores, parse_size
 from launcher.data_folder import DataFolder, open_data_folder
+from launcher.memory import MemoryPlan, share_out
 from launcher.topology import PoolSpec, parse_pools, store_pool, threads_per_rank
 from modeling.config import ModelConfig, load_config
 from modeling.embedded import CHECKPOINT
@@ -29,7 +31,7 @@ class Cluster:
     device: str
     dtype: str
     max_model_len: int
-    kv_memory_bytes: int
+    memory: MemoryPlan
     threads: int
     token: str
     data: DataFolder | None = None  # what survives a restart
@@ -54,9 +56,15 @@ def resolve_cluster(serve: ServeConfig) -> Cluster:
     device = _device(serve.device)
     dtype = _dtype(serve.dtype, model_config, device)
     max_model_len = _max_model_len(serve.max_model_len, model_config)
-    kv_memory_bytes = parse_size("--kv-memory", serve.kv_memory)
+    store_memory_bytes = parse_size("--store-memory", serve.store_memory)
+    memory = share_out(
+        serve.kv_memory,
+        sum(pool.num_ranks for pool in pools),
+        store_memory_bytes if serve.data_dir is not None else 0,
+        available() if device == "cpu" and serve.launcher == "local" else None,
+    )
     for pool in pools:
-        _check_pool(pool, model_config, serve.block_size, dtype, kv_memory_bytes)
+        _check_pool(pool, model_config, serve.block_size, dtype, memory.kv_bytes)
     if serve.api_key_file is not None:
         read_keys(key_file(serve.api_key_file))
     data = open_data_folder(serve.data_dir) if serve.data_dir is not None else None
@@ -70,11 +78,11 @@ def resolve_cluster(serve: ServeConfig) -> Cluster:
         device=device,
         dtype=dtype,
         max_model_len=max_model_len,
-        kv_memory_bytes=kv_memory_bytes,
+        memory=memory,
         threads=serve.threads_per_rank or threads_per_rank(num_cores(), pools),
         token=secrets.token_hex(16),
         data=data,
-        store_memory_bytes=parse_size("--store-memory", serve.store_memory),
+        store_memory_bytes=store_memory_bytes,
         disk_quota_bytes=parse_size("--disk-quota", serve.disk_quota),
     )
 
@@ -107,7 +115,7 @@ def _max_model_len(asked: int | None, model: ModelConfig) -> int:
 
 
 def _check_pool(
-    pool: PoolSpec, model: ModelConfig, block_size: int, dtype: str, kv_memory_bytes: int
+    pool: PoolSpec, model: ModelConfig, block_size: int, dtype: str, kv_bytes: int
 ) -> None:
     heads = (("attention", model.num_heads), ("KV", model.num_kv_heads))
     for kind, count in heads:
@@ -119,8 +127,8 @@ def _check_pool(
         model.num_layers, 1, model.num_kv_heads, 0, pool.tp_size, block_size, model.head_dim, dtype
     )
     # A request needs a block for its prompt and, once the prompt fills it, one for its answer.
-    if kv_memory_bytes < 2 * one.num_bytes:
+    if 0 < kv_bytes < 2 * one.num_bytes:
         raise ConfigError(
-            f"--kv-memory {kv_memory_bytes} bytes per rank is too little for one request: "
+            f"--kv-memory {kv_bytes} bytes per rank is too little for one request: "
             f"{pool.pool_id} needs at least {2 * one.num_bytes} (two blocks of {block_size} tokens)"
         )

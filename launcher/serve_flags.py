@@ -31,7 +31,11 @@ GROUPS: tuple[tuple[str, tuple[_Flag, ...]], ...] = (
             ("--dtype", "auto|bfloat16|float32", "of weights and KV; auto is the model's"),
             ("--max-model-len", "N", "tokens of prompt and answer; else what the model can"),
             ("--block-size", "TOKENS", "of a KV block"),
-            ("--kv-memory", "SIZE", "of each rank's KV pool"),
+            (
+                "--kv-memory",
+                "SIZE",
+                "of each rank's KV pool, or auto: a share of what its weights leave",
+            ),
             ("--checksum", "off|sampled|always", "of KV on its way, verified on arrival"),
         ),
     ),

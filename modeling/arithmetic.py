@@ -136,7 +136,7 @@ class ArithmeticModel(Model):
         self.config = config
         self.kernel = ArithmeticKernel()
         self.device = torch.device(device)
-        self._tp = tp
+        self.tp = tp
         self._heads = self._local(config.num_heads)
         self._kv_heads = self._local(config.num_kv_heads)
         self._channels = torch.arange(config.head_dim, device=self.device)
@@ -146,8 +146,8 @@ class ArithmeticModel(Model):
 
     def _local(self, num_heads: int) -> torch.Tensor:
         """The model-wide indices of this rank's heads."""
-        count = num_heads // self._tp.size
-        first = self._tp.rank * count
+        count = num_heads // self.tp.size
+        first = self.tp.rank * count
         return torch.arange(first, first + count, device=self.device)
 
     @torch.inference_mode()
@@ -165,7 +165,7 @@ class ArithmeticModel(Model):
                 self._rows(place_T, _VALUE, self._kv_heads),
             )
             total_T = (out_TNH.double() * self._head_weights_NH).sum((1, 2)).fmod_(MODULUS).float()
-            self._tp.all_reduce_(total_T)  # exact in fp32 up to tp16
+            self.tp.all_reduce_(total_T)  # exact in fp32 up to tp16
             state_T = _hash(place_T + _STATE, total_T.long() % MODULUS) % MODULUS
             context.layer_done(layer)
         return state_T.unsqueeze(1).float()

@@ -7,6 +7,7 @@ import torch
 from modeling.attention import AttentionKernel
 from modeling.config import ModelConfig
 from modeling.context import AttentionContext
+from modeling.parallel import TensorParallel
 
 
 class Model(ABC):
@@ -16,9 +17,15 @@ class Model(ABC):
     """
 
     config: ModelConfig
+    tp: TensorParallel
     kernel: AttentionKernel
     dtype: torch.dtype  # of activations and of the KV pool
     device: torch.device
+
+    def connect(self, tp: TensorParallel) -> None:
+        """Compute as a part of ``tp`` from now on: the group of the rank that it was loaded for."""
+        assert (tp.rank, tp.size) == (self.tp.rank, self.tp.size), "a shard of another place"
+        self.tp = tp
 
     @abstractmethod
     def forward(

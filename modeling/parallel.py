@@ -77,6 +77,23 @@ class SingleRank(TensorParallel):
         return x
 
 
+class UnconnectedRank(TensorParallel):
+    """A rank whose group has not formed: it has the shapes of its part, and sums nothing.
+
+    What is loaded and run with it tells the memory that a shard takes; its numbers mean nothing.
+    """
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank = rank
+        self.size = size
+
+    def all_reduce_(self, x: torch.Tensor) -> None:
+        pass
+
+    def all_gather(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        return torch.cat([x] * self.size, dim)
+
+
 class GroupTensorParallel(TensorParallel):
     """Over a torch.distributed group: NCCL between GPUs, gloo between hosts and as fallback.
 

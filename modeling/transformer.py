@@ -61,7 +61,7 @@ class Transformer(Model):
         self.dtype = weights.embedding.dtype
         self.device = weights.embedding.device
         self._weights = weights
-        self._tp = tp
+        self.tp = tp
         self._rope = Rope(config.rope, config.head_dim, self.device)
         self._num_heads = config.num_heads // tp.size
         self._num_kv_heads = config.num_kv_heads // tp.size
@@ -83,19 +83,19 @@ class Transformer(Model):
     @torch.inference_mode()
     def logits(self, hidden_BD: torch.Tensor) -> torch.Tensor:
         shard = self._weights.head(hidden_BD)
-        if self._tp.size == 1:
+        if self.tp.size == 1:
             return shard.float()
-        return self._tp.all_gather(shard, dim=-1)[:, : self.config.vocab_size].float()
+        return self.tp.all_gather(shard, dim=-1)[:, : self.config.vocab_size].float()
 
     def _embed(self, input_ids_T: torch.Tensor) -> torch.Tensor:
-        if self._tp.size == 1:
+        if self.tp.size == 1:
             return F.embedding(input_ids_T, self._weights.embedding)
         rows = self._weights.embedding.shape[0]
-        local_T = input_ids_T - self._tp.rank * rows
+        local_T = input_ids_T - self.tp.rank * rows
         elsewhere_T = (local_T < 0) | (local_T >= rows)
         x_TD = F.embedding(local_T.masked_fill_(elsewhere_T, 0), self._weights.embedding)
         x_TD.masked_fill_(elsewhere_T[:, None], 0)
-        self._tp.all_reduce_(x_TD)
+        self.tp.all_reduce_(x_TD)
         return x_TD
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -118,11 +118,11 @@ class Transformer(Model):
         qk = rotate(qk, rotation)
         q_TNH, k_TKH = qk[:, : self._num_heads], qk[:, self._num_heads :]
         out = layer.output(context.attend(index, q_TNH, k_TKH, v_TKH).flatten(1))
-        self._tp.all_reduce_(out)
+        self.tp.all_reduce_(out)
         return out
 
     def _mlp(self, layer: Layer, x_TD: torch.Tensor) -> torch.Tensor:
         gate, up = layer.gate_up(x_TD).chunk(2, dim=-1)
         out = layer.down(F.silu(gate).mul_(up))
-        self._tp.all_reduce_(out)
+        self.tp.all_reduce_(out)
         return out

@@ -1,6 +1,6 @@
 """The loop of a prefill rank.
 
-1. Size the KV pool, say HELLO, form the gang, load the shard, warm up, measure: GangReady.
+1. Load the shard, size the KV pool, say HELLO, form the gang, warm up, measure: GangReady.
 2. The leader: take in events, schedule, have every rank execute the plan, update, pass on what
    follows from it. With nothing to do it blocks until an event comes.
 3. A follower executes the leader's plans.
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 
 from kvtransfer.boot import start_shard
+from kvtransfer.kv_memory import LargestStep
 from kvtransfer.process import RankProcess
 from modeling.config import ModelConfig
 from prefill.announcer import Announcer
@@ -22,7 +23,6 @@ from prefill.placement import Geometry
 from prefill.runner import PrefillRunner
 from prefill.scheduler import PrefillScheduler
 from prefill.startup import measure, open_ring, warm_up
-from protocol.kv import KVLayout
 from protocol.messages import GangReady
 
 IDLE_WAIT_S = 5.0
@@ -38,7 +38,8 @@ def serve(config: PrefillConfig) -> None:
         PeerError: the gang has broken.
         SystemExit: it was asked to stop.
     """
-    with start_shard("prefill", config) as shard:
+    largest = LargestStep(config.chunk_tokens, 1, config.max_num_sequences)
+    with start_shard("prefill", config, largest) as shard:
         process, model = shard.process, shard.model
         comm = open_ring(config, shard.device)
         tokens_per_s = warm_up(config, model, shard.pool)
@@ -52,24 +53,22 @@ def serve(config: PrefillConfig) -> None:
             device=shard.device,
         )
         runner = PrefillRunner(config.rank, model, shard.pool, comm, announcer)
-        _log.info(
-            "%d blocks of KV, %.0f tokens/s, %s", shard.layout.num_blocks, tokens_per_s, costs
-        )
+        _log.info("%d blocks of KV, %.0f tokens/s, %s", shard.num_blocks, tokens_per_s, costs)
         process.tell(GangReady(tokens_per_s=tokens_per_s))
         if config.is_leader:
-            facts = pool_facts(config, shard.model_config, shard.layout)
+            facts = pool_facts(config, shard.model_config, shard.num_blocks)
             lead(process, PrefillScheduler(facts, costs), runner)
         else:
             process.follow(runner.execute)
 
 
-def pool_facts(config: PrefillConfig, model: ModelConfig, layout: KVLayout) -> PoolFacts:
-    """What the scheduler goes by."""
+def pool_facts(config: PrefillConfig, model: ModelConfig, num_blocks: int) -> PoolFacts:
+    """What the scheduler goes by; ``num_blocks`` are of each rank."""
     return PoolFacts(
         pool_id=config.pool_id,
         geometry=Geometry(config.cp_size, config.block_size, config.chunk_tokens),
         tp_size=config.tp_size,
-        num_blocks=layout.num_blocks,
+        num_blocks=num_blocks,
         layer_groups=layer_groups(model.num_layers, config.layers_per_group),
         model_fingerprint=model.fingerprint,
         vocab_size=model.vocab_size,

@@ -80,6 +80,7 @@ class Welcome(_Message, frozen=True):
     coordinator_epoch: int
     pool_epoch: int
     gang: GangAddress
+    num_blocks: int = 0  # of KV that every rank of the gang has; 0: as many as this rank
 
 
 class Refused(_Message, frozen=True):

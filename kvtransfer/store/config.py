@@ -28,5 +28,8 @@ class StoreConfig(RankConfig, frozen=True, kw_only=True, forbid_unknown_fields=T
         super().__post_init__()
         if self.world_size != 1:
             raise ConfigError(f"{self.pool_id}: a store is one process with all heads")
-        if min(self.num_io_threads, self.pack_blocks, self.disk_quota_bytes) < 1:
-            raise ConfigError("num_io_threads, pack_blocks and disk_quota_bytes: at least 1")
+        sizes = (self.kv_memory_bytes, self.pack_blocks, self.disk_quota_bytes)
+        if min(self.num_io_threads, *sizes) < 1:
+            raise ConfigError(
+                "num_io_threads, kv_memory_bytes, pack_blocks and disk_quota_bytes: at least 1"
+            )

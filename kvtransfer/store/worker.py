@@ -16,8 +16,9 @@ from kvcache.blocks import BlockPool
 from kvcache.pool import KVPool
 from kvcache.tiers.files import PackFiles
 from kvcache.tiers.index import PackIndex
-from kvtransfer.boot import plan_layout, resolve_dtype, start_rank
+from kvtransfer.boot import resolve_dtype, start_rank
 from kvtransfer.events import FromDisk
+from kvtransfer.kv_memory import check_free, plan_layout
 from kvtransfer.process import RankProcess
 from kvtransfer.store.config import StoreConfig
 from kvtransfer.store.disk import Disk
@@ -44,7 +45,8 @@ def serve(config: StoreConfig) -> None:
         SystemExit: it was asked to stop.
     """
     model = load_config(config.model, max_model_len=config.max_model_len)
-    layout = plan_layout(config, model, resolve_dtype(config, model))
+    layout = plan_layout(config, model, resolve_dtype(config, model), config.kv_memory_bytes)
+    check_free(layout.num_bytes, torch.device("cpu"))
     pool = KVPool(layout, torch.device("cpu"))
     places = Places(config.failpoints)
     mover = open_mover(config.disk_io, pool.view())

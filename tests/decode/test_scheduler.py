@@ -172,21 +172,27 @@ def test_max_model_len_ends_it(make_cluster: MakeCluster) -> None:
     cluster.assert_empty()
 
 
-def test_prompt_that_can_never_fit_is_refused(make_cluster: MakeCluster) -> None:
+@pytest.mark.parametrize(("num_prompt", "max_tokens"), [(17, 1), (16, 2), (15, 3), (1, 100)])
+def test_what_cannot_be_served_to_its_end_is_refused(
+    make_cluster: MakeCluster, num_prompt: int, max_tokens: int
+) -> None:
     cluster = make_cluster(num_blocks=4, block_size=4)
-    key = cluster.reserve("a", prompt_of(16), max_tokens=1)
+    key = cluster.reserve("a", prompt_of(num_prompt), max_tokens)
     assert cluster.failed == {key: "kv_capacity_exceeded"}
     assert cluster.log == ["RequestFailed a", "Released a"]
     cluster.assert_empty()
 
 
-def test_lone_sequence_that_cannot_grow_ends_with_length(make_cluster: MakeCluster) -> None:
+@pytest.mark.parametrize(("num_prompt", "max_tokens"), [(16, 1), (15, 2), (1, 16)])
+def test_a_lone_sequence_may_fill_the_pool(
+    make_cluster: MakeCluster, num_prompt: int, max_tokens: int
+) -> None:
     cluster = make_cluster(num_blocks=4, block_size=4)
-    key = cluster.reserve("a", prompt_of(15), max_tokens=100)
+    key = cluster.reserve("a", prompt_of(num_prompt), max_tokens)
     cluster.compute_here(key)
     cluster.run()
     assert cluster.finished[key] is FinishReason.LENGTH
-    assert len(cluster.outputs[key]) == 2, "the last needs no slot"
+    assert len(cluster.outputs[key]) == max_tokens, "the last needs no slot"
     cluster.assert_empty()
 
 
@@ -375,7 +381,7 @@ def test_an_attempt_may_fill_the_pool_as_the_one_before_it_might_have(
     make_cluster: MakeCluster,
 ) -> None:
     cluster = make_cluster(num_blocks=4, block_size=4)
-    first = cluster.reserve("a", prompt_of(15), max_tokens=100)
+    first = cluster.reserve("a", prompt_of(15), max_tokens=2)
     cluster.compute_here(first)
     cluster.step()
     assert len(cluster.outputs[first]) == 1
@@ -517,9 +523,9 @@ def _running(cluster: Any) -> tuple[str, int]:
 
 @_in_state(State.PREEMPTED)
 def _preempted(cluster: Any) -> tuple[str, int]:
-    older = cluster.reserve("older", prompt_of(9, seed=1), max_tokens=40)
+    older = cluster.reserve("older", prompt_of(9, seed=1), max_tokens=28)
     cluster.compute_here(older)
-    key = cluster.reserve("a", prompt_of(9), max_tokens=40)
+    key = cluster.reserve("a", prompt_of(9), max_tokens=28)
     cluster.compute_here(key)
     for _ in range(60):
         cluster.step()

@@ -190,5 +190,7 @@ def test_a_thousand_requests_through_a_small_pool(
     cluster.step()
     cluster.assert_empty()
     ended = set(cluster.finished) | set(cluster.failed)
-    silent = {key for key, message in cluster.requests.items() if len(cluster.outputs[key]) == 1}
+    silent = {
+        key for key, message in cluster.requests.items() if len(cluster.outputs.get(key, ())) == 1
+    }
     assert ended | silent == set(cluster.requests)
