@@ -14,6 +14,12 @@ class InProcessWorkers:
     def __init__(self, settings: Settings) -> None:
         self._worker = TextWorker(settings, lambda _stage, _size: None)
 
+    def start(self) -> None:
+        """Nothing is to be started."""
+
+    async def close(self) -> None:
+        """Nothing is to be ended."""
+
     async def run(self, tenant: str, task: Task, body: Body = NO_BODY) -> Result:
         """The answer to a task.
 

@@ -299,6 +299,8 @@ def main() -> int:
     """Serve until the coordinator closes its side of the socket."""
     connection = socket.socket(fileno=int(sys.argv[1]))
     frame, file = receive(connection)
+    if not frame:  # the coordinator has died meanwhile
+        return 0
     assert file is not None, "the stage's byte comes with the settings"
     settings = msgspec.msgpack.decode(frame, type=Settings)
     configure_logging("text", settings.config.log_level)

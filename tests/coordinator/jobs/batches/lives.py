@@ -16,12 +16,14 @@ from typing import Any
 
 from bench.faults.jobs.asked import batch_lines
 from coordinator.auth import Tenants
-from coordinator.config import JobLimits
+from coordinator.config import JobLimits, public
 from coordinator.control import Owner
 from coordinator.frontend import Frontend
 from coordinator.jobs.batches import BatchRequest
 from coordinator.jobs.files import BATCH, StoredFile, new_file_id
 from coordinator.line_server import LineServer
+from coordinator.text.in_process import InProcessWorkers
+from coordinator.text.tasks import Settings
 from tests.coordinator.conftest import FakeCluster
 from tests.coordinator.jobs.batches.composition import (
     POOLS,
@@ -51,6 +53,12 @@ class Life(WithBatches):
     server_kind = Noting
     folder: Path
     is_draining = False
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        # The same tasks in a thread: a life is shorter than a process takes to start.
+        settings = Settings(public(self._config), self._model, os.getpid())
+        self._workers = InProcessWorkers(settings)  # type: ignore[assignment]  # what lives use of it
 
     def _line_server(self, frontend: Frontend, tenants: Tenants) -> LineServer:
         server = super()._line_server(frontend, tenants)
