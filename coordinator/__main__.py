@@ -1,7 +1,7 @@
 """``python -P -m coordinator --config FILE``.
 
 Standard output has JSON lines for whoever started us, and nothing else: {"control": ADDRESS,
-"http": URL} when ranks can be started, {"ready": URL} when the cluster answers, or
+"http": URL} when ranks can be started, {"ready": URL, "report": JSON} when the cluster answers, or
 {"failed": REASON} before the exit code 1; after the start {"lost": POOL, "start": N, "reason": ...}
 for a gang that is to be ended, {"serving": POOL, "start": N}, and {"alive": EPOCH} each second. A
 coordinator that finds itself replaced ends at once with the exit code 3. The operator's mistakes
@@ -19,6 +19,7 @@ import sys
 from functools import partial
 from typing import NoReturn
 
+import msgspec
 import uvloop
 
 from coordinator.config import CoordinatorConfig, read_config
@@ -61,7 +62,9 @@ async def _serve(config: CoordinatorConfig) -> None:
     coordinator = Coordinator(
         config,
         on_control=lambda control, http: _say({"control": control, "http": http}),
-        on_ready=lambda url: _say({"ready": url}),
+        on_ready=lambda url: _say(
+            {"ready": url, "report": msgspec.json.encode(coordinator.report()).decode()}
+        ),
         owner=Owner(tell=_say, on_stale=_end_stale),
     )
     loop = asyncio.get_running_loop()

@@ -3,6 +3,8 @@
 import importlib.metadata
 from typing import Any
 
+import msgspec
+
 from coordinator.frontend import Frontend
 from coordinator.metrics import BLOCK_STATES
 from coordinator.registry import Pool, Rank
@@ -31,6 +33,7 @@ def describe_cluster(frontend: Frontend, now: float) -> dict[str, Any]:
         "coordinator_epoch": registry.coordinator_epoch,
         "missing": registry.missing() or None,
         "model": frontend.config.model_name,
+        "serving": msgspec.to_builtins(frontend.report()),
         "model_fingerprint": frontend.model.fingerprint,
         "max_model_len": frontend.max_model_len,
         "block_size": frontend.config.block_size,

@@ -135,6 +135,7 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     generation_config: str = "auto"  # "none": its sampling parameters are nobody's defaults
     block_size: int = 32
     kv_dtype: str = ""  # what the ranks keep KV in; "" takes the model's own
+    kv_memory_from: str = "as asked for"  # how the size of the ranks' KV memory was found
     max_model_len: int | None = None
     api_keys: tuple[str, ...] = ()
     api_key_file: str = ""  # more of them, one a line; read again when it changes

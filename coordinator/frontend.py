@@ -32,11 +32,13 @@ from coordinator.limits import SCOPE_CLIENT_REQUEST_ID, SCOPE_REQUEST_ID
 from coordinator.parameters import check_model, mixed_seed
 from coordinator.registry import Registry
 from coordinator.service import Service
+from coordinator.start_report import PoolMemory, StartReport, make_report
 from coordinator.text.packing import unpacked
 from coordinator.text.tasks import Fields, Prepared, ReadFields
 from coordinator.text.workers import TextWorkers
 from coordinator.traces import Traces
 from coordinator.turns import Turns
+from modeling.checkpoint_facts import CheckpointFacts
 from modeling.config import ModelConfig
 from modeling.tokenizer import Tokenizer
 from protocol.errors import RequestError
@@ -112,6 +114,7 @@ class Frontend:
     connections: Connections[GuardedConnection]
     door: Door
     started_at: int  # Unix time
+    facts: CheckpointFacts
     jobs: Jobs | None = None  # where documents are offered; these two as well
     files: Files | None = None
     batches: Batches | None = None
@@ -119,6 +122,12 @@ class Frontend:
     @property
     def max_model_len(self) -> int:
         return self.registry.max_model_len(self.config.max_model_len or self.model.max_model_len)
+
+    def report(self) -> StartReport:
+        """What is served and how, with the pools that are there."""
+        pools = (pool for pool in self.registry.pools.values() if 0 in pool.ranks)
+        memory = [PoolMemory.of(pool) for pool in pools]
+        return make_report(self.config, self.facts, memory, self.max_model_len)
 
     def check_model(self, name: str | None) -> None:
         """Raises RequestError when ``name`` is given and is not the model that is served."""

@@ -25,7 +25,6 @@ from functools import partial
 from pathlib import Path
 from typing import cast
 
-import msgspec
 import uvicorn
 
 from coordinator.accepting import Acceptor
@@ -51,14 +50,13 @@ from coordinator.losses import Patience
 from coordinator.registry import Registry
 from coordinator.service import Service
 from coordinator.slices import Slices
+from coordinator.start_report import StartReport
 from coordinator.text.tasks import Settings
 from coordinator.text.workers import TextWorkers
 from coordinator.tiering import Tiering
-from coordinator.tokenizing import load_tools
+from coordinator.tokenizing import load_tools, read_model
 from coordinator.traces import Traces
 from coordinator.turns import InTurns, Turns
-from modeling.checkpoint_facts import describe_checkpoint, with_facts
-from modeling.config import SamplingDefaults, load_config
 from protocol.errors import BatonError, ConfigError
 from protocol.open_files import max_open_files
 from protocol.sockets import AsyncRouter, open_async_context
@@ -126,17 +124,14 @@ class Coordinator:
         self._ingestor = ingestor
         self._on_control = on_control
         self._on_ready = on_ready
+        self._frontend: Frontend | None = None  # once it runs
         self._owner = owner
         self._stop, self._stop_now = asyncio.Event(), asyncio.Event()
         self._door = Door()
         self._lag = LoopLag()
-        model = load_config(config.model, max_model_len=config.max_model_len)
-        if config.generation_config == "none":
-            model = msgspec.structs.replace(model, sampling=SamplingDefaults())
         tools = load_tools(config)  # and the template compiles
         self._tokenizer = tools.tokenizer
-        self._facts = describe_checkpoint(config.model, model, tools.tokenizer, tools.chat_template)
-        self._model = with_facts(model, self._facts)
+        self._model, self._facts = read_model(config, tools)
         self._workers = TextWorkers(
             Settings(public(config), self._model, os.getpid()),
             config.num_text_workers,
@@ -149,6 +144,11 @@ class Coordinator:
             self._key_file.load()
         self._socket = bind_http(config.host, config.port)
         self.url = _url(config.host, self._socket)
+
+    def report(self) -> StartReport:
+        """What is served and how; once it is ready."""
+        assert self._frontend is not None, "it runs"
+        return self._frontend.report()
 
     def stop(self, *, at_once: bool = False) -> None:
         """End ``run`` when what runs has ended, or at once. Call it in the event loop."""
@@ -306,7 +306,7 @@ class Coordinator:
         connections: Connections[GuardedConnection] = Connections(
             max_connections(limits.max_connections, max_open_files())
         )
-        frontend = Frontend(
+        self._frontend = frontend = Frontend(
             config=self._config,
             model=self._model,
             registry=registry,
@@ -319,6 +319,7 @@ class Coordinator:
             lag=self._lag,
             door=self._door,
             started_at=int(time.time()),
+            facts=self._facts,
             jobs=jobs,
             files=jobs.files,
             batches=jobs.batches,

@@ -7,9 +7,13 @@ turn single tokens into text, and nothing else.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from coordinator.config import CoordinatorConfig
 from kvcache.prefix import block_salt, hash_blocks
 from modeling.chat_template import ChatTemplate
+from modeling.checkpoint_facts import CheckpointFacts, describe_checkpoint, with_facts
+from modeling.config import ModelConfig, SamplingDefaults, load_config
 from modeling.template_sources import load_chat_template
 from modeling.tokenizer import Tokenizer, load_tokenizer
 from protocol.token_ids import TokenIds
@@ -40,6 +44,19 @@ def load_tools(config: CoordinatorConfig) -> TextTools:
     tokenizer = load_tokenizer(config.model)
     template = load_chat_template(config.model, tokenizer.special_tokens, file=config.chat_template)
     return TextTools(tokenizer, template)
+
+
+def read_model(config: CoordinatorConfig, tools: TextTools) -> tuple[ModelConfig, CheckpointFacts]:
+    """The model as requests are to be served by it, and what was read of its checkpoint.
+
+    Raises:
+        ConfigError: the checkpoint cannot be read, or is not what its config.json says.
+    """
+    model = load_config(config.model, max_model_len=config.max_model_len)
+    if config.generation_config == "none":
+        model = msgspec.structs.replace(model, sampling=SamplingDefaults())
+    facts = describe_checkpoint(config.model, model, tools.tokenizer, tools.chat_template)
+    return with_facts(model, facts), facts
 
 
 def as_prompt(token_ids: Sequence[int], block_size: int, fingerprint: str, salt: str) -> Prompt:

@@ -39,6 +39,7 @@ from kvtransfer.process import RankProcess
 from kvtransfer.rank_config import RankConfig
 from kvtransfer.thread import TransferThread
 from modeling.config import ModelConfig, load_config
+from modeling.dtypes import serving_dtype
 from modeling.loader import load_model
 from modeling.model import Model
 from modeling.parallel import UnconnectedRank, make_tensor_parallel, open_gang_store
@@ -174,13 +175,6 @@ def die_with_parent(parent_pid: int) -> None:
 # -- what it holds ---------------------------------------------------------------------------------
 
 
-def resolve_dtype(config: RankConfig, model: ModelConfig) -> str:
-    """The dtype of weights, activations and KV: the checkpoint's unless the operator chose one."""
-    if model.architecture == "arithmetic":
-        return "float32"  # its integers do not fit into less
-    return model.dtype if config.dtype == "auto" else config.dtype
-
-
 def resolve_device(config: RankConfig) -> torch.device:
     """This rank's device.
 
@@ -220,7 +214,8 @@ def start_shard(role: str, config: RankConfig, largest: LargestStep) -> Iterator
         SystemExit: it was asked to stop.
     """
     model_config = load_config(config.model, max_model_len=config.max_model_len)
-    dtype, device = resolve_dtype(config, model_config), resolve_device(config)
+    device = resolve_device(config)
+    dtype = serving_dtype(config.dtype, model_config, str(device))
     model = load_model(
         config.model,
         tp=UnconnectedRank(config.tp_rank, config.tp_size),

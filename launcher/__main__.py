@@ -35,8 +35,10 @@ def build_parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     add_serve_flags(serve)
-    show = commands.add_parser("config", help="show the configuration that serve would run")
-    show.add_argument("action", choices=["show"])
+    config = commands.add_parser("config", help="show the configuration that serve would run")
+    # A command of its own, not an argument: MODEL may then stand behind --resolved.
+    actions = config.add_subparsers(dest="action", required=True, parser_class=_Parser)
+    show = actions.add_parser("show", help="what was asked for, or what each process would be told")
     show.add_argument(
         "--resolved", action="store_true", help="what each process would be told, all of it"
     )

@@ -35,6 +35,11 @@ class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Every flag of ``baton serve``; ``None`` is "not said"."""
 
     model: str | None = None
+    revision: str | None = None  # of a model on the Hub: a branch, a tag or a commit
+    served_model_name: tuple[str, ...] = ()
+    chat_template: str | None = None
+    generation_config: str = "auto"
+    quiet: bool = False
     prefill: tuple[str, ...] = ()
     decode: tuple[str, ...] = ()
     launcher: str = "local"
@@ -77,7 +82,8 @@ class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         _choice("--transport", self.transport, ("auto", "nixl", "tcp"))
         _choice("--device", self.device, ("auto", "cpu", "cuda"))
         _choice("--disk-io", self.disk_io, ("vectored", "nixl-posix", "nixl-gds"))
-        _choice("--dtype", self.dtype, ("auto", "bfloat16", "float32"))
+        _choice("--dtype", self.dtype, ("auto", "bfloat16", "float16", "float32"))
+        _choice("--generation-config", self.generation_config, ("auto", "none"))
         _choice("--checksum", self.checksum, ("off", "sampled", "always"))
         _choice("--log-level", self.log_level, ("DEBUG", "INFO", "WARNING", "ERROR"))
         _choice("ray_prefill_strategy", self.ray_prefill_strategy, ("PACK", "SPREAD"))

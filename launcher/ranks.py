@@ -163,8 +163,12 @@ def coordinator_config(cluster: Cluster, where: dict[str, Any]) -> bytes:
         "port": serve.port,
         "token": cluster.token,
         "model": cluster.model,
+        "served_model_names": list(cluster.model_names),
+        "chat_template": cluster.chat_template,
+        "generation_config": serve.generation_config,
         "block_size": serve.block_size,
         "kv_dtype": cluster.dtype,
+        "kv_memory_from": cluster.kv_memory_from,
         "max_model_len": cluster.max_model_len,
         "pools": [
             msgspec.structs.asdict(

@@ -13,9 +13,10 @@ from kvcache.host_memory import available
 from launcher.config import ServeConfig, key_file, num_cores, parse_size
 from launcher.data_folder import DataFolder, open_data_folder
 from launcher.memory import MemoryPlan, share_out
+from launcher.models import find_model
 from launcher.topology import PoolSpec, parse_pools, store_pool, threads_per_rank
 from modeling.config import ModelConfig, load_config
-from modeling.embedded import CHECKPOINT
+from modeling.dtypes import serving_dtype
 from protocol.errors import ConfigError
 from protocol.kv import KVLayout
 
@@ -34,6 +35,9 @@ class Cluster:
     memory: MemoryPlan
     threads: int
     token: str
+    model_names: tuple[str, ...]
+    chat_template: str  # a file, or ""
+    kv_memory_from: str  # how its size was found
     data: DataFolder | None = None  # what survives a restart
     store_memory_bytes: int = 0
     disk_quota_bytes: int = 0
@@ -49,12 +53,11 @@ def resolve_cluster(serve: ServeConfig) -> Cluster:
         pools = parse_pools(("cp1",), ("tp1",))
     else:
         pools = parse_pools(serve.prefill, serve.decode)
-    model = serve.model if serve.model is not None else str(CHECKPOINT)
-    if not model.startswith("arithmetic"):
-        model = str(Path(model).expanduser().resolve())
+    found = find_model(serve.model, serve.revision)
+    model = found.path_or_name
     model_config = load_config(model)
     device = _device(serve.device)
-    dtype = _dtype(serve.dtype, model_config, device)
+    dtype = serving_dtype(serve.dtype, model_config, device)
     max_model_len = _max_model_len(serve.max_model_len, model_config)
     store_memory_bytes = parse_size("--store-memory", serve.store_memory)
     memory = share_out(
@@ -81,6 +84,9 @@ def resolve_cluster(serve: ServeConfig) -> Cluster:
         memory=memory,
         threads=serve.threads_per_rank or threads_per_rank(num_cores(), pools),
         token=secrets.token_hex(16),
+        model_names=serve.served_model_name or (found.name,),
+        chat_template=_chat_template(serve.chat_template),
+        kv_memory_from=f"--kv-memory {serve.kv_memory}",
         data=data,
         store_memory_bytes=store_memory_bytes,
         disk_quota_bytes=parse_size("--disk-quota", serve.disk_quota),
@@ -94,14 +100,13 @@ def _device(asked: str) -> str:
     return ("cuda" if has_cuda else "cpu") if asked == "auto" else asked
 
 
-def _dtype(asked: str, model: ModelConfig, device: str) -> str:
-    if model.architecture == "arithmetic":
-        if asked == "bfloat16":
-            raise ConfigError("--dtype bfloat16: the arithmetic model is exact in float32 only")
-        return "float32"
-    if asked != "auto":
-        return asked
-    return "bfloat16" if device == "cuda" else model.dtype
+def _chat_template(file: str | None) -> str:
+    if file is None:
+        return ""
+    path = Path(file).expanduser().absolute()
+    if not path.is_file():
+        raise ConfigError(f"--chat-template {file}: no such file")
+    return str(path)
 
 
 def _max_model_len(asked: int | None, model: ModelConfig) -> int:
@@ -123,12 +128,17 @@ def _check_pool(
             raise ConfigError(
                 f"--{pool.role} tp{pool.tp_size}: does not divide the model's {count} {kind} heads"
             )
-    one = KVLayout(
-        model.num_layers, 1, model.num_kv_heads, 0, pool.tp_size, block_size, model.head_dim, dtype
-    )
+    one = block_layout(pool, model, block_size, dtype)
     # A request needs a block for its prompt and, once the prompt fills it, one for its answer.
     if 0 < kv_bytes < 2 * one.num_bytes:
         raise ConfigError(
             f"--kv-memory {kv_bytes} bytes per rank is too little for one request: "
             f"{pool.pool_id} needs at least {2 * one.num_bytes} (two blocks of {block_size} tokens)"
         )
+
+
+def block_layout(pool: PoolSpec, model: ModelConfig, block_size: int, dtype: str) -> KVLayout:
+    """One block of KV of a rank of ``pool``."""
+    return KVLayout(
+        model.num_layers, 1, model.num_kv_heads, 0, pool.tp_size, block_size, model.head_dim, dtype
+    )

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from coordinator.start_report import render
 from launcher.config import ServeConfig, parse_size, runtime_root
 from launcher.processes import LogFiles, Report, StopAsked
 from launcher.resolved import resolve_cluster
@@ -94,8 +95,8 @@ def serve(config: ServeConfig) -> int:
     ):
         try:
             supervisor.start()
-            if config.model is None:
-                log.info("no MODEL given: this is the embedded one, see modeling/embedded")
+            if not config.quiet and supervisor.report is not None:
+                sys.stderr.write("\n".join(["serving", *render(supervisor.report), ""]))
             sys.stdout.write(f"ready {supervisor.url}\n")
             sys.stdout.flush()
             supervisor.supervise()

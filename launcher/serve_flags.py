@@ -1,6 +1,7 @@
 """The flags of ``baton serve``, with the defaults that ``ServeConfig`` has."""
 
 import argparse
+from typing import Any
 
 from launcher.config import ServeConfig
 
@@ -28,7 +29,11 @@ GROUPS: tuple[tuple[str, tuple[_Flag, ...]], ...] = (
     (
         "the model and its KV",
         (
-            ("--dtype", "auto|bfloat16|float32", "of weights and KV; auto is the model's"),
+            ("--revision", "NAME", "of a model on the Hub: a branch, a tag or a commit"),
+            ("--served-model-name", "NAME", "that requests give; several may follow one another"),
+            ("--chat-template", "FILE", "instead of the checkpoint's"),
+            ("--generation-config", "auto|none", "whether its sampling values are the defaults"),
+            ("--dtype", "auto|bfloat16|float16|float32", "of weights and KV; auto: the model's"),
             ("--max-model-len", "N", "tokens of prompt and answer; else what the model can"),
             ("--block-size", "TOKENS", "of a KV block"),
             (
@@ -68,7 +73,8 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
         "model",
         nargs="?",
         default=argparse.SUPPRESS,
-        help="a Hugging Face checkpoint folder, or arithmetic; without one the embedded model",
+        help="a Hugging Face checkpoint folder, the name of one on the Hub (Qwen/Qwen3-4B), or "
+        "arithmetic; without one the embedded model",
     )
     for title, flags in GROUPS:
         group = parser.add_argument_group(title)
@@ -79,10 +85,16 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
                 metavar=metavar,
                 help=f"{text} (default {default})" if default not in (None, ()) else text,
                 default=argparse.SUPPRESS,
-                action="append" if isinstance(default, tuple) else "store",
                 type=int if flag in NUMBERS else str,
+                **_many(flag) if isinstance(default, tuple) else {},
             )
     other = parser.add_argument_group("everything else")
+    other.add_argument(
+        "--quiet",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="do not tell at the start what is served, and how",
+    )
     other.add_argument(
         "--config", metavar="FILE", default=None, help="a TOML file with the same names"
     )
@@ -95,3 +107,10 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
         help="any field of any process, as prefill_pool.chunk_tokens=4096; "
         "baton config show --resolved has them all",
     )
+
+
+def _many(flag: str) -> dict[str, Any]:
+    """A flag that is repeated; of names, several may also follow it."""
+    if flag == "--served-model-name":
+        return {"action": "extend", "nargs": "+"}
+    return {"action": "append"}

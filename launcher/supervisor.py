@@ -20,6 +20,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from coordinator.start_report import StartReport
 from launcher.config import coordinator_environment
 from launcher.gangs import COORDINATOR, Action, End, Fail, Gangs, Kill, Look, Say, Start, Waits
 from launcher.processes import (
@@ -69,6 +72,7 @@ class Supervisor:
         self._group = ProcessGroup(log_files)
         self._ranks: RankStarter | None = None
         self._control_address = ""
+        self.report: StartReport | None = None  # once the cluster has come up
         self._epoch = 1  # the coordinator's
         self._gangs: Gangs | None = None  # once the cluster has come up
         self._pools = {pool.pool_id: pool for pool in cluster.pools}
@@ -101,7 +105,8 @@ class Supervisor:
         self._ranks = self._make_ranks()
         for pool in self.cluster.pools:
             self._ranks.start(pool, 1, self._control_address)
-        self._wait_for("ready", time.monotonic() + serve.ready_timeout_s)
+        said = self._wait_for("ready", time.monotonic() + serve.ready_timeout_s)
+        self.report = msgspec.json.decode(str(said["report"]), type=StartReport)
         waits = Waits(
             serve.ready_timeout_s,
             COORDINATOR_START_S,

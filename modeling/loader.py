@@ -11,6 +11,7 @@ import torch
 from modeling.attention import AttentionKernel
 from modeling.checkpoint import EMBEDDING, HEAD
 from modeling.config import ModelConfig, is_arithmetic, load_config
+from modeling.dtypes import DTYPES, serving_dtype
 from modeling.linear import Linear, make_linear
 from modeling.model import Model
 from modeling.parallel import TensorParallel
@@ -20,7 +21,7 @@ from modeling.transformer import Layer, Transformer, TransformerWeights
 from modeling.weights import Part, WeightReader
 from protocol.errors import ConfigError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+TORCH_DTYPES = {name: getattr(torch, name) for name in DTYPES}
 
 
 def load_model(
@@ -36,7 +37,7 @@ def load_model(
     Args:
         path_or_name: a checkpoint folder, or ``arithmetic[:key=value,...]``.
         tp: the rank's tensor-parallel group; its size must divide the model's heads.
-        dtype: "float32" or "bfloat16", or "auto" for the checkpoint's own.
+        dtype: one of DTYPES, or "auto": see :func:`modeling.dtypes.serving_dtype`.
         device: "cpu" or "cuda[:index]".
         max_model_len: as in :func:`modeling.config.load_config`.
 
@@ -50,10 +51,8 @@ def load_model(
         from modeling.arithmetic import ArithmeticModel  # the only model that is no transformer
 
         return ArithmeticModel(config, tp, device)
-    name = config.dtype if dtype == "auto" else dtype
-    if name not in DTYPES:
-        raise ConfigError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
-    reader = WeightReader(Path(path_or_name), DTYPES[name])
+    name = serving_dtype(dtype, config, device)
+    reader = WeightReader(Path(path_or_name), TORCH_DTYPES[name])
     weights = ShardLoader(config, reader, tp, torch.device(device)).load()
     return Transformer(config, weights, tp, make_kernel(device))
 

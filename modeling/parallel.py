@@ -43,7 +43,7 @@ class TensorParallel(ABC):
         """Sum ``x`` over the group, in place and in fp32, to identical bits on every rank.
 
         Args:
-            x: contiguous, float32 or bfloat16, the same shape on every rank.
+            x: contiguous, floating point, the same shape on every rank.
 
         Raises:
             PeerError: a rank did not come within the group's timeout.
@@ -159,6 +159,11 @@ class SharedMemoryTensorParallel(TensorParallel):
 
     def all_reduce_(self, x: torch.Tensor) -> None:
         assert x.is_contiguous() and x.device.type == "cpu" and self._finalize.alive
+        if x.dtype == torch.float16:  # the library has no sum of these: wider, and back
+            wide = x.float()
+            self.all_reduce_(wide)
+            x.copy_(wide)
+            return
         if x.dtype == torch.float32:
             code = self._library.all_reduce_float32(self._handle, x.data_ptr(), x.numel())
         else:

@@ -16,7 +16,7 @@ from kvcache.blocks import BlockPool
 from kvcache.pool import KVPool
 from kvcache.tiers.files import PackFiles
 from kvcache.tiers.index import PackIndex
-from kvtransfer.boot import resolve_dtype, start_rank
+from kvtransfer.boot import start_rank
 from kvtransfer.events import FromDisk
 from kvtransfer.kv_memory import check_free, plan_layout
 from kvtransfer.process import RankProcess
@@ -26,6 +26,7 @@ from kvtransfer.store.disk_io import open_mover
 from kvtransfer.store.jobs import DiskDone
 from kvtransfer.store.scheduler import DISK, StoreFacts, StoreScheduler
 from modeling.config import load_config
+from modeling.dtypes import serving_dtype
 from protocol.errors import ConfigError
 from protocol.messages import CacheUpdate, GangReady
 from protocol.places import Places
@@ -45,7 +46,8 @@ def serve(config: StoreConfig) -> None:
         SystemExit: it was asked to stop.
     """
     model = load_config(config.model, max_model_len=config.max_model_len)
-    layout = plan_layout(config, model, resolve_dtype(config, model), config.kv_memory_bytes)
+    dtype = serving_dtype(config.dtype, model, config.device)
+    layout = plan_layout(config, model, dtype, config.kv_memory_bytes)
     check_free(layout.num_bytes, torch.device("cpu"))
     pool = KVPool(layout, torch.device("cpu"))
     places = Places(config.failpoints)

@@ -13,7 +13,7 @@ from launcher.ranks import coordinator_config
 from launcher.resolved import resolve_cluster
 from launcher.serve_flags import GROUPS
 
-TABLES = {"coordinator", "prefill_pool", "decode_pool", "pools"}
+TABLES = {"coordinator", "prefill_pool", "decode_pool", "pools", "serving"}
 
 
 def show(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:

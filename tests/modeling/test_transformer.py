@@ -216,7 +216,7 @@ def test_degree_must_divide_the_heads(checkpoint: Any, as_ranks: Any) -> None:
 
 
 def test_unknown_dtype(checkpoint: Any) -> None:
-    with pytest.raises(ConfigError, match="'int8' is not one of auto, float32, bfloat16"):
+    with pytest.raises(ConfigError, match="'int8' is not one of auto, bfloat16, float16"):
         load_model(str(checkpoint("llama")), tp=SingleRank(), dtype="int8", device="cpu")
 
 
@@ -276,3 +276,11 @@ def test_rotation_pairs_the_halves_of_a_head() -> None:
     angles = (positions[:, None] * inv_freq).repeat(1, 2)[:, None]
     half = torch.cat([-x[..., 8:], x[..., :8]], dim=-1)
     torch.testing.assert_close(rotated, x * angles.cos() + half * angles.sin())
+
+
+def test_float16_is_served_as_it_is(checkpoint: Any, dense_attention: Any) -> None:
+    folder = checkpoint("llama", "float16")
+    expected = _reference(folder, _prompt(), torch.float32)
+    logits = _logits(folder, _prompt(), dense_attention, dtype="float16")
+    # eleven bits of mantissa: no more than a few in a thousand of the largest logit
+    assert (logits - expected).abs().max() < 4e-3 * expected.abs().max()
