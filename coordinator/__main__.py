@@ -24,6 +24,7 @@ import uvloop
 
 from coordinator.config import CoordinatorConfig, read_config
 from coordinator.control import News, Owner
+from coordinator.frontend import Frontend
 from coordinator.server import Coordinator, StartFailed
 from protocol.ending import ASKED, DRAIN, END
 from protocol.errors import ConfigError
@@ -62,9 +63,7 @@ async def _serve(config: CoordinatorConfig) -> None:
     coordinator = Coordinator(
         config,
         on_control=lambda control, http: _say({"control": control, "http": http}),
-        on_ready=lambda url: _say(
-            {"ready": url, "report": msgspec.json.encode(coordinator.report()).decode()}
-        ),
+        on_ready=lambda url: _say_ready(url, coordinator.frontend),
         owner=Owner(tell=_say, on_stale=_end_stale),
     )
     loop = asyncio.get_running_loop()
@@ -80,6 +79,11 @@ async def _serve(config: CoordinatorConfig) -> None:
     loop.add_signal_handler(DRAIN, coordinator.stop)
     loop.add_signal_handler(END, partial(coordinator.stop, at_once=True))
     await coordinator.run()
+
+
+def _say_ready(url: str, frontend: Frontend | None) -> None:
+    assert frontend is not None, "it answers"
+    _say({"ready": url, "report": msgspec.json.encode(frontend.report()).decode()})
 
 
 def _say(line: News) -> None:

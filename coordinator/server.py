@@ -40,6 +40,7 @@ from coordinator.draining import Door
 from coordinator.faulty import FaultyControlPlane
 from coordinator.frontend import Frontend
 from coordinator.garbage import collect_in_quiet
+from coordinator.http_socket import bind_http, http_url
 from coordinator.jobs.context import Jobs, Surroundings
 from coordinator.jobs.ingestor import Ingestor
 from coordinator.joining import Terms
@@ -50,20 +51,18 @@ from coordinator.losses import Patience
 from coordinator.registry import Registry
 from coordinator.service import Service
 from coordinator.slices import Slices
-from coordinator.start_report import StartReport
 from coordinator.text.tasks import Settings
 from coordinator.text.workers import TextWorkers
 from coordinator.tiering import Tiering
 from coordinator.tokenizing import load_tools, read_model
 from coordinator.traces import Traces
 from coordinator.turns import InTurns, Turns
-from protocol.errors import BatonError, ConfigError
+from protocol.errors import BatonError
 from protocol.open_files import max_open_files
 from protocol.sockets import AsyncRouter, open_async_context
 
 KEEP_ALIVE_S = 75  # longer than clients keep idle connections, so that they close them first
 STOP_BUDGET_S = 2.0
-BACKLOG = 4096  # connections that wait to be accepted; the kernel's own limit may be lower
 
 _log = logging.getLogger(__name__)
 
@@ -124,7 +123,7 @@ class Coordinator:
         self._ingestor = ingestor
         self._on_control = on_control
         self._on_ready = on_ready
-        self._frontend: Frontend | None = None  # once it runs
+        self.frontend: Frontend | None = None  # once it runs
         self._owner = owner
         self._stop, self._stop_now = asyncio.Event(), asyncio.Event()
         self._door = Door()
@@ -143,12 +142,7 @@ class Coordinator:
             self._key_file = KeyFile(Path(config.api_key_file), config.api_keys, self._tenants)
             self._key_file.load()
         self._socket = bind_http(config.host, config.port)
-        self.url = _url(config.host, self._socket)
-
-    def report(self) -> StartReport:
-        """What is served and how; once it is ready."""
-        assert self._frontend is not None, "it runs"
-        return self._frontend.report()
+        self.url = http_url(config.host, self._socket)
 
     def stop(self, *, at_once: bool = False) -> None:
         """End ``run`` when what runs has ended, or at once. Call it in the event loop."""
@@ -306,7 +300,7 @@ class Coordinator:
         connections: Connections[GuardedConnection] = Connections(
             max_connections(limits.max_connections, max_open_files())
         )
-        self._frontend = frontend = Frontend(
+        self.frontend = frontend = Frontend(
             config=self._config,
             model=self._model,
             registry=registry,
@@ -380,34 +374,3 @@ def _places(config: CoordinatorConfig) -> tuple[int, int]:
     most = config.limits.max_requests
     has_several = bool(config.api_key_file) or len(config.api_keys) > 1
     return most, max(1, int(most * config.limits.tenant_share)) if has_several else most
-
-
-def bind_http(host: str, port: int) -> socket.socket:
-    """A listening socket.
-
-    Raises:
-        ConfigError: the host is unknown here, or the port is taken.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-    except socket.gaierror as error:
-        raise ConfigError(f"--host {host}: {error.strerror}") from error
-    listener = socket.socket(family, kind, protocol)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind(address)
-        listener.listen(BACKLOG)
-    except OSError as error:
-        listener.close()
-        raise ConfigError(
-            f"--port {port}: cannot listen on {host}: {error.strerror}; choose another, or 0"
-        ) from error
-    listener.setblocking(False)
-    return listener
-
-
-def _url(host: str, listener: socket.socket) -> str:
-    shown = f"[{host}]" if ":" in host else host
-    return f"http://{shown}:{listener.getsockname()[1]}"

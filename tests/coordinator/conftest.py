@@ -475,7 +475,7 @@ def run_coordinator(
         said = coordinator.line()
         fake = FakeCluster(said["control"], pools)
         fake.start()
-        assert coordinator.line() == {"ready": said["http"]}
+        assert coordinator.line()["ready"] == said["http"]
         with httpx.Client(base_url=said["http"], timeout=DEADLINE_S) as client:
             yield Running(coordinator, fake, said["http"], client)
     finally:

@@ -240,7 +240,7 @@ def test_a_coordinator_whose_address_is_taken_over_ends(helpers: Any, tmp_path: 
     old.end()
     fake = helpers.FakeCluster(said["control"], ONE_POOL)
     fake.start()
-    assert news(new, "ready") == {"ready": said["http"]}
+    assert news(new, "ready")["ready"] == said["http"]
     assert new.end() == 0
     fake.stop()
 
