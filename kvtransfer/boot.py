@@ -258,7 +258,7 @@ def start_rank(
         store_fd, gang = -1, None
         if leader is not None:
             stack.callback(leader.close)
-            store_address, store_fd = _open_store(config)
+            store_address, store_fd = _open_store(config, identity)
             gang = GangAddress(plan=leader.address, store=store_address)
         thread = TransferThread(identity, _transfer_config(config, model), pool, gang)
         thread.start()
@@ -272,7 +272,7 @@ def start_rank(
 def _bind_leader(
     config: RankConfig, identity: RankIdentity, context: zmq.Context[zmq.Socket[bytes]]
 ) -> LeaderChannel:
-    if config.listen.startswith("ipc://"):
+    if config.same_host:
         # A new name each time: a follower of a gang that is gone finds nobody there.
         address = f"{config.listen}/{config.pool_id}-plan-{identity.incarnation[:8]}"
     else:
@@ -280,11 +280,13 @@ def _bind_leader(
     return LeaderChannel(context, address, world_size=config.world_size)
 
 
-def _open_store(config: RankConfig) -> tuple[str, int]:
+def _open_store(config: RankConfig, identity: RankIdentity) -> tuple[str, int]:
     if config.world_size == 1:
         return "", -1
-    host = "127.0.0.1" if config.listen.startswith("ipc://") else config.listen[len("tcp://") :]
-    return open_gang_store(host)
+    if config.same_host:
+        folder = config.listen.removeprefix("ipc://")
+        return f"file://{folder}/{config.pool_id}-store-{identity.incarnation[:8]}", -1
+    return open_gang_store(config.listen.removeprefix("tcp://"))
 
 
 def _transfer_config(config: RankConfig, model: ModelConfig) -> TransferConfig:

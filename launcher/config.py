@@ -72,6 +72,7 @@ class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     coordinator_stall_s: float = 60.0  # one that says nothing for longer, however busy
     ray_prefill_strategy: str = "PACK"
     ray_address: str | None = None
+    transfer_interface: str | None = None  # between hosts; None: the one of Ray's own address
     coordinator: dict[str, Any] = {}
     prefill_pool: dict[str, Any] = {}
     decode_pool: dict[str, Any] = {}
@@ -89,6 +90,11 @@ class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         _choice("ray_prefill_strategy", self.ray_prefill_strategy, ("PACK", "SPREAD"))
         if not 1 <= self.block_size <= 1024:
             raise ConfigError(f"--block-size {self.block_size}: must be between 1 and 1024 tokens")
+        if self.transfer_interface is not None and self.launcher == "local":
+            raise ConfigError(
+                f"--transfer-interface {self.transfer_interface}: the processes of --launcher "
+                f"local share one machine and use no network"
+            )
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port {self.port}: must be between 0 (any free one) and 65535")
         if self.max_model_len is not None and self.max_model_len < 2:
@@ -197,12 +203,17 @@ def key_file(name: str) -> Path:
     return Path(name).expanduser().absolute()
 
 
-def child_environment(num_threads: int, *, is_local: bool) -> dict[str, str]:
+def child_environment(num_threads: int, *, is_local: bool, device: str = "cpu") -> dict[str, str]:
     """The environment of a rank's process, complete before torch or UCX are loaded in it.
 
     Threads: each rank keeps to its own cores. GLIBC tunables: large buffers are taken from the heap
-    and kept, since fresh pages from mmap cost more than the copy into them. Gloo: on one host the
-    loopback is named, because resolving the host's name may give an address of neither.
+    and kept, since fresh pages from mmap cost more than the copy into them.
+
+    On one host (``is_local``) no library may open a port that another machine reaches. UCX takes no
+    message but through shared memory, which opens no port at all; for its transports of shared
+    memory to be allowed where a peer's death has to be noticed, they must be told to notice it.
+    CUDA memory needs more than these, and has TCP on the loopback beside it, as has whoever sets
+    UCX_TLS. Nothing of this is left to what a container's image happens to set.
     """
     environment = {name: value for name, value in os.environ.items() if name not in (_KEYS, _KEY)}
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -213,8 +224,12 @@ def child_environment(num_threads: int, *, is_local: bool) -> dict[str, str]:
     environment.setdefault("UCX_LOG_LEVEL", "error")
     environment.setdefault("UCX_LOG_FILE", "stderr")  # its default is standard output
     environment["PYTHONUNBUFFERED"] = "1"
+    environment.pop("NIXL_ETCD_ENDPOINTS", None)  # NIXL would publish every agent there
     if is_local:
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        environment |= _kept_to("lo")
+        if device == "cpu":
+            environment.setdefault("UCX_TLS", "self,sm")
+            environment |= {"UCX_POSIX_ERROR_HANDLING": "y", "UCX_SYSV_ERROR_HANDLING": "y"}
     return environment
 
 
@@ -227,6 +242,17 @@ def coordinator_environment(*, is_local: bool) -> dict[str, str]:
     if environment["GLIBC_TUNABLES"] == _KEEPING:
         environment["GLIBC_TUNABLES"] = _GIVING_BACK
     return environment
+
+
+def _kept_to(interface: str) -> dict[str, str]:
+    """Variables that have the libraries which open sockets of their own do so on one interface."""
+    names = ("UCX_NET_DEVICES", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    return dict.fromkeys(names, interface)
+
+
+def keep_this_process_to(interface: str) -> None:
+    """The same for a process that runs already, before it has loaded one of them."""
+    os.environ.update(_kept_to(interface))
 
 
 def runtime_root() -> Path:

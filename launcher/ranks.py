@@ -60,7 +60,9 @@ class LocalRanks(RankStarter):
         self._group = group
 
     def start(self, pool: PoolSpec, start: int, control_address: str) -> None:
-        environment = child_environment(self._cluster.threads, is_local=True)
+        environment = child_environment(
+            self._cluster.threads, is_local=True, device=self._cluster.device
+        )
         where = {
             "control_address": control_address,
             "listen": f"ipc://{self._run_dir}",

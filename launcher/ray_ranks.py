@@ -30,7 +30,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from decode.config import DecodeConfig
 from kvtransfer.store.config import StoreConfig
-from launcher.config import child_environment
+from launcher.config import ServeConfig, child_environment, keep_this_process_to
+from launcher.interfaces import address_of, interface_of
 from launcher.processes import Exited, Report, StartFailed
 from launcher.ranks import RankStarter, rank_config
 from launcher.resolved import Cluster
@@ -41,6 +42,7 @@ from protocol.errors import ConfigError
 log = logging.getLogger(__name__)
 
 PLACEMENT_BUDGET_S = 60.0
+_LOOPBACK = "127.0.0.1"
 STOP_BUDGET_S = 10.0
 POLL_S = 0.5  # how soon a gang that is not wanted any more is not waited for
 _ENVIRONMENT_OF_A_RANK = (
@@ -53,7 +55,11 @@ _ENVIRONMENT_OF_A_RANK = (
     "UCX_LOG_LEVEL",
     "UCX_LOG_FILE",
     "UCX_TLS",
+    "UCX_NET_DEVICES",
+    "UCX_POSIX_ERROR_HANDLING",
+    "UCX_SYSV_ERROR_HANDLING",
     "GLOO_SOCKET_IFNAME",
+    "NCCL_SOCKET_IFNAME",
 )
 
 
@@ -66,6 +72,12 @@ class RankActor:
 
     def pid(self) -> int:
         return os.getpid()
+
+    def settle(self, interface: str | None) -> str:
+        """Keep the rank's sockets to one interface, Ray's own unless it is named; its address."""
+        interface = interface or interface_of(self.node_ip())
+        keep_this_process_to(interface)
+        return address_of(interface)
 
     def run(self, role: str, config: bytes) -> int:
         """Run the rank until it ends; returns its exit code."""
@@ -102,17 +114,31 @@ def connect(address: str | None) -> None:
         signal.signal(signal.SIGTERM, handler)  # Ray's own ends this process in the midst of things
 
 
-def head_address(address: str | None) -> str:
-    """The address of this machine that the ranks can reach."""
-    connect(address)
-    return str(ray.util.get_node_ip_address())
+def head_address(serve: ServeConfig) -> str:
+    """The address of this machine at which the ranks reach it: the loopback's, if it is Ray's only
+    node and no interface is named. Then all of them are placed here, also if Ray gets more nodes.
+
+    Raises:
+        ConfigError: no Ray answers, or this machine has no such interface.
+    """
+    connect(serve.ray_address)
+    node_ip = str(ray.util.get_node_ip_address())
+    num_nodes = sum(bool(node["Alive"]) for node in ray.nodes())
+    if serve.transfer_interface is None and num_nodes == 1:
+        return _LOOPBACK
+    interface = serve.transfer_interface or interface_of(node_ip)
+    address = address_of(interface)
+    log.warning(
+        "the ranks listen on the interface %s (here %s) of every node: KV is in clear there, and "
+        "with NIXL whoever reaches it can write to their memory (SECURITY.md)", interface, address,
+    )  # fmt: skip
+    return address
 
 
 @dataclass(frozen=True, slots=True)
 class _Actor:
     handle: Any  # Ray's own type
     pid: int
-    ip: str  # of its node
     is_here: bool  # on the launcher's node
 
 
@@ -127,9 +153,11 @@ class RayRanks(RankStarter):
         self._wanted: dict[str, int] = {}  # by pool: the start that is to run, if any
         self._actors: dict[str, list[_Actor]] = {}
         self._threads: list[threading.Thread] = []
+        self._is_on_loopback = True
 
     def start(self, pool: PoolSpec, start: int, control_address: str) -> None:
         connect(self._cluster.serve.ray_address)
+        self._is_on_loopback = control_address.startswith(f"tcp://{_LOOPBACK}:")
         for actor in self._take_actors(pool, start):
             ray.kill(actor.handle)  # its rank has ended, its process need not have
         where = {"control_address": control_address, "gang_start": start}
@@ -191,8 +219,8 @@ class RayRanks(RankStarter):
         bundle = {"CPU": self._num_cpus(pool)}
         if self._num_gpus(pool):
             bundle["GPU"] = self._num_gpus(pool)
-        if pool.role == "store":  # where the folder of --data-dir is
-            bundle[f"node:{head_address(None)}"] = 0.001
+        if pool.role == "store" or self._is_on_loopback:  # where the folder of --data-dir is
+            bundle[f"node:{ray.util.get_node_ip_address()}"] = 0.001
         group: PlacementGroup = placement_group([bundle] * pool.num_ranks, strategy=strategy)
         deadline = time.monotonic() + PLACEMENT_BUDGET_S
         try:
@@ -224,7 +252,7 @@ class RayRanks(RankStarter):
     def _start_rank(
         self, pool: PoolSpec, rank: int, group: PlacementGroup, where: dict[str, Any]
     ) -> None:
-        environment = child_environment(self._cluster.threads, is_local=self._is_one_node())
+        environment = child_environment(self._cluster.threads, is_local=self._is_on_loopback)
         options = {
             "num_cpus": self._num_cpus(pool),
             "num_gpus": self._num_gpus(pool),
@@ -243,7 +271,9 @@ class RayRanks(RankStarter):
         handle = ray.remote(RankActor).options(**options).remote()
         try:
             actor = self._wait_for_actor(pool, start, handle)
-            config = rank_config(self._cluster, pool, rank, where | {"listen": f"tcp://{actor.ip}"})
+            named = "lo" if self._is_on_loopback else self._cluster.serve.transfer_interface
+            host = ray.get(handle.settle.remote(named))
+            config = rank_config(self._cluster, pool, rank, where | {"listen": f"tcp://{host}"})
             with self._lock:
                 self._check_wanted(pool, start)
                 self._actors.setdefault(pool.pool_id, []).append(actor)
@@ -263,7 +293,7 @@ class RayRanks(RankStarter):
                     "is there a node with this version of Baton and room?"
                 )
         node_ip, pid = ray.get(asked)
-        return _Actor(handle, pid, node_ip, node_ip == ray.util.get_node_ip_address())
+        return _Actor(handle, pid, node_ip == ray.util.get_node_ip_address())
 
     def _watch(self, name: str, start: int, running: Any) -> None:  # noqa: ANN401 - Ray's own
         try:
@@ -271,10 +301,6 @@ class RayRanks(RankStarter):
         except ray.exceptions.RayError as failure:
             code, error = 1, f"{name} died: {str(failure).splitlines()[0]}"
         self._reports.put(Exited(name, code, error, start))
-
-    @staticmethod
-    def _is_one_node() -> bool:
-        return len([node for node in ray.nodes() if node["Alive"]]) == 1
 
     def stop(self) -> None:
         with self._lock:

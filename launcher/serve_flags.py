@@ -23,6 +23,7 @@ GROUPS: tuple[tuple[str, tuple[_Flag, ...]], ...] = (
             ("--launcher", "local|ray", "processes here, or actors on a Ray cluster"),
             ("--device", "auto|cpu|cuda", "where ranks compute"),
             ("--transport", "auto|nixl|tcp", "how KV moves; auto is NIXL where it works"),
+            ("--transfer-interface", "NAME", "between hosts; else the one that Ray's nodes use"),
             ("--threads-per-rank", "N", "CPU threads; else the cores are shared out"),
         ),
     ),

@@ -135,7 +135,7 @@ class Supervisor:
         if self.cluster.serve.launcher == "ray":
             from launcher.ray_ranks import head_address
 
-            return f"tcp://{head_address(self.cluster.serve.ray_address)}:*"
+            return f"tcp://{head_address(self.cluster.serve)}:*"
         return f"ipc://{self._run_dir}/control.sock"
 
     def _wait_for(self, key: str, deadline: float) -> dict[str, object]:

@@ -225,7 +225,10 @@ def _load_library(cache_dir: Path | None) -> ctypes.CDLL | None:
 
 
 def open_gang_store(host: str) -> tuple[str, int]:
-    """Bind the socket at which the gang will meet, on ``host`` alone.
+    """Bind the socket at which a gang of several hosts will meet, on ``host`` alone.
+
+    torch's TCPStore asks nobody who he is: on one host the gang meets in a file (``file://PATH``),
+    in a folder that nobody else can enter.
 
     Returns:
         (address ``tcp://HOST:PORT``, listening file descriptor). The descriptor goes to
@@ -234,6 +237,26 @@ def open_gang_store(host: str) -> tuple[str, int]:
     listener = socket.create_server((host, 0))
     port = listener.getsockname()[1]
     return f"tcp://{host}:{port}", listener.detach()
+
+
+def _open_store(
+    address: str, rank: int, world_size: int, timeout: timedelta, listen_fd: int
+) -> dist.Store:  # type: ignore[name-defined]  # torch re-exports it silently
+    where = urlsplit(address)
+    if where.scheme == "file":
+        store = dist.FileStore(where.path, world_size)  # type: ignore[attr-defined]
+        store.set_timeout(timeout)
+        return store
+    assert where.hostname is not None and where.port is not None, address
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        where.hostname,
+        where.port,
+        world_size,
+        is_master=rank == 0,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=listen_fd if rank == 0 else None,
+    )
 
 
 def init_gang(
@@ -249,15 +272,15 @@ def init_gang(
     gloo listens where GLOO_SOCKET_IFNAME of the process's environment says; the launcher sets it.
 
     Args:
-        store_address, listen_fd: of :func:`open_gang_store`; the descriptor on rank 0 only.
+        store_address: ``file://PATH`` of a file that is not there yet, or of
+            :func:`open_gang_store`.
+        listen_fd: of the latter, on rank 0 only.
         backend: "gloo", or "nccl" (then gloo still carries CPU tensors).
         timeout_s: for this, and for every later collective of the default group.
 
     Raises:
         PeerError: a rank has not come in time.
     """
-    address = urlsplit(store_address)
-    assert address.hostname is not None and address.port is not None, store_address
     timeout = timedelta(seconds=timeout_s)
     device = None
     if backend == "nccl":
@@ -265,15 +288,7 @@ def init_gang(
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     with _as_peer_error(f"forming the gang at {store_address}"):
-        store = dist.TCPStore(  # type: ignore[attr-defined]  # torch re-exports it silently
-            address.hostname,
-            address.port,
-            world_size,
-            is_master=rank == 0,
-            timeout=timeout,
-            wait_for_workers=False,
-            master_listen_fd=listen_fd if rank == 0 else None,
-        )
+        store = _open_store(store_address, rank, world_size, timeout, listen_fd)
         dist.init_process_group(
             backend,
             store=store,

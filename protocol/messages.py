@@ -54,7 +54,7 @@ class GangAddress(msgspec.Struct, frozen=True):
     """Where a pool's ranks meet: the leader's plan socket and its torch store."""
 
     plan: str  # a ZMQ address
-    store: str  # "tcp://HOST:PORT" of a torch TCPStore
+    store: str  # "tcp://HOST:PORT" of a torch TCPStore, or "file://PATH" of a FileStore
 
 
 class Hello(_Message, frozen=True):
