@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
@@ -33,6 +34,7 @@ from coordinator.metrics import (
     request_families,
     text_families,
 )
+from coordinator.origins import CORS, OriginMiddleware, Origins
 from coordinator.sending import JsonBody
 from coordinator.text.tasks import Json, ReadDetokenize, ReadTokenize
 from protocol.errors import RequestError
@@ -48,7 +50,12 @@ def build_app(frontend: Frontend, tenants: Tenants) -> FastAPI:
     )
     app.add_middleware(DoorMiddleware, door=frontend.door)
     app.add_middleware(AuthMiddleware, tenants=tenants)
-    app.add_middleware(LimitsMiddleware, limits=frontend.config.limits)
+    config = frontend.config
+    origins = Origins((config.host, *config.allowed_hosts), config.cors_origins)
+    app.add_middleware(OriginMiddleware, origins=origins, tenants=tenants)
+    app.add_middleware(LimitsMiddleware, limits=config.limits)
+    if config.cors_origins:  # outermost: what is refused is told to the page as well
+        app.add_middleware(CORSMiddleware, allow_origins=config.cors_origins, **CORS)
     app.add_exception_handler(RequestError, _on_request_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     _add_generation(app, frontend)

@@ -4,6 +4,7 @@ Everything here is resolved: "auto" has become a value in the launcher. Duration
 """
 
 import ipaddress
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from protocol.failpoints import Failpoints
 from protocol.kv import DTYPE_BYTES
 
 MIN_TEXT_MEMORY_BYTES = 512 << 20  # below, not even a worker's libraries are sure to load
+_ORIGIN = re.compile(r"https?://[^/\s*]+")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 GENERATION_CONFIGS = ("auto", "none")
 
@@ -138,6 +140,8 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     kv_memory_from: str = "as asked for"  # how the size of the ranks' KV memory was found
     max_model_len: int | None = None
     api_keys: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()  # names of this server, if nobody is asked for a key
+    cors_origins: tuple[str, ...] = ()  # of pages that may use it from elsewhere
     api_key_file: str = ""  # more of them, one a line; read again when it changes
     secret: str = ""  # salts every tenant's cache; "" takes the token
     local_prefill_threshold: int = 128  # new tokens, up to which the decode pool computes them
@@ -186,6 +190,7 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
                 f"for a key: add --api-key-file FILE or --api-key KEY, or listen on 127.0.0.1"
             )
         check_keys(self.api_keys, "--api-key")
+        self._check_origins()
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port {self.port}: must be between 0 (any free one) and 65535")
         if self.log_level not in LOG_LEVELS:
@@ -235,6 +240,18 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
             raise ConfigError("limits.max_tenant_body_share: must be above 0, and 1 at most")
         if self.limits.max_total_body_bytes < self.limits.max_body_bytes:
             raise ConfigError("limits.max_total_body_bytes: must be at least max_body_bytes")
+
+    def _check_origins(self) -> None:
+        if "*" in self.cors_origins and not (self.api_keys or self.api_key_file):
+            raise ConfigError(
+                "--cors-origin *: without --api-key every page in a browser on this machine could "
+                "use the server: name the pages, as http://localhost:3000"
+            )
+        for origin in self.cors_origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ConfigError(
+                    f"--cors-origin {origin}: write http://NAME[:PORT] or https://NAME[:PORT]"
+                )
 
     def _check_failover(self) -> None:
         if not 0.0 < self.limits.tenant_share <= 1.0:

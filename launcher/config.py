@@ -55,6 +55,8 @@ class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     host: str = "127.0.0.1"
     port: int = 8000
     api_key: tuple[str, ...] = ()
+    allowed_host: tuple[str, ...] = ()
+    cors_origin: tuple[str, ...] = ()
     api_key_file: str | None = None
     threads_per_rank: int | None = None
     data_dir: str | None = None

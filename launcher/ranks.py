@@ -178,6 +178,8 @@ def coordinator_config(cluster: Cluster, where: dict[str, Any]) -> bytes:
             )
             for pool in cluster.pools
         ],
+        "allowed_hosts": serve.allowed_host,
+        "cors_origins": serve.cors_origin,
         "api_keys": [*serve.api_key, *environment_api_keys()],
         "api_key_file": "" if serve.api_key_file is None else str(key_file(serve.api_key_file)),
         "ready_timeout_s": serve.ready_timeout_s,

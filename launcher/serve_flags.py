@@ -58,6 +58,8 @@ GROUPS: tuple[tuple[str, tuple[_Flag, ...]], ...] = (
         "the server",
         (
             ("--host", "HOST", "to listen on; beyond this machine only with keys"),
+            ("--allowed-host", "NAME", "another name of this server, where no key is asked for"),
+            ("--cors-origin", "ORIGIN", "of pages that may use it, as https://NAME; repeat"),
             ("--port", "PORT", "0 is any free one"),
             ("--api-key", "KEY", "a tenant with a cache of its own; repeat for more; ps shows it"),
             ("--api-key-file", "FILE", "one key a line, # begins a comment; read when it changes"),

@@ -1,0 +1,133 @@
+"""Every socket that a live cluster listens on, compared with what SECURITY.md says of it."""
+
+import contextlib
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import pytest
+
+MODEL = "arithmetic:layers=3,heads=4,kv_heads=2,vocab=512,max_len=4096"
+POOLS = ("--prefill", "cp2", "--decode", "tp2", "--decode", "tp1", "--kv-memory", "16MiB")
+_LISTEN, _ACCEPTS = "0A", 0x10000  # states in /proc/net/tcp; flags in /proc/net/unix
+
+
+class Door(NamedTuple):
+    """A socket that somebody else can send to."""
+
+    kind: str
+    host: str  # an address; of a Unix socket its path
+    port: int
+
+
+def _address(text: str) -> str:
+    raw = bytes.fromhex(text)
+    words = struct.unpack(f">{len(raw) // 4}I", raw)  # each in the machine's own order
+    family = socket.AF_INET if len(raw) == 4 else socket.AF_INET6
+    return socket.inet_ntop(family, struct.pack(f"<{len(words)}I", *words))
+
+
+def _all_doors() -> Iterator[tuple[str, Door]]:
+    """(inode, door) of every socket in this network namespace that accepts anything."""
+    for kind in ("tcp", "tcp6", "udp", "udp6"):
+        for line in Path(f"/proc/net/{kind}").read_text().splitlines()[1:]:
+            fields = line.split()
+            host, _, port = fields[1].rpartition(":")
+            if kind.startswith("udp") or fields[3] == _LISTEN:
+                yield fields[9], Door(kind, _address(host), int(port, 16))
+    for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
+        fields = line.split()
+        if int(fields[3], 16) & _ACCEPTS or (fields[4] == "0002" and len(fields) > 7):
+            yield fields[6], Door("unix", fields[7] if len(fields) > 7 else "", 0)
+
+
+def doors_of(pids: list[int]) -> dict[int, list[Door]]:
+    """What each process listens on."""
+    doors = dict(_all_doors())
+    found: dict[int, list[Door]] = {}
+    for pid in pids:
+        links = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
+        inodes = [link[8:-1] for link in links if link.startswith("socket:[")]
+        found[pid] = [doors[inode] for inode in inodes if inode in doors]
+    return found
+
+
+def tree(pid: int) -> list[int]:
+    """A process and all below it."""
+    below = []
+    for task in os.listdir(f"/proc/{pid}/task"):
+        below += Path(f"/proc/{pid}/task/{task}/children").read_text().split()
+    return [pid, *(deeper for child in below for deeper in tree(int(child)))]
+
+
+def role(pid: int) -> str:
+    """``launcher``, ``coordinator``, ``prefill`` or ``decode``: the module that a process runs."""
+    arguments = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    return arguments[arguments.index("-m") + 1]
+
+
+# Of each process: Unix sockets in the run folder, and TCP ports of the loopback: gloo has one for
+# every group of a gang, the transport tcp one, and NIXL none.
+FILES = {"coordinator": {1}, "launcher": {0}, "prefill": {1, 2}, "decode": {1, 2}}
+GLOO = 2
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("transport", ["nixl", "tcp"])
+def test_what_a_cluster_on_one_host_listens_on(start_cluster: Any, transport: str) -> None:
+    with start_cluster(MODEL, *POOLS, "--block-size", "16", "--transport", transport) as cluster:
+        cluster.tokens(list(range(300)), 4)
+        doors = {pid: (role(pid), found) for pid, found in _of_all(cluster).items()}
+        (http,) = [door for name, found in doors.values() if name == "coordinator"
+                   for door in found if door.kind != "unix"]  # fmt: skip
+        assert http == Door("tcp", "127.0.0.1", urlsplit(cluster.url).port or 0)
+        folders = set()
+        for name, found in doors.values():
+            files = [Path(door.host) for door in found if door.kind == "unix"]
+            ports = [door for door in found if door.kind != "unix"]
+            assert len(files) in FILES[name], (name, found)
+            folders |= {file.parent for file in files}
+            assert {(door.kind, door.host) for door in ports} <= {("tcp", "127.0.0.1")}, name
+            if name == "launcher":
+                assert not ports
+        assert [folder.stat().st_mode & 0o777 for folder in folders] == [0o700]
+        alone = [found for name, found in doors.values() if name == "decode" and len(found) < 3]
+        for found in alone:  # a gang of one has nobody to talk to but by files and the transport
+            assert sum(door.kind == "tcp" for door in found) == (transport == "tcp")
+        ranks = [found for name, found in doors.values() if name in ("prefill", "decode")]
+        most = GLOO + (transport == "tcp")
+        assert max(sum(door.kind == "tcp" for door in found) for found in ranks) <= most
+
+
+def _of_all(cluster: Any) -> dict[int, list[Door]]:
+    return doors_of(tree(cluster.process.pid))
+
+
+@pytest.mark.cluster
+def test_junk_at_every_port_of_a_rank_ends_nothing(start_cluster: Any) -> None:
+    """Other users of the machine reach the loopback too."""
+    with start_cluster(MODEL, *POOLS, "--block-size", "16", "--transport", "tcp") as cluster:
+        prompt = list(range(300))
+        want = cluster.tokens(prompt, 4)
+        before = [(pool["pool_id"], pool["epoch"]) for pool in cluster.cluster()["pools"]]
+        for found in _of_all(cluster).values():
+            for door in found:
+                for junk in (b"", b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 95, b"\x00" * 8192):
+                    _send(door, junk)
+        assert cluster.tokens(prompt, 4) == want
+        assert cluster.tokens([*reversed(prompt)], 4)
+        after = [(pool["pool_id"], pool["epoch"]) for pool in cluster.cluster()["pools"]]
+        assert after == before, "no gang was started again"
+
+
+def _send(door: Door, junk: bytes) -> None:
+    family = socket.AF_UNIX if door.kind == "unix" else socket.AF_INET
+    with socket.socket(family) as stranger:
+        stranger.settimeout(5.0)
+        stranger.connect(door.host if door.kind == "unix" else (door.host, door.port))
+        with contextlib.suppress(ConnectionError):
+            stranger.sendall(junk)
