@@ -23,7 +23,7 @@ def open_transport(
     Args:
         name: "nixl", "tcp", "local", or "auto": NIXL where it runs, else TCP.
         incarnation: of this rank's process; unique for all time.
-        token: the cluster's secret, which TCP asks readers for.
+        token: the cluster's secret, which both ends prove to know.
         host: where TCP listens.
         fabric: what "local" ranks meet on.
 
@@ -32,12 +32,12 @@ def open_transport(
     """
     if name == "auto":
         try:
-            return _open_nixl(incarnation)
+            return _open_nixl(incarnation, token)
         except ConfigError as error:
             _log.warning("KV moves over TCP: %s", error)
             return TcpTransport(incarnation, token, host)
     if name == "nixl":
-        return _open_nixl(incarnation)
+        return _open_nixl(incarnation, token)
     if name == "tcp":
         return TcpTransport(incarnation, token, host)
     if name == "local" and fabric is not None:
@@ -45,10 +45,10 @@ def open_transport(
     raise ConfigError(f"--transport {name}: choose one of auto, nixl, tcp")
 
 
-def _open_nixl(incarnation: str) -> KVTransport:
+def _open_nixl(incarnation: str, token: str) -> KVTransport:
     try:
         # Here, because the library is for Linux only and loads UCX.
         from kvtransfer.nixl_transport import NixlTransport
     except ImportError as error:
         raise ConfigError(f"NIXL is not installed ({error}): use --transport tcp") from error
-    return NixlTransport(incarnation)
+    return NixlTransport(incarnation, token)

@@ -12,6 +12,7 @@ does hangs until its source polls, and read-then-validate confirms over the cont
 An agent's name is its process's incarnation and is never used again.
 """
 
+import hmac
 import logging
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,7 @@ from kvtransfer.plan import Run
 from kvtransfer.transport import KVTransport, ReadHandle, ReadState, check_runs
 from protocol.errors import ConfigError, TransferError
 from protocol.kv import RankEndpoint
+from protocol.proof import prove
 
 _log = logging.getLogger(__name__)
 
@@ -44,6 +46,7 @@ class _Memory(msgspec.Struct, frozen=True, array_like=True):
 class _Metadata(msgspec.Struct, frozen=True, array_like=True):
     agent: bytes  # NIXL's own
     memory: _Memory
+    proof: bytes  # that a rank of this cluster says so of itself
 
 
 class _Peer(msgspec.Struct, frozen=True):
@@ -67,13 +70,20 @@ class _NixlRead(ReadHandle):
 class NixlTransport(KVTransport):
     """One NIXL agent with the UCX backend.
 
+    Args:
+        incarnation: of this rank's process; unique for all time.
+        token: the cluster's; metadata that is not made with it is refused.
+        post_bytes: of one post at most; None goes by the memory.
+
     Raises:
         ConfigError: NIXL cannot start its UCX backend here.
     """
 
     name = "nixl"
 
-    def __init__(self, incarnation: str, post_bytes: int | None = None) -> None:
+    def __init__(self, incarnation: str, token: str, post_bytes: int | None = None) -> None:
+        self._incarnation = incarnation
+        self._token = token
         route_library_log()
         config = nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
         try:
@@ -103,7 +113,9 @@ class NixlTransport(KVTransport):
 
     def metadata(self) -> bytes:
         agent = self._agent.get_agent_metadata()
-        encoded = msgspec.msgpack.encode(_Metadata(agent, self._memory))
+        encoded = msgspec.msgpack.encode(
+            _Metadata(agent, self._memory, self._prove(self._incarnation, agent, self._memory))
+        )
         assert len(encoded) <= MAX_METADATA_BYTES, len(encoded)
         return encoded
 
@@ -148,9 +160,18 @@ class NixlTransport(KVTransport):
         if len(endpoint.agent_metadata) > MAX_METADATA_BYTES:
             raise TransferError(f"{endpoint.incarnation}: NIXL metadata is too long")
         try:
-            return msgspec.msgpack.decode(endpoint.agent_metadata, type=_Metadata)
+            metadata = msgspec.msgpack.decode(endpoint.agent_metadata, type=_Metadata)
         except msgspec.DecodeError as error:
             raise TransferError(f"{endpoint.incarnation}: odd NIXL metadata: {error}") from error
+        proof = self._prove(endpoint.incarnation, metadata.agent, metadata.memory)
+        if not hmac.compare_digest(proof, metadata.proof):
+            raise TransferError(f"{endpoint.incarnation}: its NIXL metadata is not of this cluster")
+        return metadata
+
+    def _prove(self, incarnation: str, agent: bytes, memory: _Memory) -> bytes:
+        """NIXL reads these bytes with little suspicion, so nobody else's come before it."""
+        encoded = msgspec.msgpack.encode(memory)
+        return prove(self._token, "baton 3 nixl", incarnation.encode(), agent, encoded)
 
     def _remove(self, agent_name: str) -> None:
         try:

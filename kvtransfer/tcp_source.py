@@ -22,12 +22,12 @@ from kvtransfer.tcp_wire import (
     HANDSHAKE_TIMEOUT_S,
     MAX_RUNS,
     NONCE_BYTES,
-    PROOF_BYTES,
     RUN,
     Cursor,
-    prove,
+    prove_end,
 )
 from protocol.errors import TransferError
+from protocol.proof import PROOF_BYTES
 
 _log = logging.getLogger(__name__)
 
@@ -133,13 +133,9 @@ class TcpSource:
     def _parse(self, connection: _Connection) -> None:
         received = connection.received
         if not connection.is_known:
-            if len(received) < PROOF_BYTES:
+            if len(received) < NONCE_BYTES + PROOF_BYTES:
                 return
-            proof = prove(self._token, self._incarnation, connection.nonce)
-            if not hmac.compare_digest(proof, bytes(received[:PROOF_BYTES])):
-                raise TransferError("wrong proof")
-            connection.is_known = True
-            del received[:PROOF_BYTES]
+            self._admit(connection)
         if len(received) < COUNT.size:
             return
         (count,) = COUNT.unpack_from(received)
@@ -151,6 +147,20 @@ class TcpSource:
         connection.sending = Cursor(self._memory, self._spans(received[COUNT.size : end]))
         del received[:end]
         self._selector.modify(connection.channel, selectors.EVENT_WRITE, connection)
+
+    def _admit(self, connection: _Connection) -> None:
+        received = connection.received
+        theirs, end = bytes(received[:NONCE_BYTES]), NONCE_BYTES + PROOF_BYTES
+        about = (self._incarnation, connection.nonce, theirs)
+        proof = prove_end(self._token, "reader", *about)
+        if not hmac.compare_digest(proof, bytes(received[NONCE_BYTES:end])):
+            raise TransferError("wrong proof")
+        connection.is_known = True
+        del received[:end]
+        # Only the nonce was sent before: an empty buffer takes it whole.
+        own = prove_end(self._token, "source", *about)
+        if connection.channel.send(own) != len(own):
+            raise TransferError("the reader takes nothing")
 
     def _spans(self, request: bytearray) -> list[tuple[int, int]]:
         runs = np.frombuffer(request, dtype="<u8").reshape(-1, 2)

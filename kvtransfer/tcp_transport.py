@@ -7,7 +7,9 @@ The life of a read
 4. a connection that ends fails what it still owed, at once: only this side writes to this memory.
 """
 
+import hmac
 import logging
+import secrets
 import selectors
 import socket
 import time
@@ -20,10 +22,18 @@ import numpy as np
 from kvcache.pool import KVPool
 from kvtransfer.plan import Run
 from kvtransfer.tcp_source import TcpSource
-from kvtransfer.tcp_wire import COUNT, HANDSHAKE_TIMEOUT_S, MAX_RUNS, NONCE_BYTES, Cursor, prove
+from kvtransfer.tcp_wire import (
+    COUNT,
+    HANDSHAKE_TIMEOUT_S,
+    MAX_RUNS,
+    NONCE_BYTES,
+    Cursor,
+    prove_end,
+)
 from kvtransfer.transport import KVTransport, ReadHandle, ReadState, check_runs
 from protocol.errors import TransferError
 from protocol.kv import RankEndpoint
+from protocol.proof import PROOF_BYTES
 
 _log = logging.getLogger(__name__)
 
@@ -51,10 +61,17 @@ class _Peer:
         self.channel = channel
         self.incarnation = incarnation
         self.num_bytes = num_bytes  # of its pool
-        self.deadline = time.monotonic() + HANDSHAKE_TIMEOUT_S  # for its nonce
+        self.deadline = time.monotonic() + HANDSHAKE_TIMEOUT_S  # for its proof
         self.nonce = b""
+        self.own_nonce = secrets.token_bytes(NONCE_BYTES)
+        self.proof = b""  # the source's, as far as it has come
         self.to_send = bytearray()  # requests
         self.reads: deque[_TcpRead] = deque()
+
+    @property
+    def is_proven(self) -> bool:
+        """Whether the source has shown that it is one; what follows are bytes of its pool."""
+        return len(self.proof) == PROOF_BYTES
 
     @property
     def is_ready(self) -> bool:
@@ -166,7 +183,7 @@ class TcpTransport(KVTransport):
         for key, _ in self._selector.select(0):
             self._turn(key.data)
         now = time.monotonic()
-        for peer in [p for p in self._peers.values() if not p.is_ready and p.deadline < now]:
+        for peer in [p for p in self._peers.values() if not p.is_proven and p.deadline < now]:
             self._drop(peer, "it does not answer")
 
     def close(self) -> None:
@@ -207,8 +224,15 @@ class TcpTransport(KVTransport):
             peer.nonce += piece
             num_bytes = len(piece)
             if peer.is_ready:
-                peer.to_send[:0] = prove(self._token, peer.incarnation, peer.nonce)
+                peer.to_send[:0] = peer.own_nonce + self._proof(peer, "reader")
                 self._send(peer)
+        elif not peer.is_proven:
+            piece = peer.channel.recv(PROOF_BYTES - len(peer.proof))
+            peer.proof += piece
+            num_bytes = len(piece)
+            is_right = hmac.compare_digest(peer.proof, self._proof(peer, "source"))
+            if peer.is_proven and not is_right:
+                raise TransferError("it does not know the cluster's token")
         elif peer.reads:
             num_bytes = self._receive_kv(peer)
         else:
@@ -217,6 +241,9 @@ class TcpTransport(KVTransport):
                 raise TransferError("it sends what nobody asked for")
         if not num_bytes:
             raise TransferError("closed by the source")
+
+    def _proof(self, peer: _Peer, end: str) -> bytes:
+        return prove_end(self._token, end, peer.incarnation, peer.nonce, peer.own_nonce)
 
     def _receive_kv(self, peer: _Peer) -> int:
         read = peer.reads[0]

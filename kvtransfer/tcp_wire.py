@@ -1,21 +1,25 @@
 """What the two ends of a TCP read say to each other.
 
 1. source -> reader: ``NONCE_BYTES`` of randomness;
-2. reader -> source: ``prove(token, incarnation of the source, nonce)``; the token itself never
-   travels, and a proof is of no use to whoever listens at a dead rank's port;
-3. reader -> source, any number of times: a uint32 count, then (uint64 offset, uint64 bytes) each;
-4. source -> reader: those bytes of its pool, in that order, without any framing.
+2. reader -> source: a nonce of its own and the reader's proof, over both nonces and the incarnation
+   of the source; the token itself never travels, and a proof is of no use to whoever listens at a
+   dead rank's port;
+3. source -> reader: the source's proof, over the same, before any byte of its pool;
+4. reader -> source, any number of times, without waiting for that: a uint32 count, then (uint64
+   offset, uint64 bytes) each;
+5. source -> reader: those bytes of its pool, in that order, without any framing.
+
+Both ends are proven when a connection begins; what follows is in clear and not signed.
 
 Whoever breaks this is disconnected; there are no error messages. Integers are little-endian.
 """
 
-import hashlib
-import hmac
 import struct
 from collections.abc import Sequence
 
+from protocol.proof import prove
+
 NONCE_BYTES = 16
-PROOF_BYTES = hashlib.sha256().digest_size
 HANDSHAKE_TIMEOUT_S = 5.0
 MAX_RUNS = 1 << 18
 COUNT = struct.Struct("<I")
@@ -25,10 +29,10 @@ _MAX_VIEWS = 512  # per system call; Linux allows 1024
 _MAX_VIEW_BYTES = 4 << 20
 
 
-def prove(token: str, incarnation: str, nonce: bytes) -> bytes:
-    """That we know the token: HMAC-SHA256, over the nonce and who it is shown to."""
-    message = b"baton kv read\0" + nonce + incarnation.encode()
-    return hmac.digest(token.encode(), message, hashlib.sha256)
+def prove_end(token: str, end: str, incarnation: str, source: bytes, reader: bytes) -> bytes:
+    """That the ``end``, "reader" or "source", knows the token: over whose pool it is about, and the
+    nonces of both."""
+    return prove(token, f"baton 3 kv {end}", incarnation.encode(), source, reader)
 
 
 class Cursor:

@@ -21,6 +21,7 @@ from typing import Any
 
 import msgspec
 
+from launcher.cross_memory import can_read_processes
 from protocol.errors import ConfigError
 
 _KEEPING = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=8589934592"
@@ -214,8 +215,10 @@ def child_environment(num_threads: int, *, is_local: bool, device: str = "cpu") 
     On one host (``is_local``) no library may open a port that another machine reaches. UCX takes no
     message but through shared memory, which opens no port at all; for its transports of shared
     memory to be allowed where a peer's death has to be noticed, they must be told to notice it.
-    CUDA memory needs more than these, and has TCP on the loopback beside it, as has whoever sets
-    UCX_TLS. Nothing of this is left to what a container's image happens to set.
+    Where a container forbids to read another process's memory, there is TCP on the loopback beside
+    them: without either, a reader was seen to hang when its peer had died. So it is with CUDA
+    memory, which needs more than these. None of it is left to what a container's image sets, but
+    UCX_TLS, which cannot lead beyond the loopback.
     """
     environment = {name: value for name, value in os.environ.items() if name not in (_KEYS, _KEY)}
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -229,7 +232,7 @@ def child_environment(num_threads: int, *, is_local: bool, device: str = "cpu") 
     environment.pop("NIXL_ETCD_ENDPOINTS", None)  # NIXL would publish every agent there
     if is_local:
         environment |= _kept_to("lo")
-        if device == "cpu":
+        if device == "cpu" and can_read_processes():
             environment.setdefault("UCX_TLS", "self,sm")
             environment |= {"UCX_POSIX_ERROR_HANDLING": "y", "UCX_SYSV_ERROR_HANDLING": "y"}
     return environment

@@ -24,12 +24,17 @@ from kvtransfer.checksum import source_checksum, target_checksum
 from kvtransfer.choose import open_transport
 from kvtransfer.local_transport import LocalFabric
 from kvtransfer.plan import Run, plan, source_runs
-from kvtransfer.tcp_wire import COUNT, NONCE_BYTES, RUN, prove
+from kvtransfer.tcp_wire import COUNT, NONCE_BYTES, RUN, prove_end
 from kvtransfer.transport import KVTransport, ReadHandle, ReadState
 from protocol.errors import ConfigError, TransferError
 from protocol.kv import KVLayout, RankEndpoint
+from protocol.proof import PROOF_BYTES
 
 ROOT = Path(__file__).resolve().parents[2]
+# What a rank of one host is told (launcher/config.py).
+SHARED_MEMORY = {
+    "UCX_TLS": "self,sm", "UCX_POSIX_ERROR_HANDLING": "y", "UCX_SYSV_ERROR_HANDLING": "y",
+}  # fmt: skip
 TOKEN = "secret"
 DEADLINE_S = 20.0
 QUIET = {"NIXL_LOG_LEVEL": "FATAL", "UCX_LOG_FILE": "stderr"}  # UCX would log to standard output
@@ -297,12 +302,20 @@ def test_a_source_does_not_trust_its_readers(tcp: Cluster) -> None:
     source = tcp.rank(_layout())
     size = source.pool.layout.num_bytes
     good = COUNT.pack(1) + RUN.pack(0, 64)
-    prove_it: Callable[[bytes], bytes] = lambda nonce: prove(TOKEN, source.incarnation, nonce)  # noqa: E731
+    mine = bytes(range(NONCE_BYTES))
+
+    def proof_of(
+        token: str = TOKEN, end: str = "reader", incarnation: str = source.incarnation
+    ) -> Callable[[bytes], bytes]:
+        return lambda nonce: mine + prove_end(token, end, incarnation, nonce, mine)
+
+    prove_it = proof_of()
     requests: list[tuple[Callable[[bytes], bytes], bytes]] = [
         (lambda _: b"", b"GET / HTTP/1.1\r\n\r\n" * 4),
-        (lambda _: bytes(32), good),
-        (lambda nonce: prove("another", source.incarnation, nonce), good),
-        (lambda nonce: prove(TOKEN, "another", nonce), good),
+        (lambda _: bytes(NONCE_BYTES + PROOF_BYTES), good),
+        (proof_of(token="another"), good),
+        (proof_of(end="source"), good),
+        (proof_of(incarnation="another"), good),
         (prove_it, COUNT.pack(0)),
         (prove_it, COUNT.pack(2**32 - 1)),
         (prove_it, COUNT.pack(1) + RUN.pack(0, 0)),
@@ -314,9 +327,11 @@ def test_a_source_does_not_trust_its_readers(tcp: Cluster) -> None:
     for proof, request in requests:
         nonce, answer = _ask(source, proof, request)
         assert len(nonce) == NONCE_BYTES
-        assert answer == b"", request
-    _, answer = _ask(source, prove_it, good + COUNT.pack(0))
-    assert answer == bytes(source.pool.bytes[:64].tolist())
+        own = prove_end(TOKEN, "source", source.incarnation, nonce, mine)
+        assert answer == (own if proof is prove_it else b""), request
+    nonce, answer = _ask(source, prove_it, good + COUNT.pack(0))
+    own = prove_end(TOKEN, "source", source.incarnation, nonce, mine)
+    assert answer == own + bytes(source.pool.bytes[:64].tolist())
 
 
 def _ask(source: Rank, proof: Callable[[bytes], bytes], request: bytes) -> tuple[bytes, bytes]:
@@ -353,6 +368,35 @@ def test_a_wrong_token_reads_nothing(tcp: Cluster) -> None:
     handle = target.transport.read(source.incarnation, [Run(0, 0, 64)])
     assert tcp.finish(target, handle) == [ReadState.FAILED]
     assert torch.equal(target.pool.bytes, before)
+
+
+def test_who_only_listens_at_a_source_s_port_gives_nothing(tcp: Cluster) -> None:
+    """He admits everybody, and cannot show that he knows the token."""
+    source, target = tcp.rank(_layout()), tcp.rank(_layout())
+    before = target.pool.bytes.clone()
+    with socket.create_server(("127.0.0.1", 0)) as impostor:
+        metadata = msgspec.msgpack.encode(impostor.getsockname())
+        endpoint = msgspec.structs.replace(source.endpoint, agent_metadata=metadata)
+        target.transport.connect(endpoint)
+        handle = target.transport.read(source.incarnation, [Run(0, 0, 64)])
+        with impostor.accept()[0] as channel:
+            channel.sendall(bytes(NONCE_BYTES + PROOF_BYTES + 64))
+            assert tcp.finish(target, handle) == [ReadState.FAILED]
+    assert torch.equal(target.pool.bytes, before)
+
+
+def test_nixl_takes_no_metadata_of_another_cluster() -> None:
+    nixl = Cluster("nixl")
+    stranger, target = nixl.rank(_layout(), token="another"), nixl.rank(_layout())
+    friend = nixl.rank(_layout())
+    moved = msgspec.structs.replace(
+        stranger.endpoint, agent_metadata=friend.endpoint.agent_metadata
+    )
+    for endpoint in (stranger.endpoint, moved):
+        with pytest.raises(TransferError, match="not of this cluster"):
+            target.transport.connect(endpoint)
+    for rank in nixl.ranks:
+        rank.transport.close()
 
 
 def test_a_source_smaller_than_it_says(tcp: Cluster) -> None:
@@ -439,7 +483,11 @@ def start() -> Iterator[Callable[..., Process]]:
 
 @pytest.mark.parametrize(
     ("name", "variables", "copies_at_once"),
-    [("tcp", {}, False), ("nixl", {}, True), ("nixl", {"UCX_TLS": "tcp"}, False)],
+    [
+        ("tcp", {}, False),
+        ("nixl", SHARED_MEMORY, True),
+        ("nixl", {"UCX_TLS": "tcp"}, False),
+    ],
     ids=["tcp", "nixl", "nixl-over-tcp"],
 )
 def test_the_life_of_a_peer(
