@@ -1,4 +1,4 @@
-"""Whether one process may read another's memory here, as UCX's shared memory transports do (CMA)."""
+"""Whether a process may read another one's memory here, as UCX does in shared memory (CMA)."""
 
 import ctypes
 import os
