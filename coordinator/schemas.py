@@ -206,6 +206,7 @@ class GenerationBody(BaseModel):
 
 class CompletionBody(GenerationBody):
     prompt: Any = None
+    add_special_tokens: bool | None = None  # in front of a text, as the tokenizer has them
     document_id: Annotated[str, Field(min_length=1, max_length=64)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None

@@ -21,6 +21,8 @@ from protocol.errors import RequestError
 
 MESSAGES = "messages"
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
+REASONING = ("reasoning_content", "reasoning")
+NOT_SUPPORTED = ("tool_calls", "function_call", "audio", "prefix")  # of a message
 
 
 def read_chat(
@@ -86,7 +88,12 @@ def encode_messages(reading: Reading, messages: list[dict[str, Any]]) -> list[in
 
 
 def _size(messages: list[dict[str, Any]]) -> int:
-    return sum(len(message["content"]) for message in messages)
+    return sum(len(_text(message)) for message in messages)
+
+
+def _text(message: dict[str, Any]) -> str:
+    """All that a template may show of it."""
+    return "".join(message.get(name, "") for name in ("content", *REASONING))
 
 
 def take_document(given: Any) -> tuple[str | None, Any]:  # noqa: ANN401 - a caller's JSON value
@@ -139,7 +146,7 @@ def read_messages(reading: Reading, given: Any) -> list[dict[str, Any]]:  # noqa
             f"{len(given)} messages, at most {limits.max_messages} are served", "invalid_value"
         )
     messages = [_message(number, message, limits) for number, message in enumerate(given)]
-    reading.check_text("".join(message["content"] for message in messages), "messages")
+    reading.check_text("".join(map(_text, messages)), "messages")
     return messages
 
 
@@ -152,18 +159,26 @@ def _message(number: int, given: Any, limits: Limits) -> dict[str, Any]:  # noqa
         raise _refusal(f"{where}.role must be a string", "invalid_type")
     if role not in ROLES:
         raise _refusal(f"{where}.role must be one of {', '.join(sorted(ROLES))}", "invalid_value")
-    if given.get("tool_calls"):
-        raise _refusal(f"{where}.tool_calls is not supported", "unsupported_parameter")
+    for name in NOT_SUPPORTED:
+        if given.get(name):
+            raise _refusal(f"{where}.{name} is not supported", "unsupported_parameter")
     if role == "tool" and not isinstance(given.get("tool_call_id"), str):
         raise _refusal(f"{where}.tool_call_id is missing", "missing_required_parameter")
-    message = {"role": role, "content": _content(where, role, given.get("content"), limits)}
-    for name in ("name", "tool_call_id"):
+    content = _content(where, role, given.get("content"), limits)
+    return {"role": role, "content": content, **_other_fields(where, given)}
+
+
+def _other_fields(where: str, given: dict[str, Any]) -> dict[str, str]:
+    """What of a message a template may show beside its content."""
+    found = {}
+    for name in ("name", "tool_call_id", *REASONING):
         value = given.get(name)
-        if value is not None:
-            if not isinstance(value, str) or len(value) > 256:
-                raise _refusal(f"{where}.{name} must be a short string", "invalid_type")
-            message[name] = value
-    return message
+        if value is None:
+            continue
+        if not isinstance(value, str) or (len(value) > 256 and name not in REASONING):
+            raise _refusal(f"{where}.{name} must be a short string", "invalid_type")
+        found[name] = value
+    return found
 
 
 def _content(where: str, role: str, content: Any, limits: Limits) -> str:  # noqa: ANN401 - a caller's JSON value
@@ -181,23 +196,27 @@ def _content(where: str, role: str, content: Any, limits: Limits) -> str:  # noq
             f"served",
             "invalid_value",
         )
-    texts = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "document":
-            raise _refusal(
-                f"{where}.content: a document must be the first part of the first user message",
-                "unsupported_content",
-            )
-        if kind != "text":
-            raise _refusal(
-                f"{where}.content has a part of type {str(kind)[:32]!r}: only text is read",
-                "unsupported_content",
-            )
-        if not isinstance(part.get("text"), str):
-            raise _refusal(f"{where}.content has a text part without text", "invalid_type")
-        texts.append(part["text"])
-    return "".join(texts)
+    # As vLLM joins them: a part is a paragraph, not a piece of a word.
+    return "\n".join(_text_of_part(where, part) for part in content)
+
+
+def _text_of_part(where: str, part: Any) -> str:  # noqa: ANN401 - a caller's JSON value
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "document":
+        raise _refusal(
+            f"{where}.content: a document must be the first part of the first user message",
+            "unsupported_content",
+        )
+    is_short_form = isinstance(part, dict) and part.keys() == {"text"}  # vLLM takes it too
+    if kind != "text" and not is_short_form:
+        raise _refusal(
+            f"{where}.content has a part of type {str(kind)[:32]!r}: only text is read",
+            "unsupported_content",
+        )
+    text = part.get("text")
+    if not isinstance(text, str):
+        raise _refusal(f"{where}.content has a text part without text", "invalid_type")
+    return text
 
 
 def _refusal(message: str, code: str) -> RequestError:

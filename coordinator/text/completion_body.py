@@ -54,11 +54,19 @@ def read_completion(
             code="unsupported_parameter",
             param="echo",
         )
+    if body.document_id is not None and body.add_special_tokens is False:
+        raise RequestError(
+            "a document begins with the tokenizer's special tokens: add_special_tokens cannot be "
+            "false with document_id",
+            code="unsupported_parameter",
+            param="add_special_tokens",
+        )
     if body.document_id is not None and opened is None:
         return NeedsDocument(body.document_id)
     given = "" if opened is not None and body.prompt is None else body.prompt
     prompts = _prompts(reading, given)
-    encoders = [_encoder(reading, prompt) for prompt in prompts]
+    with_special = body.add_special_tokens is not False
+    encoders = [_encoder(reading, prompt, with_special=with_special) for prompt in prompts]
     attached = None
     if opened is not None:
         document, attached = contents(), opened.attached
@@ -109,8 +117,10 @@ def _wrong_type() -> RequestError:
     )
 
 
-def _encoder(reading: Reading, prompt: str | list[Any]) -> Encoder:
+def _encoder(reading: Reading, prompt: str | list[Any], *, with_special: bool) -> Encoder:
     if isinstance(prompt, list):
         return lambda _tools: prompt
     reading.check_text(prompt, "prompt")
-    return lambda tools: tools.tokenizer.encode(prompt) if prompt else []
+    if not prompt:
+        return lambda _tools: []
+    return lambda tools: tools.tokenizer.encode(prompt, add_special_tokens=with_special)

@@ -93,7 +93,7 @@ def test_chat(cluster: Any, helpers: Any) -> None:
     assert choice["message"]["content"] == bytes(helpers.reply(prompt, 4)).decode()
     assert choice["message"]["role"] == "assistant"
     assert body["object"] == "chat.completion"
-    parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
+    parts = [{"type": "text", "text": "hi"}]
     again = cluster.chat(parts, max_tokens=4).json()
     assert again["choices"][0]["message"] == choice["message"]
 
