@@ -156,6 +156,9 @@ class ControlLine:
             return
         self._next_beat = now + self._config.heartbeat_interval_s
         status = self._status
+        counters = {**dict(status.counters), **self._counters}
+        if num_dropped := num_dropped_lines():  # counters are of what happened: none is 0
+            counters[LOG_LINES_DROPPED] = num_dropped
         self.send(
             Heartbeat(
                 num_steps=status.num_steps,
@@ -165,11 +168,7 @@ class ControlLine:
                 pending_tokens=status.pending_tokens,
                 blocks=tuple(BlockCounts(*counts) for counts in status.blocks),
                 rss_bytes=_resident_bytes(),
-                counters={
-                    **dict(status.counters),
-                    **self._counters,
-                    LOG_LINES_DROPPED: num_dropped_lines(),
-                },
+                counters=counters,
                 cut_off=self._cut_off,
             )
         )
