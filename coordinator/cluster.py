@@ -7,7 +7,7 @@ import msgspec
 
 from coordinator.frontend import Frontend
 from coordinator.metrics import BLOCK_STATES
-from coordinator.registry import Pool, Rank
+from coordinator.pools import Pool, Rank
 from protocol.messages import PROTOCOL_VERSION
 
 DISTRIBUTION = "baton-serve"

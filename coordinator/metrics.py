@@ -18,8 +18,8 @@ from coordinator.bodies import Budget
 from coordinator.connections import Connections
 from coordinator.jobs.gate import Gate
 from coordinator.lag import LoopLag
+from coordinator.pools import Pool
 from coordinator.records import Record
-from coordinator.registry import Pool
 from coordinator.text.workers import TextWorkers
 from protocol.logs import LOG_LINES_DROPPED
 from protocol.request import FinishReason

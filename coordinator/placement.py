@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 from coordinator.config import CoordinatorConfig
 from coordinator.loads import Loads
+from coordinator.pools import Pool
 from coordinator.records import Record, State
-from coordinator.registry import Pool, Registry
+from coordinator.registry import Registry
 from coordinator.router import (
     Candidate,
     PrefixMap,

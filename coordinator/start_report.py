@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import msgspec
 
 from coordinator.config import CoordinatorConfig
-from coordinator.registry import Pool
+from coordinator.pools import Pool
 from modeling.checkpoint_facts import CheckpointFacts
 from modeling.tensors import grouped
 

@@ -16,8 +16,9 @@ from coordinator.generation import Generation
 from coordinator.jobs.ingestor import IngestRequest, IngestResult, Residence
 from coordinator.patience import patient
 from coordinator.placement import STORE_TIERS, Placement
+from coordinator.pools import Pool
 from coordinator.records import Record
-from coordinator.registry import Pool, Registry
+from coordinator.registry import Registry
 from coordinator.service import Service
 from protocol.errors import RequestError
 from protocol.messages import (

@@ -25,8 +25,9 @@ from coordinator.delivery import Delivery
 from coordinator.generation import Generation
 from coordinator.joining import HelloRefused, Terms
 from coordinator.losses import Patience
+from coordinator.pools import PoolState
 from coordinator.records import Record
-from coordinator.registry import PoolState, Registry
+from coordinator.registry import Registry
 from coordinator.service import Service
 from kvcache.prefix import block_salt, hash_blocks
 from protocol.errors import RequestError

@@ -12,7 +12,8 @@ from bench.simulation.world import World
 from coordinator.config import CoordinatorConfig, ExpectedPool
 from coordinator.joining import Terms
 from coordinator.losses import Patience
-from coordinator.registry import PoolState, Registry
+from coordinator.pools import PoolState
+from coordinator.registry import Registry
 from coordinator.service import Service
 from kvtransfer.events import ControlReceived, PoolsChanged
 from protocol.messages import (

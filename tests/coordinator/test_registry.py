@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from coordinator.config import ExpectedPool
 from coordinator.joining import HelloRefused, Terms
 from coordinator.losses import Patience
-from coordinator.registry import EPOCH_BITS, PoolState, Registry
+from coordinator.pools import PoolState
+from coordinator.registry import EPOCH_BITS, Registry
 from modeling.config import load_config
 from protocol.errors import PeerError
 from protocol.messages import (
