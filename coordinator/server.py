@@ -129,13 +129,10 @@ class Coordinator:
         self._door = Door()
         self._lag = LoopLag()
         tools = load_tools(config)  # and the template compiles
-        self._tokenizer = tools.tokenizer
+        self._tokenizer, self._text = tools.tokenizer, tools.identity
         self._model, self._facts = read_model(config, tools)
-        self._workers = TextWorkers(
-            Settings(public(config), self._model, os.getpid()),
-            config.num_text_workers,
-            _places(config),
-        )
+        settings = Settings(public(config), self._model, os.getpid(), self._text)
+        self._workers = TextWorkers(settings, config.num_text_workers, _places(config))
         self._tenants = Tenants(config.api_keys, config.secret or config.token)
         self._key_file: KeyFile | None = None
         if config.api_key_file:
@@ -279,14 +276,8 @@ class Coordinator:
 
     def _surroundings(self, registry: Registry, ingestor: Ingestor) -> Surroundings:
         config, model = self._config, self._model
-        configured = config.max_model_len or model.max_model_len
-        return Surroundings(
-            config,
-            model,
-            self._workers,
-            ingestor,
-            lambda: registry.max_model_len(configured),
-        )
+        longest = partial(registry.max_model_len, config.max_model_len or model.max_model_len)
+        return Surroundings(config, model, self._text, self._workers, ingestor, longest)
 
     def _http_server(
         self,

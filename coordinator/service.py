@@ -13,7 +13,6 @@
 """
 
 import logging
-import math
 from collections.abc import Callable, Iterator
 
 from coordinator.admission import Admission
@@ -32,6 +31,7 @@ from coordinator.placement import Placement, computed_by, needs
 from coordinator.quarantine import fingerprint
 from coordinator.records import Record, State, Step, as_new_token
 from coordinator.registry import Registry
+from coordinator.rush import Rush
 from coordinator.slices import at_once
 from protocol.errors import RequestError
 from protocol.messages import (
@@ -81,7 +81,7 @@ class Service:
     ) -> None:
         self.metrics = Metrics()
         self.listener: StoreListener | None = None
-        self.interactive_at = -math.inf  # when a request was submitted for which somebody waits
+        self.rush = Rush()  # of requests for which somebody waits
         self._config = config
         self._send = send
         self._clock = clock
@@ -120,7 +120,7 @@ class Service:
         self.check_room(generation.tenant, 1)
         now = self._clock()
         if generation.priority == 0:
-            self.interactive_at = now
+            self.rush.arrived(now)
         prompt, hashes = generation.prompt_token_ids, generation.block_hashes
         print_ = fingerprint(prompt, hashes, self._config.block_size, generation.sampling)
         if self._failover.quarantine.is_refused(print_, self._observed()):

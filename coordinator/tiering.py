@@ -36,7 +36,6 @@ from protocol.request import SamplingParams
 BACKGROUND = 1  # the priority of what nobody waits for
 PROGRESS_S = 0.25
 COLLECT_TIMEOUT_S = 60.0
-QUIET_S = 10.0  # after the last interactive request, segments are computed in full chunks
 
 
 class Tiering:
@@ -144,7 +143,7 @@ class Tiering:
         self, request: IngestRequest, on_progress: Callable[[int], None], *, is_deposit: bool
     ) -> IngestResult:
         now, delivery = self._clock(), Delivery()
-        is_busy = now - self._service.interactive_at < QUIET_S
+        has_rush = self._service.rush.is_on(now)
         generation = Generation(
             request_id=request.request_id,
             prompt_token_ids=request.token_ids,
@@ -154,7 +153,7 @@ class Tiering:
             cache_salt=request.cache_salt,
             is_deposit=is_deposit,
             priority=BACKGROUND,
-            chunk_tokens=self._config.background_chunk_tokens if is_busy else 0,
+            chunk_tokens=self._config.background_chunk_tokens if has_rush else 0,
             ring_size=request.ring_size,
         )
         record = self._service.submit(generation, delivery, 0, now)

@@ -19,12 +19,24 @@ from modeling.tokenizer import Tokenizer, load_tokenizer
 from protocol.token_ids import TokenIds
 
 
+class TextIdentity(msgspec.Struct, frozen=True):
+    """Digests of what decides which tokens a text, and a conversation, becomes."""
+
+    tokenizer: str
+    template: str
+
+
 @dataclass(frozen=True, slots=True)
 class TextTools:
     """Of the model; immutable."""
 
     tokenizer: Tokenizer
     chat_template: ChatTemplate
+
+    @property
+    def identity(self) -> TextIdentity:
+        """What it is: the same wherever the same files were read."""
+        return TextIdentity(self.tokenizer.digest, self.chat_template.digest)
 
 
 @dataclass(frozen=True, slots=True)

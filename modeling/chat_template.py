@@ -7,6 +7,7 @@ data: it is never rendered as a template, and text in it that spells a control t
 prompt should look like is not for us to invent.
 """
 
+import hashlib
 import json
 import re
 import time
@@ -136,7 +137,6 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["namespace"] = _Namespace
         environment.globals["dict"] = lambda *args, **items: dict(*args, **items)  # no attributes
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         try:
             self._template = environment.from_string(source)
             constants = environment.parse(source).find_all(nodes.Const)
@@ -147,6 +147,8 @@ class ChatTemplate:
         except (jinja2.TemplateError, RecursionError) as error:
             raise ConfigError(f"{where}: chat template does not compile ({error})") from error
         self.where = where
+        named = json.dumps([source, sorted(special_tokens.items())])
+        self.digest = hashlib.blake2b(named.encode(), digest_size=16).hexdigest()
         self.names_developer = any("developer" in str(node.value) for node in constants)
         self._special_tokens = dict(special_tokens)
 
@@ -157,6 +159,7 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
+        now: datetime | None = None,
     ) -> str:
         """The prompt's text.
 
@@ -165,6 +168,7 @@ class ChatTemplate:
             add_generation_prompt: end where the assistant's answer begins.
             tools: function descriptions, for templates that take them.
             variables: further names that the server allows, such as ``enable_thinking``.
+            now: the local time that ``strftime_now`` tells; None takes the clock's.
 
         Raises:
             RequestError: ``template_error``: the template refused the messages or overran a bound.
@@ -177,6 +181,7 @@ class ChatTemplate:
             "tools": tools,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
+            "strftime_now": lambda form: (now or datetime.now()).strftime(form),
             "range": lambda *bounds: _TickingRange(safe_range(*bounds), deadline),
         }
         pieces, size = [], 0
@@ -249,6 +254,11 @@ class RenderedChat:
         guarded = _guard(known, specials, self._guard)
         self.text = template.render(guarded, **options)
         check_shown(guarded, partial(template.render, **options), mark)
+
+    def digest(self, text: str) -> str:
+        """Of a piece of ``self.text``: the same whichever guard was free."""
+        pieces = json.dumps(text.split(self._guard))
+        return hashlib.blake2b(pieces.encode(), digest_size=16).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a piece of ``self.text``.

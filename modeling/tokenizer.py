@@ -6,6 +6,7 @@ files may add special tokens to it (special_tokens.py). Tokenizers are immutable
 be shared by threads; a stream belongs to one sequence.
 """
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ import tokenizers
 from modeling.config import is_arithmetic, load_config
 from modeling.detokenize import BYTE_OF_CHARACTER, DecodeRule, DetokenizeStream, parse_decoder
 from modeling.json_fields import MAX_JSON_BYTES, read_text
-from modeling.special_tokens import add_special_tokens, read_special_tokens
+from modeling.special_tokens import SpecialTokens, add_special_tokens, read_special_tokens
 from protocol.errors import ConfigError, RequestError
 
 _OTHER_TOKENIZERS = ("tokenizer.model", "tekken.json", "vocab.json", "vocab.txt")
@@ -30,6 +31,7 @@ class Tokenizer(ABC):
     eos_token_ids: tuple[int, ...]
     special_tokens: Mapping[str, str]  # "bos_token" and so on to their text, for chat templates
     rule: DecodeRule
+    digest: str  # of everything that decides which ids a text becomes
 
     @abstractmethod
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -109,9 +111,9 @@ class CheckpointTokenizer(Tokenizer):
             raise ConfigError(
                 f"{folder}: has no tokenizer.json{only}: save the tokenizer in its fast form first"
             )
-        file = _read_parts(path)
-        self.rule = parse_decoder(file.decoder, str(path))
-        self._tokenizer = _load(path)
+        text = read_text(path, 4 * MAX_JSON_BYTES)
+        self.rule = parse_decoder(_parse_parts(text, path).decoder, str(path))
+        self._tokenizer = _load(text, path)
         tokens = read_special_tokens(folder, self._tokenizer.get_added_tokens_decoder())
         self._special_texts = add_special_tokens(self._tokenizer, tokens, str(folder))
         added = self._tokenizer.get_added_tokens_decoder()
@@ -122,6 +124,7 @@ class CheckpointTokenizer(Tokenizer):
         self.special_tokens = tokens.texts()
         eos = self._tokenizer.token_to_id(self.special_tokens.get("eos_token", ""))
         self.eos_token_ids = () if eos is None else (eos,)
+        self.digest = _digest(text, tokens, added)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return list(self._encoding(text, add_special_tokens).ids)
@@ -167,6 +170,7 @@ class ByteTokenizer(Tokenizer):
     """
 
     rule = DecodeRule(byte_level=True)
+    digest = "bytes"
     NAMED = ("<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>")
 
     def __init__(self, vocab_size: int) -> None:
@@ -231,19 +235,26 @@ class _TokenizerFile(msgspec.Struct):
     decoder: dict[str, Any] | None = None
 
 
-def _read_parts(path: Path) -> _TokenizerFile:
-    text = read_text(path, 4 * MAX_JSON_BYTES)
+def _parse_parts(text: str, path: Path) -> _TokenizerFile:
     try:
         return msgspec.json.decode(text, type=_TokenizerFile)
     except (msgspec.DecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: not a tokenizer's JSON ({error})") from error
 
 
-def _load(path: Path) -> Any:  # noqa: ANN401 - untyped library
+def _load(text: str, path: Path) -> Any:  # noqa: ANN401 - untyped library
     try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        tokenizer = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises nothing narrower
         raise ConfigError(f"{path}: the tokenizers library cannot read it ({error})") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def _digest(text: str, tokens: SpecialTokens, added: Mapping[int, Any]) -> str:
+    """Of tokenizer.json, and of what the other files have added to it."""
+    digest = hashlib.blake2b(text.encode(), digest_size=16)
+    more = [tokens.texts(), tokens.splits_special, {str(i): repr(added[i]) for i in sorted(added)}]
+    digest.update(msgspec.json.encode(more, order="sorted"))
+    return digest.hexdigest()

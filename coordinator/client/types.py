@@ -69,6 +69,13 @@ class DocumentUsage(msgspec.Struct, frozen=True):
     cache_read_tokens: int = 0
 
 
+class Mismatch(msgspec.Struct, frozen=True):
+    """What is served otherwise than when a document was made."""
+
+    reason: str
+    message: str = ""
+
+
 class Document(msgspec.Struct, frozen=True):
     """A document, and the job that makes it."""
 
@@ -92,6 +99,7 @@ class Document(msgspec.Struct, frozen=True):
     usage: DocumentUsage = DocumentUsage()
     ready_at: int | None = None
     error: ErrorInfo | None = None
+    mismatch: Mismatch | None = None  # of status "mismatched"
 
     @property
     def is_pending(self) -> bool:
@@ -101,7 +109,7 @@ class Document(msgspec.Struct, frozen=True):
     @property
     def is_usable(self) -> bool:
         """A question may name it; what is missing of it, if it is not ready, is computed anew."""
-        return self.status in ("ready", "evicted", "damaged")
+        return self.status in ("ready", "mismatched", "evicted", "damaged")
 
     @property
     def fraction_done(self) -> float:

@@ -30,9 +30,10 @@ from coordinator.jobs.files import SCHEMA as FILE_SCHEMA
 from coordinator.jobs.files import Files
 from coordinator.jobs.gate import SCHEMA as GATE_SCHEMA
 from coordinator.jobs.gate import Budget, Gate
+from coordinator.jobs.identity import ModelFacts
 from coordinator.jobs.ingestor import Ingestor
 from coordinator.jobs.keeper import Keeper
-from coordinator.jobs.library import Library, ModelFacts
+from coordinator.jobs.library import Library
 from coordinator.jobs.marks import Marks, boot_id
 from coordinator.jobs.pins import PinPolicy
 from coordinator.jobs.preparing import Preparing
@@ -41,6 +42,7 @@ from coordinator.jobs.quotas import Quota
 from coordinator.jobs.runner import Runner
 from coordinator.jobs.storage import Storage
 from coordinator.text.tasks import Workers
+from coordinator.tokenizing import TextIdentity
 from modeling.config import ModelConfig
 from protocol.errors import RequestError
 from protocol.folders import temporary_folder
@@ -61,6 +63,7 @@ class Surroundings:
 
     config: CoordinatorConfig
     model: ModelConfig
+    text: TextIdentity
     workers: Workers
     ingestor: Ingestor
     max_model_len: Callable[[], int]  # of a request, now
@@ -132,7 +135,13 @@ class Jobs:
         def max_tokens() -> int:
             return min(ingestor.max_tokens(), max_model_len() - ROOM_TO_ASK)
 
-        facts = ModelFacts(config.model_name, model.fingerprint, config.block_size)
+        facts = ModelFacts(
+            name=config.model_name,
+            fingerprint=model.fingerprint,
+            block_size=config.block_size,
+            kv_dtype=config.kv_dtype or model.dtype,
+            text=surroundings.text,
+        )
         num_prefill_pools = sum(pool.role == "prefill" for pool in config.pools)
         files = DocumentFiles(self.folder / "documents", places)
         library = Library(files, surroundings.workers, facts)

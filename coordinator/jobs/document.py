@@ -110,6 +110,10 @@ class Document(msgspec.Struct, frozen=True, omit_defaults=True):
     compute_s: float = 0.0
     ready_at: float | None = None
     error: Failure | None = None
+    kv_dtype: str = ""  # that its KV was kept in
+    tokenizer: str = ""  # digest of what made its tokens; "" of token ids, which nothing has made
+    template: str = ""  # the same, of what has shown it
+    shown: str = ""  # digest of the template's text up to the document's end; of form chat
 
     @property
     def state(self) -> State:
@@ -231,6 +235,7 @@ def describe(
         },
         "ready_at": None if document.ready_at is None else int(document.ready_at),
         "error": None if document.error is None else describe_failure(document.error),
+        "mismatch": None,
     }
 
 

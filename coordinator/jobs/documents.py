@@ -32,13 +32,14 @@ from coordinator.jobs.document_sizes import check_size
 from coordinator.jobs.document_table import DocumentTable, Idempotency
 from coordinator.jobs.events import WrittenEvent
 from coordinator.jobs.gate import Gate
+from coordinator.jobs.identity import MISMATCHED, explain
 from coordinator.jobs.ingestor import Ingestor, IngestRequest
 from coordinator.jobs.keeper import Keeper
 from coordinator.jobs.library import Library
 from coordinator.jobs.pins import Pinned, PinPolicy
 from coordinator.jobs.runner import Runner
 from coordinator.jobs.space import check_space
-from coordinator.jobs.states import FINAL, PENDING, Step
+from coordinator.jobs.states import FINAL, PENDING, State, Step
 from coordinator.jobs.suspects import DOCUMENT, Name
 from coordinator.jobs.watchers import Watchers
 from coordinator.tokenizing import Prompt
@@ -162,6 +163,7 @@ class Documents:
             document,
             num_tokens=len(prompt.token_ids),
             block_size=self.library.facts.block_size,
+            kv_dtype=self.library.facts.kv_dtype,
             first_hash=prompt.block_hashes[0].hex() if prompt.block_hashes else "",
         )
 
@@ -214,7 +216,7 @@ class Documents:
     async def describe(self, document: Document) -> dict[str, Any]:
         """All about a document, with where its blocks lie."""
         residency: list[dict[str, Any]] = []
-        if self.library.has_tokens(document) and document.num_blocks:
+        if self.library.is_current(document) and document.num_blocks:
             prompt = await self.library.prompt(document)
             residency = [
                 {
@@ -229,7 +231,12 @@ class Documents:
     def summarise(self, document: Document) -> dict[str, Any]:
         """What the database knows of a document, and how it stands if it is being made."""
         live = self.runner.live(document.document_id)
-        return describe(document, self.limits.segment_tokens, live)
+        told = describe(document, self.limits.segment_tokens, live)
+        reason = self.library.mismatch(document)
+        if reason is None or document.state is not State.READY:
+            return told
+        message = explain(document, reason, self.library.facts)
+        return {**told, "status": MISMATCHED, "mismatch": {"reason": reason, "message": message}}
 
     async def events(
         self, document_id: str, starting_after: int
@@ -273,11 +280,13 @@ class Documents:
     async def rewarm(self, tenant: str, document_id: str) -> Document:
         """Bring an evicted document back, and a ready one into a decode pool's memory.
 
+        One that was made otherwise than the model is served now is made anew.
+
         Raises:
             RequestError: ``not_rewarmable``: it is neither.
         """
         document = await self.get(tenant, document_id)
-        if document.status != "ready":
+        if document.state is not State.READY or not self.library.is_current(document):
             return await self._queue(tenant, document_id, Step.REWARM, "not_rewarmable")
         prompt = await self.library.prompt(document)
         await self._ingestor.warm(

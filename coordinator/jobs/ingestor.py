@@ -22,6 +22,7 @@ TRY_AGAIN = frozenset(
         "handoff_failed",
         "stale_target",
         "no_workers",
+        "model_files_changed",
         "overloaded",
         "too_many_requests",
         "stalled",

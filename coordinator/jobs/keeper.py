@@ -19,6 +19,7 @@ from coordinator.jobs.document import Change, Document, Event, Pin, stepped
 from coordinator.jobs.document_files import DocumentFiles
 from coordinator.jobs.document_table import DocumentTable
 from coordinator.jobs.gate import Gate
+from coordinator.jobs.identity import DTYPE_CHANGED
 from coordinator.jobs.ingestor import Ingestor
 from coordinator.jobs.library import Library
 from coordinator.jobs.runner import Runner
@@ -71,13 +72,9 @@ class Keeper:
         self._wakeup.set()
 
     async def recover(self) -> None:
-        """After a start: strangers' files and other models' KV are given up."""
+        """After a start: strangers' files are given up."""
         known = await self._table.ids()
         await asyncio.to_thread(self._files.sweep, known)
-        for document in await self._table.with_states(frozenset({State.READY})):
-            with _contained(document):
-                if not self._library.is_current(document):
-                    await self._evict(document, "model_changed")
         self.recovered.set()
 
     async def wait_recovered(self) -> None:
@@ -123,7 +120,7 @@ class Keeper:
 
     async def tell_pin(self, document: Document) -> None:
         """The ingestor keeps what the document's pin says, from now on."""
-        if not document.pin.is_set or not self._library.has_tokens(document):
+        if not document.pin.is_set or not self._library.is_current(document):
             self._ingestor.unpin(document.document_id)
             return
         prompt = await self._library.prompt(document)
@@ -166,14 +163,21 @@ class Keeper:
                 await work(document)
 
     async def check_blocks(self, document: Document) -> Document:
-        """The document, evicted or damaged if blocks of it are gone."""
+        """The document, evicted or damaged if blocks of it are gone.
+
+        What was made otherwise than the model is served now is left as it is: its blocks cannot be
+        seen, and may be there when it is served as before.
+        """
         if document.state is not State.READY or not self._ingestor.is_ready:
             return document
-        if not self._library.is_current(document):
-            return await self._evict(document, "model_changed")
+        reason = self._library.mismatch(document)
+        if reason not in (None, DTYPE_CHANGED):
+            return document
         prompt = await self._library.prompt(document)
         num_stored = self._ingestor.num_stored_blocks(prompt.block_hashes)
         if num_stored >= len(prompt.block_hashes):
+            return document if reason is None else await self._adopt(document)
+        if reason is not None:
             return document
         missed = (len(prompt.block_hashes) - num_stored) * self._library.facts.block_size
         if self._ingestor.has_damaged(prompt.block_hashes[num_stored:]):
@@ -182,6 +186,15 @@ class Keeper:
         _log.info("%s: %d tokens were evicted", document.document_id, missed)
         reason = "expired" if document.pin.has_expired else "evicted"
         return await self._evict(document, reason, missed_tokens=missed)
+
+    async def _adopt(self, document: Document) -> Document:
+        """All of it is stored in the dtype that is served, too: it was made in that one before."""
+        dtype = self._library.facts.kv_dtype
+
+        def work(found: Document) -> Change:
+            return Change(msgspec.structs.replace(found, kv_dtype=dtype))
+
+        return await self._change(document.document_id, work) or document
 
     async def _evict(self, document: Document, reason: str, **more: int) -> Document:
         warning = Event("warning", {"code": reason, "message": "its KV has gone", **more})

@@ -11,15 +11,9 @@ from dataclasses import dataclass
 
 from coordinator.jobs.document import Document
 from coordinator.jobs.document_files import TOKENS, DocumentFiles
+from coordinator.jobs.identity import MODEL_CHANGED, OF_TOKENS, ModelFacts, mismatch
 from coordinator.text.packing import unpacked
-from coordinator.text.tasks import (
-    CompareForms,
-    EncodeDocument,
-    LoadDocument,
-    PackedPrompt,
-    Same,
-    Workers,
-)
+from coordinator.text.tasks import Encoded, EncodeDocument, LoadDocument, PackedPrompt, Workers
 from coordinator.tokenizing import Prompt
 from protocol.errors import RequestError
 
@@ -27,12 +21,12 @@ MAX_KEPT_TOKENS = 2 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class ModelFacts:
-    """The model that is served now."""
+class Encoding:
+    """A document's tokens; what the model's template has shown, and what that varies with."""
 
-    name: str
-    fingerprint: str
-    block_size: int
+    prompt: Prompt
+    shown: str
+    varies_with: tuple[str, ...] = ()
 
 
 class Library:
@@ -51,15 +45,22 @@ class Library:
         self._workers = workers
         self._kept: OrderedDict[str, Prompt] = OrderedDict()
 
+    def mismatch(self, document: Document) -> str | None:
+        """What is served otherwise than when its KV was made: a reason of identity.py."""
+        return mismatch(document, self.facts) if document.num_tokens else None
+
+    def has_tokens(self, document: Document) -> bool:
+        """Whether its tokens are what would be made of it now, and need not be made."""
+        if not document.num_tokens or self.mismatch(document) in OF_TOKENS:
+            return False
+        return self._files.has(document.document_id, TOKENS)
+
     def is_current(self, document: Document) -> bool:
-        """Whether its tokens are those of the model that is served."""
-        return document.num_tokens > 0 and (
-            (document.fingerprint, document.block_size)
-            == (self.facts.fingerprint, self.facts.block_size)
-        )
+        """Whether it is prepared: its KV is of use as the model is served now, if it is stored."""
+        return self.mismatch(document) is None and self.has_tokens(document)
 
     async def prompt(self, document: Document) -> Prompt:
-        """Tokens and hashes of a document whose tokens are current.
+        """Tokens of a document that has them, and their hashes as blocks are now.
 
         Raises:
             RequestError: ``document_damaged``.
@@ -68,36 +69,29 @@ class Library:
         if kept is not None:
             self._kept.move_to_end(document.document_id)
             return kept
-        return await self._made(document, LoadDocument(self._folder, document))
+        found = await self._workers.run(document.tenant, LoadDocument(self._folder, document))
+        assert isinstance(found, PackedPrompt), found
+        prompt = unpacked(found)
+        self.keep(document.document_id, prompt)
+        return prompt
 
-    async def encode(self, document: Document, max_tokens: int) -> Prompt:
+    async def encode(self, document: Document, max_tokens: int) -> Encoding:
         """Make the tokens of a document from its text, and keep them on the disk.
 
         Raises:
             RequestError: it has no tokens, too many, or is of another model's.
         """
-        if document.kind == "token_ids":
-            if document.fingerprint and document.fingerprint != self.facts.fingerprint:
-                raise model_changed()
-            return await self._made(document, LoadDocument(self._folder, document))
-        prompt = await self._made(document, EncodeDocument(self._folder, document, max_tokens))
-        packed = prompt.token_ids
-        await finished(self._files.write_tokens, document.document_id, packed)
-        return prompt
-
-    async def is_same(self, document: Document, form: str) -> bool:
-        """Whether a document has the same tokens in that form, too."""
-        task = CompareForms(self._folder, document, form)
+        if document.kind == "token_ids" and mismatch(document, self.facts) == MODEL_CHANGED:
+            raise model_changed()
+        if document.kind == "token_ids" or self.has_tokens(document):
+            return Encoding(await self.prompt(document), document.shown)
+        task = EncodeDocument(self._folder, document, max_tokens)
         found = await self._workers.run(document.tenant, task)
-        assert isinstance(found, Same), found
-        return found.is_same
-
-    async def _made(self, document: Document, task: LoadDocument | EncodeDocument) -> Prompt:
-        found = await self._workers.run(document.tenant, task)
-        assert isinstance(found, PackedPrompt), found
-        prompt = unpacked(found)
+        assert isinstance(found, Encoded), found
+        prompt = unpacked(found.prompt)
+        await finished(self._files.write_tokens, document.document_id, prompt.token_ids)
         self.keep(document.document_id, prompt)
-        return prompt
+        return Encoding(prompt, found.shown, found.varies_with)
 
     def is_at_hand(self, document: Document) -> bool:
         """Whether nothing is read or made for ``prompt``."""
@@ -114,10 +108,6 @@ class Library:
         while total > MAX_KEPT_TOKENS and len(self._kept) > 1:
             _, dropped = self._kept.popitem(last=False)
             total -= len(dropped.token_ids)
-
-    def has_tokens(self, document: Document) -> bool:
-        """Whether its tokens need not be made anew."""
-        return self.is_current(document) and self._files.has(document.document_id, TOKENS)
 
 
 async def finished(work: Callable[..., None], *arguments: object) -> None:

@@ -56,12 +56,17 @@ class Preparing:
         Raises:
             RequestError: it has none that can be computed.
         """
-        if self.library.has_tokens(document):
+        if self.library.is_current(document):
             check_size(document.num_tokens, self._max_tokens())
             return document
         if document.kind == "file" and not self._files.has(document.document_id, TEXT):
             await self._parse(document)
-        prompt = await self.library.encode(document, self._max_tokens())
+        if document.num_tokens and not self.library.has_tokens(document):
+            # Whoever dies before the record says whose the tokens are that are written next must
+            # not find them under the name of those before.
+            document = await self._table.change(document.document_id, _without_tokens)
+        encoding = await self.library.encode(document, self._max_tokens())
+        prompt = encoding.prompt
         self._files.remove(document.document_id, SOURCE)
         facts = self.library.facts
         values = {
@@ -70,9 +75,15 @@ class Preparing:
             "block_size": facts.block_size,
             "num_tokens": len(prompt.token_ids),
             "first_hash": prompt.block_hashes[0].hex() if prompt.block_hashes else "",
+            "kv_dtype": facts.kv_dtype,
+            "tokenizer": "" if document.kind == "token_ids" else facts.text.tokenizer,
+            "template": facts.text.template if encoding.shown else "",
+            "shown": encoding.shown,
         }
+        events = tuple(_varies(what) for what in encoding.varies_with)
         return await self._table.change(
-            document.document_id, lambda found: Change(msgspec.structs.replace(found, **values))
+            document.document_id,
+            lambda found: Change(msgspec.structs.replace(found, **values), events),
         )
 
     async def _parse(self, document: Document) -> None:
@@ -99,6 +110,21 @@ class Preparing:
                         param="source",
                         status=422,
                     ) from error
+
+
+def _without_tokens(document: Document) -> Change:
+    if document.kind == "token_ids":
+        return Change(document)
+    return Change(msgspec.structs.replace(document, num_tokens=0, first_hash=""))
+
+
+def _varies(what: str) -> Event:
+    message = (
+        f"the model's chat template shows the text up to the document's end otherwise depending on "
+        f"{what}: a question for which it differs from that of the ingestion is computed from the "
+        f"document's text, and says prefix_changed"
+    )
+    return Event("warning", {"code": "varying_prefix", "message": message})
 
 
 def _doubted(warnings: Sequence[str]) -> Callable[[Document], Change]:

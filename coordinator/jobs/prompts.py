@@ -1,16 +1,16 @@
 """The prompt of a request that begins with a document; made where texts become tokens.
 
-It begins with the document's own tokens, or, when the document was ingested in another form or for
-another model, everything is encoded anew. ``Attached`` then compares what was found in the caches
-with what was promised.
+It begins with the document's own tokens. When they were made in another form, by another tokenizer
+or template, or of another text in front of the document, everything is encoded anew. ``Attached``
+then compares what was found in the caches with what was promised.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from coordinator.jobs.canonical import encode_before, encode_rest, first_user, joined
-from coordinator.jobs.document import Document
+from coordinator.jobs.canonical import first_user, joined, show
+from coordinator.jobs.document import CHAT, TEXT, Document
 from coordinator.tokenizing import TextTools
 from modeling.chat_template import encode_chat
 from protocol.errors import RequestError
@@ -31,8 +31,12 @@ class Attached:
     def salted(self, salt: str, *, is_own: bool) -> tuple[str, "Attached"]:
         """The salt of a prompt's hashes: the document's, unless the caller brings its own."""
         if is_own and salt != self.cache_salt:
-            return salt, replace(self, missing=self.missing or PREFIX_CHANGED)
+            return salt, self.missed(PREFIX_CHANGED)
         return self.cache_salt, self
+
+    def missed(self, reason: str) -> "Attached":
+        """Why none of it can be found, unless a reason is known already."""
+        return replace(self, missing=self.missing or reason)
 
     def cache_miss(self, num_cached: int, *, is_retried: bool) -> dict[str, Any] | None:
         """What to tell the caller of a prompt of which ``num_cached`` tokens were found."""
@@ -45,59 +49,98 @@ class Attached:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A document that a prompt may begin with: its tokens, if ``uses_tokens``, else its text.
+    """A document that a prompt may begin with; its files are in ``folder``, for a text worker.
 
-    They are in ``folder``, for a text worker to read.
+    ``has_tokens`` says whether its tokens are what the model's tokenizer and template make now.
     """
 
     folder: str
     document: Document
     attached: Attached
-    uses_tokens: bool
+    has_tokens: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """Of an opened document: either its tokens or its text."""
+    """Of an opened document, read when they are asked for."""
 
-    token_ids: Sequence[int] = ()
-    text: str | None = None
+    tokens: Callable[[], Sequence[int]]
+    text: Callable[[], str]
 
 
-def chat_tokens(
-    tools: TextTools,
-    attached: Attached,
-    contents: Contents,
-    messages: Sequence[Mapping[str, Any]],
-) -> list[int]:
-    """The prompt of a conversation in whose first user message the document stands first.
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """How a prompt begins, or all of it, and what is told of the document then."""
+
+    token_ids: Sequence[int]
+    attached: Attached
+
+
+def chat_prompt(
+    tools: TextTools, opened: Opened, contents: Contents, messages: Sequence[Mapping[str, Any]]
+) -> Beginning:
+    """The whole prompt of a conversation in whose first user message the document stands first.
+
+    It begins with the tokens that are stored if what stands there now is what they were made of;
+    else everything is encoded from the document's text.
 
     Args:
         tools: of the model.
-        attached: the document, opened for form ``chat``.
+        opened: the document.
         contents: of it.
         messages: without the document.
+
+    Raises:
+        RequestError: the template cannot show it, or the document cannot be read.
     """
-    if contents.text is None:
-        before = encode_before(tools, messages) if attached.missing else []
-        return [*before, *contents.token_ids, *encode_rest(tools, messages)]
+    document, attached = opened.document, opened.attached
+    if document.kind == "token_ids":  # of form chat they begin as a prompt of the model's does
+        shown = show(tools, "", messages)
+        is_same = document.form == CHAT
+        before = [] if is_same else shown.encode_head()
+        token_ids = [*before, *contents.tokens(), *shown.encode_rest()]
+        return Beginning(token_ids, attached if is_same else attached.missed(PREFIX_CHANGED))
+    text = contents.text()
+    shown = show(tools, text, messages)
+    if opened.has_tokens and document.form == CHAT:
+        stored = contents.tokens() if shown.digest == document.shown else None
+    else:
+        head = shown.encode_head()
+        stored = head if opened.has_tokens and head == list(contents.tokens()) else None
+    if stored is not None:
+        return Beginning([*stored, *shown.encode_rest()], attached)
     place = first_user(messages)
     assert place is not None, "checked when the document was found in the message"
-    shown = [dict(message) for message in messages]
-    shown[place]["content"] = joined(contents.text, shown[place]["content"])
-    return encode_chat(tools.chat_template, tools.tokenizer, shown)
+    whole = [dict(message) for message in messages]
+    whole[place]["content"] = joined(text, whole[place]["content"])
+    token_ids = encode_chat(tools.chat_template, tools.tokenizer, whole)
+    return Beginning(token_ids, attached.missed(PREFIX_CHANGED))
+
+
+def completion_beginning(tools: TextTools, opened: Opened, contents: Contents) -> Beginning:
+    """What the prompts of a completion go on behind.
+
+    Raises:
+        RequestError: the document cannot be read.
+    """
+    document, attached = opened.document, opened.attached
+    if document.kind == "token_ids":
+        return Beginning(contents.tokens(), attached)
+    if opened.has_tokens and document.form == TEXT:
+        return Beginning(contents.tokens(), attached)
+    token_ids = tools.tokenizer.encode(contents.text())
+    is_same = opened.has_tokens and token_ids == list(contents.tokens())
+    return Beginning(token_ids, attached if is_same else attached.missed(PREFIX_CHANGED))
 
 
 def completion_tokens(
-    tools: TextTools, contents: Contents, prompt: str | Sequence[int]
+    tools: TextTools, beginning: Sequence[int], prompt: str | Sequence[int]
 ) -> list[int]:
     """The prompt of a completion that goes on behind the document."""
     rest = prompt
     if isinstance(rest, str):
         rest = tools.tokenizer.encode(rest, add_special_tokens=False) if rest else []
-    if contents.text is None:
-        return [*contents.token_ids, *rest]
-    return [*tools.tokenizer.encode(contents.text), *rest]
+    return [*beginning, *rest]
 
 
 def check_system(document: Document, messages: Sequence[Mapping[str, Any]], param: str) -> None:

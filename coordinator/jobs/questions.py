@@ -5,13 +5,13 @@ How its prompt is made then, and what is told of a miss, is in prompts.py.
 
 from coordinator.jobs.document import TEXT, Document
 from coordinator.jobs.documents import Documents
+from coordinator.jobs.identity import MODEL_CHANGED, OF_TOKENS
 from coordinator.jobs.library import model_changed
-from coordinator.jobs.prompts import PREFIX_CHANGED, Attached, Opened
+from coordinator.jobs.prompts import Attached, Opened
 from coordinator.jobs.states import PENDING, USABLE, State
 from protocol.errors import RequestError
 
-MODEL_CHANGED, EVICTED, EXPIRED = "model_changed", "evicted", "expired"
-DAMAGED = "damaged"
+EVICTED, EXPIRED, DAMAGED = "evicted", "expired", "damaged"
 
 
 class Questions:
@@ -42,30 +42,22 @@ class Questions:
                 code="document_form",
                 param=param,
             )
-        is_current = self._documents.library.has_tokens(document)
-        missing = None if is_current else MODEL_CHANGED
-        if is_current and document.form != form and not await self._is_same(document, form):
-            missing = PREFIX_CHANGED
+        library = self._documents.library
+        block_size = library.facts.block_size  # of what can be found now
         document = await self._documents.keeper.check_blocks(document)
+        missing = library.mismatch(document)
+        if document.kind == "token_ids" and missing == MODEL_CHANGED:
+            raise model_changed()
         attached = Attached(
             document_id=document.document_id,
             cache_salt=document.cache_salt,
-            num_promised=document.num_promised,
+            num_promised=document.num_tokens // block_size * block_size,
             likely=_likely(document),
             missing=missing,
         )
         await self._documents.touch(document)
-        is_of_ids = document.kind == "token_ids"
-        if is_of_ids and missing == MODEL_CHANGED:
-            raise model_changed()
-        uses_tokens = missing is None or (is_of_ids and missing == PREFIX_CHANGED)
-        return Opened(str(self._documents.folder), document, attached, uses_tokens)
-
-    async def _is_same(self, document: Document, form: str) -> bool:
-        """Whether both forms give the same tokens: where a template shows a message as it is."""
-        if document.kind == "token_ids":
-            return form == TEXT  # in a completion they are taken as they are
-        return await self._documents.library.is_same(document, form)
+        has_tokens = missing not in OF_TOKENS
+        return Opened(str(self._documents.folder), document, attached, has_tokens)
 
 
 def _likely(document: Document) -> str:

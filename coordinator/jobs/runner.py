@@ -202,7 +202,7 @@ class Runner:
 
     async def _make(self, document: Document) -> None:
         document_id, order = document.document_id, (-document.priority, document.created_at)
-        if self._preparing.library.has_tokens(document):
+        if self._preparing.library.is_current(document):
             document = await self._prepare(document)
         else:
             work = Work(DOCUMENT, document_id, READING)

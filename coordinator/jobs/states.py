@@ -2,6 +2,7 @@
 
 QUEUED --start--> TOKENIZING --tokenized--> PREFILLING --computed--> STORING --stored--> READY
 READY --evict--> EVICTED --rewarm--> QUEUED; READY --damage--> DAMAGED --rewarm--> QUEUED.
+READY --rewarm--> QUEUED: what was made for another model, or stored otherwise, is made anew.
 What cannot go on for now is queued again.
 An end may come at any time: FAILED and CANCELLED may be resumed, EXPIRED may not. What has ended
 the process that worked on it, or read it, is set aside: it has FAILED, from wherever it was.
@@ -58,6 +59,7 @@ TABLE: dict[tuple[State, Step], State] = {
     (State.STORING, Step.REQUEUE): State.QUEUED,
     (State.READY, Step.EVICT): State.EVICTED,
     (State.EVICTED, Step.REWARM): State.QUEUED,
+    (State.READY, Step.REWARM): State.QUEUED,  # as it was made it is of no use now
     (State.READY, Step.DAMAGE): State.DAMAGED,
     (State.DAMAGED, Step.REWARM): State.QUEUED,
     (State.FAILED, Step.RESUME): State.QUEUED,

@@ -3,19 +3,17 @@
 The template is code that came with the checkpoint: it runs here, in a text worker, only.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
 from coordinator.auth import Tenant
 from coordinator.config import Limits
-from coordinator.jobs.prompts import Contents, Opened, chat_tokens, check_system
+from coordinator.jobs.prompts import Contents, Opened, chat_prompt, check_system
 from coordinator.parameters import read_options
 from coordinator.schemas import ChatBody, validate
-from coordinator.text.reading import Reading
+from coordinator.text.reading import Encoder, Reading
 from coordinator.text.tasks import NeedsDocument, Prepared, Stage
-from coordinator.tokenizing import TextTools
 from modeling.chat_template import RenderedChat
 from protocol.errors import RequestError
 
@@ -30,7 +28,7 @@ def read_chat(
     tenant: Tenant,
     fields: dict[str, Any],
     opened: Opened | None,
-    contents: Callable[[], Contents],
+    contents: Contents | None,
 ) -> Prepared | NeedsDocument:
     """The request that ``fields`` ask for; what it names first, if that has not been opened.
 
@@ -57,18 +55,15 @@ def read_chat(
     messages = read_messages(reading, given)
     if document_id is not None and opened is None:
         return NeedsDocument(document_id)
-    attached = None if opened is None else opened.attached
-    document = None if opened is None else contents()
-    if opened is not None:
+    if opened is None or contents is None:
+        encoders: list[Encoder] = [lambda _tools: encode_messages(reading, messages)]
+        prepared = reading.prepare(options, tenant, encoders, MESSAGES, None)
+    else:
         check_system(opened.document, messages, MESSAGES)
-
-    def encode(tools: TextTools) -> list[int]:
-        if attached is None or document is None:
-            return encode_messages(reading, messages)
-        reading.enter(Stage.ENCODING, _size(messages) + len(document.text or ""))
-        return chat_tokens(tools, attached, document, messages)
-
-    prepared = reading.prepare(options, tenant, [encode], MESSAGES, attached)
+        reading.enter(Stage.ENCODING, _size(messages))
+        made = chat_prompt(reading.tools, opened, contents, messages)
+        encoders = [lambda _tools: made.token_ids]
+        prepared = reading.prepare(options, tenant, encoders, MESSAGES, made.attached)
     return msgspec.structs.replace(prepared, with_logprobs=bool(body.logprobs))
 
 

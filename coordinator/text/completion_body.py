@@ -4,13 +4,18 @@ OpenAI's four forms of a prompt: text, texts, token ids, lists of them; behind a
 request names one.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
 from coordinator.auth import Tenant
-from coordinator.jobs.prompts import Contents, Opened, completion_tokens
+from coordinator.jobs.prompts import (
+    Contents,
+    Opened,
+    completion_beginning,
+    completion_tokens,
+)
 from coordinator.parameters import read_options
 from coordinator.schemas import CompletionBody, validate
 from coordinator.text.reading import Encoder, Reading
@@ -26,7 +31,7 @@ def read_completion(
     tenant: Tenant,
     fields: dict[str, Any],
     opened: Opened | None,
-    contents: Callable[[], Contents],
+    contents: Contents | None,
 ) -> Prepared | NeedsDocument:
     """The request that ``fields`` ask for; what it names first, if that has not been opened.
 
@@ -68,9 +73,10 @@ def read_completion(
     with_special = body.add_special_tokens is not False
     encoders = [_encoder(reading, prompt, with_special=with_special) for prompt in prompts]
     attached = None
-    if opened is not None:
-        document, attached = contents(), opened.attached
-        encoders = [_behind(document, prompt) for prompt in prompts]
+    if opened is not None and contents is not None:
+        beginning = completion_beginning(reading.tools, opened, contents)
+        attached = beginning.attached
+        encoders = [_behind(beginning.token_ids, prompt) for prompt in prompts]
     reading.enter(Stage.ENCODING, sum(map(len, prompts)))
     prepared = reading.prepare(options, tenant, encoders, "prompt", attached)
     echoed = [_text(reading, prompt.token_ids) for prompt in prepared.prompts] if body.echo else []
@@ -82,8 +88,8 @@ def _text(reading: Reading, packed: memoryview) -> str:
     return reading.tools.tokenizer.decode(TokenIds(packed))
 
 
-def _behind(document: Contents, prompt: str | list[Any]) -> Encoder:
-    return lambda tools: completion_tokens(tools, document, prompt)
+def _behind(beginning: Sequence[int], prompt: str | list[Any]) -> Encoder:
+    return lambda tools: completion_tokens(tools, beginning, prompt)
 
 
 def _prompts(reading: Reading, prompt: Any) -> list[str | list[Any]]:  # noqa: ANN401 - a caller's JSON value

@@ -18,6 +18,7 @@ from coordinator.jobs.document import Document
 from coordinator.jobs.document_table import Idempotency
 from coordinator.jobs.prompts import Attached, Opened
 from coordinator.parameters import Options
+from coordinator.tokenizing import TextIdentity
 from modeling.config import ModelConfig
 from protocol.request import SamplingParams
 
@@ -37,6 +38,7 @@ class Settings(msgspec.Struct, frozen=True):
     config: CoordinatorConfig  # without what is secret
     model: ModelConfig
     parent_pid: int
+    text: TextIdentity | None = None  # of the coordinator's own tools; None is not compared
 
 
 class _Message(msgspec.Struct, frozen=True, tag=True):
@@ -74,7 +76,7 @@ class ReadFields(_Message, frozen=True):
 
 
 class EncodeDocument(_Message, frozen=True):
-    """A document's text to tokens; answered by PackedPrompt."""
+    """A document's text to tokens; answered by Encoded."""
 
     folder: str
     document: Document
@@ -88,20 +90,20 @@ class LoadDocument(_Message, frozen=True):
     document: Document
 
 
-class CompareForms(_Message, frozen=True):
-    """Whether a document has the same tokens in another form; answered by Same."""
-
-    folder: str
-    document: Document
-    form: str
-
-
 class PackedPrompt(_Message, frozen=True):
     """Token ids as ``protocol.token_ids`` packs them; the hashes of full blocks in a row."""
 
     token_ids: memoryview
     block_hashes: memoryview
     json: memoryview = memoryview(b"null")  # the ids as an answer shows them, if it is to
+
+
+class Encoded(_Message, frozen=True):
+    """A document's tokens; see ``canonical.EncodedDocument``."""
+
+    prompt: PackedPrompt
+    shown: str
+    varies_with: tuple[str, ...]
 
 
 class Prepared(_Message, frozen=True):
@@ -182,10 +184,6 @@ class Fields(_Message, frozen=True):
     fields: msgspec.Raw
 
 
-class Same(_Message, frozen=True):
-    is_same: bool
-
-
 class Ready(_Message, frozen=True):
     """The first thing that a worker says."""
 
@@ -208,7 +206,6 @@ Task = (
     | ReadFields
     | EncodeDocument
     | LoadDocument
-    | CompareForms
     | ReadDocument
     | ReadLines
 )
@@ -218,7 +215,7 @@ Result = (
     | PackedPrompt
     | Json
     | Fields
-    | Same
+    | Encoded
     | Asked
     | NeedsFile
     | Lines

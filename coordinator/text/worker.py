@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import msgspec
 
 from coordinator.document_bodies import read_document
 from coordinator.jobs.batch_input import LineReader, request_of
-from coordinator.jobs.canonical import encode_document
+from coordinator.jobs.canonical import EncodedDocument, encode_document
 from coordinator.jobs.document import Document
 from coordinator.jobs.document_files import DocumentFiles
 from coordinator.jobs.document_sizes import check_size
@@ -36,7 +37,7 @@ from coordinator.text.frames import receive, send
 from coordinator.text.reading import Reading
 from coordinator.text.tasks import (
     Call,
-    CompareForms,
+    Encoded,
     EncodeDocument,
     Fields,
     Json,
@@ -53,7 +54,6 @@ from coordinator.text.tasks import (
     Ready,
     Refused,
     Result,
-    Same,
     Settings,
     Stage,
 )
@@ -83,11 +83,14 @@ class TextWorker:
         self._config = settings.config
         self._model = settings.model
         self._tools: TextTools = load_tools(settings.config)
+        self._is_edited = settings.text not in (None, self._tools.identity)
         self._enter = enter
         self._unknown_fields = UnknownFields()
 
     def do(self, call: Call, file: int | None) -> Result:
         """The answer to one task. Raises nothing: a bug of ours is one task's failure."""
+        if self._is_edited:
+            return _edited()
         try:
             self._enter(Stage.READING, call.size + len(call.inline))
             return self._result(call, file)
@@ -127,8 +130,10 @@ class TextWorker:
 
     def _result(self, call: Call, file: int | None) -> Result:
         match call.task:
-            case EncodeDocument() | LoadDocument() | CompareForms() as stored:
-                return self._of_document(stored)
+            case EncodeDocument(folder, document, max_tokens):
+                return self._encoded(DocumentFiles(Path(folder)), document, max_tokens)
+            case LoadDocument(folder, document):
+                return self._packed(document, self._loaded(DocumentFiles(Path(folder)), document))
             case ReadLines(endpoint):
                 assert file is not None, "a batch's input is a file"
                 return self._lines(endpoint, file)
@@ -137,7 +142,8 @@ class TextWorker:
             case ReadCompletion() | ReadChat() as task:
                 read = read_completion if isinstance(task, ReadCompletion) else read_chat
                 reading, opened = self._reading(task.max_model_len), task.opened
-                return read(reading, task.tenant, fields, opened, lambda: self._contents(opened))
+                contents = None if opened is None else self._contents(opened)
+                return read(reading, task.tenant, fields, opened, contents)
             case ReadTokenize(max_model_len):
                 return self._tokenize(self._reading(max_model_len), fields)
             case ReadDetokenize():
@@ -148,21 +154,6 @@ class TextWorker:
                 return read_document(self._reading(task.max_model_len), task, fields)
             case _:
                 return Fields(msgspec.Raw(msgspec.msgpack.encode(fields)))
-
-    def _of_document(self, task: EncodeDocument | LoadDocument | CompareForms) -> Result:
-        match task:
-            case EncodeDocument(folder, document, max_tokens):
-                token_ids = self._encoded(DocumentFiles(Path(folder)), document)
-                check_size(len(token_ids), max_tokens)
-                return self._packed(document, token_ids)
-            case LoadDocument(folder, document):
-                return self._packed(document, self._loaded(DocumentFiles(Path(folder)), document))
-            case CompareForms(folder, document, form):
-                files = DocumentFiles(Path(folder))
-                text = files.read_text(document.document_id)
-                self._enter(Stage.ENCODING, len(text))
-                token_ids = encode_document(self._tools, text, form, ())
-                return Same(token_ids == self._loaded(files, document))
 
     def _reading(self, max_model_len: int) -> Reading:
         return Reading(
@@ -221,18 +212,27 @@ class TextWorker:
 
     # -- documents ---------------------------------------------------------------------------------
 
-    def _contents(self, opened: Opened | None) -> Contents:
-        assert opened is not None, "asked for only with a document"
-        files = DocumentFiles(Path(opened.folder))
-        if opened.uses_tokens:
-            return Contents(token_ids=self._loaded(files, opened.document))
-        return Contents(text=files.read_text(opened.document.document_id))
+    def _contents(self, opened: Opened) -> Contents:
+        files, document = DocumentFiles(Path(opened.folder)), opened.document
 
-    def _encoded(self, files: DocumentFiles, document: Document) -> list[int]:
+        def text() -> str:
+            found = files.read_text(document.document_id)
+            self._enter(Stage.ENCODING, len(found))
+            return found
+
+        return Contents(lambda: self._loaded(files, document), text)
+
+    def _encoded(self, files: DocumentFiles, document: Document, max_tokens: int) -> Encoded:
+        encoded = self._encode(files, document)
+        check_size(len(encoded.token_ids), max_tokens)
+        packed = self._packed(document, encoded.token_ids)
+        return Encoded(packed, encoded.shown, encoded.varies_with)
+
+    def _encode(self, files: DocumentFiles, document: Document) -> EncodedDocument:
         text = files.read_text(document.document_id)
         self._enter(Stage.ENCODING, len(text))
         system = [{"role": m.role, "content": m.content} for m in document.system]
-        return encode_document(self._tools, text, document.form, system)
+        return encode_document(self._tools, text, document.form, system, datetime.now())
 
     def _loaded(self, files: DocumentFiles, document: Document) -> list[int]:
         try:
@@ -240,10 +240,24 @@ class TextWorker:
         except RequestError:
             if document.kind == "token_ids":
                 raise
-            return self._encoded(files, document)  # its text is there still, and gives the same
+            encoded = self._encode(files, document)  # its text is there still
+            if encoded.shown != document.shown:  # of another day: the hashes would be others
+                raise
+            return encoded.token_ids
 
     def _packed(self, document: Document, token_ids: list[int]) -> PackedPrompt:
         return self._reading(0).packed(token_ids, document.cache_salt)
+
+
+def _edited() -> Refused:
+    """This worker was started later than others, which have read other files than it has."""
+    return Refused(
+        "the model's tokenizer or chat template was edited after the server's start: start it anew",
+        "model_files_changed",
+        None,
+        503,
+        is_worn=True,  # the next one may find the files as they were
+    )
 
 
 def _read(file: int, offset: int, size: int) -> bytes:

@@ -19,7 +19,6 @@ from coordinator.text.fair_queue import FairQueue
 from coordinator.text.process import SILENCE_FACTOR, WorkerLost, WorkerProcess
 from coordinator.text.tasks import (
     Call,
-    CompareForms,
     EncodeDocument,
     LoadDocument,
     ReadLines,
@@ -36,7 +35,7 @@ SLOWEST_BYTES_PER_S = 64 << 10
 MAX_WAITING, MAX_TENANT_WAITING = 1024, 512  # tasks of one lane, but for small ones
 NUM_TRIES = 2  # of a task whose worker died
 BACKOFF_S, MAX_BACKOFF_S = 0.05, 5.0  # before a worker is started again; doubled each time
-_OF_DOCUMENTS = (EncodeDocument, LoadDocument, CompareForms, ReadLines)
+_OF_DOCUMENTS = (EncodeDocument, LoadDocument, ReadLines)
 
 _log = logging.getLogger(__name__)
 

@@ -77,8 +77,8 @@ def hello(pool: tuple[str, str, int, int], rank: int, config: ModelConfig, **cha
     pool_id, role, cp_size, tp_size = pool
     cp_rank, tp_rank = divmod(rank, tp_size)
     layout = KVLayout(
-        config.num_layers, 64, config.num_kv_heads, tp_rank, tp_size, BLOCK_SIZE, config.head_dim,
-        "float32",
+        config.num_layers, 64, config.num_kv_heads, tp_rank, tp_size,
+        changes.pop("block_size", BLOCK_SIZE), config.head_dim, "float32",
     )  # fmt: skip
     incarnation = changes.pop("incarnation", f"i{pool_id}{rank}")
     endpoint = RankEndpoint(rank, cp_rank, tp_rank, incarnation, "inproc://nowhere", layout)
@@ -134,6 +134,7 @@ class FakeCluster(threading.Thread):
     def __init__(self, control: str, pools: Sequence[tuple[str, str, int, int]] = POOLS) -> None:
         super().__init__(daemon=True)
         self.config = load_config(MODEL)
+        self.block_size = BLOCK_SIZE
         self.received: list[tuple[str, int, ToRank]] = []
         self.scripts: dict[tuple[int, ...], Script] = {}
         self.silent: set[str] = set()  # pools that are stopped: they neither hear nor speak
@@ -215,7 +216,7 @@ class FakeCluster(threading.Thread):
                 dealer = Dealer(self._context, self._control, f"{pool[0]}/{rank}/x")
                 self._ranks[pool[0], rank] = dealer
                 self._poller.add(dealer)
-                self.say(pool[0], hello(pool, rank, self.config), rank)
+                self.say(pool[0], hello(pool, rank, self.config, block_size=self.block_size), rank)
         next_beat = 0.0
         while not self._ended:
             self._poller.wait(0.2)
@@ -260,7 +261,7 @@ class FakeCluster(threading.Thread):
 
     def _hashes(self, message: Reserve | Prefill) -> list[bytes]:
         salt = block_salt(self.config.fingerprint, message.cache_salt)
-        return hash_blocks(message.prompt_token_ids, BLOCK_SIZE, salt)
+        return hash_blocks(message.prompt_token_ids, self.block_size, salt)
 
     def _num_cached(self, pool_id: str, message: Reserve | Prefill) -> int:
         num_blocks = 0
@@ -268,7 +269,8 @@ class FakeCluster(threading.Thread):
             if block_hash not in self.cache[pool_id]:
                 break
             num_blocks += 1
-        return min(num_blocks, (len(message.prompt_token_ids) - 1) // BLOCK_SIZE) * BLOCK_SIZE
+        most = (len(message.prompt_token_ids) - 1) // self.block_size
+        return min(num_blocks, most) * self.block_size
 
     def _on_reserve(self, pool_id: str, message: Reserve) -> None:
         job = Job(message, pool_id, num_sent=message.num_output_tokens, holders={pool_id})

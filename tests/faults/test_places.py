@@ -17,9 +17,11 @@ from coordinator.jobs.database import Database
 from coordinator.jobs.document import Document
 from coordinator.jobs.document_files import DocumentFiles
 from coordinator.jobs.files import BATCH, SCHEMA, Files, StoredFile
-from coordinator.jobs.library import Library, ModelFacts
+from coordinator.jobs.identity import ModelFacts
+from coordinator.jobs.library import Library
 from coordinator.text.in_process import InProcessWorkers
 from coordinator.text.tasks import Settings
+from coordinator.tokenizing import TextIdentity
 from kvcache.pool import KVPool
 from kvcache.tiers.files import PackFiles
 from modeling.config import load_config
@@ -118,7 +120,8 @@ def test_who_stops_an_encoding_finds_it_ended(tmp_path: Path) -> None:
         files.write("doc_a", "text", b"A text.")
         config = CoordinatorConfig("t", "arithmetic", (ExpectedPool("d", "decode", 1, 1),))
         workers = InProcessWorkers(Settings(config, load_config("arithmetic"), os.getpid()))
-        library = Library(files, workers, ModelFacts("arithmetic", "f", 4))
+        facts = ModelFacts("arithmetic", "f", 4, "float32", TextIdentity("", ""))
+        library = Library(files, workers, facts)
         document = Document("doc_a", "t", "salt", 0.0, "text", form="text")
         encoding = asyncio.create_task(library.encode(document, 100))
         async with asyncio.timeout(20):

@@ -148,11 +148,12 @@ class Life:
         ingestor = Poisoned(folder / "kv", model.fingerprint, BLOCK_SIZE, Places(config.failpoints))
         self._folder = folder
         workers = InProcessWorkers(Settings(config, model, os.getpid()))
+        tools = load_tools(config)
         if poison:
-            encode = load_tools(config).tokenizer.encode
-            ingestor.poison = tuple(encode(text_of(poison)))[:SEGMENT_TOKENS]
+            ingestor.poison = tuple(tools.tokenizer.encode(text_of(poison)))[:SEGMENT_TOKENS]
+        text, max_len = tools.identity, 1 << 20
         self.jobs = Jobs(
-            Surroundings(config, model, workers, ingestor, lambda: 1 << 20, min_free_bytes=1)
+            Surroundings(config, model, text, workers, ingestor, lambda: max_len, min_free_bytes=1)
         )
         self.jobs.attach(Lines(self.jobs.documents))
         self._asked: set[asyncio.Task[None]] = set()

@@ -107,6 +107,7 @@ class Running(threading.Thread):
     def _on_control(self, control: str, _url: str) -> None:
         self.fake = self._fakes(control, POOLS)
         self.fake.config = load_config(self._config.model)
+        self.fake.block_size = self._config.block_size
         self.ingestor.fake = self.fake
         self.fake.start()
 
@@ -254,11 +255,10 @@ def config_of(folder: Path, jobs: dict[str, Any], fields: dict[str, Any]) -> Coo
         pools=tuple(ExpectedPool(*pool) for pool in POOLS),
         control_listen=f"ipc://{folder}/c",
         port=0,
-        block_size=BLOCK_SIZE,
         max_model_len=4096,
         log_level="WARNING",
         jobs=JobLimits(**jobs),
-        **{"model": "arithmetic", **fields},
+        **{"model": "arithmetic", "block_size": BLOCK_SIZE, **fields},
     )
 
 

@@ -1,12 +1,13 @@
 """Requests that begin with a document."""
 
 import json
+from datetime import datetime
 from typing import Any
 
 import httpx
 import pytest
 
-from coordinator.jobs.canonical import apart, encode_document, encode_rest, joined
+from coordinator.jobs.canonical import apart, encode_document, joined, show
 from coordinator.jobs.questions import Attached
 from coordinator.tokenizing import TextTools
 from modeling.chat_template import ChatTemplate, encode_chat
@@ -15,6 +16,7 @@ from protocol.errors import RequestError
 
 TEXT = "Baton hands the KV cache over. " * 30
 BLOCK = 16
+NOW = datetime(2026, 11, 30, 12)
 
 
 def full_blocks(num_tokens: int) -> int:
@@ -227,7 +229,10 @@ def test_document_and_rest_are_the_whole_conversation(name: str, text: str) -> N
     template = ChatTemplate(TEMPLATES[name], name, tokenizer.special_tokens)
     tools = TextTools(tokenizer, template)
     question = {"role": "user", "content": "What does it say?"}
-    tokens = encode_document(tools, text, "chat", ()) + encode_rest(tools, [question])
+    made = encode_document(tools, text, "chat", (), NOW)
+    shown = show(tools, text, [question])
+    assert (made.shown, made.varies_with) == (shown.digest, ())
+    tokens = made.token_ids + shown.encode_rest()
     whole = [{"role": "user", "content": joined(text, question["content"])}]
     assert tokens == encode_chat(template, tokenizer, whole)
 
@@ -237,7 +242,7 @@ def test_a_template_that_hides_the_message() -> None:
     for source in ("{{ messages | length }}", "{{ messages[0]['content'] * 2 }}"):
         tools = TextTools(tokenizer, ChatTemplate(source, "odd", {}))
         with pytest.raises(RequestError) as caught:
-            encode_document(tools, "text", "chat", ())
+            encode_document(tools, "text", "chat", (), NOW)
         assert caught.value.code == "template_error"
 
 

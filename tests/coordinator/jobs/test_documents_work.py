@@ -202,7 +202,8 @@ def test_another_model(start_site: Any, tmp_path: Path, documents_vocabulary: An
     ingestor = v.FakeIngestor(v.BLOCK_SIZE, v.fingerprint_of(other["model"]))
     with start_site(tmp_path, ingestor=ingestor, **other) as site:
         found = site.get(text)
-        assert found["status"] == "evicted"
+        assert found["status"] == "mismatched"
+        assert found["mismatch"]["reason"] == "model_changed"
         answer = site.ask(text, "What?", return_token_ids=True)
         assert answer["cache_miss"]["reason"] == "model_changed"
         assert bytes(answer["choices"][0]["prompt_token_ids"]).startswith(b"user: Prefill")
