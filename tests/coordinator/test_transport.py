@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 BODY = json.dumps({"prompt": "x", "max_tokens": 1}).encode()
-HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
 
 
 @pytest.fixture
