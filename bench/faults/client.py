@@ -113,7 +113,7 @@ def _request(stream: Stream, salt: str | None) -> bytes:
 
 def _head(method: str, path: str, request_id: str, body: bytes = b"") -> bytes:
     head = (
-        f"{method} {path} HTTP/1.1\r\nhost: baton\r\nconnection: close\r\n"
+        f"{method} {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
         f"x-request-id: {request_id}\r\ncontent-type: application/json\r\n"
         f"content-length: {len(body)}\r\n\r\n"
     )

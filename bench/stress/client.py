@@ -52,7 +52,7 @@ def request_of_body(path: str, body: bytes, *, key: str = "") -> bytes:
     """A POST of what may not be JSON."""
     authorization = f"authorization: Bearer {key}\r\n" if key else ""
     head = (
-        f"POST {path} HTTP/1.1\r\nhost: baton\r\nconnection: close\r\n{authorization}"
+        f"POST {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n{authorization}"
         f"x-request-id: {uuid.uuid4().hex}\r\ncontent-type: application/json\r\n"
         f"content-length: {len(body)}\r\n\r\n"
     )

@@ -9,7 +9,7 @@ import pytest
 
 BODY = json.dumps({"prompt": [1, 2, 3], "max_tokens": 1}).encode()
 CHUNKED = b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)
-SECOND = b"GET /version HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+SECOND = b"GET /version HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 DEADLINE_S = 20.0
 
 
@@ -25,7 +25,7 @@ def exchange(url: str, request: bytes) -> bytes:
 
 
 def head(*lines: str, version: str = "1.1") -> bytes:
-    fixed = (f"POST /v1/completions HTTP/{version}", "Host: x", "Content-Type: application/json")
+    fixed = (f"POST /v1/completions HTTP/{version}", "Host: localhost", "Content-Type: application/json")
     return "\r\n".join([*fixed, *lines]).encode() + b"\r\n\r\n"
 
 

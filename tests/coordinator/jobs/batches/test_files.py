@@ -181,7 +181,7 @@ def test_json_keeps_its_own_limit(start_batches: Any, tmp_path: Path) -> None:
 def test_a_sender_that_goes_or_pauses_leaves_nothing(site: Any) -> None:
     before = site.stored()
     head = (
-        f"POST /v1/files HTTP/1.1\r\nHost: x\r\nContent-Type: {HEAD['content-type']}\r\n"
+        f"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Type: {HEAD['content-type']}\r\n"
         f"Content-Length: 3000000\r\n\r\n"
     ).encode()
     address = (site.http.base_url.host, site.http.base_url.port)
