@@ -25,7 +25,11 @@ def exchange(url: str, request: bytes) -> bytes:
 
 
 def head(*lines: str, version: str = "1.1") -> bytes:
-    fixed = (f"POST /v1/completions HTTP/{version}", "Host: localhost", "Content-Type: application/json")
+    fixed = (
+        f"POST /v1/completions HTTP/{version}",
+        "Host: [::1]",
+        "Content-Type: application/json",
+    )
     return "\r\n".join([*fixed, *lines]).encode() + b"\r\n\r\n"
 
 

@@ -222,7 +222,7 @@ def test_disconnect_reaches_every_pool(
     host, port = cluster.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as connection:
         connection.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+            b"POST /v1/completions HTTP/1.1\r\nHost: [::1]\r\nContent-Type: application/json\r\n"
             b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
         )
         job = cluster.fake.wait_for(
@@ -260,7 +260,7 @@ def test_a_reader_who_stops_is_cut_off(cluster: Any, helpers: Any) -> None:
         connection.settimeout(20)
         connection.connect((host, int(port)))
         connection.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+            b"POST /v1/completions HTTP/1.1\r\nHost: [::1]\r\nContent-Type: application/json\r\n"
             b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
         )
         reserves = cluster.fake.wait_for(

@@ -28,7 +28,7 @@ def test_who_leaves_in_the_middle_of_a_body_costs_one_line(
     for number, (path, content_type) in enumerate(routes, 1):
         body = PART if content_type is UPLOAD else b'{"model": '
         length = "Transfer-Encoding: chunked" if is_chunked else "Content-Length: 1000"
-        lines = (f"POST {path} HTTP/1.1", "Host: localhost", f"Content-Type: {content_type}", length)
+        lines = (f"POST {path} HTTP/1.1", "Host: [::1]", f"Content-Type: {content_type}", length)
         sent = b"%x\r\n%s\r\n" % (len(body), body) if is_chunked else body
         with socket.create_connection((address.hostname, address.port)) as connection:
             connection.sendall("\r\n".join(lines).encode() + b"\r\n\r\n" + sent)
