@@ -8,6 +8,7 @@ import logging
 import time
 from typing import Any
 
+import msgspec
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
@@ -93,11 +94,11 @@ def _add_generation(app: FastAPI, frontend: Frontend) -> None:
         return _model(frontend, name)
 
     @app.get("/v1/requests/{request_id}/timeline")
-    async def timeline(request: Request, request_id: str) -> dict[str, Any]:
+    async def timeline(request: Request, request_id: str) -> Response:
         trace = frontend.traces.find(request_id, request.scope[SCOPE_TENANT].name)
         if trace is None:
             raise RequestError("no such request", code="request_not_found", status=404)
-        return trace.describe()
+        return JsonBody(msgspec.json.encode(trace.describe()))
 
 
 def _model(frontend: Frontend, name: str) -> dict[str, Any]:

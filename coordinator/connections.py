@@ -46,6 +46,10 @@ class Connections(Generic[C]):
         return len(self._open)
 
     @property
+    def num_at_work(self) -> int:
+        return len(self._open) - len(self._idle)
+
+    @property
     def num_free(self) -> int:
         return self.max_open - len(self._open)
 

@@ -16,7 +16,7 @@ class Holding:
     Args:
         send: a message to a pool's leader.
         clock: monotonic seconds.
-        on_gone: told when nothing is kept of a request any more.
+        on_gone: told when nothing is kept of a request any more. ``tell_gone`` is told of which.
     """
 
     def __init__(
@@ -26,6 +26,7 @@ class Holding:
         on_gone: Callable[[float], None],
     ) -> None:
         self.records: dict[str, Record] = {}
+        self.tell_gone: Callable[[Record], None] = lambda _: None
         self._send = send
         self._clock = clock
         self._on_gone = on_gone
@@ -70,3 +71,4 @@ class Holding:
             record.timeline.mark(Event.RELEASED, now)
             del self.records[record.request_id], self._ending[record.request_id]
             self._on_gone(now)
+            self.tell_gone(record)

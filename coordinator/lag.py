@@ -1,8 +1,10 @@
 """How late the event loop runs, and a clock that leaves out the time in which it did not. Pure.
 
-A timer is due every ``INTERVAL_S``; how late it fires is the loop's lag. What a stalled loop was
-sent lies unread until it goes on, so that nobody's silence can be told from the loop's own: budgets
-for what others do are kept by ``observed``, which does not advance during a stall.
+A timer is due every ``INTERVAL_S``; how late it fires is the loop's lag. A machine that has no core
+to spare makes anybody late. What the process has computed meanwhile is its own part of a lag: its
+longest *step*, which holds on any machine. What a stalled loop was sent lies unread until it goes
+on, so that nobody's silence can be told from the loop's own: budgets for what others do are kept by
+``observed``, which does not advance during a stall.
 
 ::
 
@@ -14,10 +16,29 @@ for what others do are kept by ``observed``, which does not advance during a sta
 import math
 from collections import deque
 
-INTERVAL_S = 0.05
+INTERVAL_S = 0.01  # so much of a step may be what was computed before the timer was due
 TOLERANCE_S = 0.5  # of a lag, up to which the clock goes on: what a busy machine does to anybody
 STALL_S = 0.02  # a later timer counts as a stall
 WINDOW_S = 30.0  # in which the largest lag is looked for
+
+
+class _Largest:
+    """The largest of the values of the last ``WINDOW_S``."""
+
+    def __init__(self) -> None:
+        # (when, value): only those that no later one exceeds, so the first one is the largest.
+        self._values: deque[tuple[float, float]] = deque()
+
+    def add(self, now: float, value: float) -> None:
+        while self._values and self._values[-1][1] <= value:
+            self._values.pop()
+        while self._values and now - self._values[0][0] > WINDOW_S:
+            self._values.popleft()
+        self._values.append((now, value))
+
+    def lately(self, now: float, within_s: float) -> float:
+        """0 when there is none."""
+        return next((value for when, value in self._values if now - when <= within_s), 0.0)
 
 
 class LoopLag:
@@ -29,28 +50,33 @@ class LoopLag:
         self.stalled_s = 0.0  # how late they were, together
         self._due = math.inf
         self._unobserved_s = 0.0
-        # (when, lag): only those that no later one exceeds, so the first one is the largest.
-        self._lags: deque[tuple[float, float]] = deque()
+        self._cpu_s = math.inf
+        self._lags, self._steps = _Largest(), _Largest()
 
-    def fired(self, now: float) -> None:
-        """The timer has fired; it is due again ``INTERVAL_S`` from now."""
+    def fired(self, now: float, cpu_s: float = 0.0) -> None:
+        """The timer has fired; it is due again ``INTERVAL_S`` from now.
+
+        Args:
+            now: monotonic seconds.
+            cpu_s: what the process has computed so far.
+        """
         lag_s = max(0.0, now - self._due)
         if lag_s > STALL_S:
             self.num_stalls += 1
             self.stalled_s += lag_s
         self._unobserved_s += max(0.0, lag_s - TOLERANCE_S)
-        while self._lags and self._lags[-1][1] <= lag_s:
-            self._lags.pop()
-        while self._lags and now - self._lags[0][0] > WINDOW_S:
-            self._lags.popleft()
-        self._lags.append((now, lag_s))
-        self._due = now + INTERVAL_S
+        self._lags.add(now, lag_s)
+        self._steps.add(now, max(0.0, min(lag_s, cpu_s - self._cpu_s)))
+        self._due, self._cpu_s = now + INTERVAL_S, cpu_s
 
     def largest(self, now: float, within_s: float = WINDOW_S) -> float:
         """The largest lag of the last ``within_s`` seconds, at most ``WINDOW_S``; that of a timer
         which is overdue right now counts."""
-        recent = (lag_s for when, lag_s in self._lags if now - when <= within_s)
-        return max(0.0, now - self._due, next(recent, 0.0))
+        return max(0.0, now - self._due, self._lags.lately(now, within_s))
+
+    def longest_step_s(self, now: float) -> float:
+        """The most that the process has computed during a lag of the last ``WINDOW_S`` seconds."""
+        return self._steps.lately(now, WINDOW_S)
 
     def observed(self, now: float) -> float:
         """The time of a clock that stands still while the loop stalls. It never goes back."""

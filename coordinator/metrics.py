@@ -145,6 +145,11 @@ def lag_families(lag: LoopLag, now: float) -> Iterator[Metric]:
     yield _gauge(
         "coordinator_loop_lag_seconds", "Largest lag of the event loop of late", lag.largest(now)
     )
+    yield _gauge(
+        "coordinator_loop_step_seconds",
+        "Most CPU seconds that the process has used during one such lag of late",
+        lag.longest_step_s(now),
+    )
     yield _counter("coordinator_loop_stalls", "Times that the event loop was late", lag.num_stalls)
 
 

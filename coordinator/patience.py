@@ -42,7 +42,13 @@ class Countdown:
         return self._total_s - self._left_s + min(SLICE_S, self._loop.time() - self._began)
 
     def cancel(self) -> None:
+        """Idempotent. What would be called back may hold us: no cycle is left for the collector."""
         self._handle.cancel()
+        self._callback = _nothing
+
+
+def _nothing() -> None:
+    pass
 
 
 class patient:

@@ -19,9 +19,9 @@ def body_messages(body: bytes | memoryview) -> Iterator[dict[str, Any]]:
 
 
 class JsonBody(Response):
-    """JSON that a text worker has made."""
+    """JSON that has been made already."""
 
-    def __init__(self, body: memoryview) -> None:
+    def __init__(self, body: bytes | memoryview) -> None:
         super().__init__()
         self._json = body
 

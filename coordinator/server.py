@@ -76,7 +76,7 @@ class _HttpServer(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, connections: Connections[GuardedConnection]) -> None:
         super().__init__(config)
-        self._connections = connections
+        self.connections = connections
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await self.lifespan.startup()
@@ -86,7 +86,7 @@ class _HttpServer(uvicorn.Server):
             server_state=self.server_state,
             app_state=self.lifespan.state,
         )
-        acceptors = [Acceptor(one, make_protocol, self._connections) for one in sockets or ()]
+        acceptors = [Acceptor(one, make_protocol, self.connections) for one in sockets or ()]
         for acceptor in acceptors:
             acceptor.start()
         self.servers = acceptors  # type: ignore[assignment]  # closed like those of the loop
@@ -175,7 +175,7 @@ class Coordinator:
                     tasks.create_task(jobs.watch()),
                     tasks.create_task(self._watch_keys()),
                     tasks.create_task(self._measure_lag()),
-                    tasks.create_task(collect_in_quiet(lambda: service.loads.num_active)),
+                    tasks.create_task(collect_in_quiet(partial(_num_at_work, service, http))),
                 ]
                 serving = tasks.create_task(http.serve(sockets=[self._socket]))
                 plane = tasks.create_task(control.run())
@@ -217,7 +217,7 @@ class Coordinator:
 
     async def _measure_lag(self) -> None:
         while True:
-            self._lag.fired(time.monotonic())
+            self._lag.fired(time.monotonic(), time.process_time())
             await asyncio.sleep(INTERVAL_S)
 
     async def _watch_keys(self) -> None:
@@ -291,6 +291,8 @@ class Coordinator:
         connections: Connections[GuardedConnection] = Connections(
             max_connections(limits.max_connections, max_open_files())
         )
+        traces = Traces()
+        service.holding.tell_gone = traces.close
         self.frontend = frontend = Frontend(
             config=self._config,
             model=self._model,
@@ -300,7 +302,7 @@ class Coordinator:
             tokenizer=self._tokenizer,
             workers=self._workers,
             bodies=self._body_budget(),
-            traces=Traces(),
+            traces=traces,
             lag=self._lag,
             door=self._door,
             started_at=int(time.time()),
@@ -358,6 +360,11 @@ class Coordinator:
         finally:
             complete.cancel()
             stop.cancel()
+
+
+def _num_at_work(service: Service, http: _HttpServer) -> int:
+    """Requests, or answers that are still being sent."""
+    return max(service.loads.num_active, http.connections.num_at_work)
 
 
 def _places(config: CoordinatorConfig) -> tuple[int, int]:

@@ -89,8 +89,8 @@ class Service:
         self._spread = spread
         self.loads = Loads()  # of all records
         self.admission = Admission(config.limits, lambda: len(config.api_keys))
-        self._holding = Holding(send, clock, self.admission.ended)
-        self._records = self._holding.records
+        self.holding = Holding(send, clock, self.admission.ended)
+        self._records = self.holding.records
         self._is_sweeping = False
         self._deliveries: dict[str, tuple[Delivery, int]] = {}
         self.placement = self._placement = Placement(config, registry)
@@ -154,7 +154,7 @@ class Service:
     @property
     def num_leaked(self) -> int:
         """Ended requests for which a pool still holds blocks, long after it should not."""
-        return self._holding.num_leaked(self._observed())
+        return self.holding.num_leaked(self._observed())
 
     # -- for the control plane ---------------------------------------------------------------------
 
@@ -207,7 +207,7 @@ class Service:
         The pool may be back, and work on a later attempt, before all have had their step.
         """
         for record, attempt, is_affected in everybody:
-            self._holding.lose_pool(record, pool_id, attempt)
+            self.holding.lose_pool(record, pool_id, attempt)
             if is_affected and record.is_active and record.attempt == attempt:
                 self._lose_pool(record, pool_id, is_guilty=record.fingerprint == guilty)
             yield
@@ -251,7 +251,7 @@ class Service:
 
     def _sweep_one(self, record: Record, now: float) -> None:
         if now - record.ended_at > self._config.release_grace_s:
-            self._holding.tell_pools(record)
+            self.holding.tell_pools(record)
         error = overdue(record, self._config, now, is_cut=self._placement.is_cut(record))
         if error is not None:
             self._lose(record, error, home=record.decode_pool)
@@ -292,7 +292,7 @@ class Service:
         if record.is_active:
             record.ended_at = self._observed()
             record.timeline.mark(Event.RETRIED, self._clock())
-            self._holding.tell_pools(record)
+            self.holding.tell_pools(record)
 
     def _on_failed(self, record: Record, pool_id: str, message: RequestFailed) -> None:
         """A pool cannot go on with it: another one may, or else it ends."""
@@ -375,7 +375,7 @@ class Service:
         record = self._records.get(message.request_id)
         if record is None:
             return
-        self._holding.release(record, pool_id, message.attempt)
+        self.holding.release(record, pool_id, message.attempt)
         self._failover.go_on_with(record)
 
     # -- the end -----------------------------------------------------------------------------------
@@ -397,4 +397,4 @@ class Service:
         self._deliveries.pop(record.request_id)
         self._failover.forget(record)
         self.metrics.observe(record)
-        self._holding.end(record, tell_pools=tell_pools)
+        self.holding.end(record, tell_pools=tell_pools)

@@ -12,7 +12,7 @@ from coordinator.records import Record
 from protocol.timeline import Event
 
 MAX_TRACES = 1024
-MAX_SEQUENCES = 8192  # of all traces together: each takes some 3 KB
+MAX_SEQUENCES = 8192  # of all traces together: each takes some 3 KB, and 1 when it is gone
 
 
 @dataclass(slots=True)
@@ -25,7 +25,9 @@ class Trace:
     model: str
     created: int
     num_sequences: int = 1  # that it becomes; the records come one by one
-    records: list[Record] = field(default_factory=list)
+    # What is told of a record that is gone takes its place: the objects of thousands of them, made
+    # in the middle of a burst, would hold all memory that the burst has taken.
+    records: list[Record | msgspec.Raw] = field(default_factory=list)
 
     def describe(self) -> dict[str, Any]:
         """For JSON. Times are seconds from the arrival, of the coordinator's clock."""
@@ -35,8 +37,17 @@ class Trace:
             "client_request_id": self.client_request_id,
             "model": self.model,
             "created": self.created,
-            "requests": [_describe(record) for record in self.records],
+            "requests": [
+                record if isinstance(record, msgspec.Raw) else _describe(record)
+                for record in self.records
+            ],
         }
+
+    def close(self, index: int) -> None:
+        """Nothing more happens to one of its records."""
+        record = self.records[index] if index < len(self.records) else None
+        if isinstance(record, Record):
+            self.records[index] = msgspec.Raw(msgspec.json.encode(_describe(record)))
 
 
 def _describe(record: Record) -> dict[str, Any]:
@@ -96,6 +107,13 @@ class Traces:
             key = (old.tenant, old.client_request_id)
             if self._by_client_id.get(key) == old.request_id:
                 del self._by_client_id[key]
+
+    def close(self, record: Record) -> None:
+        """Nothing more happens to a record. Of one that was never added, nothing is kept."""
+        request_id, _, index = record.request_id.rpartition("-")
+        trace = self._by_id.get(request_id)
+        if trace is not None:
+            trace.close(int(index))
 
     def find(self, request_id: str, tenant: str) -> Trace | None:
         """By the id of the answer, the engine's, or ``x-request-id``; None if not this tenant's."""

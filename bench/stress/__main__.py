@@ -68,7 +68,6 @@ def verdict(
 
 def report(name: str, context: Context, seen: Beside, rss_after: int, seconds: float) -> list[str]:
     """A stage in a few lines."""
-    lag = "unknown" if seen.lag_s is None else f"{1000 * seen.lag_s:.0f} ms"
     tally = context.tally
     slowest = f", the slowest in {max(tally.seconds):.1f} s" if tally.seconds else ""
     lines = [
@@ -77,7 +76,8 @@ def report(name: str, context: Context, seen: Beside, rss_after: int, seconds: f
         *(f"  {note}" for note in context.notes),
         f"  /health      p50 {1000 * seen.p50_s:.0f} ms, p99 {1000 * seen.p99_s:.0f} ms, "
         f"max {1000 * seen.max_s:.0f} ms, of {len(seen.health_s)}",
-        f"  loop lag     {lag} at most",
+        f"  loop lag     {1000 * seen.lag_s:.0f} ms at most, of which it computed for "
+        f"{1000 * seen.step_s:.0f} ms",
         f"  coordinator  {_mib(seen.rss_before)} MiB before, {_mib(seen.rss_peak)} at most, "
         f"{_mib(rss_after)} after",
     ]

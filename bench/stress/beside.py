@@ -26,6 +26,7 @@ TIMEOUT_S = 30.0
 RSS_INTERVAL_S = 0.2
 LAG_INTERVAL_S = 15.0  # the server tells the largest of 30 s
 LAG_METRIC = "baton_coordinator_loop_lag_seconds "
+STEP_METRIC = "baton_coordinator_loop_step_seconds "
 
 
 @dataclass(slots=True)
@@ -35,11 +36,12 @@ class Beside:
     health_s: list[float] = field(default_factory=list)  # a question without an answer: TIMEOUT_S
     rss_before: int = 0
     rss_peak: int = 0
-    lag_s: float | None = None  # the largest, if the server tells
+    lag_s: float = 0.0  # the largest
+    step_s: float = 0.0  # the most that the server itself computed during a lag
 
-    def note_lag(self, lag_s: float | None) -> None:
-        if lag_s is not None:
-            self.lag_s = max(self.lag_s or 0.0, lag_s)
+    def note_loop(self, lag_s: float, step_s: float) -> None:
+        """The server's largest figures of late."""
+        self.lag_s, self.step_s = max(self.lag_s, lag_s), max(self.step_s, step_s)
 
     @property
     def p50_s(self) -> float:
@@ -90,13 +92,13 @@ async def watching(address: Address, pid: int) -> AsyncIterator[Beside]:
         await process.wait()
         for task in following:
             task.cancel()
-        seen.note_lag(await asyncio.to_thread(_lag, address))
+        seen.note_loop(*await asyncio.to_thread(_loop_figures, address))
 
 
 async def _follow_lag(address: Address, seen: Beside) -> None:
     while True:
         await asyncio.sleep(LAG_INTERVAL_S)
-        seen.note_lag(await asyncio.to_thread(_lag, address))
+        seen.note_loop(*await asyncio.to_thread(_loop_figures, address))
 
 
 async def _follow_memory(pid: int, seen: Beside) -> None:
@@ -114,14 +116,15 @@ def _get(address: Address, path: str) -> bytes:
         connection.close()
 
 
-def _lag(address: Address) -> float | None:
-    """The largest lag of the server's event loop in the last half minute, if it tells."""
+def _loop_figures(address: Address) -> tuple[float, float]:
+    """The largest lag of the server's event loop in the last half minute, and the longest step."""
     try:
-        text = _get(address, "/metrics").decode()
+        lines = _get(address, "/metrics").decode().splitlines()
     except (OSError, http.client.HTTPException):
-        return None
-    values = [line.split()[1] for line in text.splitlines() if line.startswith(LAG_METRIC)]
-    return float(values[0]) if values else None
+        return 0.0, 0.0
+    lags = [float(line.split()[1]) for line in lines if line.startswith(LAG_METRIC)]
+    steps = [float(line.split()[1]) for line in lines if line.startswith(STEP_METRIC)]
+    return max(lags, default=0.0), max(steps, default=0.0)
 
 
 def main() -> None:

@@ -55,6 +55,20 @@ def test_a_clock_that_stands_still_while_the_loop_does(
         assert shown - before == pytest.approx(min(pause, INTERVAL_S + TOLERANCE_S))
 
 
+@given(lags=LAGS, shares=st.lists(st.floats(0.0, 1.0), min_size=40, max_size=40))
+def test_the_part_of_a_lag_that_was_computed(lags: list[float], shares: list[float]) -> None:
+    """A process that had no core computes nothing; what it computes in time is no step."""
+    lag, now, cpu_s, steps = LoopLag(), 0.0, 7.0, []
+    lag.fired(now, cpu_s)
+    for late_s, share in zip(lags, shares, strict=False):
+        computed_s = share * (INTERVAL_S + late_s)
+        now, cpu_s = now + INTERVAL_S + late_s, cpu_s + computed_s
+        lag.fired(now, cpu_s)
+        steps.append((now, min(late_s, computed_s)))
+    recent = [step_s for when, step_s in steps if now - when <= WINDOW_S]
+    assert lag.longest_step_s(now) == pytest.approx(max([*recent, 0.0]))
+
+
 def test_a_stalled_loop_is_told_and_not_ready(start_coordinator: Any, tmp_path: Path) -> None:
     with start_coordinator(
         tmp_path, failpoints="loop.reserve:hold=1.5@2", max_loop_lag_s=1.0

@@ -1,9 +1,11 @@
 """Time-outs that do not count the stalls of their own loop."""
 
 import asyncio
+import gc
 import socket
 import threading
 import time
+import weakref
 
 import pytest
 import uvloop
@@ -45,6 +47,26 @@ def test_what_has_come_during_a_stall_is_in_time() -> None:
         theirs.close()
 
     run(body())
+
+
+def test_what_is_over_leaves_nothing_to_the_garbage_collector() -> None:
+    """Each holds its task, and all that the task holds."""
+
+    async def body() -> None:
+        gone = []
+        for _ in range(3):
+            limit = patient(30.0)
+            async with limit:
+                pass
+            gone.append(weakref.ref(limit._timeout))
+            del limit
+        assert [ref() for ref in gone] == [None, None, None]
+
+    gc.disable()
+    try:
+        run(body())
+    finally:
+        gc.enable()
 
 
 def _serve() -> tuple[str, int]:

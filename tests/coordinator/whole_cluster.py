@@ -552,7 +552,7 @@ class WholeCluster:
                 record.pending_prefill_tokens for record in active if record.prefill_pool == pool_id
             )
         ending = [record.request_id for record in records if not record.is_active]
-        assert sorted(self.service._holding._ending) == sorted(ending)
+        assert sorted(self.service.holding._ending) == sorted(ending)
 
     def assert_exact(self, name: str, max_tokens: int) -> None:
         """Each token once and right; all of them, or an explicit error after the last."""
