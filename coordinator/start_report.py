@@ -42,8 +42,8 @@ class StartReport(msgspec.Struct, frozen=True):
     generation_config: str  # "auto" or "none"
     kv_memory_from: str  # how its size was found
     pools: tuple[PoolMemory, ...]
-    request_tokens: int  # of prompt and answer, that one request can have in every pool
-    max_model_len: int  # the same, as it is promised
+    request_tokens: int | None  # of prompt and answer, for which every pool has room; None: unknown
+    max_model_len: int  # that are promised
 
 
 def make_report(
@@ -61,7 +61,8 @@ def make_report(
         max_model_len: the context that is promised.
     """
     pools = tuple(pools)
-    room = [pool.num_tokens for pool in pools if pool.role != "store"]
+    # An answer's last token needs no room: nothing follows it.
+    room = [pool.num_tokens + 1 for pool in pools if pool.role != "store"]
     return StartReport(
         model=config.model,
         names=config.model_names,
@@ -70,7 +71,7 @@ def make_report(
         generation_config=config.generation_config,
         kv_memory_from=config.kv_memory_from,
         pools=pools,
-        request_tokens=min([max_model_len, *room]),
+        request_tokens=min(room, default=None),
         max_model_len=max_model_len,
     )
 
@@ -89,19 +90,21 @@ def render(report: StartReport) -> list[str]:
     if facts.unread_tensors:
         lines.append(("not read", grouped(facts.unread_tensors)))
     memory = ", ".join(
-        f"{pool.pool_id} {pool.bytes_per_rank / 2**30:.3g} GiB a rank, {pool.num_tokens} tokens"
+        f"{pool.pool_id} {_size(pool.bytes_per_rank)} a rank, {pool.num_tokens} tokens"
         for pool in report.pools
     )
     lines.append(("KV memory", f"{memory} ({report.kv_memory_from})"))
-    lines.append(
-        (
-            "context",
-            f"{report.max_model_len} tokens are promised, {report.request_tokens} fit for one "
-            f"request",
-        )
-    )
+    fit = f", {report.request_tokens} fit for one request" if report.request_tokens else ""
+    lines.append(("context", f"{report.max_model_len} tokens are promised{fit}"))
     lines += [("note", note) for note in facts.notes[:MAX_NOTES]]
     return [f"  {name + ':':<15}{text}" for name, text in lines]
+
+
+def _size(num_bytes: int) -> str:
+    for unit, name in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if num_bytes >= 1 << unit:
+            return f"{num_bytes / (1 << unit):.3g} {name}"
+    return f"{num_bytes} bytes"
 
 
 def _dtype(served: str, stored: str) -> str:

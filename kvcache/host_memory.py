@@ -10,6 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+# What becomes KV by --kv-memory auto, of what a rank's weights and largest step leave: on CPU,
+# pre-empted KV, files' pages and other programs need the rest.
+CPU_SHARE = 0.3
+CUDA_SHARE = 0.9
 PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
 
 

@@ -20,6 +20,7 @@ import msgspec
 import torch
 
 from kvcache import host_memory
+from kvcache.host_memory import CPU_SHARE, CUDA_SHARE
 from kvcache.pool import KVPool
 from kvtransfer.rank_config import RankConfig
 from modeling.config import ModelConfig
@@ -28,8 +29,6 @@ from modeling.paged import PagedAttention, PagedSequence
 from protocol.errors import ConfigError
 from protocol.kv import DTYPE_BYTES, KVLayout
 
-CPU_SHARE = 0.3  # of what is left: pre-empted KV, files' pages and other programs need the rest
-CUDA_SHARE = 0.9
 DRY_RUN_TOKENS = 256  # on CPU
 MIN_BLOCKS = 2  # one for a prompt, and one for the answer once the prompt has filled it
 _MIB = 1 << 20

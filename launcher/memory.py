@@ -7,7 +7,7 @@ is started again gets the same part.
 
 from dataclasses import dataclass
 
-from kvcache.host_memory import Room
+from kvcache.host_memory import CPU_SHARE, CUDA_SHARE, Room
 from launcher.config import parse_size
 from protocol.errors import ConfigError
 
@@ -22,6 +22,15 @@ class MemoryPlan:
 
     kv_bytes: int  # of each; 0: as much as its part leaves
     budget_bytes: int  # each rank's part; 0: it has to look itself
+    asked: str = AUTO  # what --kv-memory says
+
+    def found_by(self, device: str) -> str:
+        """How the size of the KV memory is found, in words."""
+        if self.asked != AUTO:
+            return f"--kv-memory {self.asked}"
+        share = CUDA_SHARE if device == "cuda" else CPU_SHARE
+        part = f" of its {self.budget_bytes // _MIB} MiB" if self.budget_bytes else ""
+        return f"auto: {share:.0%} of what a rank's weights and largest step leave{part}"
 
 
 def share_out(kv_memory: str, num_ranks: int, store_bytes: int, room: Room | None) -> MemoryPlan:
@@ -36,7 +45,7 @@ def share_out(kv_memory: str, num_ranks: int, store_bytes: int, room: Room | Non
     """
     kv_bytes = 0 if kv_memory == AUTO else parse_size("--kv-memory", kv_memory)
     if room is None:
-        return MemoryPlan(kv_bytes, 0)
+        return MemoryPlan(kv_bytes, 0, kv_memory)
     left = room.num_bytes - COORDINATOR_BYTES - store_bytes
     asked = kv_bytes * num_ranks + store_bytes
     if asked > room.num_bytes:
@@ -46,7 +55,7 @@ def share_out(kv_memory: str, num_ranks: int, store_bytes: int, room: Room | Non
             f"{asked // _MIB} MiB, and {room.num_bytes // _MIB} MiB are left on this machine "
             f"({room.bound}): give less, or auto"
         )
-    return MemoryPlan(kv_bytes, max(1, left // num_ranks))
+    return MemoryPlan(kv_bytes, max(1, left // num_ranks), kv_memory)
 
 
 def body_bytes(memory: int) -> int:

@@ -86,7 +86,7 @@ def resolve_cluster(serve: ServeConfig) -> Cluster:
         token=secrets.token_hex(16),
         model_names=serve.served_model_name or (found.name,),
         chat_template=_chat_template(serve.chat_template),
-        kv_memory_from=f"--kv-memory {serve.kv_memory}",
+        kv_memory_from=memory.found_by(device),
         data=data,
         store_memory_bytes=store_memory_bytes,
         disk_quota_bytes=parse_size("--disk-quota", serve.disk_quota),

@@ -77,7 +77,8 @@ def hello(pool: tuple[str, str, int, int], rank: int, config: ModelConfig, **cha
     pool_id, role, cp_size, tp_size = pool
     cp_rank, tp_rank = divmod(rank, tp_size)
     layout = KVLayout(
-        config.num_layers, MAX_MODEL_LEN // BLOCK_SIZE, config.num_kv_heads, tp_rank, tp_size,
+        config.num_layers, changes.pop("num_blocks", MAX_MODEL_LEN // BLOCK_SIZE),
+        config.num_kv_heads, tp_rank, tp_size,
         changes.pop("block_size", BLOCK_SIZE), config.head_dim, "float32",
     )  # fmt: skip
     incarnation = changes.pop("incarnation", f"i{pool_id}{rank}")

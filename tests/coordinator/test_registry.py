@@ -184,6 +184,21 @@ def test_the_shortest_context_counts(helpers: Any) -> None:
     assert mine.max_model_len(64) == 64
 
 
+def test_no_more_is_promised_than_one_request_can_have_in_every_pool(helpers: Any) -> None:
+    mine = registry()
+    for number, pool in enumerate(POOLS):
+        for rank in range(pool[2] * pool[3]):
+            welcomes = mine.on_hello(
+                f"{number}/{rank}",
+                helpers.hello(pool, rank, CONFIG, num_blocks=20 + 7 * number + rank),
+                0.0,
+            )
+        assert {message.num_blocks for _, message in welcomes} == {20 + 7 * number}, "the least"
+    block_size = mine.pools[POOLS[0][0]].ranks[0].hello.endpoint.layout.block_size
+    room = [(20 + 7 * n) * pool[2] * block_size for n, pool in enumerate(POOLS)]
+    assert mine.max_model_len(100_000) == min(room) + 1, "the last token needs no slot"
+
+
 def test_what_was_lost_stays_lost(helpers: Any) -> None:
     """A rank that was stopped when its gang was given up says HELLO too late."""
     mine = registry()

@@ -36,7 +36,7 @@ POOLS = (
 
 
 def _report(config: CoordinatorConfig = CONFIG, facts: CheckpointFacts = FACTS) -> StartReport:
-    return make_report(config, facts, POOLS, 1024)
+    return make_report(config, facts, POOLS, 901)
 
 
 def test_it_says_everything_in_a_dozen_lines() -> None:
@@ -49,9 +49,9 @@ def test_it_says_everything_in_a_dozen_lines() -> None:
         "  chat template: /models/tune/chat_template.jinja",
         "  output head:   stored, though config.json ties it",
         "  not read:      model.layers.*.x (2)",
-        "  KV memory:     prefill0 1 GiB a rank, 5000 tokens, decode0 0.5 GiB a rank, 900 tokens, "
-        "store0 0.000977 GiB a rank, 10 tokens (--kv-memory 1GiB)",
-        "  context:       1024 tokens are promised, 900 fit for one request",
+        "  KV memory:     prefill0 1 GiB a rank, 5000 tokens, decode0 512 MiB a rank, 900 tokens, "
+        "store0 1 MiB a rank, 10 tokens (--kv-memory 1GiB)",
+        "  context:       901 tokens are promised, 901 fit for one request",
         "  note:          one",
         "  note:          two",
         "  note:          three",

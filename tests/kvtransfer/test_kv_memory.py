@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from kvcache import host_memory
-from kvtransfer.kv_memory import CPU_SHARE, LargestStep, check_free, dry_run, plan_layout, size_pool
+from kvcache.host_memory import CPU_SHARE
+from kvtransfer.kv_memory import LargestStep, check_free, dry_run, plan_layout, size_pool
 from kvtransfer.rank_config import RankConfig
 from modeling.loader import load_model
 from modeling.model import Model
