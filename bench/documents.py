@@ -1,7 +1,7 @@
 """What it is worth to ingest a document: first tokens from every tier, throughput, interference.
 
     python -m bench.documents [--tokens 32768] [--rounds 3] [--requests 640] [--rate 1.0]
-                              [--skip tiers|interference] [--save DIR]
+                              [--skip tiers|interference|asked ...] [--save DIR]
 
 *Tiers*, on ``--prefill cp2 --decode tp2`` with the embedded model, in each round two documents that
 nobody has seen: one is asked about cold, with all of its text in the question; the other one is
@@ -11,6 +11,9 @@ and the first question about each finds it on disk. Ratios are of medians of one
 
 *Interference*, on ``--prefill cp1 --decode tp1``: an open loop of prompts with nothing beside it,
 and the same load while documents are ingested without a pause, in turns.
+
+*Asked*, on the same: how long it takes to ingest a document while nobody asks, and while somebody
+asks for two tokens so often, in turns.
 """
 
 import argparse
@@ -42,6 +45,7 @@ from modeling.tokenizer import load_tokenizer
 MAX_ANSWER_TOKENS = 40
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 Before = str | dict[str, str]  # a document's text, or the part of a message that names it
+PAUSES_S = (0.0, 5.0, 1.0)  # between two questions; 0 is none at all
 LIMITS = {"device": 0.03, "memory": 0.10, "disk": 0.25}
 
 
@@ -173,6 +177,48 @@ def measure_interference(
     return found
 
 
+def measure_asked(arguments: argparse.Namespace, folder: Path) -> dict[float, list[float]]:
+    """Seconds of an ingestion, by the seconds between two short questions; 0 is none at all."""
+    source = Documents(arguments.tokens, arguments.seed + 2)
+    flags = ["--prefill", "cp1", "--decode", "tp1", "--kv-memory", "512MiB"]
+    flags += ["--data-dir", str(folder / "data3")]
+    found: dict[float, list[float]] = {pause_s: [] for pause_s in PAUSES_S}
+    with local_cluster(flags, folder / "log3") as url, httpx.Client(base_url=url, timeout=600) as c:
+        ask(c, "warm-up", (first := source.new()), 0, first.text)
+        for _ in range(arguments.rounds):
+            for pause_s, seconds in found.items():
+                with asking(url, pause_s) if pause_s else nothing():
+                    document_id, took_s = ingest(c, source.new())
+                seconds.append(took_s)
+                c.delete(f"/v1/documents/{document_id}")
+    return found
+
+
+class asking:
+    """A question of a few tokens, answered with two, at once and after each pause."""
+
+    def __init__(self, url: str, pause_s: float) -> None:
+        self._url = url
+        self._pause_s = pause_s
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        with httpx.Client(base_url=self._url, timeout=60) as client:
+            is_over = False
+            while not is_over:
+                body = {"prompt": "Who is it?", "max_tokens": 2}
+                client.post("/v1/completions", json=body).raise_for_status()
+                is_over = self._is_over.wait(self._pause_s)
+
+
 class nothing:
     """No load beside."""
 
@@ -250,6 +296,18 @@ def interference_report(found: dict[str, list[RequestRecord]]) -> list[str]:
     return [*lines, "", f"p99 while ingesting: {ratio:.2f} of that alone (at most 1.3)"]
 
 
+def asked_report(found: dict[float, list[float]], num_tokens: int) -> list[str]:
+    """Medians, and their speed as a share of that while nobody asks."""
+    alone = statistics.median(found[0.0])
+    lines = [f"{num_tokens} tokens; medians of {len(found[0.0])}", ""]
+    lines += ["| a question | ingested in s | of the speed alone |", "| --- | ---: | ---: |"]
+    for pause_s, seconds in found.items():
+        name = f"every {pause_s:g} s" if pause_s else "never"
+        median = statistics.median(seconds)
+        lines.append(f"| {name} | {median:.2f} | {alone / median:.2f} |")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.documents")
     parser.add_argument("--tokens", type=int, default=32_768, help="of each document")
@@ -258,7 +316,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1.0, help="requests per second")
     parser.add_argument("--prompt", default="uniform/1024/4096", help="lengths of the prompts")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--skip", choices=("tiers", "interference"))
+    parser.add_argument("--skip", nargs="*", default=(), choices=("tiers", "interference", "asked"))
     parser.add_argument("--save", type=Path)
     arguments = parser.parse_args()
     print(headline())
@@ -274,10 +332,13 @@ def main() -> None:
     def interference(folder: Path) -> list[str]:
         return interference_report(measure_interference(arguments, folder))
 
-    parts = {"tiers": tiers, "interference": interference}
+    def asked(folder: Path) -> list[str]:
+        return asked_report(measure_asked(arguments, folder), arguments.tokens)
+
+    parts = {"tiers": tiers, "interference": interference, "asked": asked}
     with tempfile.TemporaryDirectory() as folder:
         for name, part in parts.items():
-            if name != arguments.skip:
+            if name not in arguments.skip:
                 lines = part(Path(folder))
                 print("\n".join(["", *lines]))
                 sections.append((name, lines))
