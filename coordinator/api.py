@@ -8,7 +8,6 @@ import logging
 import time
 from typing import Any
 
-import msgspec
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
@@ -95,10 +94,10 @@ def _add_generation(app: FastAPI, frontend: Frontend) -> None:
 
     @app.get("/v1/requests/{request_id}/timeline")
     async def timeline(request: Request, request_id: str) -> Response:
-        trace = frontend.traces.find(request_id, request.scope[SCOPE_TENANT].name)
-        if trace is None:
+        told = frontend.traces.find(request_id, request.scope[SCOPE_TENANT].name)
+        if told is None:
             raise RequestError("no such request", code="request_not_found", status=404)
-        return JsonBody(msgspec.json.encode(trace.describe()))
+        return JsonBody(told)
 
 
 def _model(frontend: Frontend, name: str) -> dict[str, Any]:

@@ -241,9 +241,12 @@ def child_environment(num_threads: int, *, is_local: bool, device: str = "cpu") 
 def coordinator_environment(*, is_local: bool) -> dict[str, str]:
     """The same of the coordinator and its text workers, but that memory is given back.
 
-    What callers send is large for a moment: ranks keep their buffers, the coordinator must not.
+    What callers send is large for a moment: ranks keep their buffers, the coordinator must not. So
+    is what thousands of requests are made of. Python's own allocator gives back a MiB when nothing
+    at all is left in it, that of the system each page, for some percent more time.
     """
     environment = child_environment(1, is_local=is_local)
+    environment.setdefault("PYTHONMALLOC", "malloc")
     if environment["GLIBC_TUNABLES"] == _KEEPING:
         environment["GLIBC_TUNABLES"] = _GIVING_BACK
     return environment

@@ -37,7 +37,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--stages", default=",".join(STAGES), help=", ".join(STAGES))
     parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of requests")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--save", type=Path, help="a file for the report")
+    parser.add_argument("--save", type=Path, help="a file that the report is added to")
     parser.add_argument("--log", type=Path, help="a file for what the cluster writes")
     arguments = parser.parse_args()
     unknown = set(arguments.stages.split(",")) - STAGES.keys()
@@ -136,10 +136,11 @@ def main() -> int:
         run(stress(arguments, lines, problems))
     except ClusterLost as error:
         problems.append(f"the cluster is lost: {error}")
-    lines += ["", *(f"BROKEN {problem}" for problem in problems)]
+    lines += [f"BROKEN {problem}" for problem in problems]
     print("\n".join(f"BROKEN {problem}" for problem in problems) or "every promise was kept")
     if arguments.save is not None:
-        arguments.save.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+        with arguments.save.open("a", encoding="utf-8") as file:
+            file.write("\n".join([*lines, "", ""]))
     return 1 if problems else 0
 
 

@@ -1,5 +1,7 @@
 """What is kept of the latest requests is bounded, however wide they are, and small."""
 
+import random
+
 import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,19 +18,39 @@ def trace(number: int, num_sequences: int, client_id: str) -> Trace:
     return Trace(f"r{number}", client_id, "tenant", "model", 0, num_sequences)
 
 
-@given(st.lists(st.tuples(st.integers(1, 40), st.sampled_from("abc")), max_size=60))
-def test_the_latest_are_kept_as_far_as_there_is_room(requests: list[tuple[int, str]]) -> None:
-    traces = Traces(max_traces=10, max_sequences=50)
-    for number, (num_sequences, client_id) in enumerate(requests):
-        traces.add(trace(number, num_sequences, client_id))
-        kept = list(traces._by_id.values())
-        assert kept[-1].request_id == f"r{number}"
-        assert len(kept) <= 10
-        assert len(kept) == 1 or sum(one.num_sequences for one in kept) <= 50
-        assert traces._num_sequences == sum(one.num_sequences for one in kept)
-        assert set(traces._by_client_id.values()) <= {one.request_id for one in kept}
-    found = traces.find(requests[-1][1], "tenant") if requests else None
-    assert found is None or found.request_id == f"r{len(requests) - 1}"
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 5), st.sampled_from("abc"), st.sampled_from(["tenant", "other"])),
+        max_size=12,
+    ),
+    st.randoms(use_true_random=False),
+)
+def test_the_latest_are_kept_as_far_as_there_is_room(
+    requests: list[tuple[int, str, str]], chance: random.Random
+) -> None:
+    """Whether they have ended or not, and in whatever order they end."""
+    traces, kept = Traces(max_traces=4, max_sequences=12), list[Trace]()
+    for number, (num_sequences, client_id, tenant) in enumerate(requests):
+        added = Trace(f"r{number}", client_id, tenant, "model", 0, num_sequences)
+        traces.add(added)
+        added.records += [record(f"r{number}-{index}") for index in range(num_sequences)]
+        kept.append(added)
+        while len(kept) > 4 or (sum(one.num_sequences for one in kept) > 12 and len(kept) > 1):
+            kept.pop(0)
+        ending = [one for trace in kept for one in trace.records if isinstance(one, Record)]
+        for one in chance.sample(ending, chance.randint(0, len(ending))):
+            traces.close(one)
+        assert len(traces) == len(kept)
+        for trace in kept:
+            told = msgspec.json.encode(trace.describe())
+            assert traces.find(trace.request_id, trace.tenant) == told
+            assert traces.find(f"cmpl-{trace.request_id}-0", trace.tenant) == told
+            assert traces.find(trace.request_id, "a third") is None
+        latest = {(trace.tenant, trace.client_request_id): trace for trace in kept}
+        for (owner, name), trace in latest.items():
+            assert traces.find(name, owner) == msgspec.json.encode(trace.describe())
+        gone = {f"r{earlier}" for earlier in range(number)} - {one.request_id for one in kept}
+        assert not any(traces.find(request_id, "tenant") for request_id in gone)
 
 
 def record(request_id: str) -> Record:

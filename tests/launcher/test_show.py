@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from launcher.__main__ import build_parser, main
-from launcher.config import ServeConfig, child_environment
+from launcher.config import ServeConfig, child_environment, coordinator_environment
 from launcher.ranks import coordinator_config
 from launcher.resolved import resolve_cluster
 from launcher.serve_flags import GROUPS
@@ -114,3 +114,14 @@ def test_keys_come_from_everywhere_and_are_shown_nowhere(
     file.write_text("")
     assert main(["config", "show", *flags]) == 2
     assert "no key" in capsys.readouterr().err
+
+
+def test_the_coordinator_gives_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("GLIBC_TUNABLES", "PYTHONMALLOC"):
+        monkeypatch.delenv(name, raising=False)
+    ranks = child_environment(1, is_local=True)
+    ours = coordinator_environment(is_local=True)
+    assert "PYTHONMALLOC" not in ranks and ours["PYTHONMALLOC"] == "malloc"
+    assert "trim_threshold=131072" in ours["GLIBC_TUNABLES"] != ranks["GLIBC_TUNABLES"]
+    monkeypatch.setenv("PYTHONMALLOC", "pymalloc")
+    assert coordinator_environment(is_local=True)["PYTHONMALLOC"] == "pymalloc"
