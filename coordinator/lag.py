@@ -1,10 +1,10 @@
 """How late the event loop runs, and a clock that leaves out the time in which it did not. Pure.
 
 A timer is due every ``INTERVAL_S``; how late it fires is the loop's lag. A machine that has no core
-to spare makes anybody late. What the process has computed meanwhile is its own part of a lag: its
-longest *step*, which holds on any machine. What a stalled loop was sent lies unread until it goes
-on, so that nobody's silence can be told from the loop's own: budgets for what others do are kept by
-``observed``, which does not advance during a stall.
+to spare makes anybody late: a lag less what the loop's thread has waited for a core is its own, a
+*step*. What a stalled loop was sent lies unread until it goes on, so that nobody's silence can be
+told from the loop's own: budgets for what others do are kept by ``observed``, which does not
+advance during a stall.
 
 ::
 
@@ -16,7 +16,7 @@ on, so that nobody's silence can be told from the loop's own: budgets for what o
 import math
 from collections import deque
 
-INTERVAL_S = 0.01  # so much of a step may be what was computed before the timer was due
+INTERVAL_S = 0.01  # so much of a step may be missed, if a core was waited for before it
 TOLERANCE_S = 0.5  # of a lag, up to which the clock goes on: what a busy machine does to anybody
 STALL_S = 0.02  # a later timer counts as a stall
 WINDOW_S = 30.0  # in which the largest lag is looked for
@@ -50,15 +50,15 @@ class LoopLag:
         self.stalled_s = 0.0  # how late they were, together
         self._due = math.inf
         self._unobserved_s = 0.0
-        self._cpu_s = math.inf
+        self._waited_s = 0.0
         self._lags, self._steps = _Largest(), _Largest()
 
-    def fired(self, now: float, cpu_s: float = 0.0) -> None:
+    def fired(self, now: float, waited_s: float = 0.0) -> None:
         """The timer has fired; it is due again ``INTERVAL_S`` from now.
 
         Args:
             now: monotonic seconds.
-            cpu_s: what the process has computed so far.
+            waited_s: what the loop's thread has waited for a core so far.
         """
         lag_s = max(0.0, now - self._due)
         if lag_s > STALL_S:
@@ -66,8 +66,8 @@ class LoopLag:
             self.stalled_s += lag_s
         self._unobserved_s += max(0.0, lag_s - TOLERANCE_S)
         self._lags.add(now, lag_s)
-        self._steps.add(now, max(0.0, min(lag_s, cpu_s - self._cpu_s)))
-        self._due, self._cpu_s = now + INTERVAL_S, cpu_s
+        self._steps.add(now, max(0.0, lag_s - (waited_s - self._waited_s)))
+        self._due, self._waited_s = now + INTERVAL_S, waited_s
 
     def largest(self, now: float, within_s: float = WINDOW_S) -> float:
         """The largest lag of the last ``within_s`` seconds, at most ``WINDOW_S``; that of a timer
@@ -75,7 +75,7 @@ class LoopLag:
         return max(0.0, now - self._due, self._lags.lately(now, within_s))
 
     def longest_step_s(self, now: float) -> float:
-        """The most that the process has computed during a lag of the last ``WINDOW_S`` seconds."""
+        """The longest of the last ``WINDOW_S`` seconds."""
         return self._steps.lately(now, WINDOW_S)
 
     def observed(self, now: float) -> float:

@@ -147,7 +147,7 @@ def lag_families(lag: LoopLag, now: float) -> Iterator[Metric]:
     )
     yield _gauge(
         "coordinator_loop_step_seconds",
-        "Most CPU seconds that the process has used during one such lag of late",
+        "Largest such lag, less what its thread has waited for a core",
         lag.longest_step_s(now),
     )
     yield _counter("coordinator_loop_stalls", "Times that the event loop was late", lag.num_stalls)

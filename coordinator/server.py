@@ -35,6 +35,7 @@ from coordinator.config import CoordinatorConfig, public
 from coordinator.connection import GuardedConnection, guarded
 from coordinator.connections import Connections, max_connections
 from coordinator.control import ControlPlane, Owner
+from coordinator.core_wait import CoreWait
 from coordinator.documents_api import make_document
 from coordinator.draining import Door
 from coordinator.faulty import FaultyControlPlane
@@ -216,9 +217,10 @@ class Coordinator:
         return self._lag.observed(time.monotonic())
 
     async def _measure_lag(self) -> None:
-        while True:
-            self._lag.fired(time.monotonic(), time.process_time())
-            await asyncio.sleep(INTERVAL_S)
+        with contextlib.closing(CoreWait()) as core:
+            while True:
+                self._lag.fired(time.monotonic(), core.waited_s())
+                await asyncio.sleep(INTERVAL_S)
 
     async def _watch_keys(self) -> None:
         if self._key_file is not None:

@@ -76,8 +76,8 @@ def report(name: str, context: Context, seen: Beside, rss_after: int, seconds: f
         *(f"  {note}" for note in context.notes),
         f"  /health      p50 {1000 * seen.p50_s:.0f} ms, p99 {1000 * seen.p99_s:.0f} ms, "
         f"max {1000 * seen.max_s:.0f} ms, of {len(seen.health_s)}",
-        f"  loop lag     {1000 * seen.lag_s:.0f} ms at most, of which it computed for "
-        f"{1000 * seen.step_s:.0f} ms",
+        f"  loop lag     {1000 * seen.lag_s:.0f} ms at most, its own step "
+        f"{1000 * seen.step_s:.0f} ms (without waiting for a core)",
         f"  coordinator  {_mib(seen.rss_before)} MiB before, {_mib(seen.rss_peak)} at most, "
         f"{_mib(rss_after)} after",
     ]

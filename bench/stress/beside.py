@@ -37,7 +37,7 @@ class Beside:
     rss_before: int = 0
     rss_peak: int = 0
     lag_s: float = 0.0  # the largest
-    step_s: float = 0.0  # the most that the server itself computed during a lag
+    step_s: float = 0.0  # the largest less what was waited for a core
 
     def note_loop(self, lag_s: float, step_s: float) -> None:
         """The server's largest figures of late."""

@@ -1,5 +1,9 @@
 """The event loop's lag, the clock without its stalls, and what both are told to the world."""
 
+import contextlib
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -10,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coordinator.core_wait import CoreWait
 from coordinator.lag import INTERVAL_S, STALL_S, TOLERANCE_S, WINDOW_S, LoopLag
 
 LAGS_MS = st.integers(0, 60_000).filter(lambda ms: ms != STALL_S * 1000)
@@ -56,17 +61,37 @@ def test_a_clock_that_stands_still_while_the_loop_does(
 
 
 @given(lags=LAGS, shares=st.lists(st.floats(0.0, 1.0), min_size=40, max_size=40))
-def test_the_part_of_a_lag_that_was_computed(lags: list[float], shares: list[float]) -> None:
-    """A process that had no core computes nothing; what it computes in time is no step."""
-    lag, now, cpu_s, steps = LoopLag(), 0.0, 7.0, []
-    lag.fired(now, cpu_s)
+def test_a_step_is_the_part_of_a_lag_without_waiting_for_a_core(
+    lags: list[float], shares: list[float]
+) -> None:
+    lag, now, waited_s, steps = LoopLag(), 0.0, 7.0, []
+    lag.fired(now, waited_s)
     for late_s, share in zip(lags, shares, strict=False):
-        computed_s = share * (INTERVAL_S + late_s)
-        now, cpu_s = now + INTERVAL_S + late_s, cpu_s + computed_s
-        lag.fired(now, cpu_s)
-        steps.append((now, min(late_s, computed_s)))
+        now, waited_s = now + INTERVAL_S + late_s, waited_s + share * late_s
+        lag.fired(now, waited_s)
+        steps.append((now, late_s - share * late_s))
     recent = [step_s for when, step_s in steps if now - when <= WINDOW_S]
     assert lag.longest_step_s(now) == pytest.approx(max([*recent, 0.0]))
+
+
+def test_a_thread_that_has_waited_for_a_core_knows_it() -> None:
+    with contextlib.closing(CoreWait()) as core:
+        before = core.waited_s()
+        rivals = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3)]
+        try:
+            own = os.sched_getaffinity(0)
+            os.sched_setaffinity(0, {min(own)})
+            for rival in rivals:
+                os.sched_setaffinity(rival.pid, {min(own)})
+            deadline = time.monotonic() + 20
+            while core.waited_s() < before + 0.05:
+                assert time.monotonic() < deadline, "four on one core"
+        finally:
+            os.sched_setaffinity(0, own)
+            for rival in rivals:
+                rival.kill()
+                rival.wait()
+    core.close()
 
 
 def test_a_stalled_loop_is_told_and_not_ready(start_coordinator: Any, tmp_path: Path) -> None:
@@ -79,6 +104,7 @@ def test_a_stalled_loop_is_told_and_not_ready(start_coordinator: Any, tmp_path: 
         running.complete("again", max_tokens=2)
         after = figures(running)
         assert after["loop_lag_seconds"] > 1.4, "the lag of the GIL that was held"
+        assert STALL_S < after["loop_step_seconds"] <= after["loop_lag_seconds"]
         assert after["loop_stalls_total"] > before["loop_stalls_total"]
         state = running.state()
         assert state["loop"]["lag_s"] > 1.4
