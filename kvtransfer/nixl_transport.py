@@ -23,7 +23,7 @@ import numpy.typing as npt
 from nixl import nixl_agent, nixl_agent_config
 
 from kvcache.pool import KVPool
-from kvtransfer.nixl_library import NIXL_ERRORS, route_library_log
+from kvtransfer.nixl_library import NIXL_ERRORS, guard_wakeups, route_library_log
 from kvtransfer.plan import Run
 from kvtransfer.transport import KVTransport, ReadHandle, ReadState, check_runs
 from protocol.errors import ConfigError, TransferError
@@ -92,6 +92,7 @@ class NixlTransport(KVTransport):
             raise ConfigError(f"NIXL cannot start UCX ({error}): use --transport tcp") from error
         if "UCX" not in self._agent.backends:
             raise ConfigError("NIXL has no UCX plugin: use --transport tcp")
+        guard_wakeups()
         self._post_bytes = post_bytes
         self._pool: KVPool | None = None
         self._memory = _Memory("DRAM", 0)

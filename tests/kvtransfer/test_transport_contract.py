@@ -1,5 +1,6 @@
 """One contract for every transport, with real bytes, in one process and between two."""
 
+import contextlib
 import functools
 import itertools
 import os
@@ -533,3 +534,33 @@ def test_the_life_of_a_peer(
     assert another.read(target, SPLIT) == "reading 0"
     assert another.line() == "0 done"
     assert another.ask("sum") == target.ask("sum")
+
+
+def test_what_a_stranger_sends_to_a_waker_ends_nothing(
+    start: Callable[..., Process],
+) -> None:
+    """Any user can send to UCX's wake-up sockets; an empty datagram used to end their process."""
+    source, target, another = [start("nixl", SHARED_MEMORY, fill) for fill in (7, 9, 5)]
+    target.connect(source)
+    wakers = [name for rank in (source, target) for name in _wakers(rank.process.pid)]
+    assert wakers
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as stranger:
+        stranger.setblocking(False)
+        for name in wakers:
+            for junk in (b"", b"x", b"\xff" * 4096):
+                with contextlib.suppress(BlockingIOError):  # its queue is full
+                    stranger.sendto(junk, name)
+    for number, (reader, of, fill) in enumerate(((target, source, 7), (target, another, 5))):
+        reader.connect(of)
+        assert reader.read(of, ALL) == f"reading {number}"
+        assert reader.line() == f"{number} done"
+        assert reader.ask("count", str(fill)) == str(NUM_BYTES)
+
+
+def _wakers(pid: int) -> list[bytes]:
+    """The abstract names of a process's datagram sockets."""
+    table = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:]]
+    names = {fields[6]: fields[7] for fields in table if len(fields) > 7 and fields[4] == "0002"}
+    links = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()]
+    found = [names[link[8:-1]] for link in links if link[8:-1] in names]
+    return [b"\0" + name[1:].encode() for name in found if name.startswith("@")]
