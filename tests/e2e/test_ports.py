@@ -1,67 +1,18 @@
 """Every socket that a live cluster listens on, compared with what SECURITY.md says of it."""
 
 import contextlib
-import os
 import socket
-import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 
+from tests.e2e.doors import Door, doors_of, tree
+
 MODEL = "arithmetic:layers=3,heads=4,kv_heads=2,vocab=512,max_len=4096"
 POOLS = ("--prefill", "cp2", "--decode", "tp2", "--decode", "tp1", "--kv-memory", "16MiB")
-_LISTEN, _ACCEPTS = "0A", 0x10000  # states in /proc/net/tcp; flags in /proc/net/unix
-
-
-class Door(NamedTuple):
-    """A socket that somebody else can send to."""
-
-    kind: str
-    host: str  # an address; of a Unix socket its path
-    port: int
-
-
-def _address(text: str) -> str:
-    raw = bytes.fromhex(text)
-    words = struct.unpack(f">{len(raw) // 4}I", raw)  # each in the machine's own order
-    family = socket.AF_INET if len(raw) == 4 else socket.AF_INET6
-    return socket.inet_ntop(family, struct.pack(f"<{len(words)}I", *words))
-
-
-def _all_doors() -> Iterator[tuple[str, Door]]:
-    """(inode, door) of every socket in this network namespace that accepts anything."""
-    for kind in ("tcp", "tcp6", "udp", "udp6"):
-        for line in Path(f"/proc/net/{kind}").read_text().splitlines()[1:]:
-            fields = line.split()
-            host, _, port = fields[1].rpartition(":")
-            if kind.startswith("udp") or fields[3] == _LISTEN:
-                yield fields[9], Door(kind, _address(host), int(port, 16))
-    for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
-        fields = line.split()
-        if int(fields[3], 16) & _ACCEPTS or (fields[4] == "0002" and len(fields) > 7):
-            yield fields[6], Door("unix", fields[7] if len(fields) > 7 else "", 0)
-
-
-def doors_of(pids: list[int]) -> dict[int, list[Door]]:
-    """What each process listens on."""
-    doors = dict(_all_doors())
-    found: dict[int, list[Door]] = {}
-    for pid in pids:
-        links = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
-        inodes = [link[8:-1] for link in links if link.startswith("socket:[")]
-        found[pid] = [doors[inode] for inode in inodes if inode in doors]
-    return found
-
-
-def tree(pid: int) -> list[int]:
-    """A process and all below it."""
-    below = []
-    for task in os.listdir(f"/proc/{pid}/task"):
-        below += Path(f"/proc/{pid}/task/{task}/children").read_text().split()
-    return [pid, *(deeper for child in below for deeper in tree(int(child)))]
 
 
 def role(pid: int) -> str:
@@ -77,33 +28,40 @@ FILES = {"coordinator": {1}, "prefill": {1, 2}, "decode": {1, 2}}
 GLOO, RANKS = 2, ("prefill", "decode")
 
 
-@pytest.mark.cluster
-@pytest.mark.parametrize("transport", ["nixl", "tcp"])
-def test_what_a_cluster_on_one_host_listens_on(start_cluster: Any, transport: str) -> None:
+@pytest.fixture(scope="module", params=["nixl", "tcp"])
+def running(request: pytest.FixtureRequest, start_cluster: Any) -> Iterator[tuple[Any, str]]:
+    """A cluster, and its transport."""
+    transport = request.param
     with start_cluster(MODEL, *POOLS, "--block-size", "16", "--transport", transport) as cluster:
-        cluster.tokens(list(range(300)), 4)
-        doors = {pid: (role(pid), found) for pid, found in _of_all(cluster).items()}
-        (http,) = [door for name, found in doors.values() if name == "coordinator"
-                   for door in found if door.kind != "unix"]  # fmt: skip
-        assert http == Door("tcp", "127.0.0.1", urlsplit(cluster.url).port or 0)
-        folders = set()
-        for name, found in doors.values():
-            unix = [door.host for door in found if door.kind == "unix"]
-            # UCX wakes a reader by an empty datagram to a name that the kernel has given.
-            wakers = [path for path in unix if path.startswith("@")]
-            assert not wakers or (transport == "nixl" and name in RANKS), (name, wakers)
-            files = [Path(path) for path in unix if path not in wakers]
-            ports = [door for door in found if door.kind != "unix"]
-            assert len(files) in FILES.get(name, {0}), (name, found)
-            folders |= {file.parent for file in files}
-            assert {(door.kind, door.host) for door in ports} <= {("tcp", "127.0.0.1")}, name
-            assert not ports or name in FILES, (name, ports)
-        assert [folder.stat().st_mode & 0o777 for folder in folders] == [0o700]
-        ranks = [found for name, found in doors.values() if name in RANKS]
-        fewest = min(sum(door.kind == "tcp" for door in found) for found in ranks)
-        assert fewest == (transport == "tcp"), "the gang of one has no port but the transport's"
-        most = GLOO + (transport == "tcp")
-        assert max(sum(door.kind == "tcp" for door in found) for found in ranks) <= most
+        yield cluster, transport
+
+
+@pytest.mark.cluster
+def test_what_a_cluster_on_one_host_listens_on(running: tuple[Any, str]) -> None:
+    cluster, transport = running
+    cluster.tokens(list(range(300)), 4)
+    doors = {pid: (role(pid), found) for pid, found in _of_all(cluster).items()}
+    (http,) = [door for name, found in doors.values() if name == "coordinator"
+               for door in found if door.kind != "unix"]  # fmt: skip
+    assert http == Door("tcp", "127.0.0.1", urlsplit(cluster.url).port or 0)
+    folders = set()
+    for name, found in doors.values():
+        unix = [door.host for door in found if door.kind == "unix"]
+        # UCX wakes a reader by an empty datagram to a name that the kernel has given.
+        wakers = [path for path in unix if path.startswith("@")]
+        assert not wakers or (transport == "nixl" and name in RANKS), (name, wakers)
+        files = [Path(path) for path in unix if path not in wakers]
+        ports = [door for door in found if door.kind != "unix"]
+        assert len(files) in FILES.get(name, {0}), (name, found)
+        folders |= {file.parent for file in files}
+        assert {(door.kind, door.host) for door in ports} <= {("tcp", "127.0.0.1")}, name
+        assert not ports or name in FILES, (name, ports)
+    assert [folder.stat().st_mode & 0o777 for folder in folders] == [0o700]
+    ranks = [found for name, found in doors.values() if name in RANKS]
+    fewest = min(sum(door.kind == "tcp" for door in found) for found in ranks)
+    assert fewest == (transport == "tcp"), "the gang of one has no port but the transport's"
+    most = GLOO + (transport == "tcp")
+    assert max(sum(door.kind == "tcp" for door in found) for found in ranks) <= most
 
 
 def _of_all(cluster: Any) -> dict[int, list[Door]]:
@@ -111,21 +69,20 @@ def _of_all(cluster: Any) -> dict[int, list[Door]]:
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize("transport", ["nixl", "tcp"])
-def test_junk_at_every_port_of_a_rank_ends_nothing(start_cluster: Any, transport: str) -> None:
+def test_junk_at_every_port_of_a_rank_ends_nothing(running: tuple[Any, str]) -> None:
     """Other users of the machine reach the loopback too."""
-    with start_cluster(MODEL, *POOLS, "--block-size", "16", "--transport", transport) as cluster:
-        prompt = list(range(300))
-        want = cluster.tokens(prompt, 4)
-        before = [(pool["pool_id"], pool["epoch"]) for pool in cluster.cluster()["pools"]]
-        for found in _of_all(cluster).values():
-            for door in found:
-                for junk in (b"", b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 95, b"\x00" * 8192):
-                    _send(door, junk)
-        assert cluster.tokens(prompt, 4) == want
-        assert cluster.tokens([*reversed(prompt)], 4)
-        after = [(pool["pool_id"], pool["epoch"]) for pool in cluster.cluster()["pools"]]
-        assert after == before, "no gang was started again"
+    cluster, _ = running
+    prompt = list(range(300))
+    want = cluster.tokens(prompt, 4)
+    before = [(pool["pool_id"], pool["epoch"]) for pool in cluster.cluster()["pools"]]
+    for found in _of_all(cluster).values():
+        for door in found:
+            for junk in (b"", b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 95, b"\x00" * 8192):
+                _send(door, junk)
+    assert cluster.tokens(prompt, 4) == want
+    assert cluster.tokens([*reversed(prompt)], 4)
+    after = [(pool["pool_id"], pool["epoch"]) for pool in cluster.cluster()["pools"]]
+    assert after == before, "no gang was started again"
 
 
 def _send(door: Door, junk: bytes) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from modeling.arithmetic import expected_tokens
 from modeling.config import load_config
+from tests.e2e.doors import doors_of
 
 MODEL = "arithmetic:layers=3,heads=4,kv_heads=2,vocab=512,max_len=4096"
 
@@ -28,6 +29,10 @@ def test_the_same_requests_pass_under_ray(
             assert cluster.tokens(prompt, 8) == expected_tokens(config, prompt, 8)
             longer = prompt + [rng.randrange(500) for _ in range(200)]
             assert cluster.tokens(longer, 8) == expected_tokens(config, longer, 8)
+        # Ray gives each of its workers one port on every address; on one node ours are the loopback's.
+        for found in doors_of(_actors(cluster.process.pid)).values():
+            hosts = sorted(door.host for door in found if door.kind != "unix")
+            assert [host for host in hosts if host != "127.0.0.1"] == ["::"], found
         document = [rng.randrange(500) for _ in range(1600)]
         source = {"token_ids": document}
         made = cluster.client.post("/v1/documents", json={"source": source}).json()
