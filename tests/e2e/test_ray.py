@@ -29,7 +29,7 @@ def test_the_same_requests_pass_under_ray(
             assert cluster.tokens(prompt, 8) == expected_tokens(config, prompt, 8)
             longer = prompt + [rng.randrange(500) for _ in range(200)]
             assert cluster.tokens(longer, 8) == expected_tokens(config, longer, 8)
-        # Ray gives each of its workers one port on every address; on one node ours are the loopback's.
+        # Ray gives each of its workers a port on every address; ours are the loopback's here.
         for found in doors_of(_actors(cluster.process.pid)).values():
             hosts = sorted(door.host for door in found if door.kind != "unix")
             assert [host for host in hosts if host != "127.0.0.1"] == ["::"], found
