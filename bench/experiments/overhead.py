@@ -147,6 +147,7 @@ class Timed:
     def __init__(self, batch: int, queue: int) -> None:
         # The first to decode goes on while the prompts of the others are computed.
         num_tokens = CONTEXT + NUM_WARM + NUM_TIMED + batch
+        self._max_tokens = num_tokens - CONTEXT + 1  # more than are timed: nobody ends meanwhile
         pool = BlockPool(batch * -(-num_tokens // 32) + 64, 32)
         self._scheduler = DecodeScheduler(
             pool, SchedulerLimits(MAX_MODEL_LEN, max(512, batch), batch), FINGERPRINT
@@ -159,7 +160,7 @@ class Timed:
     def _add(self, number: int) -> None:
         request_id = f"r{number}"
         prompt = (number + 16, *(1,) * (CONTEXT - 1))
-        sampling = SamplingParams(max_tokens=1 << 20, temperature=0.0)
+        sampling = SamplingParams(max_tokens=self._max_tokens, temperature=0.0)
         self._scheduler.on_event(
             ControlReceived(Reserve(request_id, 1, prompt, sampling)), 0.0
         )  # fmt: skip

@@ -331,7 +331,7 @@ def half_a_body(url: str) -> Iterator[socket.socket]:
     host, _, port = url.removeprefix("http://").rpartition(":")
     with socket.create_connection((host, int(port)), timeout=20) as connection:
         connection.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            b"POST /v1/completions HTTP/1.1\r\nhost: [::1]\r\ncontent-type: application/json\r\n"
             b'content-length: 15\r\n\r\n{"prompt":"hi"}'[:-1]
         )
         yield connection
