@@ -111,9 +111,10 @@ class WorkerProcess:
         self._connection.close()
         process = self._process
         if process.returncode is None:
-            # One whose end is on its way has a code already, which a kill does not change.
+            # Not process.kill(): that polls first, which takes the code of one that has just ended
+            # from asyncio's watcher, who then makes one up (255). A dead one minds no signal.
             with contextlib.suppress(ProcessLookupError):
-                process.kill()
+                os.kill(process.pid, signal.SIGKILL)
         return await process.wait()
 
 

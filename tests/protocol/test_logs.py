@@ -113,8 +113,9 @@ def test_a_repeated_line_is_told_by_its_number() -> None:
 
 
 def test_a_huge_record_and_one_that_cannot_be_formatted_end_nothing(
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(logging, "raiseExceptions", True)  # libraries turn it off for everybody
     lines = Lines()
     outlet = Outlet(lines)
     logger = logging.Logger("huge")

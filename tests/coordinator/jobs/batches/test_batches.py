@@ -141,7 +141,8 @@ def test_inputs_that_are_no_batch(start_batches: Any, tmp_path: Path) -> None:
             assert [(e.line, e.code) for e in batch.errors.data] == [(number, code)]
         batch = site.wait(site.batch("{", "{", "{", "{").id, "failed")
         assert [error.line for error in batch.errors.data] == [1, 2]
-        assert not list((tmp_path / "batches").iterdir())
+        folder = tmp_path / "batches"
+        site.until(lambda: not list(folder.iterdir()), "nothing of them is left")
 
 
 def test_what_is_refused_at_once(start_batches: Any, tmp_path: Path) -> None:
