@@ -4,7 +4,7 @@ from collections import OrderedDict
 
 from kvtransfer.actions import Key
 
-MAX_TOMBS = 10_000
+MAX_TOMBS = 4_096
 
 
 class Tombs:
