@@ -3,8 +3,8 @@
 What a frame means is decided by the registry and the service; nothing here keeps a request's state.
 Sends are queued and done by one task, so that whoever decides never waits, and order is kept.
 
-A rank's death shows when it is told that we live: its connection is gone. Which pools are lost and
-which serve is told to the launcher, which ends and starts processes.
+A rank's loss shows when it is told that we live: its connection is gone. Which pools are lost for
+good and which serve is told to the launcher, which ends and starts processes.
 """
 
 import asyncio
@@ -239,9 +239,10 @@ class ControlPlane:
         unreachable, self._unreachable = self._unreachable, {}
         for peer, reason in unreachable.items():
             found = self._registry.pool_of(peer)
-            # Dead: of one that is cut off, the heartbeats are missed before libzmq gives it up.
+            # Dead, or starved until libzmq gave its connection up. Of the dead the launcher knows
+            # by itself; a gang that lives may come back, like one that is only silent.
             if found is not None:
-                self._lose(found[0].pool_id, reason)
+                self._lose(found[0].pool_id, reason, is_over=False, holds_others=False)
 
     async def _tick(self) -> None:
         next_sweep = 0.0

@@ -12,8 +12,9 @@ The life of a pool through this file
 6. Ranks that had to give *us* up, and say HELLO once more, are the same gang: the pool is lost and
    opens again with them (``displaces`` says so). After a restart of the coordinator all running
    gangs come like that; who does not come in time is lost.
-7. A gang that is only silent, stopped or cut off, may come back as well: the others go on without
-   it at once, and it is told to end when it has not come within ``rejoin_s``.
+7. A gang that is only silent, stopped, cut off or starved, may come back as well: the others go on
+   without it at once, and it is told to end when it has not come within ``rejoin_s``. That a rank's
+   process has ended is the launcher's to see.
 
 A pool's epoch has the coordinator's in its high bits, so it rises over coordinators too.
 """
