@@ -10,10 +10,11 @@ import contextlib
 import math
 import os
 from collections import Counter
-from collections.abc import AsyncIterable, AsyncIterator, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from coordinator.config import Limits
 from coordinator.jobs.batch import LineEdit
 from coordinator.text.frames import INLINE_BYTES, memory_file, write_all
 from protocol.errors import RequestError
@@ -55,13 +56,13 @@ class Budget:
     """Bytes of bodies. Time comes as an argument.
 
     Args:
-        max_bytes: of all together.
-        max_tenant_bytes: of one tenant.
+        limits: of all together, and the share of one tenant while there are several.
+        num_tenants: who share them at the moment: a file of keys may change.
     """
 
-    def __init__(self, max_bytes: int, max_tenant_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._max_tenant_bytes = max_tenant_bytes
+    def __init__(self, limits: Limits, num_tenants: Callable[[], int]) -> None:
+        self._limits = limits
+        self._num_tenants = num_tenants
         self._held: Counter[str] = Counter()
         self.num_bytes = 0
         self._typical_s = 1.0  # that a body is held
@@ -72,7 +73,7 @@ class Budget:
         Raises:
             RequestError: there is no room for them now.
         """
-        is_full = self.num_bytes + num_bytes > self._max_bytes
+        is_full = self.num_bytes + num_bytes > self._limits.max_total_body_bytes
         if is_full or self._held[tenant] + num_bytes > self._max_tenant_bytes:
             raise RequestError(
                 "the bodies of other requests take all memory that there is for them",
@@ -90,6 +91,13 @@ class Budget:
         if not self._held[tenant]:
             del self._held[tenant]
         self._typical_s += 0.1 * (held_s - self._typical_s)
+
+    @property
+    def _max_tenant_bytes(self) -> int:
+        """One body of the largest size always has room in a share."""
+        limits = self._limits
+        share = limits.max_tenant_body_share if self._num_tenants() > 1 else 1.0
+        return max(limits.max_body_bytes, int(share * limits.max_total_body_bytes))
 
 
 @asynccontextmanager

@@ -301,9 +301,19 @@ def check_keys(keys: Iterable[str], origin: str) -> None:
 
 
 def public(config: CoordinatorConfig) -> CoordinatorConfig:
-    """It, without what is secret: for processes that run code of checkpoints."""
+    """It, without what is secret: for processes that run code of checkpoints.
+
+    Nor does it say who is let in, so that what is refused without keys is not refused here.
+    """
     return msgspec.structs.replace(
-        config, token="", secret="", api_keys=(), host="127.0.0.1", failpoints=""
+        config,
+        token="",
+        secret="",
+        api_keys=(),
+        api_key_file="",
+        cors_origins=(),
+        host="127.0.0.1",
+        failpoints="",
     )
 
 

@@ -303,7 +303,7 @@ class Coordinator:
             service=service,
             tokenizer=self._tokenizer,
             workers=self._workers,
-            bodies=self._body_budget(),
+            bodies=Budget(limits, partial(len, self._tenants)),
             traces=traces,
             lag=self._lag,
             door=self._door,
@@ -331,12 +331,6 @@ class Coordinator:
             ),
             connections,
         )
-
-    def _body_budget(self) -> Budget:
-        limits = self._config.limits
-        share = limits.max_tenant_body_share if len(self._config.api_keys) > 1 else 1.0
-        most = max(limits.max_body_bytes, int(share * limits.max_total_body_bytes))
-        return Budget(limits.max_total_body_bytes, most)
 
     def _line_server(self, frontend: Frontend, tenants: Tenants) -> LineServer:
         return LineServer(frontend, tenants, partial(make_document, frontend))

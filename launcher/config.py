@@ -28,6 +28,11 @@ _KEEPING = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=8589934592"
 _GIVING_BACK = (
     "glibc.malloc.arena_max=2:glibc.malloc.mmap_threshold=131072:glibc.malloc.trim_threshold=131072"
 )
+# What the coordinator, and those that read strangers' texts for it, get of our environment.
+_OF_COORDINATOR = re.compile(
+    r"(PATH|HOME|USER|LOGNAME|LANG|TZ|TMPDIR|XDG_RUNTIME_DIR|VIRTUAL_ENV|RUST_BACKTRACE)"
+    r"|(LC|LD|DYLD|PYTHON|GLIBC|MALLOC|OMP|MKL|OPENBLAS|RAYON|TOKENIZERS|COVERAGE)_?\w*"
+)
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 _EXPONENT = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
@@ -239,13 +244,17 @@ def child_environment(num_threads: int, *, is_local: bool, device: str = "cpu") 
 
 
 def coordinator_environment(*, is_local: bool) -> dict[str, str]:
-    """The same of the coordinator and its text workers, but that memory is given back.
+    """The same of the coordinator and its children, but that memory is given back.
+
+    Nothing else of ours: the children read what strangers wrote, and a token for a model hub or a
+    cloud is no concern of theirs.
 
     What callers send is large for a moment: ranks keep their buffers, the coordinator must not. So
     is what thousands of requests are made of. Python's own allocator gives back a MiB when nothing
     at all is left in it, that of the system each page, for some percent more time.
     """
-    environment = child_environment(1, is_local=is_local)
+    given = child_environment(1, is_local=is_local)
+    environment = {name: given[name] for name in given if _OF_COORDINATOR.fullmatch(name)}
     environment.setdefault("PYTHONMALLOC", "malloc")
     if environment["GLIBC_TUNABLES"] == _KEEPING:
         environment["GLIBC_TUNABLES"] = _GIVING_BACK

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 INLINE_BYTES = 32 << 10  # more is put into a file; a message of this size always fits the socket
+MEMORY_FILES = sys.platform == "linux"  # else a file without a name is made on the disk
 _FRAME_BYTES = 128 << 10
 _ENCODER = msgspec.msgpack.Encoder()
 _IN_FILE = b"\xc1"  # msgpack never uses it: the message is in the file
@@ -20,7 +21,7 @@ _IN_FILE = b"\xc1"  # msgpack never uses it: the message is in the file
 
 def memory_file(data: bytes | memoryview = b"") -> int:
     """A file without a name, whose memory is given back when the last who has it closes it."""
-    if sys.platform == "linux":
+    if MEMORY_FILES:
         file = os.memfd_create("baton-text", os.MFD_CLOEXEC)
     else:
         import tempfile

@@ -5,12 +5,10 @@ process, whatever it is in: a template's loop, a tokenizer's, a parser's. What a
 is its answer; whatever else goes wrong with it is told in one line and is not the next task's.
 """
 
-import contextlib
 import ctypes
 import logging
 import mmap
 import os
-import resource
 import signal
 import socket
 import sys
@@ -21,6 +19,7 @@ from typing import Any
 
 import msgspec
 
+from coordinator.confinement import close_all_but, confine
 from coordinator.document_bodies import read_document
 from coordinator.jobs.batch_input import LineReader, request_of
 from coordinator.jobs.canonical import EncodedDocument, encode_document
@@ -33,7 +32,7 @@ from coordinator.parameters import check_token_ids
 from coordinator.schemas import DetokenizeBody, TokenizeBody, UnknownFields, validate
 from coordinator.text.chat_body import encode_messages, read_chat, read_messages
 from coordinator.text.completion_body import read_completion
-from coordinator.text.frames import receive, send
+from coordinator.text.frames import MEMORY_FILES, receive, send
 from coordinator.text.reading import Reading
 from coordinator.text.tasks import (
     Call,
@@ -65,7 +64,6 @@ MAX_FIELDS_VALUES = 10_000  # of a body whose fields the event loop itself looks
 LINES_PER_PIECE = 1000
 LARGE_BYTES = 1 << 20  # of a task, after which memory is given back to the system
 BYTES_PER_S = {Stage.READING: 4 << 20, Stage.RENDERING: 8 << 20, Stage.ENCODING: 128 << 10}
-_PR_SET_PDEATHSIG = 1
 _DECODER = msgspec.msgpack.Decoder(Call)
 
 _log = logging.getLogger(__name__)
@@ -299,18 +297,9 @@ class Clock:
         self._largest = 0
 
 
-def confine(memory_bytes: int, parent_pid: int) -> None:
-    """Limits for this process: its memory, no dump, and an end with its parent."""
-    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with contextlib.suppress(OSError, AttributeError):  # not Linux: the socket's end ends it, too
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent_pid:
-        sys.exit(0)
-
-
 def main() -> int:
     """Serve until the coordinator closes its side of the socket."""
+    close_all_but(int(sys.argv[1]))
     connection = socket.socket(fileno=int(sys.argv[1]))
     frame, file = receive(connection)
     if not frame:  # the coordinator has died meanwhile
@@ -318,7 +307,9 @@ def main() -> int:
     assert file is not None, "the stage's byte comes with the settings"
     settings = msgspec.msgpack.decode(frame, type=Settings)
     configure_logging("text", settings.config.log_level)
-    confine(settings.config.text_memory_bytes, settings.parent_pid)
+    confine(settings.config.text_memory_bytes, may_write=not MEMORY_FILES)
+    if os.getppid() != settings.parent_pid:  # it died before the kernel was asked to tell us
+        return 0
     clock = Clock(settings.config.text_timeout_s, mmap.mmap(file, 1))
     worker = TextWorker(settings, clock.enter)
     os.close(file)

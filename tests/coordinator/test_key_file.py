@@ -1,9 +1,12 @@
 """Keys in a file: read strictly, and read again while the cluster serves."""
 
+import contextlib
+import socket
 import threading
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -102,3 +105,46 @@ def test_keys_change_without_a_restart(
             until({"new": 200, "fixed": 200, "old": 401})
         path.write_text("old\n")
         until({"old": 200, "new": 401, "fixed": 200})
+
+
+def test_a_body_takes_no_more_than_a_share_while_the_file_has_several_keys(
+    tmp_path: Path, start_coordinator: Any
+) -> None:
+    path = tmp_path / "keys"
+    path.write_text("one\ntwo\n")
+    limits = {"max_body_bytes": 3 << 20, "max_total_body_bytes": 8 << 20}
+    with (
+        start_coordinator(tmp_path, ONE_POOL, api_key_file=str(path), limits=limits) as running,
+        contextlib.ExitStack() as stack,
+    ):
+        address = urlsplit(running.url)
+
+        def begin(key: str) -> socket.socket:
+            """A body of 2 MiB and more that is declared, and does not come."""
+            connection = socket.create_connection((address.hostname, address.port), DEADLINE_S)
+            stack.enter_context(connection)
+            head = (
+                f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n"
+                f"authorization: Bearer {key}\r\ncontent-type: application/json\r\n"
+                f"content-length: {(2 << 20) + 1}\r\n\r\n"
+            )
+            connection.sendall(head.encode())
+            return connection
+
+        def held() -> float:
+            headers = {"authorization": "Bearer one"}
+            text = httpx.get(f"{running.url}/metrics", headers=headers).text
+            (line,) = [line for line in text.splitlines() if line.startswith("baton_body_bytes ")]
+            return float(line.split()[1])
+
+        begin("one")
+        deadline, pause = time.monotonic() + DEADLINE_S, threading.Event()
+        while not held():
+            assert time.monotonic() < deadline
+            pause.wait(0.02)
+        answer = begin("one").recv(1 << 16)
+        assert answer.startswith(b"HTTP/1.1 503 "), "half of 8 MiB is less than two of them"
+        begin("two")
+        while held() < 4 << 20:
+            assert time.monotonic() < deadline
+            pause.wait(0.02)

@@ -194,7 +194,8 @@ def test_a_rank_whose_connection_is_gone_is_missed_at_once(
         assert "prefill0/1" in pools["prefill0"]["lost_reason"]
         lost = news(running.coordinator, "lost")
         assert lost == {
-            **{"lost": "prefill0", "start": 0},
+            "lost": "prefill0",
+            "start": 0,
             "reason": "it did not come back within 2 s",
         }
         assert running.state()["ready"]

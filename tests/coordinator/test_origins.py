@@ -117,6 +117,15 @@ def test_a_page_that_has_a_key(start_coordinator: Any, tmp_path: Path) -> None:
         assert "x-request-id" in exposed and "x-baton-path" in exposed
 
 
+def test_any_page_that_has_a_key(start_coordinator: Any, tmp_path: Path) -> None:
+    with start_coordinator(tmp_path, ONE_POOL, api_keys=("k",), cors_origins=("*",)) as running:
+        headers = {"origin": PAGE, "authorization": "Bearer k"}
+        body = {"prompt": "x", "max_tokens": 1}
+        reply = running.client.post("/v1/completions", json=body, headers=headers)
+        assert reply.status_code == 200, "its text workers know of no key, and read it all the same"
+        assert reply.headers["access-control-allow-origin"] == "*"
+
+
 @pytest.mark.parametrize(
     "origin", ["*", "app.example", "https://app.example/", "https://*.example"]
 )

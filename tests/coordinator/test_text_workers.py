@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from bench.tokenizer_file import write_tokenizer
 from coordinator.auth import Tenant
 from coordinator.bodies import Body, Budget, receive_body
-from coordinator.config import CoordinatorConfig, ExpectedPool
+from coordinator.config import CoordinatorConfig, ExpectedPool, Limits
 from coordinator.text.fair_queue import FairQueue
 from coordinator.text.frames import memory_file
 from coordinator.text.tasks import Call, Prepared, ReadChat, ReadTokenize, Refused, Settings
@@ -221,7 +221,9 @@ def test_tenants_take_turns(steps: list[tuple[str, bool]]) -> None:
 
 
 def test_bytes_of_bodies_are_bounded_for_all_and_for_each() -> None:
-    budget = Budget(max_bytes=100, max_tenant_bytes=60)
+    limits = Limits(max_body_bytes=40, max_total_body_bytes=100, max_tenant_body_share=0.6)
+    tenants = ["a", "b"]
+    budget = Budget(limits, lambda: len(tenants))
     budget.take("a", 60)
     with pytest.raises(RequestError) as refused:
         budget.take("a", 1)
@@ -235,6 +237,9 @@ def test_bytes_of_bodies_are_bounded_for_all_and_for_each() -> None:
     with pytest.raises(RequestError) as refused:
         budget.take("c", 1)
     assert refused.value.retry_after_s >= 10  # bodies are held for long
+    budget.give_back("b", 40, 1.0)
+    del tenants[1:]
+    budget.take("c", 40)  # who is alone may have all
 
 
 @pytest.mark.parametrize("declared", [0, 3 << 20])
@@ -244,7 +249,8 @@ def test_a_body_is_counted_while_it_is_here(declared: int) -> None:
             yield bytes(1 << 16)
 
     async def work() -> None:
-        budget = Budget(4 << 20, 4 << 20)
+        limits = Limits(max_body_bytes=4 << 20, max_total_body_bytes=4 << 20)
+        budget = Budget(limits, lambda: 1)
         async with receive_body(pieces(), declared, budget, "a") as body:
             assert (body.size, budget.num_bytes) == (3 << 20, 3 << 20)
             with body.lent() as file:

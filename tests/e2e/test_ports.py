@@ -1,6 +1,10 @@
-"""Every socket that a live cluster listens on, compared with what SECURITY.md says of it."""
+"""Every socket that a live cluster listens on, compared with what SECURITY.md says of it.
+
+And what of the caller's environment, of keys and of the token other users could see of it.
+"""
 
 import contextlib
+import json
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +17,12 @@ from tests.e2e.doors import Door, doors_of, tree
 
 MODEL = "arithmetic:layers=3,heads=4,kv_heads=2,vocab=512,max_len=4096"
 POOLS = ("--prefill", "cp2", "--decode", "tp2", "--decode", "tp1", "--kv-memory", "16MiB")
+STORE = ("--store-memory", "8MiB", "--disk-quota", "64MiB")
+HUB_TOKEN = "hf_of_the_user"  # for the launcher, which reads models
 
 
 def role(pid: int) -> str:
-    """``launcher``, ``coordinator``, ``prefill`` or ``decode``: the module that a process runs."""
+    """The module that a process runs: ``launcher``, ``coordinator``, ``prefill``..."""
     arguments = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
     return arguments[arguments.index("-m") + 1]
 
@@ -24,15 +30,20 @@ def role(pid: int) -> str:
 # Of each process: Unix sockets in the run folder, and TCP ports of the loopback: gloo has one for
 # every group of a gang, the transport tcp one, and NIXL none.
 # Every other process, as the launcher and those that read texts and files, has nothing.
-FILES = {"coordinator": {1}, "prefill": {1, 2}, "decode": {1, 2}}
-GLOO, RANKS = 2, ("prefill", "decode")
+STORE_RANK = "kvtransfer.store"
+FILES = {"coordinator": {1}, "prefill": {1, 2}, "decode": {1, 2}, STORE_RANK: {2}}
+GLOO, RANKS = 2, ("prefill", "decode", STORE_RANK)
 
 
 @pytest.fixture(scope="module", params=["nixl", "tcp"])
-def running(request: pytest.FixtureRequest, start_cluster: Any) -> Iterator[tuple[Any, str]]:
+def running(
+    request: pytest.FixtureRequest, start_cluster: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Any, str]]:
     """A cluster, and its transport."""
     transport = request.param
-    with start_cluster(MODEL, *POOLS, "--block-size", "16", "--transport", transport) as cluster:
+    data = ("--data-dir", str(tmp_path_factory.mktemp("p") / "data"), *STORE)
+    flags = (*POOLS, *data, "--block-size", "16", "--transport", transport)
+    with start_cluster(MODEL, *flags, environment={"HF_TOKEN": HUB_TOKEN}) as cluster:
         yield cluster, transport
 
 
@@ -58,8 +69,9 @@ def test_what_a_cluster_on_one_host_listens_on(running: tuple[Any, str]) -> None
         assert not ports or name in FILES, (name, ports)
     assert [folder.stat().st_mode & 0o777 for folder in folders] == [0o700]
     ranks = [found for name, found in doors.values() if name in RANKS]
+    assert len(ranks) == 6, "the store is one of them"
     fewest = min(sum(door.kind == "tcp" for door in found) for found in ranks)
-    assert fewest == (transport == "tcp"), "the gang of one has no port but the transport's"
+    assert fewest == (transport == "tcp"), "a gang of one has no port but the transport's"
     most = GLOO + (transport == "tcp")
     assert max(sum(door.kind == "tcp" for door in found) for found in ranks) <= most
 
@@ -97,3 +109,30 @@ def _send(door: Door, junk: bytes) -> None:
         stranger.connect(door.host if door.kind == "unix" else (door.host, door.port))
         with contextlib.suppress(ConnectionError):
             stranger.sendall(junk)
+
+
+@pytest.mark.cluster
+def test_what_others_can_see_of_a_cluster(running: tuple[Any, str]) -> None:
+    """Command lines are everybody's to read; files of the run folder and the data are ours alone.
+
+    The environment is our own to read. Who reads strangers' texts, and the coordinator, whose
+    children they are, has no more of it than it needs.
+    """
+    cluster, _ = running
+    pids = tree(cluster.process.pid)
+    commands = {pid: Path(f"/proc/{pid}/cmdline").read_text().split("\0") for pid in pids}
+    (config,) = [words[words.index("--config") + 1] for words in commands.values()
+                 if "coordinator" in words and "--config" in words]  # fmt: skip
+    token = json.loads(Path(config).read_text())["token"]
+    assert len(token) >= 32
+    assert not [words for words in commands.values() if token in " ".join(words)]
+    launcher = commands[cluster.process.pid]
+    data = Path(launcher[launcher.index("--data-dir") + 1])
+    for folder in (Path(config).parent, data):
+        for path in (folder, *folder.rglob("*")):
+            assert path.stat().st_mode & 0o077 == 0, path
+    for pid in pids:
+        environment = Path(f"/proc/{pid}/environ").read_bytes().decode()
+        is_reader = role(pid).startswith("coordinator")
+        assert (HUB_TOKEN in environment) != is_reader, commands[pid]
+        assert token not in environment

@@ -104,8 +104,12 @@ def test_keys_come_from_everywhere_and_are_shown_nowhere(
     said = json.loads(coordinator_config(resolve_cluster(serve), {}))
     assert said["api_keys"] == ["flag", "hush-one", "hush-two", "hush-three"]
     assert said["api_key_file"] == str(file)
-    environment = child_environment(1, is_local=True)
-    assert not [value for value in environment.values() if "hush-" in value]
+    monkeypatch.setenv("HF_TOKEN", "hush-four")
+    ranks = child_environment(1, is_local=True)
+    assert [value for value in ranks.values() if "hush-" in value] == ["hush-four"]
+    ours = coordinator_environment(is_local=True)
+    assert not [value for value in ours.values() if "hush-" in value]
+    assert ours["PATH"] == ranks["PATH"]
     flags = ["arithmetic", "--resolved", "--decode", "tp1", "--api-key", "flag"]
     flags += ["--api-key-file", str(file)]
     shown = show(capsys, *flags)
