@@ -15,6 +15,7 @@ from protocol.errors import RequestError
 from protocol.request import SamplingParams
 
 _SEED_MASK = 2**63 - 1
+_ANY_SEED = -1  # as vLLM and llama.cpp have it
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,7 @@ def _sampling(
     eos_token_ids = () if ignore_eos else model.eos_token_ids
     return SamplingParams(
         max_tokens=1,  # until the prompt's length is known
-        seed=secrets.randbits(63) if body.seed is None else body.seed & _SEED_MASK,
+        seed=secrets.randbits(63) if body.seed in (None, _ANY_SEED) else body.seed & _SEED_MASK,
         temperature=_first(body.temperature, default.temperature, 1.0),
         top_k=max(0, int(_first(body.top_k, default.top_k, 0))),
         top_p=_first(body.top_p, default.top_p, 1.0),
@@ -217,8 +218,9 @@ def _logit_bias(given: dict[str, float], vocab_size: int, limits: Limits) -> dic
         raise _invalid("logit_bias", f"logit_bias has more than {limits.max_logit_bias} entries")
     bias: dict[int, float] = {}
     for key, value in given.items():
-        is_token = key.isascii() and key.isdigit() and len(key) <= 10 and int(key) < vocab_size
-        if not is_token:
+        is_number = key.isascii() and key.isdigit() and len(key) <= 10
+        # "07" beside "7" would be one token with two biases.
+        if not is_number or str(int(key)) != key or int(key) >= vocab_size:
             raise _invalid(
                 "logit_bias", f"logit_bias: {key[:32]!r} is not a token id below {vocab_size}"
             )

@@ -1,11 +1,14 @@
 """What a caller may send, field by field. Strict: true is not 1, and "5" is not 5.
 
-What would change the answer if it were honoured, or names our insides, is refused by name. Fields
-that nobody here knows are ignored, since clients send many, and each is logged once: one may be
-misspelt. ``null`` is always "not given".
+What would change the answer if it were honoured, or names our insides, is refused by name, and so
+is a field of ours in another spelling (``maxTokens``). Fields that nobody here knows are ignored,
+since clients send many, and each is logged once: one may be misspelt. ``null`` is always "not
+given".
 """
 
 import logging
+from collections.abc import Set
+from functools import cache
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -54,8 +57,23 @@ _PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
     "reasoning": (),
     "reasoning_effort": (),
     "think": (),
+    "instructions": ("",),
+    "max_thinking_tokens": (),
+    "prompt_mode": (),
+    "safe_prompt": (False,),
+    "system": ("",),
+    "template": ("",),
     "thinking": (),
+    "thinking_budget": (),
     "thinking_token_budget": (),
+    # the other endpoint's: each is in the body that has it
+    "best_of": (1,),
+    "echo": (False,),
+    "input": ("", []),
+    "max_completion_tokens": (),
+    "messages": ([],),
+    "prompt": ("", []),
+    "top_logprobs": (0,),
     # tools and forms
     "format": ("",),
     "function_call": ("none", "auto"),
@@ -75,6 +93,7 @@ _PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
             "guided_whitespace_pattern",
             "json_schema",
             "regex",
+            "response_schema",
             "structural_tag",
             "structured_outputs",
         ),
@@ -83,15 +102,26 @@ _PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
     # sampling that is not offered
     "allowed_token_ids": (),
     "bad_words": ([],),
+    "detokenize": (True,),
     "do_sample": (True,),
     "dry_multiplier": (0,),
     "dynatemp_range": (0,),
     "early_stopping": (False,),
+    "encoder_repetition_penalty": (1,),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "guidance_scale": (1,),
     "length_penalty": (1,),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
     "mirostat": (0,),
     "mirostat_mode": (0,),
+    "negative_prompt": ("",),
     "no_repeat_ngram_size": (0,),
+    "nsigma": (0,),
     "num_beams": (1,),
+    "penalty_alpha": (0,),
+    "repeat_last_n": (),
     "repeat_penalty": (1,),
     "sampling_seed": (),
     "smoothing_factor": (0,),
@@ -99,9 +129,11 @@ _PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
     "tfs": (1,),
     "tfs_z": (1,),
     "top_a": (0,),
+    "top_n_sigma": (-1, 0),
     "typical": (1,),
     "typical_p": (1,),
     "use_beam_search": (False,),
+    "watermark": (False,),
     "xtc_probability": (0,),
     # other names of what we have, which would be missed under ours
     **dict.fromkeys(
@@ -114,19 +146,25 @@ _PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
             "num_ctx",
             "num_predict",
             "options",
+            "random_seed",
             "sampling_params",
             "stop_sequences",
+            "stop_strings",
             "stopping_strings",
         ),
         ((), [], {}),
     ),
     # other forms of the answer
     "audio": (),
+    "decoder_input_details": (False,),
+    "images": ([],),
     "include_reasoning": (True,),
     "logprob_start_len": (-1,),
     "modalities": (["text"],),
     "models": ([],),
+    "n_probs": (0,),
     "no_stop_trim": (False,),
+    "plugins": ([],),
     "prediction": (),
     "prompt_logprobs": (),
     "return_hidden_states": (False,),
@@ -137,6 +175,7 @@ _PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "top_logprobs_num": (0,),
     "transforms": ([],),
+    "truncate": (),
     "truncate_prompt_tokens": (),
     "verbosity": ("medium",),
     "web_search_options": (),
@@ -251,31 +290,51 @@ def validate(kind: type[B], body: dict[str, Any]) -> B:
             continue
         plain = _PLAIN_VALUES.get(name)
         if name.startswith("remote_") or (plain is not None and value not in plain):
-            raise RequestError(
-                f"{name[:64]} is not supported by this server",
-                code="unsupported_parameter",
-                param=name[:64],
-            )
+            raise _unsupported(name, "is not supported here")
+        known = None if name in _PLAIN_VALUES else _spelt(kind).get(_bare(name))
+        if known is not None:
+            raise _unsupported(name, f"is no field: {known} is")
     try:
         return kind.model_validate(body)
     except ValidationError as error:
         raise _first_error(error) from error
 
 
+@cache
+def _spelt(kind: type[BaseModel]) -> dict[str, str]:
+    """The fields that mean something, by what is left of their names without case and marks."""
+    return {_bare(name): name for name in (*_PLAIN_VALUES, *kind.model_fields)}
+
+
+def _bare(name: str) -> str:
+    return name.replace("_", "").replace("-", "").lower()
+
+
+def _unsupported(name: str, problem: str) -> RequestError:
+    shown = name[:64]
+    return RequestError(f"{shown} {problem}", code="unsupported_parameter", param=shown)
+
+
 class UnknownFields:
     """Names of fields that requests have had and that mean nothing here; each is logged once."""
 
     def __init__(self) -> None:
-        self._logged: set[str] = set()
+        self._logged: set[tuple[str, str]] = set()
 
     def note(self, kind: type[BaseModel], body: dict[str, Any]) -> None:
         """Log what is new among the fields of ``body``; no more than so many names in all."""
-        for name in body.keys() - kind.model_fields.keys() - self._logged:
-            if name in _PLAIN_VALUES or name in _WITHOUT_EFFECT:
-                continue
-            if len(self._logged) < MAX_UNKNOWN_FIELDS:
-                self._logged.add(name)
-                _log.info("requests have the unknown field %r: it is ignored", name[:64])
+        known = kind.model_fields.keys() | _PLAIN_VALUES.keys() | _WITHOUT_EFFECT
+        self._log("requests", body.keys() - known)
+
+    def note_message(self, names: Set[str]) -> None:
+        """Log what is new among ``names``, fields of messages that mean nothing here."""
+        self._log("messages", names)
+
+    def _log(self, whose: str, names: Set[str]) -> None:
+        for name in names:
+            if (whose, name) not in self._logged and len(self._logged) < MAX_UNKNOWN_FIELDS:
+                self._logged.add((whose, name))
+                _log.info("%s have the unknown field %r: it is ignored", whose, name[:64])
 
 
 def _first_error(error: ValidationError) -> RequestError:

@@ -9,10 +9,9 @@ import msgspec
 
 from coordinator.auth import Tenant
 from coordinator.config import Limits
-from coordinator.jobs.prompts import Contents, Opened, chat_prompt, check_system
-from coordinator.parameters import read_options
-from coordinator.schemas import ChatBody, validate
-from coordinator.text.reading import Encoder, Reading
+from coordinator.jobs.prompts import chat_prompt, check_system
+from coordinator.schemas import ChatBody
+from coordinator.text.reading import Encoder, Named, Reading
 from coordinator.text.tasks import NeedsDocument, Prepared, Stage
 from modeling.chat_template import RenderedChat
 from protocol.errors import RequestError
@@ -20,48 +19,54 @@ from protocol.errors import RequestError
 MESSAGES = "messages"
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 REASONING = ("reasoning_content", "reasoning")
-NOT_SUPPORTED = ("tool_calls", "function_call", "audio", "prefix")  # of a message
+NOT_SUPPORTED = (  # of a message
+    "tool_calls",
+    "function_call",
+    "audio",
+    "prefix",
+    "partial",
+    "images",
+    "attachments",
+    "file_ids",
+)
+SHOWN = ("name", "tool_call_id", *REASONING)  # what a template may show beside the content
+KNOWN = frozenset({"role", "content", "refusal", "annotations", *SHOWN, *NOT_SUPPORTED})
 
 
 def read_chat(
     reading: Reading,
     tenant: Tenant,
     fields: dict[str, Any],
-    opened: Opened | None,
-    contents: Contents | None,
+    document: Named | None,
 ) -> Prepared | NeedsDocument:
     """The request that ``fields`` ask for; what it names first, if that has not been opened.
 
     Raises:
         RequestError: the request cannot be served as it is.
     """
-    body = validate(ChatBody, fields)
-    reading.unknown_fields.note(ChatBody, fields)
-    reading.check_model(body.model)
-    if body.top_logprobs is not None and not body.logprobs:
+    body = reading.begin(ChatBody, fields)
+    if body.top_logprobs and not body.logprobs:
         raise RequestError(
             "top_logprobs needs logprobs: true", code="invalid_value", param="top_logprobs"
         )
-    options = read_options(
+    options = reading.options(
         body,
         max_tokens=(
             body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         ),
         num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        model=reading.model,
-        limits=reading.limits,
     )
     document_id, given = take_document(body.messages)
     messages = read_messages(reading, given)
-    if document_id is not None and opened is None:
+    if document_id is not None and document is None:
         return NeedsDocument(document_id)
-    if opened is None or contents is None:
+    if document is None:
         encoders: list[Encoder] = [lambda _tools: encode_messages(reading, messages)]
         prepared = reading.prepare(options, tenant, encoders, MESSAGES, None)
     else:
-        check_system(opened.document, messages, MESSAGES)
+        check_system(document[0].document, messages, MESSAGES)
         reading.enter(Stage.ENCODING, _size(messages))
-        made = chat_prompt(reading.tools, opened, contents, messages)
+        made = chat_prompt(reading.tools, *document, messages)
         encoders = [lambda _tools: made.token_ids]
         prepared = reading.prepare(options, tenant, encoders, MESSAGES, made.attached)
     return msgspec.structs.replace(prepared, with_logprobs=bool(body.logprobs))
@@ -141,6 +146,7 @@ def read_messages(reading: Reading, given: Any) -> list[dict[str, Any]]:  # noqa
             f"{len(given)} messages, at most {limits.max_messages} are served", "invalid_value"
         )
     messages = [_message(number, message, limits) for number, message in enumerate(given)]
+    reading.unknown_fields.note_message(set().union(*given) - KNOWN)
     reading.check_text("".join(map(_text, messages)), "messages")
     return messages
 
@@ -160,13 +166,14 @@ def _message(number: int, given: Any, limits: Limits) -> dict[str, Any]:  # noqa
     if role == "tool" and not isinstance(given.get("tool_call_id"), str):
         raise _refusal(f"{where}.tool_call_id is missing", "missing_required_parameter")
     content = _content(where, role, given.get("content"), limits)
+    if role == "assistant" and not content:
+        content = _refusal_text(where, given.get("refusal"))
     return {"role": role, "content": content, **_other_fields(where, given)}
 
 
 def _other_fields(where: str, given: dict[str, Any]) -> dict[str, str]:
-    """What of a message a template may show beside its content."""
     found = {}
-    for name in ("name", "tool_call_id", *REASONING):
+    for name in SHOWN:
         value = given.get(name)
         if value is None:
             continue
@@ -192,11 +199,13 @@ def _content(where: str, role: str, content: Any, limits: Limits) -> str:  # noq
             "invalid_value",
         )
     # As vLLM joins them: a part is a paragraph, not a piece of a word.
-    return "\n".join(_text_of_part(where, part) for part in content)
+    return "\n".join(_text_of_part(where, role, part) for part in content)
 
 
-def _text_of_part(where: str, part: Any) -> str:  # noqa: ANN401 - a caller's JSON value
+def _text_of_part(where: str, role: str, part: Any) -> str:  # noqa: ANN401 - a caller's JSON value
     kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "refusal" and role == "assistant":
+        return _refusal_text(where, part.get("refusal"))
     if kind == "document":
         raise _refusal(
             f"{where}.content: a document must be the first part of the first user message",
@@ -212,6 +221,13 @@ def _text_of_part(where: str, part: Any) -> str:  # noqa: ANN401 - a caller's JS
     if not isinstance(text, str):
         raise _refusal(f"{where}.content has a text part without text", "invalid_type")
     return text
+
+
+def _refusal_text(where: str, given: Any) -> str:  # noqa: ANN401 - a caller's JSON value
+    """What an earlier answer said in the place of its content."""
+    if given is not None and not isinstance(given, str):
+        raise _refusal(f"{where}.refusal must be a string", "invalid_type")
+    return given or ""
 
 
 def _refusal(message: str, code: str) -> RequestError:

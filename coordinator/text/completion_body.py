@@ -10,15 +10,10 @@ from typing import Any
 import msgspec
 
 from coordinator.auth import Tenant
-from coordinator.jobs.prompts import (
-    Contents,
-    Opened,
-    completion_beginning,
-    completion_tokens,
-)
-from coordinator.parameters import read_options
-from coordinator.schemas import CompletionBody, validate
-from coordinator.text.reading import Encoder, Reading
+from coordinator.jobs.prompts import completion_beginning, completion_tokens
+from coordinator.parameters import Options
+from coordinator.schemas import CompletionBody
+from coordinator.text.reading import Encoder, Named, Reading
 from coordinator.text.tasks import NeedsDocument, Prepared, Stage
 from protocol.errors import RequestError
 from protocol.token_ids import TokenIds
@@ -30,24 +25,19 @@ def read_completion(
     reading: Reading,
     tenant: Tenant,
     fields: dict[str, Any],
-    opened: Opened | None,
-    contents: Contents | None,
+    document: Named | None,
 ) -> Prepared | NeedsDocument:
     """The request that ``fields`` ask for; what it names first, if that has not been opened.
 
     Raises:
         RequestError: the request cannot be served as it is.
     """
-    body = validate(CompletionBody, fields)
-    reading.unknown_fields.note(CompletionBody, fields)
-    reading.check_model(body.model)
-    options = read_options(
+    body = reading.begin(CompletionBody, fields)
+    options = reading.options(
         body,
         max_tokens=body.max_tokens,
         default_max_tokens=DEFAULT_MAX_TOKENS,
         num_logprobs=body.logprobs,
-        model=reading.model,
-        limits=reading.limits,
     )
     if (body.best_of or options.num_choices) != options.num_choices:
         raise RequestError(
@@ -66,26 +56,32 @@ def read_completion(
             code="unsupported_parameter",
             param="add_special_tokens",
         )
-    if body.document_id is not None and opened is None:
+    if body.document_id is not None and document is None:
         return NeedsDocument(body.document_id)
-    given = "" if opened is not None and body.prompt is None else body.prompt
+    given = "" if document is not None and body.prompt is None else body.prompt
     prompts = _prompts(reading, given)
     with_special = body.add_special_tokens is not False
     encoders = [_encoder(reading, prompt, with_special=with_special) for prompt in prompts]
     attached = None
-    if opened is not None and contents is not None:
-        beginning = completion_beginning(reading.tools, opened, contents)
+    if document is not None:
+        beginning = completion_beginning(reading.tools, *document)
         attached = beginning.attached
         encoders = [_behind(beginning.token_ids, prompt) for prompt in prompts]
     reading.enter(Stage.ENCODING, sum(map(len, prompts)))
     prepared = reading.prepare(options, tenant, encoders, "prompt", attached)
-    echoed = [_text(reading, prompt.token_ids) for prompt in prepared.prompts] if body.echo else []
+    echoed: list[str] = []
+    if body.echo:
+        for prompt, packed in zip(prompts, prepared.prompts, strict=True):
+            is_whole = isinstance(prompt, str) and document is None
+            echoed.append(prompt if is_whole else _text(reading, options, packed.token_ids))
     with_logprobs = body.logprobs is not None
     return msgspec.structs.replace(prepared, with_logprobs=with_logprobs, echoed=echoed)
 
 
-def _text(reading: Reading, packed: memoryview) -> str:
-    return reading.tools.tokenizer.decode(TokenIds(packed))
+def _text(reading: Reading, options: Options, packed: memoryview) -> str:
+    """What tokens say, for an echo: only text that came as text is known as it was."""
+    skips = options.skip_special_tokens
+    return reading.tools.tokenizer.decode(TokenIds(packed), skip_special_tokens=skips)
 
 
 def _behind(beginning: Sequence[int], prompt: str | list[Any]) -> Encoder:

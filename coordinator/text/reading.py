@@ -6,20 +6,22 @@ encoded; ``prepare`` does it, checks the tokens, and hashes their blocks.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import msgspec
 
 from coordinator.auth import Tenant
 from coordinator.config import CoordinatorConfig, Limits
-from coordinator.jobs.prompts import Attached
+from coordinator.jobs.prompts import Attached, Contents, Opened
 from coordinator.parameters import (
     Options,
     check_model,
     check_token_ids,
     context_exceeded,
     for_prompt,
+    read_options,
 )
-from coordinator.schemas import UnknownFields
+from coordinator.schemas import GenerationBody, UnknownFields, validate
 from coordinator.text.tasks import PackedPrompt, Prepared, Stage
 from coordinator.tokenizing import TextTools, as_prompt
 from modeling.config import ModelConfig
@@ -28,6 +30,8 @@ from protocol.errors import RequestError
 MAX_BYTES_PER_TOKEN = 8  # a text longer than this for each token of the context is not tokenized
 
 Encoder = Callable[[TextTools], Sequence[int]]
+Named = tuple[Opened, Contents]  # the document that a request names
+B = TypeVar("B", bound=GenerationBody)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,35 @@ class Reading:
     @property
     def limits(self) -> Limits:
         return self.config.limits
+
+    def begin(self, kind: type[B], fields: dict[str, Any]) -> B:
+        """The body that ``fields`` are, each of them checked by itself.
+
+        Raises:
+            RequestError: naming the field at fault.
+        """
+        body = validate(kind, fields)
+        self.unknown_fields.note(kind, fields)
+        self.check_model(body.model)
+        return body
+
+    def options(
+        self,
+        body: GenerationBody,
+        *,
+        max_tokens: int | None,
+        default_max_tokens: int | None = None,
+        num_logprobs: int | None,
+    ) -> Options:
+        """See :func:`coordinator.parameters.read_options`."""
+        return read_options(
+            body,
+            max_tokens=max_tokens,
+            default_max_tokens=default_max_tokens,
+            num_logprobs=num_logprobs,
+            model=self.model,
+            limits=self.limits,
+        )
 
     def check_model(self, name: str | None) -> None:
         """Raises RequestError when ``name`` is given and is not the model that is served."""

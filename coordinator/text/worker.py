@@ -139,9 +139,9 @@ class TextWorker:
         match call.task:
             case ReadCompletion() | ReadChat() as task:
                 read = read_completion if isinstance(task, ReadCompletion) else read_chat
-                reading, opened = self._reading(task.max_model_len), task.opened
-                contents = None if opened is None else self._contents(opened)
-                return read(reading, task.tenant, fields, opened, contents)
+                opened = task.opened
+                document = None if opened is None else (opened, self._contents(opened))
+                return read(self._reading(task.max_model_len), task.tenant, fields, document)
             case ReadTokenize(max_model_len):
                 return self._tokenize(self._reading(max_model_len), fields)
             case ReadDetokenize():

@@ -118,7 +118,7 @@ FIELDS: list[tuple[str, list[Any]]] = [
     ("top_k", [-2, 1.5, True, 2**31]),
     ("max_tokens", [-1, 2**31, 2**63, 1.0, True, "5", 5000]),
     ("logit_bias", [{"AI": 1}, {"-1": 1}, {"1e3": 1}, {"99999999": 1}, {str(10**18): 1}, {"": 1}]),
-    ("logit_bias", [{"1": 101}, {"1": "x"}, {"1": True}, [1], {str(i): 1 for i in range(2000)}]),
+    ("logit_bias", [{"05": 1}, {"1": 101}, {"1": "x"}, {"1": True}, [1], {str(i): 1 for i in range(2000)}]),
     ("stop", [["a"] * 33, "", [""], "x" * 257, [1], 5, {}]),
     ("seed", [2**63, 2**64, 1.5, "1", True]),
     ("presence_penalty", [-2.1, 2.1]),
@@ -191,6 +191,16 @@ def test_fields(post: Any, param: str, value: Any) -> None:
         (CHAT, {"return_tokens_as_token_ids": True}, "return_tokens_as_token_ids"),
         (COMPLETIONS, {"document_id": 5}, "document_id"),
         (CHAT, {"document_id": "x"}, "document_id"),  # there it is a content part
+        (COMPLETIONS, {"max_completion_tokens": 5}, "max_completion_tokens"),  # the other one's
+        (COMPLETIONS, {"messages": HELLO}, "messages"),
+        (COMPLETIONS, {"top_logprobs": 2}, "top_logprobs"),
+        (CHAT, {"prompt": "x"}, "prompt"),
+        (CHAT, {"echo": True}, "echo"),
+        (CHAT, {"best_of": 2}, "best_of"),
+        (COMPLETIONS, {"maxTokens": 5}, "maxTokens"),  # ours in another spelling
+        (CHAT, {"stop-sequences": ["a"]}, "stop-sequences"),
+        (CHAT, {"system": "Be brief."}, "system"),
+        (COMPLETIONS, {"truncate": 5}, "truncate"),
     ],
     ids=lambda value: repr(value)[:50],
 )
@@ -208,6 +218,7 @@ def test_fields_together(post: Any, path: str, fields: dict[str, Any], param: st
         {"chat_template_kwargs": {}, "priority": 0, "service_tier": "auto"},
         {"typical_p": 1.0, "length_penalty": 1, "num_beams": 1, "do_sample": True},
         {"store": False, "parallel_tool_calls": True, "safety_identifier": "x", "verbosity": None},
+        {"echo": False, "best_of": 1, "top_logprobs": 0},
     ],
     ids=lambda value: repr(value)[:50],
 )
@@ -224,10 +235,13 @@ def test_an_unknown_field_is_logged_once(post: Any, caplog: pytest.LogCaptureFix
     with caplog.at_level(logging.INFO, logger="coordinator.schemas"):
         for _ in range(3):
             unknown.note(CompletionBody, fields)
+        unknown.note_message({"weight"})
+        unknown.note_message({"weight"})
         unknown.note(CompletionBody, {str(n): None for n in range(2 * MAX_UNKNOWN_FIELDS)})
-    first, *others = [record.getMessage() for record in caplog.records]
+    first, second, *others = [record.getMessage() for record in caplog.records]
     assert first == "requests have the unknown field 'frequency_pennalty': it is ignored"
-    assert len(others) == MAX_UNKNOWN_FIELDS - 1
+    assert second == "messages have the unknown field 'weight': it is ignored"
+    assert len(others) == MAX_UNKNOWN_FIELDS - 2
 
 
 def test_no_token_is_a_number_of_tokens(cluster: Any) -> None:

@@ -100,8 +100,46 @@ def test_the_reasoning_of_an_earlier_answer_is_the_templates(folder: Path) -> No
 @pytest.mark.parametrize(
     "message",
     [
+        {"content": None, "refusal": "I cannot."},
+        {"content": [{"type": "refusal", "refusal": "I cannot."}]},
+        {"content": "I cannot.", "refusal": None, "annotations": []},
+    ],
+)
+def test_what_an_earlier_answer_refused_with_is_what_it_said(
+    folder: Path, message: dict[str, Any]
+) -> None:
+    messages = [{"role": "assistant", **message}, {"role": "user", "content": "a"}]
+    assert "<assistant>|I cannot.\n<user>" in chat_text(folder, messages)
+
+
+@pytest.mark.parametrize("seed", [-1, None])
+def test_no_seed_is_another_one_each_time(seed: int | None) -> None:
+    task = ReadCompletion(4096, TENANT)
+    seeds = {read(CHECKPOINT, task, prompt="a", seed=seed).samplings[0].seed for _ in range(3)}
+    assert len(seeds) == 3
+    assert read(CHECKPOINT, task, prompt="a", seed=-2).samplings[0].seed == 2**63 - 2
+
+
+def test_an_echo_is_the_text_that_came(folder: Path) -> None:
+    text = " a<|im_end|>b\u0301"
+    task = ReadCompletion(4096, TENANT)
+    prepared = read(folder, task, prompt=[text, "b"], echo=True)
+    assert prepared.echoed == [text, "b"]
+    token_ids = prompt_ids(prepared)
+    assert read(folder, task, prompt=token_ids, echo=True).echoed == [" ab\u0301"]
+    shown = read(folder, task, prompt=token_ids, echo=True, skip_special_tokens=False)
+    assert shown.echoed == [text]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
         {"role": "assistant", "content": "x", "function_call": {"name": "f"}},
         {"role": "assistant", "content": "x", "prefix": True},
+        {"role": "assistant", "content": "x", "partial": True},
+        {"role": "user", "content": "x", "images": ["data:..."]},
+        {"role": "assistant", "content": None, "refusal": 5},
+        {"role": "user", "content": [{"type": "refusal", "refusal": "x"}]},
         {"role": "assistant", "content": "x", "reasoning_content": 5},
         {"role": "user", "content": [{"text": "x", "cache": 1}]},
     ],
