@@ -124,7 +124,7 @@ def _sampling(generation_config: str, facts: CheckpointFacts) -> str:
     if generation_config == "none":
         return "temperature 1 (--generation-config none)"
     named = ", ".join(f"{name} {value:g}" for name, value in facts.sampling.items())
-    shown = f"{named} (generation_config.json)" if named else "temperature 1"
+    shown = f"{named} ({facts.sampling_from})" if named else "temperature 1"
     if facts.not_followed:
         shown += f"; without effect: {', '.join(facts.not_followed)}"
     return shown

@@ -31,6 +31,7 @@ MAX_OUTPUT_CHARS = 32 << 20
 MAX_RENDER_S = 2.0
 MAX_PRODUCT = 1 << 20
 WIDE_FORMAT = re.compile(r"%[^a-zA-Z%]*(\d{5}|\*)")
+PROBE = "probe"
 GUARDS = range(0x10FF00, 0x10FFFE)  # private use: no tokenizer has merges for them
 RENDER_ERRORS = (
     jinja2.TemplateError,
@@ -149,7 +150,9 @@ class ChatTemplate:
         self.where = where
         named = json.dumps([source, sorted(special_tokens.items())])
         self.digest = hashlib.blake2b(named.encode(), digest_size=16).hexdigest()
-        self.names_developer = any("developer" in str(node.value) for node in constants)
+        # As a word by itself: in a sentence it is no role that the template looks for.
+        self.names_developer = any(node.value == "developer" for node in constants)
+        self._takes_parts: bool | None = None  # unknown until the first conversation
         self._special_tokens = dict(special_tokens)
 
     def render(
@@ -173,6 +176,35 @@ class ChatTemplate:
         Raises:
             RequestError: ``template_error``: the template refused the messages or overran a bound.
         """
+        if self._takes_parts is None:
+            # Found out here and not in __init__: a template's code runs in text workers only.
+            shown = [self._shows_probe(content) for content in (PROBE, _parts(PROBE))]
+            self._takes_parts = shown == [False, True]
+        if self._takes_parts:
+            messages = [
+                {**message, "content": _parts(message["content"])}
+                if isinstance(message.get("content"), str)
+                else message
+                for message in messages
+            ]
+        return self._render(messages, add_generation_prompt, tools, variables, now)
+
+    def _shows_probe(self, content: Any) -> bool:  # noqa: ANN401 - text or parts
+        """Whether a user's message is seen; multi-modal templates look for parts only."""
+        try:
+            probe = [{"role": "user", "content": content}]
+            return PROBE in self._render(probe, True, None, None, None)
+        except RequestError:
+            return False
+
+    def _render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any] | None,
+        now: datetime | None,
+    ) -> str:
         deadline = time.monotonic() + MAX_RENDER_S
         names = {
             **(variables or {}),
@@ -269,6 +301,10 @@ class RenderedChat:
         if self._guard in text:
             return self._tokenizer.encode_guarded(text, self._guard)
         return self._tokenizer.encode(text, add_special_tokens=False)
+
+
+def _parts(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
 
 
 def encode_chat(

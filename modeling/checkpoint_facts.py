@@ -11,8 +11,9 @@ import msgspec
 from modeling.chat_template import ChatTemplate
 from modeling.checkpoint import EMBEDDING, HEAD, read_checkpoint
 from modeling.config import ModelConfig, is_arithmetic
+from modeling.generation_config import FILE_BEFORE as CONFIG
 from modeling.generation_config import FILE_NAME as GENERATION_CONFIG
-from modeling.generation_config import read_generation_config
+from modeling.generation_config import deciding_file, read_generation_config
 from modeling.json_fields import Fields, read_json
 from modeling.tensors import check_tensors, tied_name
 from modeling.tokenizer import Tokenizer
@@ -36,11 +37,12 @@ class CheckpointFacts(msgspec.Struct, frozen=True):
     stored_dtype: str
     stop_tokens: tuple[StopToken, ...]
     sampling: dict[str, float]  # defaults of requests that name none
-    not_followed: tuple[str, ...]  # fields of generation_config.json that would change answers
+    not_followed: tuple[str, ...]  # fields of the same file that would change answers elsewhere
     template: str  # where the chat template is from; "none"
     head: str  # "stored", "tied" or, against config.json, "stored, though tied in config.json"
     unread_tensors: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()  # what else is not as somebody might expect
+    sampling_from: str = GENERATION_CONFIG
 
 
 def describe_checkpoint(
@@ -72,6 +74,7 @@ def describe_checkpoint(
         head=head,
         unread_tensors=unread,
         notes=_notes(sources, model, tokenizer),
+        sampling_from=GENERATION_CONFIG if is_built_in else deciding_file(folder).name,
     )
 
 
@@ -93,12 +96,10 @@ def _tensors(folder: Path, model: ModelConfig) -> tuple[str, tuple[str, ...]]:
 
 
 def _stored_stops(folder: Path) -> dict[str, tuple[int, ...]]:
-    config = Fields(read_json(folder / "config.json"), str(folder / "config.json"))
+    config = Fields(read_json(folder / CONFIG), str(folder / CONFIG))
     name = "eos_token_id"
-    return {
-        "config.json": config.token_ids(name),
-        GENERATION_CONFIG: read_generation_config(folder).token_ids(name),
-    }
+    stops = {CONFIG: config.token_ids(name)}
+    return stops | {deciding_file(folder).name: read_generation_config(folder).token_ids(name)}
 
 
 def _stop_tokens(

@@ -16,6 +16,20 @@ from typing import Any
 from protocol.errors import ConfigError
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+# What the library's WordPiece decoder takes the blank from, token by token.
+_TIDIED = (
+    (" .", "."),
+    (" ?", "?"),
+    (" !", "!"),
+    (" ,", ","),
+    (" ' ", "'"),
+    (" n't", "n't"),
+    (" 'm", "'m"),
+    (" do not", " don't"),
+    (" 's", "'s"),
+    (" 've", "'ve"),
+    (" 're", "'re"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +42,21 @@ class DecodeRule:
     first_drops: str = ""  # removed from the first token (Metaspace)
     strip: str = ""  # removed from the start of the text, at most num_strip times
     num_strip: int = 0
-    joiner: bytes = b""  # between tokens
+    joiner: str = ""  # in front of a token that is not the first
+    goes_on: str = ""  # WordPiece: a token that begins with it follows without the joiner, or it
+    tidies: bool = False  # WordPiece: no blank before a full stop
 
-    def token_bytes(self, token: str) -> bytes:
-        """The bytes that a token stands for when it is not the first."""
+    def token_bytes(self, token: str, *, is_first: bool = False) -> bytes:
+        """The bytes that a token stands for, at the start of a text or anywhere else."""
+        if is_first:
+            token = token.replace(self.first_drops, "") if self.first_drops else token
+        elif self.goes_on and token.startswith(self.goes_on):
+            token = token.removeprefix(self.goes_on)
+        else:
+            token = self.joiner + token
+        if self.tidies:
+            for old, new in _TIDIED:
+                token = token.replace(old, new)
         if self.byte_level:
             try:
                 return bytes(BYTE_OF_CHARACTER[character] for character in token)
@@ -61,7 +86,7 @@ def parse_decoder(decoder: dict[str, Any] | None, where: str) -> DecodeRule:
         ConfigError: a decoder that language models of the supported families do not have.
     """
     if decoder is None:
-        return DecodeRule(joiner=b" ")
+        return DecodeRule(joiner=" ")
     kind = decoder.get("type")
     if kind == "ByteLevel":
         return DecodeRule(byte_level=True)
@@ -72,6 +97,9 @@ def parse_decoder(decoder: dict[str, Any] | None, where: str) -> DecodeRule:
         return DecodeRule(replacements=((mark, " "),), first_drops=first)
     if kind == "Fuse":
         return DecodeRule()
+    if kind == "WordPiece":
+        mark, tidies = decoder.get("prefix", "##"), decoder.get("cleanup", True)
+        return DecodeRule(joiner=" ", goes_on=mark, tidies=tidies)
     if kind != "Sequence":
         raise ConfigError(f"{where}: decoder {kind!r} is not supported: use ByteLevel or Metaspace")
     return _parse_sequence(decoder.get("decoders", []), where)
@@ -119,7 +147,6 @@ class DetokenizeStream:
         self._token_of = token_of
         self._is_first = not continuing
         self._num_strip = 0 if continuing else rule.num_strip
-        self._has_text = continuing
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_ids: Sequence[int]) -> str:
@@ -129,14 +156,8 @@ class DetokenizeStream:
             token = self._token_of(token_id)
             if token is None:
                 continue
-            if self._has_text:
-                data += self._rule.joiner
-            self._has_text = True
-            if self._is_first:
-                self._is_first = False
-                if self._rule.first_drops:
-                    token = token.replace(self._rule.first_drops, "")
-            data += self._rule.token_bytes(token)
+            data += self._rule.token_bytes(token, is_first=self._is_first)
+            self._is_first = False
         return self._stripped(self._utf8.decode(bytes(data)))
 
     def flush(self) -> str:

@@ -2,7 +2,9 @@
 
 The fields that vLLM takes are taken, each checked against what a request may say. ``do_sample`` is
 not: a request that names no temperature samples at 1, as everywhere in OpenAI's API. Further fields
-that would change answers in transformers are not followed, and told by name.
+that would change answers elsewhere are not followed, and told by name.
+
+Before transformers had the file, these fields stood in config.json: they count where it is missing.
 """
 
 from pathlib import Path
@@ -12,9 +14,10 @@ import msgspec
 
 from modeling.json_fields import Fields, read_json
 
-FILE_NAME = "generation_config.json"
+FILE_NAME, FILE_BEFORE = "generation_config.json", "config.json"
 
-# A field of transformers' GenerationConfig, and the values under which it changes nothing.
+# A field of transformers' GenerationConfig, or of a request, and the values under which it changes
+# nothing.
 _NOT_FOLLOWED: dict[str, tuple[Any, ...]] = {
     "do_sample": (None, True),
     "num_beams": (None, 1),
@@ -28,6 +31,11 @@ _NOT_FOLLOWED: dict[str, tuple[Any, ...]] = {
     "min_length": (None, 0),
     "min_new_tokens": (None, 0),
     "no_repeat_ngram_size": (None, 0),
+    "presence_penalty": (None, 0, 0.0),
+    "frequency_penalty": (None, 0, 0.0),
+    "top_n_sigma": (None, 0, 0.0),
+    "force_words_ids": (None, []),
+    "constraints": (None, []),
     "encoder_repetition_penalty": (None, 1, 1.0),
     "encoder_no_repeat_ngram_size": (None, 0),
     "bad_words_ids": (None, []),
@@ -63,13 +71,19 @@ class SamplingDefaults(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 def read_generation_config(folder: Path) -> Fields:
-    """The file's fields; none where there is no file.
+    """The file's fields, or config.json's where there is no such file.
 
     Raises:
         ConfigError: it cannot be read.
     """
+    path = deciding_file(folder)
+    return Fields(read_json(path), str(path))
+
+
+def deciding_file(folder: Path) -> Path:
+    """The file that decides."""
     path = folder / FILE_NAME
-    return Fields(read_json(path) if path.is_file() else {}, str(path))
+    return path if path.is_file() else folder / FILE_BEFORE
 
 
 def parse_sampling(fields: Fields) -> SamplingDefaults:

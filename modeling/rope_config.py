@@ -52,6 +52,8 @@ def parse_rope(fields: Fields, max_position_embeddings: int) -> RopeConfig:
     """
     section = "rope_parameters" if fields.has("rope_parameters") else "rope_scaling"
     rope = fields.section(section) or Fields({}, "")
+    if section == "rope_parameters":
+        _refuse_another(fields, rope)
     if any(isinstance(rope.raw(name), dict) for name in rope.names()):
         fields.fail(section, "differs between layer types, which is not supported")
     for holder in (fields, rope):
@@ -80,6 +82,22 @@ def parse_rope(fields: Fields, max_position_embeddings: int) -> RopeConfig:
     if kind == "llama3":
         return _llama3(rope, theta, original)
     return _yarn(rope, theta, original, max_position_embeddings)
+
+
+def _refuse_another(fields: Fields, rope: Fields) -> None:
+    """Whoever writes the older spelling into a newer file, as guides say, would be passed over."""
+    older = fields.section("rope_scaling") or Fields({}, "")
+    named = [("rope_scaling", name, older.raw(name)) for name in older.names()]
+    if rope.has("rope_theta"):
+        named.append(("rope_theta", "rope_theta", fields.raw("rope_theta")))
+    for field, name, value in named:
+        same = ("rope_type", "type") if name in ("rope_type", "type") else (name,)
+        if value is not None and value not in [rope.raw(other) for other in same]:
+            fields.fail(
+                field,
+                f"and rope_parameters are both there, and differ in {name}: put what counts into "
+                f"rope_parameters, and take {field} out",
+            )
 
 
 def _factor(rope: Fields) -> float:

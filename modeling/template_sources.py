@@ -1,7 +1,7 @@
 """Where a model's chat template comes from: the first of several files that has one.
 
 1. the file of ``--chat-template``;
-2. ``chat_template.jinja``;
+2. ``chat_template.jinja``, or ``additional_chat_templates/default.jinja`` before it;
 3. ``chat_template`` in ``tokenizer_config.json``: text, or a list of named ones, of which
    ``default`` is taken;
 4. ``chat_template.json``, as processors write it.
@@ -21,7 +21,7 @@ PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
-JINJA_FILE = "chat_template.jinja"
+JINJA_FILE, JINJA_FOLDER = "chat_template.jinja", "additional_chat_templates"
 JSON_FILES = ("tokenizer_config.json", "chat_template.json")
 
 
@@ -39,16 +39,24 @@ def load_chat_template(
         ConfigError: a template that cannot be read or does not compile.
     """
     folder = Path(path_or_name)
-    path = Path(file) if file else folder / JINJA_FILE
-    if file or (path.is_file() and not is_arithmetic(path_or_name)):
-        return ChatTemplate(read_text(path), str(path), special_tokens)
-    if is_arithmetic(path_or_name):
+    if not file and is_arithmetic(path_or_name):
         return ChatTemplate(PLAIN_TEMPLATE, "built in", special_tokens)
+    found = Path(file) if file else _jinja_file(folder)
+    if found is not None:
+        return ChatTemplate(read_text(found), str(found), special_tokens)
     for path in (folder / name for name in JSON_FILES):
         source = _source(path) if path.is_file() else None
         if source is not None:
             return ChatTemplate(source, str(path), special_tokens)
     return NoChatTemplate()
+
+
+def _jinja_file(folder: Path) -> Path | None:
+    more = folder / JINJA_FOLDER
+    found = next((f for f in (more / "default.jinja", folder / JINJA_FILE) if f.is_file()), None)
+    if found is None and next(more.glob("*.jinja"), None) is not None:
+        raise ConfigError(f"{more}: has no template named default, and there is no {JINJA_FILE}")
+    return found
 
 
 def _source(path: Path) -> str | None:

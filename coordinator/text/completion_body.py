@@ -72,8 +72,10 @@ def read_completion(
     echoed: list[str] = []
     if body.echo:
         for prompt, packed in zip(prompts, prepared.prompts, strict=True):
-            is_whole = isinstance(prompt, str) and document is None
-            echoed.append(prompt if is_whole else _text(reading, options, packed.token_ids))
+            if isinstance(prompt, str) and document is None:
+                echoed.append(prompt)
+            else:
+                echoed.append(_text(reading, options, packed.token_ids))
     with_logprobs = body.logprobs is not None
     return msgspec.structs.replace(prepared, with_logprobs=with_logprobs, echoed=echoed)
 

@@ -140,8 +140,8 @@ class TextWorker:
             case ReadCompletion() | ReadChat() as task:
                 read = read_completion if isinstance(task, ReadCompletion) else read_chat
                 opened = task.opened
-                document = None if opened is None else (opened, self._contents(opened))
-                return read(self._reading(task.max_model_len), task.tenant, fields, document)
+                named = None if opened is None else (opened, self._contents(opened))
+                return read(self._reading(task.max_model_len), task.tenant, fields, named)
             case ReadTokenize(max_model_len):
                 return self._tokenize(self._reading(max_model_len), fields)
             case ReadDetokenize():

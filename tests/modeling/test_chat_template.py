@@ -266,6 +266,15 @@ def test_where_the_template_comes_from(tmp_path: Path) -> None:
         said()
     (tmp_path / "chat_template.jinja").write_text("three")
     assert said() == ("three", "/chat_template.jinja")
+    more = tmp_path / "additional_chat_templates"
+    more.mkdir()
+    (more / "tool_use.jinja").write_text("t")
+    assert said() == ("three", "/chat_template.jinja")
+    (tmp_path / "chat_template.jinja").rename(tmp_path / "away")
+    with pytest.raises(ConfigError, match="no template named default"):
+        said()
+    (more / "default.jinja").write_text("five")
+    assert said() == ("five", "/additional_chat_templates/default.jinja")
     (tmp_path / "mine.jinja").write_text("four")
     assert said(file=str(tmp_path / "mine.jinja")) == ("four", "/mine.jinja")
     assert load_chat_template("arithmetic", {}, file=str(tmp_path / "mine.jinja")).render([]) == (

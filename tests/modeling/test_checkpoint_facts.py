@@ -73,6 +73,17 @@ def test_stop_tokens_are_the_union_of_three_files(folder: Path) -> None:
     )
 
 
+def test_where_the_sampling_defaults_are_from(folder: Path) -> None:
+    _change(folder / "generation_config.json", temperature=0.6)
+    _change(folder / "config.json", temperature=0.3)
+    facts = _facts(folder)
+    assert (facts.sampling, facts.sampling_from) == ({"temperature": 0.6}, "generation_config.json")
+    (folder / "generation_config.json").unlink()
+    facts = _facts(folder)
+    assert (facts.sampling, facts.sampling_from) == ({"temperature": 0.3}, "config.json")
+    assert all(stop.sources[0] == "config.json" for stop in facts.stop_tokens)
+
+
 def test_the_eos_of_special_tokens_map_counts(folder: Path) -> None:
     _change(folder / "config.json", eos_token_id=None)
     (folder / "tokenizer_config.json").write_text("{}")

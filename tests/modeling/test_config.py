@@ -62,6 +62,13 @@ def test_both_rope_spellings_agree(tmp_path: Path) -> None:
     assert (old.rope.theta, old.rope.factor, old.rope.original_max_len) == (5e5, 8.0, 256)
 
 
+def test_both_rope_spellings_may_say_the_same(tmp_path: Path) -> None:
+    new = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}
+    for old in ({"type": "linear", "factor": 2}, {"rope_type": "linear"}, {}, None):
+        both = _load(tmp_path, rope_parameters=new, rope_scaling=old, rope_theta=500_000)
+        assert both == _load(tmp_path, rope_parameters=new)
+
+
 def test_yarn_without_a_factor_takes_the_ratio(tmp_path: Path) -> None:
     yarn = {"rope_type": "yarn", "original_max_position_embeddings": 256, "rope_theta": 1e4}
     assert _load(tmp_path, rope_parameters=yarn).rope.factor == 4.0
@@ -148,6 +155,17 @@ def test_eos_ids_of_both_files(tmp_path: Path) -> None:
         ({"rope_theta": 0.5}, "rope_theta must be above 1"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor other than 1"),
         ({"rope_parameters": {"full_attention": {}}}, "differs between layer types"),
+        (
+            {
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+                "rope_scaling": {"rope_type": "yarn", "factor": 4.0},
+            },
+            "rope_scaling and rope_parameters are both there, and differ in rope_type",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "rope_theta": 1e6},
+            "rope_theta and rope_parameters are both there, and differ in rope_theta",
+        ),
         ({"dtype": "int8"}, "dtype 'int8' is not"),
         ({"eos_token_id": "</s>"}, "eos_token_id must be token ids"),
         (

@@ -48,7 +48,8 @@ def test_they_are_the_defaults_of_a_request_that_names_none(tmp_path: Path) -> N
     assert _options(defaults, max_tokens=500).max_tokens == 500
 
 
-def test_without_the_file_they_are_openais(tmp_path: Path) -> None:
+def test_without_them_they_are_openais(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
     defaults = parse_sampling(read_generation_config(tmp_path))
     assert defaults == SamplingDefaults()
     sampling = _options(defaults).sampling
@@ -56,10 +57,19 @@ def test_without_the_file_they_are_openais(tmp_path: Path) -> None:
     assert (sampling.min_p, sampling.repetition_penalty) == (0.0, 1.0)
 
 
+def test_config_json_has_them_where_there_is_no_file_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"temperature": 0.3, "typical_p": 0.9}))
+    before = parse_sampling(read_generation_config(tmp_path))
+    assert before == SamplingDefaults(temperature=0.3, not_followed=("typical_p",))
+    assert _parse(tmp_path, top_k=7) == SamplingDefaults(top_k=7)
+
+
 def test_null_is_not_given_and_what_is_not_followed_is_named(tmp_path: Path) -> None:
     defaults = _parse(tmp_path, temperature=None, top_k=50, do_sample=False, num_beams=4)
     assert defaults.named() == {"top_k": 50}
     assert defaults.not_followed == ("do_sample", "num_beams")
+    more = _parse(tmp_path, presence_penalty=1.5, frequency_penalty=0, top_n_sigma=1.0)
+    assert more.not_followed == ("presence_penalty", "top_n_sigma")
     plain = {"num_beams": 1, "bos_token_id": 1, "transformers_version": "5", "max_length": 20}
     assert _parse(tmp_path, **plain) == SamplingDefaults()
 

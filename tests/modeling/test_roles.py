@@ -54,6 +54,41 @@ def test_developer_becomes_system_where_it_is_not_named() -> None:
 
 
 @pytest.mark.parametrize(
+    "source",
+    [
+        "{{ '[You answer a developer.]' }}" + QWEN3.lstrip(),
+        "{# a developer #}{% if false %}{{ raise_exception('no developer here') }}{% endif %}"
+        + QWEN3,
+    ],
+)
+def test_a_template_names_a_role_by_the_word_itself(source: str) -> None:
+    assert "[system]Be brief." in _text(source, ("developer", "Be brief."), ("user", "Hello"))
+
+
+# As multi-modal models have it: a content that is text would be looked through letter by letter.
+PARTS_ONLY = """
+{%- for message in messages %}
+    {{- '[' + message.role + ']' }}
+    {%- for part in message.content %}
+        {%- if part.type == 'text' %}{{- part.text }}{%- endif %}
+    {%- endfor %}
+{%- endfor %}
+"""
+FIRST_PART = "{% for m in messages %}<{{ m.role }}>{{ m.content[0]['text'] }}{% endfor %}"
+EITHER = """
+{%- for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}?{% endif %}
+{%- endfor %}
+"""
+
+
+def test_a_template_that_looks_for_parts_is_given_parts() -> None:
+    chat = (("system", "Be brief."), ("user", "Hello"), ("assistant", "Yes?"), ("user", "Why?"))
+    assert _text(PARTS_ONLY, *chat) == "[system]Be brief.[user]Hello[assistant]Yes?[user]Why?"
+    assert _text(FIRST_PART, *chat[:2]) == "<system>Be brief.<user>Hello"
+    assert _text(EITHER, *chat[:2]) == "Be brief.Hello"
+
+
+@pytest.mark.parametrize(
     ("source", "messages", "number", "role"),
     [
         (QWEN3, (("tool", "42"), ("user", "a")), 0, "tool"),
