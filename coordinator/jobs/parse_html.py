@@ -2,7 +2,9 @@
 
 The page is read as a stream of tags, without a tree: its cost grows with its size, however deeply
 it is nested. Characters are decoded by the HTML standard's rules, the browser's own guess left out:
-a byte order mark, the upload's charset, the page's, and at last windows-1252.
+a byte order mark, the upload's charset, the page's, wherever it says it, and at last windows-1252.
+What is raised, lowered or drawn is kept apart, since 10 to the power of 6 is not 106, and of a
+formula its TeX is taken, if it is there.
 """
 
 import re
@@ -14,21 +16,31 @@ import webencodings
 from coordinator.jobs.formats import Unreadable
 
 MAX_TABLES = 50  # within each other
-MAX_SPAN = 100
+MAX_COLUMNS, MAX_ROWS = 1000, 65534  # that a cell spans, by the HTML standard
 MAX_REPEATED_CHARS = 200  # of a cell that belongs to several rows
 MAX_EXPANSION, FREE_CHARS = 4, 1 << 20
-PRESCAN_BYTES = 1024
 _BLOCK_NAMES = """
     address article aside blockquote body caption dd details div dl dt fieldset figcaption figure
     footer form h1 h2 h3 h4 h5 h6 header hr html legend li main nav ol option p pre section
     summary table tbody tfoot thead title ul
 """
 _BLOCKS = frozenset(_BLOCK_NAMES.split())
-_UNSEEN = frozenset({"script", "style", "template", "noscript", "iframe", "object", "svg"})
+_UNSEEN_NAMES = "script style template noscript iframe object svg annotation-xml"
+_UNSEEN = frozenset(_UNSEEN_NAMES.split())
+# What begins here is no part of the number before it; what stands between the two.
+_JOINTS = {"sup": "^", "sub": "_", "mn": " "}
+_NUMBER = re.compile("[+\\-\u2212\u2013]?[0-9]")
+_IN_LINE = frozenset({*_JOINTS, "math", "annotation"})
+_ROW_GROUPS, _CELLS = ("thead", "tbody", "tfoot"), ("td", "th")
+_TABLE_PARTS = frozenset({*_ROW_GROUPS, *_CELLS, "tr"})
 _SPACES = re.compile(r"[ \t\r\f\v\n]+")
-_COMMENTS = re.compile(rb"<!--.*?(-->|$)", re.DOTALL)
-_META = re.compile(rb"<meta\s[^>]*?charset\s*=\s*[\"']?\s*([^\s\"'/>;]+)", re.IGNORECASE)
+_NO_TAGS = re.compile(
+    rb"<!--.*?(?:-->|$)|<(script|style|title|textarea)\b.*?(?:</\1|$)", re.DOTALL | re.IGNORECASE
+)
+_META = re.compile(rb"<meta[\s/][^>]{0,1000}?charset\s*=\s*[\"']?\s*([^\s\"'/>;]+)", re.IGNORECASE)
 _XML = re.compile(rb"^\s*<\?xml\s[^>]*?encoding\s*=\s*[\"']([^\"']+)", re.IGNORECASE)
+# Labels by which pages use more characters than Python's codecs of these names have.
+_WIDER = {"gbk": "gb18030", "euc-jp": "euc_jisx0213"}
 _MARKS = {b"\xef\xbb\xbf": "utf-8", b"\xfe\xff": "utf-16be", b"\xff\xfe": "utf-16le"}
 
 
@@ -64,8 +76,8 @@ def decode_html(data: bytes, charset: str) -> str:
 
 
 def _declared(data: bytes) -> str:
-    head = _COMMENTS.sub(b"", data[:PRESCAN_BYTES])
-    found = _META.search(head) or _XML.search(head)
+    # Not in the first 1024 bytes only: browsers begin anew where they come upon it later.
+    found = _META.search(_NO_TAGS.sub(b"", data)) or _XML.search(data)
     label = found[1].decode("ascii", "replace") if found else ""
     encoding = webencodings.lookup(label) if label else None
     if encoding is None:
@@ -78,6 +90,15 @@ def _decoded(data: bytes, label: str) -> str:
     encoding = webencodings.lookup(label)
     if encoding is None:
         raise Unreadable(f"the charset {label[:40]!r} is not known")
+    try:
+        text: str = encoding.codec_info.decode(data, "strict")[0]
+    except UnicodeDecodeError:
+        wider = _WIDER.get(encoding.name)
+        return data.decode(wider, "replace") if wider else _replacing(encoding, data)
+    return text
+
+
+def _replacing(encoding: webencodings.Encoding, data: bytes) -> str:
     text: str = encoding.codec_info.decode(data, "replace")[0]
     return text
 
@@ -119,6 +140,8 @@ class _Reader(HTMLParser):
         self._hidden, self._num_hidden = "", 0
         self._num_verbatim = 0
         self._begins_verbatim = False
+        self._joint = ""
+        self._formula = self._page, 0
         self._max_chars = max_chars
         self._num_chars = 0
 
@@ -134,17 +157,14 @@ class _Reader(HTMLParser):
             self._num_hidden += tag == self._hidden
         elif tag in _UNSEEN:
             self._hidden, self._num_hidden = tag, 1
+        elif tag in _IN_LINE:
+            self._begin_in_line(tag, dict(attrs))
         elif tag == "br":
             self._end_line()
         elif tag == "table":
             self._begin_table()
-        elif tag in ("tr", "td", "th") and self._tables:
-            self._end_cell()
-            if tag == "tr" or self._tables[-1].row is None:
-                self._end_row()
-                self._tables[-1].row = []
-            if tag != "tr":
-                self._begin_cell(dict(attrs))
+        elif tag in _TABLE_PARTS and self._tables:
+            self._begin_table_part(tag, dict(attrs))
         elif tag in _BLOCKS:
             self._end_line()
             if tag == "pre":
@@ -162,19 +182,24 @@ class _Reader(HTMLParser):
                 self._hidden = ""
         elif tag == "table" and self._tables:
             self._end_table()
-        elif tag in ("tr", "td", "th") and self._tables:
-            self._end_cell()
-            if tag == "tr":
-                self._end_row()
+        elif tag in _TABLE_PARTS and self._tables:
+            self._end_table_part(tag)
+        elif tag in _JOINTS:
+            self._joint = " "
         elif tag in _BLOCKS:
             self._end_line()
             if tag == "pre" and self._num_verbatim:
                 self._num_verbatim -= 1
+            elif tag == "caption":
+                self._end_line()
 
     def handle_data(self, data: str) -> None:
         if self._hidden:
             return
         self._count(len(data))
+        line, joint, self._joint = self._flow.line, self._joint, ""
+        if joint and line and line[-1][-1:].isdigit() and _NUMBER.match(data):
+            line.append(joint)
         if not self._num_verbatim:
             self._flow.add(data)
             return
@@ -182,10 +207,25 @@ class _Reader(HTMLParser):
             data = data[1:]
         self._begins_verbatim = False
         first, *others = data.split("\n")
-        self._flow.line.append(first)
-        for line in others:
+        line.append(first)
+        for other in others:
             self._end_line()
-            self._flow.line.append(line)
+            self._flow.line.append(other)
+
+    def _begin_in_line(self, tag: str, attributes: dict[str, str | None]) -> None:
+        if tag in _JOINTS:
+            self._joint = _JOINTS[tag]
+        elif tag == "math":
+            self._formula = self._flow, len(self._flow.line)
+            if source := attributes.get("alttext"):
+                self.handle_data(source)
+                self._hidden, self._num_hidden = tag, 1
+        elif attributes.get("encoding") != "application/x-tex":
+            self._hidden, self._num_hidden = tag, 1
+        else:  # it stands behind the drawing, and takes its place
+            flow, start = self._formula
+            if flow is self._flow:
+                del flow.line[start:]
 
     def _end_line(self) -> None:
         self._flow.end_line(is_verbatim=self._num_verbatim > 0)
@@ -210,10 +250,29 @@ class _Reader(HTMLParser):
         self._tables.pop()
         self._end_line()
 
+    def _begin_table_part(self, tag: str, attributes: dict[str, str | None]) -> None:
+        if tag in _ROW_GROUPS:
+            self._end_table_part(tag)
+            return
+        self._end_cell()
+        if tag == "tr" or self._tables[-1].row is None:
+            self._end_row()
+            self._tables[-1].row = []
+        if tag != "tr":
+            self._begin_cell(attributes)
+
+    def _end_table_part(self, tag: str) -> None:
+        self._end_cell()
+        if tag not in _CELLS:
+            self._end_row()
+        if tag in _ROW_GROUPS:  # no cell reaches down out of its group
+            self._tables[-1].below.clear()
+
     def _begin_cell(self, attributes: dict[str, str | None]) -> None:
         table = self._tables[-1]
         self._add_from_above(table)
-        table.spans = _span(attributes.get("colspan")), _span(attributes.get("rowspan"))
+        num_rows = _span(attributes.get("rowspan"), MAX_ROWS)
+        table.spans = max(1, _span(attributes.get("colspan"), MAX_COLUMNS)), num_rows or MAX_ROWS
         table.cell = _Flow()
 
     def _add_from_above(self, table: _Table) -> None:
@@ -270,6 +329,7 @@ class _Reader(HTMLParser):
         return "\n".join(lines).strip("\n")
 
 
-def _span(given: str | None) -> int:
-    is_number = given is not None and given.isascii() and given.isdigit() and len(given) < 6
-    return max(1, min(MAX_SPAN, int(given or 1))) if is_number else 1
+def _span(given: str | None, most: int) -> int:
+    """How far a cell spans; 0 of rows is to the end of their group."""
+    found = re.match(r"\s*\+?([0-9]{1,8})", given or "")
+    return min(most, int(found[1])) if found else 1

@@ -17,6 +17,7 @@ from coordinator.config import JobLimits, Limits
 from coordinator.document_bodies import DocumentBody, fields_of_form
 from coordinator.jobs import parse
 from coordinator.jobs.formats import HTML, MARKDOWN, PDF, PLAIN, identify, plain_name
+from coordinator.jobs.parse_html import decode_html
 from coordinator.jobs.parse_pdf import judged
 from coordinator.jobs.parser_process import ParserCrashed, extract
 from protocol.errors import RequestError
@@ -184,6 +185,12 @@ def test_html() -> None:
         ),
         (b'<meta charset="koi8-r">' + "Le château était".encode("latin-1"), "iso-8859-1"),
         ("Le château était".encode("utf-16"), ""),
+        (
+            b"<script>'<meta charset=koi8-r>'" + b"x" * 3000 + b"</script><meta charset=latin1>"
+            b"<p>" + "Le château était".encode("latin-1"),
+            "",
+        ),
+        (b"<meta/charset=latin1>" + "Le château était".encode("latin-1"), ""),
     ],
 )
 def test_the_charset_of_a_page(data: bytes, charset: str) -> None:
@@ -197,6 +204,44 @@ def test_charsets_of_windows() -> None:
     for read in (parse.read_html, parse.read_text):
         with pytest.raises(parse.Unreadable, match="'nonsense' is not known"):
             read(b"a", "nonsense")
+
+
+@pytest.mark.parametrize(
+    ("label", "data", "text"),
+    [
+        ("shift_jis", "①髙橋".encode("cp932"), "①髙橋"),
+        ("euc-kr", "똠방각하".encode("cp949"), "똠방각하"),
+        ("gb2312", "镕 㐀".encode("gb18030"), "镕 㐀"),
+        ("euc-jp", "①㈱".encode("euc_jisx0213"), "①㈱"),
+        ("iso-8859-2", "zażółć".encode("iso-8859-2"), "zażółć"),
+    ],
+)
+def test_charsets_of_browsers_have_more_characters(label: str, data: bytes, text: str) -> None:
+    assert parse.read_html(data, label) == text
+    assert parse.read_html(f"<meta charset={label}>".encode() + data) == text
+
+
+@pytest.mark.parametrize(
+    ("page", "text"),
+    [
+        ("10<sup>6</sup> and 10<sup>-6</sup> m<sup>2</sup>", "10^6 and 10^-6 m2"),
+        (
+            "in 1999<sup><a href=x>3</a></sup>, the 21<sup>st</sup> century",
+            "in 1999^3, the 21st century",
+        ),
+        ("log<sub>2</sub>8 of H<sub>2</sub>O, 5<sub>10</sub>", "log2 8 of H2O, 5_10"),
+        ("<math><mfrac><mn>1</mn><mn>2</mn></mfrac></math>", "1 2"),
+        ("is <math alttext='\\frac{1}{2}'><mn>1</mn><mn>2</mn></math>.", "is \\frac{1}{2}."),
+        (
+            "is <math><semantics><mrow><mn>1</mn><mn>2</mn></mrow><annotation "
+            "encoding='application/x-tex'>\\frac12</annotation><annotation encoding='x'>y"
+            "</annotation></semantics></math>.",
+            "is \\frac12.",
+        ),
+    ],
+)
+def test_what_is_raised_lowered_or_drawn_is_no_other_number(page: str, text: str) -> None:
+    assert parse.read_html(page.encode()) == text
 
 
 def test_a_table_is_a_line_for_each_row() -> None:
@@ -215,6 +260,13 @@ def test_cells_that_span() -> None:
     assert parse.read_html(table.encode()).splitlines() == [
         "year | income |  | loss", "year | a | b | c", "1 | 2 | 3 | 4"
     ]  # fmt: skip
+    groups = """<table><tbody><tr><td rowspan=0>a<td>1<tr><td>2<tr><td>3
+      <tbody><tr><td rowspan=5>b<td>4<tfoot><tr><td>sum<td>10</table>"""
+    assert parse.read_html(groups.encode()).splitlines() == [
+        "a | 1", "a | 2", "a | 3", "b | 4", "sum | 10"
+    ]  # fmt: skip
+    long = "<table><tr><td rowspan=150>a<td>0" + "<tr><td>1" * 149 + "<tr><td>b<td>2</table>"
+    assert parse.read_html(long.encode()).splitlines()[99:] == ["a | 1"] * 51 + ["b | 2"]
 
 
 def test_a_table_that_is_there_for_the_looks() -> None:
@@ -229,7 +281,7 @@ def test_preformatted_text_keeps_its_blank_lines() -> None:
 
 
 def test_tables_that_grow() -> None:
-    cell = "<td rowspan=100>" + "x" * 200
+    cell = "<td rowspan=60000>" + "x" * 200
     page = "<table>" + ("<tr>" + cell * 500) * 2 + "<tr><td>" * 300_000
     with pytest.raises(parse.Unreadable, match="its tables make more than"):
         parse.read_html(page.encode())
@@ -239,13 +291,25 @@ def test_tables_that_grow() -> None:
 
 @pytest.mark.parametrize(
     "piece",
-    ["<div>", "<p>", "<b><p>", "</x>", "<td>", "<tr>", "<pre>", "<svg>", "&amp;", "<a b=c>"],
+    [
+        *("<div>", "<p>", "<b><p>", "</x>", "<td>", "<tr>", "<pre>", "<svg>", "&amp;", "<a b=c>"),
+        *("<math>", "<tbody>", "1<sup>"),
+    ],
 )
 def test_the_cost_of_a_page_grows_with_its_size(piece: str) -> None:
+    check_cost(piece, parse.read_html)
+
+
+@pytest.mark.parametrize("piece", ["<meta ", "<meta charset", "<script", "<script>", "<!-- ", "<"])
+def test_the_cost_of_finding_a_charset_grows_with_a_page(piece: str) -> None:
+    check_cost(piece, lambda page: decode_html(page, ""))
+
+
+def check_cost(piece: str, read: Callable[[bytes], str]) -> None:
     def cost(times: int) -> float:
         page = (piece * times).encode()
         start = time.process_time()
-        parse.read_html(page)
+        read(page)
         return time.process_time() - start
 
     small = min(cost(10_000) for _ in range(3))
