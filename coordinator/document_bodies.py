@@ -90,6 +90,7 @@ def read_document(
     if form == TEXT and source.kind == "messages":
         raise _invalid("form", "form: a document made of messages is of form 'chat'")
     name = plain_name(uploaded.file_name) if uploaded is not None else ""
+    charset = uploaded.charset if uploaded is not None else ""
     salt = task.tenant.cache_salt(None)
     document = Document(
         document_id=new_id(),
@@ -97,8 +98,8 @@ def read_document(
         cache_salt=salt,
         created_at=task.now,
         kind=source.kind,
-        media_type=_media_type(name, Path(uploaded.path)) if uploaded is not None else "text/plain",
-        charset="" if uploaded is None else uploaded.charset,
+        media_type="text/plain" if uploaded is None else _media_type(name, uploaded),
+        charset=charset,
         file_name=name,
         form=form,
         system=source.system,
@@ -111,7 +112,7 @@ def read_document(
         model=reading.config.model_name,
         fingerprint=reading.model.fingerprint,
     )
-    idempotency = _idempotency(body, source, name, task.header_key)
+    idempotency = _idempotency(body, source, (name, charset), task.header_key)
     text = None if source.text is None else memoryview(source.text)
     prompt = reading.packed(source.token_ids, salt) if source.token_ids else None
     return Asked(document, idempotency, text, prompt)
@@ -193,11 +194,12 @@ def _utf8(text: str) -> bytes:
         ) from error
 
 
-def _media_type(name: str, path: Path) -> str:
+def _media_type(name: str, uploaded: Uploaded) -> str:
+    path = Path(uploaded.path)
     try:
         with path.open("rb") as file:
             head = file.read(HEAD_BYTES)
-        return identify(name, head, path.stat().st_size)
+        return identify(name, head, path.stat().st_size, uploaded.media_type)
     except FileNotFoundError as error:  # deleted in this moment
         raise RequestError(
             "no such file", code="file_not_found", param="source", status=404
@@ -229,8 +231,9 @@ def _ring_size(given: str | int | None) -> int:
 
 
 def _idempotency(
-    body: DocumentBody, source: _Source, file_name: str, header: str | None
+    body: DocumentBody, source: _Source, named: tuple[str, str], header: str | None
 ) -> Idempotency | None:
+    """Of a request that brings a key; ``named`` is its file's name, and the charset if it has."""
     if header is not None and body.idempotency_key not in (None, header):
         raise _invalid("idempotency_key", "Idempotency-Key and idempotency_key differ")
     key = header or body.idempotency_key
@@ -240,7 +243,9 @@ def _idempotency(
         raise _invalid("idempotency_key", "an idempotency key is 1 to 256 printable characters")
     digest = hashlib.sha256()
     asked = body.model_dump(exclude={"source", "idempotency_key"}, exclude_none=True)
-    asked["file_name"] = file_name
+    asked["file_name"], charset = named
+    if charset:
+        asked["charset"] = charset
     asked["messages"] = None if body.source is None else body.source.messages
     digest.update(json.dumps(asked, sort_keys=True).encode("utf-8", "surrogatepass"))
     for piece in _contents(source):

@@ -65,7 +65,9 @@ def _add_making(app: FastAPI, frontend: Frontend, documents: Documents) -> None:
             frontend.room_for_upload(request),
             receive_upload(request, documents.folder, limits, min_free_bytes) as upload,
         ):
-            uploaded = Uploaded(str(upload.path), upload.file_name, True, upload.charset)
+            uploaded = Uploaded(
+                *(str(upload.path), upload.file_name, True, upload.media_type, upload.charset)
+            )
             body = Body(msgspec.json.encode(fields_of_form(upload.fields, limits)))
             return await _create(frontend, request, body, uploaded)
 
@@ -108,7 +110,8 @@ async def _accept(
     found = await workers.run(tenant.name, task, body)
     if isinstance(found, NeedsFile):
         file = await jobs.files.get(tenant.name, found.file_id, "source")
-        uploaded = Uploaded(str(jobs.files.path(file.file_id)), file.file_name, is_ours=False)
+        path = str(jobs.files.path(file.file_id))
+        uploaded = Uploaded(path, file.file_name, False, file.media_type, file.charset)
         task = msgspec.structs.replace(task, uploaded=uploaded)
         found = await workers.run(tenant.name, task, body)
     assert isinstance(found, Asked), found

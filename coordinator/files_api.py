@@ -172,6 +172,8 @@ def _as_file(files: Files, tenant: str, upload: Upload) -> StoredFile:
         size_bytes=upload.size_bytes,
         created_at=now,
         expires_at=None if ttl_s is None else now + ttl_s,
+        media_type=upload.media_type,
+        charset=upload.charset,
     )
 
 

@@ -38,7 +38,8 @@ class Upload:
     file_name: str
     size_bytes: int
     fields: dict[str, str]
-    charset: str = ""  # of the file's part
+    media_type: str = ""  # these two as the file's part declares them
+    charset: str = ""
 
 
 @asynccontextmanager
@@ -72,7 +73,7 @@ async def receive_upload(
             form.end()
             size_bytes += await asyncio.to_thread(_write, file, form.take())
             await asyncio.to_thread(_sync, file)
-        yield Upload(path, form.file_name, size_bytes, form.fields, form.charset)
+        yield Upload(path, form.file_name, size_bytes, form.fields, form.media_type, form.charset)
     finally:
         path.unlink(missing_ok=True)
 
@@ -89,7 +90,7 @@ class _Form:
     def __init__(self, boundary: bytes, limits: Limits) -> None:
         self.fields: dict[str, str] = {}
         self.file_name = ""
-        self.charset = ""
+        self.media_type = self.charset = ""
         self.num_waiting = 0  # bytes of the file that have not been taken
         self._limits = limits
         self._waiting: list[bytes] = []
@@ -170,7 +171,8 @@ class _Form:
         else:
             self._has_file, self._field_name = True, None
             self.file_name = plain_file_name(options[b"filename"].decode("utf-8", "replace"))
-            _, declared = parse_options_header(self._content_type)
+            media_type, declared = parse_options_header(self._content_type)
+            self.media_type = media_type.decode("ascii", "replace")[:64].lower()
             self.charset = declared.get(b"charset", b"").decode("ascii", "replace")[:64]
 
     def _begin_field(self, name: str) -> None:

@@ -36,11 +36,18 @@ SCHEMA = (
         created_at INTEGER NOT NULL,
         expires_at INTEGER
     )""",
+    """CREATE TABLE IF NOT EXISTS file_type (
+        file_id TEXT PRIMARY KEY REFERENCES file (file_id) ON DELETE CASCADE,
+        media_type TEXT NOT NULL,
+        charset TEXT NOT NULL
+    )""",
     "CREATE INDEX IF NOT EXISTS file_of_tenant ON file (tenant, sequence)",
     "CREATE INDEX IF NOT EXISTS file_expiry ON file (expires_at) WHERE expires_at IS NOT NULL",
 )
 CheckQuota = Callable[[sqlite3.Connection, str, int], None]
 _COLUMNS = "file_id, tenant, purpose, file_name, size_bytes, created_at, expires_at"
+_TYPE_COLUMNS = "coalesce(media_type, ''), coalesce(charset, '')"
+_SELECT = f"SELECT {_COLUMNS}, {_TYPE_COLUMNS} FROM file LEFT JOIN file_type USING (file_id)"
 
 
 class StoredFile(msgspec.Struct, frozen=True):
@@ -53,6 +60,8 @@ class StoredFile(msgspec.Struct, frozen=True):
     size_bytes: int
     created_at: int
     expires_at: int | None = None
+    media_type: str = ""  # these two as they were declared with it
+    charset: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +145,7 @@ class Files:
         """
 
         def work(connection: sqlite3.Connection) -> StoredFile | None:
-            query = f"SELECT {_COLUMNS} FROM file WHERE file_id = ? AND tenant = ?"
+            query = f"{_SELECT} WHERE file_id = ? AND tenant = ?"
             row = connection.execute(query, (file_id, tenant)).fetchone()
             return None if row is None else StoredFile(*row)
 
@@ -159,10 +168,8 @@ class Files:
             of_after = "SELECT sequence FROM file WHERE file_id = :after AND tenant = :tenant"
             conditions.append(f"sequence {compares} ({of_after})")
             await self.get(tenant, page.after, "after")
-        query = (
-            f"SELECT {_COLUMNS} FROM file WHERE {' AND '.join(conditions)} "
-            f"ORDER BY sequence {order} LIMIT :limit"
-        )
+        where = " AND ".join(conditions)
+        query = f"{_SELECT} WHERE {where} ORDER BY sequence {order} LIMIT :limit"
         values = {
             "tenant": tenant,
             "now": int(self.clock()),
@@ -226,9 +233,11 @@ def new_file_id() -> str:
 
 def insert_file(connection: sqlite3.Connection, file: StoredFile) -> None:
     """Write the row, inside of a transaction."""
-    connection.execute(
-        f"INSERT INTO file ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)", msgspec.structs.astuple(file)
-    )
+    *columns, media_type, charset = msgspec.structs.astuple(file)
+    connection.execute(f"INSERT INTO file ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)", columns)
+    if media_type or charset:
+        declared = (file.file_id, media_type, charset)
+        connection.execute("INSERT INTO file_type VALUES (?, ?, ?)", declared)
 
 
 def sync_folder(folder: Path) -> None:

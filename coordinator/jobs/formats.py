@@ -1,9 +1,11 @@
 """What an uploaded file is, before anything reads it. Pure.
 
 The name's ending and the first bytes must agree: a file that is not what it is called is refused
-with the reason. Archives are refused whatever they hold.
+with the reason. Where the name has no ending, what was declared with the file takes its place.
+Archives are refused whatever they hold.
 """
 
+import re
 from pathlib import PurePosixPath
 
 from protocol.errors import BatonError, RequestError
@@ -44,6 +46,12 @@ _FOREIGN = {  # first bytes, and what they begin
     b"RIFF": "an image, a sound or a film",
     b"\x89HDF": "a data file",
 }
+_EMPTY_LINE = re.compile(rb"\r?\n\r?\n")
+_MIME_HEADERS = (  # which begin an e-mail, or a page that a browser has saved in one file
+    re.compile(rb"[!-9;-~]+:"),
+    re.compile(rb"^mime-version:", re.IGNORECASE | re.MULTILINE),
+    re.compile(rb"^content-type:\s*multipart/", re.IGNORECASE | re.MULTILINE),
+)
 _WIDE_MARKS = (b"\xff\xfe", b"\xfe\xff")  # UTF-16: its text is full of zero bytes
 
 
@@ -62,13 +70,14 @@ def plain_name(name: str) -> str:
     return "".join(c for c in last if c.isprintable())[:MAX_NAME_CHARS]
 
 
-def identify(file_name: str, head: bytes, size_bytes: int) -> str:
+def identify(file_name: str, head: bytes, size_bytes: int, declared: str = "") -> str:
     """The media type of a file.
 
     Args:
         file_name: as the caller calls it; may be empty.
         head: its first ``HEAD_BYTES``.
         size_bytes: all of it.
+        declared: the media type that came with it; "" if none did.
 
     Raises:
         RequestError: ``unprocessable_document``: it is nothing that is read here.
@@ -76,13 +85,19 @@ def identify(file_name: str, head: bytes, size_bytes: int) -> str:
     if size_bytes == 0:
         raise unprocessable("the file is empty: 0 bytes")
     shown = file_name or "the file"
+    ending = PurePosixPath(file_name).suffix.lower()
     begin = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     for start, what in _FOREIGN.items():
         if head.startswith(start) or begin.startswith(start):
             raise unprocessable(f"{shown} is {what}: send text, Markdown, HTML or PDF")
+    headers = _EMPTY_LINE.split(begin, 1)[0]
+    first, *others = _MIME_HEADERS
+    if first.match(headers) and all(header.search(headers) for header in others):
+        raise unprocessable(f"{shown} is an e-mail or an archived web page: send what it holds")
     is_pdf = b"%PDF-" in head[:1024]
-    ending = PurePosixPath(file_name).suffix.lower()
     by_name = _BY_ENDING.get(ending)
+    if not ending and declared in (MARKDOWN, HTML, PDF):
+        by_name = declared
     if is_pdf:
         if by_name not in (PDF, None) or ending == ".txt":
             raise unprocessable(f"{shown} is a PDF, whatever its name says: call it .pdf")

@@ -9,6 +9,7 @@ signal, is a crash, and its owner decides what that means; SIGXCPU says that it 
 The process opens no other file for writing, no socket, and starts nothing.
 """
 
+import logging
 import os
 import resource
 import signal
@@ -48,6 +49,7 @@ def main(arguments: list[str]) -> int:
     media_type, charset, *numbers = arguments
     memory_bytes, cpu_s, text_bytes = map(int, numbers)
     _confine(memory_bytes, cpu_s, text_bytes)
+    logging.disable()  # standard error is for what is said of the text
     data = sys.stdin.buffer.read()
     try:
         warnings: list[str] = []

@@ -1,11 +1,14 @@
-"""The text layer of a PDF, read by PDFium, and whether it can be words at all."""
+"""The text layer of a PDF, read by PDFium, and whether it can be words, and all of them.
+
+What is filled into a form, and what is written onto a page, is drawn into the page first. A page
+that shows something and says nothing is a picture: how many there are is a warning.
+"""
 
 import re
 from collections.abc import Sequence
 
 import pypdfium2
-from pypdfium2 import PdfiumError
-from pypdfium2.raw import FPDF_ERR_PASSWORD
+from pypdfium2 import PdfiumError, raw
 
 from coordinator.jobs.formats import Unreadable
 
@@ -16,6 +19,7 @@ FREE_CHARS, MAX_EXPANSION = 1 << 20, 200  # of all pages, for each byte of the f
 LONG_WORD = 30  # letters; the longest words of European languages have some more
 FEW_LETTERS = 200  # of which nothing is concluded
 DOUBTFUL_SHARE, HOPELESS_SHARE = 0.05, 0.5
+FEW_CHARS = 100  # on a page: of a scan the stamp may be text, and nothing else
 _END = b"%%EOF"
 _UPDATE = re.compile(rb"\d\s+\d+\s+obj\b|\bstartxref\b|\bxref\b")
 # Letters of scripts that put blanks between words.
@@ -34,16 +38,28 @@ def read_pdf(data: bytes) -> tuple[str, list[str]]:
     try:
         document = pypdfium2.PdfDocument(data)
     except PdfiumError as error:
-        if error.err_code == FPDF_ERR_PASSWORD:
+        if error.err_code == raw.FPDF_ERR_PASSWORD:
             raise Unreadable("the PDF is encrypted: remove its password first") from error
         raise Unreadable(f"the PDF is damaged: {error}") from error
     try:
-        pages = _pages(document, FREE_CHARS + MAX_EXPANSION * len(data))
+        pages, num_pictures = _pages(document, FREE_CHARS + MAX_EXPANSION * len(data))
+        warnings = _told(num_pictures, len(document), pages)
     except PdfiumError as error:
         raise Unreadable(f"the PDF is damaged: {error}") from error
     finally:
         document.close()
-    return "\n\n".join(pages), judged(pages)
+    return "\n\n".join(pages), [*warnings, *judged(pages)]
+
+
+def _told(num_pictures: int, num_pages: int, pages: Sequence[str]) -> list[str]:
+    if num_pictures and not pages:
+        raise Unreadable(
+            f"there is no text in it: its {num_pages} pages are pictures; recognise their text "
+            f"first"
+        )
+    if not num_pictures:
+        return []
+    return [f"{num_pictures} of its {num_pages} pages are pictures, in which no text is read"]
 
 
 def whole(data: bytes) -> bytes:
@@ -60,15 +76,23 @@ def whole(data: bytes) -> bytes:
     return data[: end + len(_END)]
 
 
-def _pages(document: pypdfium2.PdfDocument, max_chars: int) -> list[str]:
+def _pages(document: pypdfium2.PdfDocument, max_chars: int) -> tuple[list[str], int]:
+    """The text of each page that has some, and how many pages are pictures."""
+    if document.get_formtype() == raw.FORMTYPE_XFA_FULL:
+        raise Unreadable(
+            "the PDF is a dynamic form (XFA): its pages are a notice, not what is filled in; print "
+            "it into a PDF first"
+        )
+    document.init_forms()
     count = len(document)
     if count > MAX_PAGES:
         raise Unreadable(f"the PDF has {count} pages, more than {MAX_PAGES}")
     pages: list[str] = []
     different: set[int] = set()
-    num_chars = 0
+    num_chars = num_pictures = 0
     for number in range(count):
-        text = _page_text(document, number)
+        text, is_picture = _read_page(document, number)
+        num_pictures += is_picture
         if not text:
             continue
         pages.append(text)
@@ -81,23 +105,42 @@ def _pages(document: pypdfium2.PdfDocument, max_chars: int) -> list[str]:
                 f"the PDF says the same again and again: its first {len(pages)} pages have "
                 f"{len(different)} different texts"
             )
-    return pages
+    return pages, num_pictures
 
 
-def _page_text(document: pypdfium2.PdfDocument, number: int) -> str:
+def _read_page(document: pypdfium2.PdfDocument, number: int) -> tuple[str, bool]:
+    """The text of a page, and whether it is a picture."""
     page = document[number]
+    if raw.FPDFPage_GetAnnotCount(page):
+        raw.FPDFPage_Flatten(page, raw.FLAT_NORMALDISPLAY)
+        page.close()  # what has become part of it is seen when it is opened anew
+        page = document[number]
     try:
         words = page.get_textpage()
         try:
             count = words.count_chars()
             if count > MAX_PAGE_CHARS:
                 raise Unreadable(f"page {number + 1} has {count} characters")
-            text: str = words.get_text_range()
+            found: str = words.get_text_range()
         finally:
             words.close()
+        text = _HYPHEN.sub("", found).replace("\r\n", "\n").strip()
+        return text, _is_picture(page, text)
     finally:
         page.close()
-    return _HYPHEN.sub("", text).replace("\r\n", "\n").strip()
+
+
+def _is_picture(page: pypdfium2.PdfPage, text: str) -> bool:
+    if not text:
+        return bool(raw.FPDFPage_CountObjects(page) > 0)
+    if len(text) > FEW_CHARS:
+        return False
+    width, height = page.get_size()
+    for image in page.get_objects(filter=[raw.FPDF_PAGEOBJ_IMAGE], max_depth=3):
+        left, bottom, right, top = image.get_bounds()
+        if (right - left) * (top - bottom) > width * height / 2:
+            return True
+    return False
 
 
 def judged(pages: Sequence[str]) -> list[str]:

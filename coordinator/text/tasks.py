@@ -130,7 +130,8 @@ class Uploaded(msgspec.Struct, frozen=True):
     path: str
     file_name: str
     is_ours: bool
-    charset: str = ""  # that was declared with it
+    media_type: str = ""  # these two as they were declared with it
+    charset: str = ""
 
 
 class ReadDocument(_Message, frozen=True):

@@ -50,6 +50,11 @@ def pdf_of(
         b" ".join(kids * times),
         len(kids) * times,
     )
+    return pdf_of_objects(objects, trailer)
+
+
+def pdf_of_objects(objects: list[bytes], trailer: bytes = b"") -> bytes:
+    """A PDF of these objects, numbered from 1; the first is its catalogue."""
     data, offsets = b"%PDF-1.4\n", []
     for number, body in enumerate(objects, 1):
         offsets.append(len(data))
@@ -130,12 +135,28 @@ def test_what_a_file_is(name: str, head: bytes, kind: str) -> None:
         ("a.txt", b"\n {\\rtf1\\ansi hello}", "rich-text"),
         ("a.ps", b"%!PS-Adobe-3.0", "PostScript"),
         ("a", b"\x7fELF", "program"),
+        (
+            "a.txt",
+            b"From: a@b\r\nMIME-Version: 1.0\r\nContent-Type: multipart/related;\r\n\r\n--x",
+            "an archived web page",
+        ),
     ],
 )
 def test_what_a_file_is_not(name: str, head: bytes, says: str) -> None:
     with pytest.raises(RequestError, match=says) as caught:
         identify(name, head, len(head))
     assert (caught.value.code, caught.value.status) == ("unprocessable_document", 422)
+
+
+def test_what_was_declared_takes_the_place_of_an_ending() -> None:
+    assert identify("page", b"<p>", 3, "text/html") == HTML
+    assert identify("", b"# a", 3, "text/markdown") == MARKDOWN
+    assert identify("page.txt", b"<p>", 3, "text/html") == PLAIN
+    assert identify("page.html", b"<p>", 3, "text/plain") == HTML
+    assert identify("page", b"hello", 5, "application/octet-stream") == PLAIN
+    assert identify("a.txt", b"Note: MIME-Version: 1.0 is a header\n\n", 30) == PLAIN
+    with pytest.raises(RequestError, match="no PDF"):
+        identify("page", b"hello", 5, "application/pdf")
 
 
 def test_names_are_only_shown() -> None:
@@ -329,6 +350,78 @@ def test_pdf() -> None:
     assert parse.read_pdf(encrypted("First page", "")) == ("First page", [])
 
 
+FONT = b"/Font << /F1 << /Type /Font /Subtype /Type1 /BaseFont /Helvetica >> >>"
+
+
+def stream(content: bytes, more: bytes = b"") -> bytes:
+    return b"<< %s /Length %d >>\nstream\n%s\nendstream" % (more, len(content), content)
+
+
+def text_at(text: bytes) -> bytes:
+    return b"BT /F1 12 Tf 2 5 Td (%s) Tj ET" % text
+
+
+def form_of(catalogue: bytes = b"") -> bytes:
+    """A form with one field whose looks are stored, one without, and a note on the page."""
+    box = b"/Type /XObject /Subtype /Form /BBox [0 0 200 20] /Resources << %s >>" % FONT
+    field = b"<< /Type /Annot /Subtype /Widget /FT /Tx /F 4 /DA (/F1 12 Tf) %s >>"
+    return pdf_of_objects(
+        [
+            b"<< /Type /Catalog /Pages 2 0 R %s /AcroForm << /Fields [5 0 R 7 0 R] /DR << %s >> "
+            b"/DA (/F1 12 Tf) /XFA [(a) 9 0 R] >> >>" % (catalogue, FONT),
+            b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
+            b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents 4 0 R /Resources "
+            b"<< %s >> /Annots [5 0 R 7 0 R 8 0 R] >>" % FONT,
+            stream(b"BT /F1 12 Tf 72 720 Td (Name of the payer:) Tj ET"),
+            field % b"/T (name) /V (Jane Doe) /Rect [200 715 400 735] /AP << /N 6 0 R >>",
+            stream(text_at(b"Jane Doe"), box),
+            field % b"/T (sum) /V (1234) /Rect [200 615 400 635]",
+            b"<< /Type /Annot /Subtype /FreeText /F 4 /Rect [200 515 400 535] /DA (/F1 12 Tf) "
+            b"/Contents (Paid) /AP << /N 10 0 R >> >>",
+            stream(b"<xdp/>"),
+            stream(text_at(b"Paid"), box),
+        ]
+    )
+
+
+def test_what_is_filled_into_a_form_is_part_of_its_page() -> None:
+    text, warnings = parse.read_pdf(form_of())
+    assert (text.split(), warnings) == (
+        ["Name", "of", "the", "payer:", "Jane", "Doe", "1234", "Paid"],
+        [],
+    )
+    with pytest.raises(parse.Unreadable, match="dynamic form"):
+        parse.read_pdf(form_of(b"/NeedsRendering true"))
+
+
+def scan_of(*stamps: bytes) -> bytes:
+    """A page for each stamp, which lies on a picture."""
+    image = b"/Type /XObject /Subtype /Image /Width 1 /Height 1 /ColorSpace /DeviceGray"
+    objects = [
+        b"<< /Type /Catalog /Pages 2 0 R >>",
+        b"",
+        stream(b"\0", image + b" /BitsPerComponent 8"),
+    ]
+    for stamp in stamps:
+        objects += [
+            b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents %d 0 R /Resources "
+            b"<< %s /XObject << /I 3 0 R >> >> >>" % (len(objects) + 2, FONT),
+            stream(b"q 612 0 0 792 0 0 cm /I Do Q " + stamp),
+        ]
+    kids = b" ".join(b"%d 0 R" % number for number in range(4, len(objects) + 1, 2))
+    objects[1] = b"<< /Type /Pages /Kids [%s] /Count %d >>" % (kids, len(stamps))
+    return pdf_of_objects(objects)
+
+
+def test_pages_that_are_pictures_are_told() -> None:
+    letter = text_at(b"A long letter, which is text. " * 5)
+    text, warnings = parse.read_pdf(scan_of(letter, b"", text_at(b"No. 7")))
+    assert text.splitlines()[-1] == "No. 7"
+    assert warnings == ["2 of its 3 pages are pictures, in which no text is read"]
+    with pytest.raises(parse.Unreadable, match="no text in it: its 2 pages are pictures"):
+        parse.read_pdf(scan_of(b"", b""))
+
+
 def test_what_lies_behind_the_end_of_a_pdf() -> None:
     data = pdf_of("First page")
     for behind in (b"", b"\n\n", bytes(4096), b"</body></html>"):
@@ -507,6 +600,28 @@ def test_a_file_that_was_uploaded_before(site: Any) -> None:
     assert (gone["code"], gone["param"]) == ("file_not_found", "source")
     both = site.post(source={"file_id": file_id, "text": "a"}).json()["error"]
     assert both["code"] == "invalid_value"
+
+
+def test_what_was_declared_with_an_earlier_upload_counts(site: Any) -> None:
+    page = "<p>zażółć gęślą jaźń, many times over. ".encode("iso-8859-2") * 20
+    part = ("page", page, "text/html; charset=ISO-8859-2")
+    kept = site.client.post("/v1/files", files={"file": part}, data={"purpose": "user_data"}).json()
+    listed = site.client.get("/v1/files").json()["data"]
+    assert kept["id"] in {file["id"] for file in listed}
+    found = site.wait(site.ingest(file_id=kept["id"])["id"])
+    at_once = site.client.post("/v1/documents", files={"file": part}).json()
+    assert found["source"]["media_type"] == "text/html"
+    for document_id in (found["id"], at_once["id"]):
+        site.wait(document_id)
+        text = (site.running.jobs.folder / "documents" / f"{document_id}.text").read_text()
+        assert text.startswith("zażółć gęślą jaźń")
+    once = {"idempotency_key": "charset"}
+    replies = [
+        site.client.post("/v1/documents", files={"file": ("p.html", page, kind)}, data=once)
+        for kind in ("text/html; charset=iso-8859-2", "text/html; charset=windows-1250")
+    ]
+    assert [reply.status_code for reply in replies] == [202, 409]
+    site.wait(replies[0].json()["id"])
 
 
 def test_the_fields_of_a_form() -> None:
