@@ -21,6 +21,7 @@ class Request:
 
     message: Prefill
     arrived: float
+    number: int  # in the order of arrival
     state: State = State.WAITING
     block_hashes: list[bytes] = field(default_factory=list)  # of its full blocks
 

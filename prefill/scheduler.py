@@ -31,6 +31,7 @@ from kvtransfer.events import (
     TargetCommitted,
     TargetIsOpen,
 )
+from prefill.backlog import Backlog
 from prefill.facts import PoolFacts
 from prefill.manifest import segment_keys
 from prefill.memory import RequestMemory
@@ -53,7 +54,6 @@ from protocol.messages import (
 from protocol.plans import ChunkWork, FailedRow, PrefillPlan, SampledToken, StepResult, outcomes
 from protocol.request import NoToken, no_token_message
 
-_BEGUN = (State.FETCHING, State.RUNNING)
 _COMPUTED_HERE = (State.RUNNING, State.HANDING_OVER)
 _WITHOUT_SOURCE = (State.WAITING, State.FETCHING, State.RETURNING)
 
@@ -71,7 +71,9 @@ class PrefillScheduler:
         self._costs = costs
         self._memory = RequestMemory(facts, costs)
         self._epochs: dict[str, int] = {}  # of the decode pools that can be reached
-        self._requests: ByAttempt[Request] = ByAttempt()  # in order of arrival
+        self._requests: ByAttempt[Request] = ByAttempt()
+        self._backlog = Backlog(facts.geometry.chunk_tokens)  # what of them is to be computed
+        self._num_added = 0
         self._ended = EndedAttempts()
         self._commands: list[Command] = []
         self._step = 0
@@ -91,8 +93,10 @@ class PrefillScheduler:
             return self.take_commands()
         for other in others:
             self._end(other)
-        request = Request(message, now)
+        self._num_added += 1
+        request = Request(message, now, self._num_added)
         self._requests[key] = request
+        self._backlog.add(request)
         refusal = self.facts.refusal(message, self._epochs)
         if refusal is None:
             salt = block_salt(self.facts.model_fingerprint, message.cache_salt)
@@ -151,11 +155,9 @@ class PrefillScheduler:
         assert self._plan is None, "the last plan's results have not come in"
         self._give_up_late_fetches(now)
         time = StepTime(self._costs, self.facts.geometry.cp_size, self.facts.step_target_s)
-        work: list[ChunkWork] = []
-        may_admit = True
-        unfinished = self._in_state(State.RUNNING, State.WAITING)
+        work, may_admit = list[ChunkWork](), True
         chunk_tokens = self.facts.geometry.chunk_tokens
-        for request in service_order(unfinished, self._last_served, chunk_tokens):
+        for request in service_order(self._backlog.candidates(), self._last_served, chunk_tokens):
             if time.is_full:
                 break
             if request.state is State.RUNNING:
@@ -164,8 +166,8 @@ class PrefillScheduler:
             elif self._memory.is_prefix_coming(request):
                 continue  # somebody computes for it already
             else:
-                may_admit = may_admit and self._num_holding() < self.facts.max_num_sequences
-                loads = load_s(self._in_state(*_BEGUN), self.facts.geometry.cp_size)
+                may_admit = may_admit and self._num_holding < self.facts.max_num_sequences
+                loads = load_s(self._backlog.begun, self.facts.geometry.cp_size)
                 placement = self._memory.place(request, loads) if may_admit else None
                 if placement is None:
                     may_admit = False  # nobody takes the blocks that an older request waits for
@@ -213,28 +215,30 @@ class PrefillScheduler:
 
     def load(self) -> Load:
         """What is waiting, running and held."""
-        states = [request.state for request in self._requests.values()]
-        unfinished = self._in_state(State.WAITING, *_BEGUN)
-        return Load(
-            num_waiting=states.count(State.WAITING),
-            num_running=sum(state in _BEGUN for state in states),
-            pending_tokens=sum(request.num_left_tokens for request in unfinished),
-            blocks=self._memory.counts(),
-        )
+        return Load.of(self._backlog, self._memory.counts())
 
     def check(self) -> None:
         """Assert that every block is accounted for, and that nothing is held for nobody."""
-        self._memory.check(sum(len(request.blocks) for request in self._requests.values()))
+        held = [request.blocks for request in self._requests.values() if request.blocks]
+        self._memory.check(sum(map(len, held)))
+        assert self._num_holding == len(held)
 
     # -- a request's way ---------------------------------------------------------------------------
 
+    @property
     def _num_holding(self) -> int:
-        return sum(bool(request.blocks) for request in self._requests.values())
+        """Requests that hold blocks: all that do not wait."""
+        return len(self._requests) - self._backlog.num_waiting
+
+    def _change(self, request: Request, change: Change) -> None:
+        before = request.state
+        request.change(change)
+        self._backlog.moved(request, before)
 
     def _admit(self, request: Request, placement: Placement, now: float, change: Change) -> None:
         self._memory.grant(request, placement)
         request.admitted = now
-        request.change(change)
+        self._change(request, change)
         self.num_cached_tokens += placement.num_cached_blocks * self.facts.geometry.block_size
 
     def _chunk_work(self, request: Request) -> ChunkWork:
@@ -279,7 +283,7 @@ class PrefillScheduler:
         self._tell(request.progress())
 
     def _prompt_done(self, request: Request, sampled: SampledToken, now: float) -> None:
-        request.change(Change.COMPUTED)
+        self._change(request, Change.COMPUTED)
         path = request.path(self.facts.pool_id, now)
         finish = request.finish_reason(sampled.token_id, self.facts.max_model_len)
         index = request.message.num_output_tokens
@@ -304,16 +308,16 @@ class PrefillScheduler:
             case TargetIsOpen() if request.state is State.FETCHING:
                 self._commands.append(request.ask_fetch())
             case TargetCommitted() if request.state is State.FETCHING:
-                request.change(Change.FETCHED)
+                self._change(request, Change.FETCHED)
                 self._memory.end_transfer(request)
                 self._memory.offer(request, request.fetched_blocks)
                 num_blocks = len(request.fetched_blocks)
                 self.num_fetched_tokens += num_blocks * self.facts.geometry.block_size
             case TargetClosed() if request.state is State.RETURNING:
-                request.change(Change.CLOSED)
+                self._change(request, Change.CLOSED)
                 self._memory.give_back(request)
             case TargetClosed() if request.state is State.CLOSING:
-                request.change(Change.CLOSED)
+                self._change(request, Change.CLOSED)
                 self._release(request)
 
     def _on_broken(self, event: HandoffBroken) -> None:
@@ -327,14 +331,13 @@ class PrefillScheduler:
 
     def _give_up_late_fetches(self, now: float) -> None:
         """A request for blocks, or its answer, can be lost with a connection."""
-        for request in self._in_state(State.FETCHING):
-            if now - request.admitted >= self.facts.fetch_timeout_s:
-                self._give_up_fetch(request)
+        for request in self._backlog.fetching_since(now - self.facts.fetch_timeout_s):
+            self._give_up_fetch(request)
 
     def _give_up_fetch(self, request: Request) -> None:
         """It can still be computed, once nothing can land in its blocks any more."""
         request.may_fetch = False
-        request.change(Change.GIVE_UP)
+        self._change(request, Change.GIVE_UP)
         self._memory.expect_no_more(request)
         self._commands.append(CloseTarget(*request.key))
 
@@ -343,7 +346,7 @@ class PrefillScheduler:
     def _end(self, request: Request) -> None:
         """Give a request up, from whatever state."""
         if request.state is State.WAITING:
-            request.change(Change.DROP)
+            self._change(request, Change.DROP)
             self._release(request)
         elif request.state is not State.CLOSING:
             if request.state is State.FETCHING:
@@ -359,7 +362,7 @@ class PrefillScheduler:
         self._fail(request, why, no_token_message(why))
 
     def _stop(self, request: Request) -> None:
-        request.change(Change.CLOSE)
+        self._change(request, Change.CLOSE)
         self._memory.expect_no_more(request)
 
     def _fail(self, request: Request, code: str, message: str) -> None:
@@ -376,7 +379,7 @@ class PrefillScheduler:
             self._tell(RequestFailed(*request.key, "handoff_failed", message))
         if request.state is State.RUNNING:
             self._stop(request)
-        request.change(Change.CLOSED)
+        self._change(request, Change.CLOSED)
         self._release(request)
 
     def _release(self, request: Request) -> None:
@@ -391,9 +394,6 @@ class PrefillScheduler:
             target = request.message.target_pool_id
             if self._epochs.get(target) != request.message.target_epoch:
                 self._fail(request, "stale_target", f"{target} has gone or has started again")
-
-    def _in_state(self, *states: State) -> list[Request]:
-        return [request for request in self._requests.values() if request.state in states]
 
     def _tell(self, message: ToCoordinator) -> None:
         self._commands.append(SendControl(message))

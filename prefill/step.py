@@ -9,12 +9,11 @@ work as long as it does not become longer than its longest item or its target, w
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
+from prefill.backlog import NUM_LOOKED_AT, Backlog
 from prefill.placement import ChunkCosts, Placement
 from prefill.request import Key, Request
 from prefill.states import State
 from protocol.messages import BlockCounts
-
-NUM_LOOKED_AT = 8  # waiting requests that one step considers
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +25,12 @@ class Load:
     pending_tokens: int
     blocks: tuple[BlockCounts, ...]
 
+    @staticmethod
+    def of(backlog: Backlog, blocks: tuple[BlockCounts, ...]) -> "Load":
+        """What is in ``backlog``, and how the pool's blocks are used."""
+        tokens = backlog.num_pending_tokens
+        return Load(backlog.num_waiting, backlog.num_begun, tokens, blocks)
+
 
 def service_order(
     unfinished: Sequence[Request], last_served: Container[Key], chunk_tokens: int
@@ -33,7 +38,7 @@ def service_order(
     """The requests that the next step may serve, the first of them in any case.
 
     Args:
-        unfinished: in order of arrival.
+        unfinished: in order of arrival, as far as they may be of interest (backlog.py).
         last_served: by the step before.
         chunk_tokens: what is left of a quick request at most.
     """
