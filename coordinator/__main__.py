@@ -11,7 +11,6 @@ the exit code 0, in order; the second one at once.
 
 import argparse
 import asyncio
-import ctypes
 import json
 import logging
 import os
@@ -26,13 +25,12 @@ from coordinator.config import CoordinatorConfig, read_config
 from coordinator.control import News, Owner
 from coordinator.frontend import Frontend
 from coordinator.server import Coordinator, StartFailed
-from protocol.ending import ASKED, DRAIN, END
+from protocol.ending import ASKED, DRAIN, END, die_with_parent
 from protocol.errors import ConfigError
 from protocol.logs import configure_logging, finish_output
 from protocol.open_files import raise_open_files
 
 EXIT_CLEAN, EXIT_FAILED, EXIT_CONFIG, EXIT_STALE = 0, 1, 2, 3
-_PR_SET_PDEATHSIG = 1
 
 
 def main() -> int:
@@ -46,7 +44,7 @@ def main() -> int:
         configure_logging("coordinator", config.log_level)
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
         os.umask(0o077)  # documents and files are the operator's alone
-        _die_with_parent(config.parent_pid)
+        die_with_parent(config.parent_pid, END)
         raise_open_files()
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_serve(config))
@@ -95,15 +93,6 @@ def _end_stale(reason: str) -> NoReturn:
     print(f"error: replaced by another coordinator: {reason}", file=sys.stderr)
     finish_output()
     os._exit(EXIT_STALE)
-
-
-def _die_with_parent(parent_pid: int) -> None:
-    """Have the kernel end this process when ``parent_pid`` ends; 0 changes nothing."""
-    if parent_pid == 0 or sys.platform != "linux":
-        return
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, END, 0, 0, 0)
-    if os.getppid() != parent_pid:
-        raise ConfigError(f"the parent process {parent_pid} is gone")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ Nobody outlives the gang: the parent's death kills the process, the transfer thr
 
 import argparse
 import contextlib
-import ctypes
 import logging
 import os
 import signal
@@ -43,7 +42,7 @@ from modeling.dtypes import serving_dtype
 from modeling.loader import load_model
 from modeling.model import Model
 from modeling.parallel import UnconnectedRank, make_tensor_parallel, open_gang_store
-from protocol.ending import ASKED, END
+from protocol.ending import ASKED, END, die_with_parent
 from protocol.errors import BatonError, ConfigError, PeerError
 from protocol.gang import LeaderChannel
 from protocol.logs import configure_logging, finish_output
@@ -54,7 +53,6 @@ from protocol.sockets import open_context
 EXIT_CLEAN, EXIT_FAILED, EXIT_CONFIG = 0, 1, 2
 STOP_TIMEOUT_S = 5.0
 FAREWELL_S = 5.0  # for a coordinator to say that the cluster ends, after the grace
-_PR_SET_PDEATHSIG = 1
 
 _log = logging.getLogger(__name__)
 
@@ -153,23 +151,6 @@ def read_config(path: str, config_type: type[C]) -> C:
         raise ConfigError(f"--config {path}: {error.strerror}") from error
     except msgspec.DecodeError as error:  # ValidationError is one
         raise ConfigError(f"--config {path}: {error}") from error
-
-
-def die_with_parent(parent_pid: int) -> None:
-    """Have the kernel kill this process when its parent ends; ``parent_pid`` 0 changes nothing.
-
-    The signal is tied to the parent's *thread* that started us. SIGKILL, because a rank in a
-    collective that will never complete answers nothing else.
-
-    Raises:
-        PeerError: the parent had died before.
-    """
-    if parent_pid == 0:
-        return
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent_pid:
-        raise PeerError(f"the parent process {parent_pid} is gone")
 
 
 # -- what it holds ---------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Local processes: started, watched, and never left behind.
 
 1. ``start`` runs ``python -P -m MODULE --config FILE`` with an environment that is complete before
-   the interpreter starts. ``-P`` keeps the current folder from shadowing our packages.
+   the interpreter starts. ``-P`` keeps the current folder from shadowing our packages. What a fork
+   server (forks.py) has imported runs as a fork of it, which is the same but for the time it takes.
 2. Threads read a child's output until the end, whether or not anybody takes what they pass on, then
    report its exit. Every report goes to one queue, so the supervisor waits in one place.
 3. ``stop`` asks by a signal, waits out a budget, then kills. Children also ask the kernel to kill
@@ -10,21 +11,26 @@
 
 import contextlib
 import json
+import logging
 import queue
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from launcher.forks import ForkedProcess, ForkServer, ForkServerGone, start_piped
 from protocol.ending import DRAIN, END
 from protocol.line_rules import LineSplitter
 from protocol.outlets import Outlet, RotatingFile
 
+log = logging.getLogger(__name__)
+
+FORK_SERVER = "fork-server"  # among the names of children
 STOP_BUDGET_S = 8.0
 OUTPUT_BUDGET_S = 1.0  # for what the last children have said to be written
 READ_BYTES = 64 << 10
@@ -90,13 +96,15 @@ def _dropped(num_lines: int) -> bytes:
     return b"%d lines were dropped here: the disk was full, or failed" % num_lines
 
 
+Process = subprocess.Popen[bytes] | ForkedProcess
+
+
 class Child:
     """One process and the threads that read it.
 
     Args:
         name: how it is called in messages, ``prefill0/1``.
-        argv: the command.
-        environment: the whole of its environment.
+        process: it, with pipes for its outputs.
         log: takes the lines of its standard error; None writes them to ours.
         reports: where its lines and its exit are told.
         start: which start of its gang this is.
@@ -105,8 +113,7 @@ class Child:
     def __init__(
         self,
         name: str,
-        argv: list[str],
-        environment: Mapping[str, str],
+        process: Process,
         log: Outlet | None,
         reports: "queue.SimpleQueue[Report]",
         start: int,
@@ -116,14 +123,7 @@ class Child:
         self._log = log
         self._reports = reports
         self._error: str | None = None
-        self.process = subprocess.Popen(
-            argv,
-            env=dict(environment),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            bufsize=0,
-        )
+        self.process = process
         assert self.process.stdout is not None
         assert self.process.stderr is not None
         self._threads = [
@@ -197,6 +197,26 @@ class ProcessGroup:
         self._log_files = log_files
         self._logs: dict[str, Outlet] = {}  # by name: of all starts of a process
         self._children: dict[str, Child] = {}
+        self._forks: ForkServer | None = None
+
+    def start_fork_server(self, modules: Sequence[str], environment: Mapping[str, str]) -> None:
+        """Have ``modules`` imported once, and all with this environment be forks from now on.
+
+        Before the first of them, wait for FORK_SERVER to report ``{"preloaded": USABLE}``; when it
+        is of no use, or exits, call :meth:`end_fork_server`.
+        """
+        self._forks = ForkServer(modules, environment)
+        self._add(FORK_SERVER, self._forks.start, 1)
+
+    def end_fork_server(self, reason: str = "") -> None:
+        """Every start is the long one from now on, which a reason has logged. Idempotent."""
+        if self._forks is None:
+            return
+        if reason:
+            log.warning("ranks are not forked from now on, each imports for itself: %s", reason)
+        self._forks.close()
+        self._forks = None
+        self.kill(FORK_SERVER)
 
     def start(
         self,
@@ -210,14 +230,27 @@ class ProcessGroup:
 
         A process that the system does not let us start is reported as one that has ended.
         """
-        argv = [sys.executable, "-P", "-m", module, "--config", str(config_file)]
+        argv = (module, "--config", str(config_file))
+        forks = self._forks
+        if forks is not None and forks.environment == environment:
+            try:
+                self._add(name, lambda: forks.fork(*argv), start)
+                return
+            except ForkServerGone as error:
+                self.end_fork_server(f"the fork server {error}")
+        command = (sys.executable, "-P", "-m", *argv)
+        self._add(name, lambda: start_piped(command, environment), start)
+
+    def _add(self, name: str, start_process: Callable[[], Process], start: int) -> None:
         if self._log_files is not None and name not in self._logs:
             self._logs[name] = self._log_files.open(name)
         log = self._logs.get(name)
         try:
-            self._children[name] = Child(name, argv, environment, log, self.reports, start)
+            process = start_process()
         except OSError as error:  # no memory, no descriptors: perhaps for now
             self.reports.put(Exited(name, 1, f"{name} cannot be started: {error}", start))
+        else:
+            self._children[name] = Child(name, process, log, self.reports, start)
 
     def pids(self) -> dict[str, int]:
         """Process ids by name, of those that still run."""
@@ -255,6 +288,7 @@ class ProcessGroup:
 
     def stop(self, budget_s: float = STOP_BUDGET_S) -> None:
         """Ask every child to end, and kill those that have not after ``budget_s``."""
+        self.end_fork_server()
         running = [child for child in self._children.values() if child.process.poll() is None]
         for child in running:
             child.process.send_signal(END)

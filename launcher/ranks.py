@@ -4,6 +4,7 @@ The configuration of a rank is the same for both; only who starts the process di
 """
 
 import os
+import sys
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,14 @@ MODULES = {"prefill": "prefill", "decode": "decode", "store": "kvtransfer.store"
 
 class RankStarter(ABC):
     """Starts the gangs of a cluster and ends them. Exits are reported to the supervisor's queue."""
+
+    def prepare(self) -> bool:
+        """Begin what can be done before a coordinator listens.
+
+        Returns:
+            Whether ``start`` has to wait until FORK_SERVER has reported.
+        """
+        return False
 
     @abstractmethod
     def start(self, pool: PoolSpec, start: int, control_address: str) -> None:
@@ -58,11 +67,17 @@ class LocalRanks(RankStarter):
         self._cluster = cluster
         self._run_dir = run_dir
         self._group = group
+        self._environment = child_environment(cluster.threads, is_local=True, device=cluster.device)
+
+    def prepare(self) -> bool:
+        # Forks share what was opened of a GPU before them, which nobody has seen to be nothing.
+        if sys.platform != "linux" or self._cluster.device != "cpu":
+            return False
+        modules = sorted({f"{MODULES[pool.role]}.worker" for pool in self._cluster.pools})
+        self._group.start_fork_server(modules, self._environment)
+        return True
 
     def start(self, pool: PoolSpec, start: int, control_address: str) -> None:
-        environment = child_environment(
-            self._cluster.threads, is_local=True, device=self._cluster.device
-        )
         where = {
             "control_address": control_address,
             "listen": f"ipc://{self._run_dir}",
@@ -73,7 +88,7 @@ class LocalRanks(RankStarter):
             config = rank_config(self._cluster, pool, rank, where)
             file = self._run_dir / f"{pool.pool_id}.{rank}.json"
             write_config(file, config)
-            self._group.start(name, MODULES[pool.role], file, environment, start)
+            self._group.start(name, MODULES[pool.role], file, self._environment, start)
 
     def terminate(self, pool: PoolSpec) -> None:
         for name in _names(pool):

@@ -1,6 +1,7 @@
 """One running cluster: its processes, from the first to the last.
 
-1. ``start``: the coordinator, then every gang; whatever goes wrong until all of them serve ends it.
+1. ``start``: the coordinator, and beside it the fork server, which imports what ranks need; then
+   every gang; whatever goes wrong until all of them serve ends it.
 2. ``supervise``: reports of the processes go to the rules (gangs.py, pure), and what those say is
    done: a gang is ended, killed, started again. The coordinator is started again on the addresses
    that it had, and told which pools to wait for.
@@ -26,6 +27,7 @@ from coordinator.start_report import StartReport
 from launcher.config import coordinator_environment
 from launcher.gangs import COORDINATOR, Action, End, Fail, Gangs, Kill, Look, Say, Start, Waits
 from launcher.processes import (
+    FORK_SERVER,
     Exited,
     LogFiles,
     OutputLine,
@@ -43,6 +45,7 @@ from protocol.errors import ConfigError
 log = logging.getLogger(__name__)
 
 COORDINATOR_START_S = 60.0
+_PRELOADED = "preloaded"  # says the fork server
 FAREWELL_S = 3.0  # for the ranks to end because the coordinator says so
 EXIT_WAIT_S = 3.0  # for the exit of a process that the coordinator misses already
 
@@ -76,6 +79,7 @@ class Supervisor:
         self._epoch = 1  # the coordinator's
         self._gangs: Gangs | None = None  # once the cluster has come up
         self._pools = {pool.pool_id: pool for pool in cluster.pools}
+        self._said: dict[str, object] = {}  # by coordinator and fork server, while it comes up
         self._policy = RestartPolicy(
             serve.restart_budget, serve.restart_window_s, serve.restart_backoff_s
         )
@@ -99,10 +103,13 @@ class Supervisor:
             ClusterFailed: a process ended, was refused, or the start took too long.
         """
         serve = self.cluster.serve
+        self._ranks = self._make_ranks()
+        has_fork_server = self._ranks.prepare()
         self._start_coordinator({"control_listen": self._control_listen(), "epoch": self._epoch})
         hello = self._wait_for("control", time.monotonic() + COORDINATOR_START_S)
         self.url, self._control_address = str(hello["http"]), str(hello["control"])
-        self._ranks = self._make_ranks()
+        if has_fork_server:
+            self._wait_for(_PRELOADED, time.monotonic() + serve.ready_timeout_s)
         for pool in self.cluster.pools:
             self._ranks.start(pool, 1, self._control_address)
         said = self._wait_for("ready", time.monotonic() + serve.ready_timeout_s)
@@ -140,7 +147,7 @@ class Supervisor:
 
     def _wait_for(self, key: str, deadline: float) -> dict[str, object]:
         late = f"the cluster was not {key} in time: raise ready_timeout_s, or read the log"
-        while True:
+        while key not in self._said:
             try:
                 report = self.reports.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
@@ -154,12 +161,27 @@ class Supervisor:
                 if "lost" in said:  # the process itself knows better why
                     late = f"{said['lost']} is lost: {said['reason']}"
                     deadline = min(deadline, time.monotonic() + EXIT_WAIT_S)
-                if key in said:
-                    return said
+                self._said |= said
+            if self._is_of_fork_server(report):
+                continue
             if isinstance(report, StartFailed):
                 raise ClusterFailed(report.reason, is_config=True)
             if isinstance(report, Exited):
                 raise ClusterFailed(report.reason, is_config=report.code == 2)
+        return self._said
+
+    def _is_of_fork_server(self, report: Report) -> bool:
+        """Whether it concerns nobody else; then what is to be done about it is done."""
+        if not isinstance(report, OutputLine | Exited) or report.name != FORK_SERVER:
+            return False
+        if isinstance(report, Exited):
+            self._said[_PRELOADED] = False
+            self._group.end_fork_server(report.reason)
+        else:
+            self._said |= json.loads(report.line)
+            if not self._said[_PRELOADED]:
+                self._group.end_fork_server("a library has started threads in the fork server")
+        return True
 
     # -- while it runs -----------------------------------------------------------------------------
 
@@ -211,6 +233,8 @@ class Supervisor:
         return isinstance(report, Exited) and (report.name, report.code) == (COORDINATOR, 0)
 
     def _judge(self, gangs: Gangs, report: Report, now: float) -> list[Action]:
+        if self._is_of_fork_server(report):
+            return []
         if isinstance(report, Exited):
             name, _, rank = report.name.partition("/")
             return gangs.on_exit(name, int(rank or 0), report.start, report.reason, now)
@@ -293,6 +317,7 @@ class Supervisor:
 
     def stop(self) -> None:
         """End every process: the coordinator first, it tells the ranks; then whoever is left."""
+        self._group.end_fork_server()
         self._group.terminate(COORDINATOR)
         self._group.wait_ended(FAREWELL_S)
         if self._ranks is not None:

@@ -6,8 +6,32 @@ launcher and the coordinator have it end in order, and a rank waits for what the
 has signals of its own for its children, which nobody else sends.
 """
 
+import ctypes
+import os
 import signal
+import sys
+
+from protocol.errors import PeerError
 
 ASKED = (signal.SIGTERM, signal.SIGINT)  # from outside: the cluster is to end; twice, at once
 DRAIN = signal.SIGUSR1  # to the coordinator: take nothing new, end when what runs has ended
 END = signal.SIGUSR2  # end now, in order
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent(parent_pid: int, number: signal.Signals = signal.SIGKILL) -> None:
+    """Have the kernel send this process ``number`` when its parent ends; ``parent_pid`` 0 changes
+    nothing.
+
+    The signal is tied to the parent's *thread* that started us. By default it is SIGKILL, because a
+    rank in a collective that will never complete answers nothing else.
+
+    Raises:
+        PeerError: the parent had died before.
+    """
+    if parent_pid == 0:
+        return
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
+    if os.getppid() != parent_pid:
+        raise PeerError(f"the parent process {parent_pid} is gone")

@@ -257,8 +257,10 @@ def pids_of_ranks(launcher_pid: int) -> dict[str, int]:
     children = Path(f"/proc/{launcher_pid}/task/{launcher_pid}/children").read_text().split()
     pids = {}
     for child in children:
-        config = Path(Path(f"/proc/{child}/cmdline").read_text().split("\0")[-2])
-        pids[config.stem.replace(".", "/")] = int(child)
+        words = Path(f"/proc/{child}/cmdline").read_text().split("\0")
+        if "--config" in words:
+            config = Path(words[words.index("--config") + 1])
+            pids[config.stem.replace(".", "/")] = int(child)
     return pids
 
 

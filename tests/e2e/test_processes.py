@@ -45,7 +45,7 @@ def test_a_killed_launcher_leaves_no_process(tmp_path: Path, until: Any) -> None
     assert process.stdout is not None
     assert process.stdout.readline().startswith("ready ")
     children = _descendants(process.pid)
-    assert len(children) == 3, "a coordinator and two ranks"
+    assert len(children) == 4, "a coordinator, a fork server and two ranks"
     process.kill()
     process.wait(10)
     process.stdout.close()
