@@ -2,8 +2,6 @@
 
 import contextlib
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +12,7 @@ import pytest
 import zmq
 
 from decode.config import DecodeConfig
+from launcher.forks import ForkedProcess
 from modeling.arithmetic import expected_tokens
 from modeling.config import load_config
 from protocol.codec import Codec
@@ -40,8 +39,8 @@ from protocol.messages import (
 )
 from protocol.request import FinishReason, SamplingParams
 from protocol.sockets import Poller, Router, open_context
+from tests.forks import TorchForks, end, outputs
 
-ROOT = Path(__file__).resolve().parents[2]
 MODEL = "arithmetic:layers=2,heads=4,kv_heads=2,head_dim=4"
 BUDGET_S = 60.0
 M = TypeVar("M")
@@ -50,14 +49,14 @@ M = TypeVar("M")
 class Coordinator:
     """Starts the ranks of one decode pool and talks to them."""
 
-    def __init__(self, context: zmq.Context, folder: Path, tp_size: int) -> None:
-        self._folder, self._tp_size = folder, tp_size
+    def __init__(self, context: zmq.Context, forks: TorchForks, folder: Path, tp_size: int) -> None:
+        self._forks, self._folder, self._tp_size = forks, folder, tp_size
         self._router = Router(context, f"ipc://{folder}/control")
         self._poller = Poller(self._router)
         self._in: Codec[ToCoordinator] = Codec(ToCoordinator)
         self._out: Codec[ToRank] = Codec(ToRank)
         self._received: list[tuple[str, Any]] = []
-        self.processes: list[subprocess.Popen[bytes]] = []
+        self.processes: list[ForkedProcess] = []
         self.names: list[str] = []  # of the ranks, by rank
 
     def start(self, num_blocks: int) -> None:
@@ -78,8 +77,7 @@ class Coordinator:
             )
             path = self._folder / f"rank{rank}.json"
             path.write_bytes(msgspec.json.encode(config))
-            command = [sys.executable, "-P", "-m", "decode", "--config", str(path)]
-            self.processes.append(subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE))
+            self.processes.append(self._forks.start("decode", "--config", str(path)))
 
     def form(self) -> None:
         """From HELLO to a pool that serves."""
@@ -126,16 +124,16 @@ class Coordinator:
 
     def close(self) -> None:
         for process in self.processes:
-            if process.poll() is None:
-                process.kill()
-            process.communicate()
+            end(process)
         self._router.close()
 
 
 @pytest.fixture(params=[1, 2], ids=["tp1", "tp2"])
-def coordinator(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Coordinator]:
+def coordinator(
+    request: pytest.FixtureRequest, torch_forks: TorchForks, tmp_path: Path
+) -> Iterator[Coordinator]:
     with open_context("secret") as context:
-        coordinator = Coordinator(context, tmp_path, request.param)
+        coordinator = Coordinator(context, torch_forks, tmp_path, request.param)
         with contextlib.closing(coordinator):
             yield coordinator
 
@@ -212,10 +210,11 @@ def test_configurations_that_cannot_run(changes: dict[str, Any], said: str) -> N
         DecodeConfig(**{**fields, "listen": "ipc:///x", **changes})
 
 
-def test_a_mistake_in_the_file_is_one_line(tmp_path: Path) -> None:
+def test_a_mistake_in_the_file_is_one_line(torch_forks: TorchForks, tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text('{"model": "arithmetic", "pool": 1}')
-    command = [sys.executable, "-P", "-m", "decode", "--config", str(path)]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=BUDGET_S)
-    assert ended.returncode == 2
-    assert ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1
+    rank = torch_forks.start("decode", "--config", str(path))
+    _, errors = outputs(rank, BUDGET_S)
+    end(rank)
+    assert rank.poll() == 2
+    assert errors.startswith("error: ") and errors.count("\n") == 1

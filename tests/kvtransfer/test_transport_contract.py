@@ -7,8 +7,6 @@ import os
 import select
 import signal
 import socket
-import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -30,8 +28,8 @@ from kvtransfer.transport import KVTransport, ReadHandle, ReadState
 from protocol.errors import ConfigError, TransferError
 from protocol.kv import KVLayout, RankEndpoint
 from protocol.proof import PROOF_BYTES
+from tests.forks import TorchForks, end
 
-ROOT = Path(__file__).resolve().parents[2]
 # What a rank of one host is told (launcher/config.py).
 SHARED_MEMORY = {
     "UCX_TLS": "self,sm", "UCX_POSIX_ERROR_HANDLING": "y", "UCX_SYSV_ERROR_HANDLING": "y",
@@ -416,17 +414,15 @@ def test_a_source_smaller_than_it_says(tcp: Cluster) -> None:
 class Process:
     """``transport_rank.py`` in a process of its own."""
 
-    def __init__(self, name: str, variables: dict[str, str], fill: int) -> None:
+    def __init__(self, forks: TorchForks, name: str, variables: dict[str, str], fill: int) -> None:
         self.incarnation = uuid.uuid4().hex
-        script = str(Path(__file__).with_name("transport_rank.py"))
-        arguments = [name, self.incarnation, TOKEN, str(fill), str(NUM_BLOCKS)]
-        self.process = subprocess.Popen(
-            [sys.executable, script, *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": str(ROOT), **QUIET, **variables},
-            bufsize=0,
+        commands, self._commands = os.pipe()
+        arguments = [str(commands), name, self.incarnation, TOKEN, str(fill), str(NUM_BLOCKS)]
+        settings = [f"{name}={value}" for name, value in (QUIET | variables).items()]
+        self.process = forks.start(
+            "tests.kvtransfer.transport_rank", *arguments, *settings, pass_fds=[commands]
         )
+        os.close(commands)
 
     @functools.cached_property
     def endpoint(self) -> str:
@@ -434,14 +430,12 @@ class Process:
 
     def line(self) -> str:
         """The next line that it says."""
-        assert self.process.stdout is not None
         ready, _, _ = select.select([self.process.stdout], [], [], DEADLINE_S)
         assert ready, "the rank says nothing"
         return self.process.stdout.readline().decode().strip()
 
     def ask(self, *words: str) -> str:
-        assert self.process.stdin is not None
-        self.process.stdin.write(" ".join(words).encode() + b"\n")
+        os.write(self._commands, " ".join(words).encode() + b"\n")
         return self.line()
 
     def connect(self, source: "Process") -> None:
@@ -455,11 +449,8 @@ class Process:
         self.process.send_signal(number)
 
     def stop(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            assert pipe is not None
-            pipe.close()
+        end(self.process)
+        os.close(self._commands)
 
 
 BLOCK_BYTES = 2 * 32 * 64 * 2 * 4
@@ -470,11 +461,11 @@ SPLIT = [Run(i * 2 * BLOCK_BYTES, i * 2 * BLOCK_BYTES, BLOCK_BYTES) for i in ran
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[..., Process]]:
+def start(torch_forks: TorchForks) -> Iterator[Callable[..., Process]]:
     started: list[Process] = []
 
     def run(name: str, variables: dict[str, str], fill: int) -> Process:
-        started.append(Process(name, variables, fill))
+        started.append(Process(torch_forks, name, variables, fill))
         return started[-1]
 
     yield run

@@ -1,8 +1,9 @@
-"""A rank's process for the transport tests: one transport, driven by lines on standard input.
+"""A rank's process for the transport tests: one transport, driven by lines from a descriptor.
 
-    python transport_rank.py TRANSPORT INCARNATION TOKEN FILL NUM_BLOCKS
+    transport_rank COMMANDS TRANSPORT INCARNATION TOKEN FILL NUM_BLOCKS VARIABLE=VALUE...
 
-prints ``endpoint HEX`` and then obeys, each command answered by one line:
+puts the variables into its environment, before NIXL and UCX are loaded, prints ``endpoint HEX`` and
+then obeys, each command answered by one line:
 
     connect HEX              ok | error MESSAGE
     disconnect INCARNATION   ok
@@ -88,15 +89,16 @@ def say(line: str) -> None:
 
 
 def main() -> None:
-    name, incarnation, token, fill, num_blocks = sys.argv[1:]
+    commands, name, incarnation, token, fill, num_blocks, *variables = sys.argv[1:]
+    os.environ |= dict(variable.split("=", 1) for variable in variables)
     layout = KVLayout(2, int(num_blocks), 4, 0, 1, 32, 64, "bfloat16")
     pool = KVPool(layout)
     pool.bytes.fill_(int(fill))
     rank = Rank(open_transport(name, incarnation, token=token), incarnation, pool)
-    buffered = b""
+    source, buffered = int(commands), b""
     while True:
-        if select.select([0], [], [], 0.001)[0]:
-            piece = os.read(0, 1 << 16)
+        if select.select([source], [], [], 0.001)[0]:
+            piece = os.read(source, 1 << 16)
             if not piece:
                 break
             buffered += piece

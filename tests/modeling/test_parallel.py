@@ -2,18 +2,17 @@
 
 import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
 
+from launcher.forks import ForkedProcess
 from modeling.native import COMPILERS
 from modeling.parallel import SingleRank, init_gang, make_tensor_parallel, open_gang_store
 from protocol.errors import PeerError
+from tests.forks import TorchForks, end, outputs
 
-ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_S = 90.0
 
 needs_compiler = pytest.mark.skipif(
@@ -22,35 +21,36 @@ needs_compiler = pytest.mark.skipif(
 kinds = pytest.mark.parametrize("kind", [pytest.param("shm", marks=needs_compiler), "gloo"])
 
 
-def run_gang(scenario: str, size: int, kind: str) -> list[tuple[int, str]]:
-    """(exit code, output) of every rank."""
-    address, listen_fd = open_gang_store("127.0.0.1")
-    ranks = []
-    try:
-        for rank in range(size):
-            fd = listen_fd if rank == 0 else -1
-            arguments = [scenario, str(rank), str(size), address, kind, str(fd)]
-            ranks.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "tests.modeling.parallel_rank", *arguments],
-                    cwd=ROOT,
-                    env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"},
-                    pass_fds=[fd] if fd >= 0 else [],
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    text=True,
+Result = tuple[int, str]
+RunGang = Callable[[str, int, str], list[Result]]
+
+
+@pytest.fixture
+def run_gang(torch_forks: TorchForks) -> RunGang:
+    """Runs a scenario in so many processes of a kind: (exit code, output) of every rank."""
+
+    def run(scenario: str, size: int, kind: str) -> list[Result]:
+        address, listen_fd = open_gang_store("127.0.0.1")
+        ranks: list[ForkedProcess] = []
+        try:
+            for rank in range(size):
+                fd = listen_fd if rank == 0 else -1
+                arguments = [scenario, str(rank), str(size), address, kind, str(fd)]
+                fds = [fd] if fd >= 0 else []
+                ranks.append(
+                    torch_forks.start("tests.modeling.parallel_rank", *arguments, pass_fds=fds)
                 )
-            )
-        outputs = [rank.communicate(timeout=DEADLINE_S)[0] for rank in ranks]
-        return [(rank.returncode, text) for rank, text in zip(ranks, outputs, strict=True)]
-    finally:
-        os.close(listen_fd)
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
+            said = ["".join(outputs(rank, DEADLINE_S)) for rank in ranks]
+            return [(rank.wait(), text) for rank, text in zip(ranks, said, strict=True)]
+        finally:
+            os.close(listen_fd)
+            for rank in ranks:
+                end(rank)
+
+    return run
 
 
-def said(result: tuple[int, str]) -> str:
+def said(result: Result) -> str:
     code, output = result
     lines = [line.split()[1] for line in output.splitlines() if line.startswith("OK")]
     assert code == 0 and lines, output
@@ -62,25 +62,27 @@ def said(result: tuple[int, str]) -> str:
     [pytest.param("shm", 2, marks=needs_compiler), pytest.param("shm", 3, marks=needs_compiler),
      ("gloo", 2)],
 )  # fmt: skip
-def test_every_rank_has_the_same_bits_and_nothing_is_left_open(kind: str, size: int) -> None:
+def test_every_rank_has_the_same_bits_and_nothing_is_left_open(
+    run_gang: RunGang, kind: str, size: int
+) -> None:
     assert len({said(result) for result in run_gang("agree", size, kind)}) == 1
 
 
 @kinds
-def test_a_dead_rank_is_noticed(kind: str) -> None:
+def test_a_dead_rank_is_noticed(run_gang: RunGang, kind: str) -> None:
     *others, dead = run_gang("die", 3, kind)
     assert dead[0] == -9
     assert {said(result) for result in others} == {"noticed"}
 
 
 @needs_compiler
-def test_a_rank_that_leaves_is_noticed_at_once() -> None:
+def test_a_rank_that_leaves_is_noticed_at_once(run_gang: RunGang) -> None:
     stays, leaves = run_gang("leave", 2, "shm")
     assert (said(stays), said(leaves)) == ("noticed", "left")
 
 
 @needs_compiler
-def test_ranks_that_disagree_on_the_size_are_told() -> None:
+def test_ranks_that_disagree_on_the_size_are_told(run_gang: RunGang) -> None:
     assert {said(result) for result in run_gang("disagree", 2, "shm")} == {"noticed"}
 
 

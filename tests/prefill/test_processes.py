@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from launcher.forks import ForkedProcess
 from modeling.arithmetic import expected_tokens
 from modeling.config import load_config
 from protocol.codec import Codec
@@ -37,6 +38,7 @@ from protocol.messages import (
 )
 from protocol.request import SamplingParams
 from protocol.sockets import Poller, Router, open_context
+from tests.forks import TorchForks, end
 
 pytestmark = pytest.mark.cluster
 
@@ -114,18 +116,16 @@ class Coordinator:
         self.send(0, message)
 
 
-Start = Callable[..., tuple[Coordinator, list[subprocess.Popen[bytes]]]]
+Start = Callable[..., tuple[Coordinator, list[ForkedProcess]]]
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    processes: list[subprocess.Popen[bytes]] = []
+def start(torch_forks: TorchForks, tmp_path: Path) -> Iterator[Start]:
+    processes: list[ForkedProcess] = []
     with open_context("secret") as context:
         router = Router(context, f"ipc://{tmp_path}/control")
 
-        def start_pool(
-            cp_size: int, tp_size: int
-        ) -> tuple[Coordinator, list[subprocess.Popen[bytes]]]:
+        def start_pool(cp_size: int, tp_size: int) -> tuple[Coordinator, list[ForkedProcess]]:
             for rank in range(cp_size * tp_size):
                 config = {
                     "model": MODEL,
@@ -145,14 +145,12 @@ def start(tmp_path: Path) -> Iterator[Start]:
                 }
                 file = tmp_path / f"{rank}.json"
                 file.write_text(json.dumps(config))
-                command = [sys.executable, "-P", "-m", "prefill", "--config", str(file)]
-                processes.append(subprocess.Popen(command))
+                processes.append(torch_forks.start("prefill", "--config", str(file)))
             return Coordinator(router), processes
 
         yield start_pool
         for process in processes:
-            process.kill()
-            process.wait(BUDGET_S)
+            end(process)
         router.close()
 
 
