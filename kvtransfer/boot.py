@@ -33,7 +33,7 @@ import zmq
 
 from kvcache.pool import KVPool
 from kvtransfer.identity import RankIdentity, TransferConfig
-from kvtransfer.kv_memory import LargestStep, size_pool
+from kvtransfer.kv_memory import LargestStep, device_index, size_pool
 from kvtransfer.process import RankProcess
 from kvtransfer.rank_config import RankConfig
 from kvtransfer.thread import TransferThread
@@ -167,7 +167,7 @@ def resolve_device(config: RankConfig) -> torch.device:
         raise ConfigError("--device cuda: torch sees no CUDA device here, use --device cpu")
     if config.device == "cpu" or not has_cuda:
         return torch.device("cpu")
-    return torch.device("cuda", config.rank % torch.cuda.device_count())
+    return torch.device("cuda", device_index(config.rank, torch.cuda.device_count()))
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,13 @@
    prompt does, a small part of it is run and what that took is scaled up, for memory of a step
    grows with its tokens.
 4. Of what is then left of the rank's part, a share becomes KV; no more than all of its sequences at
-   their full length could use.
+   their full length could use. The ranks that share a GPU have equal parts of it.
 
 Whatever the number is, it is compared with what is free before a page of it is touched: a rank that
 takes too much is ended by the kernel, without a word.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -96,6 +97,38 @@ def size_pool(config: RankConfig, model: Model, dtype: str, largest: LargestStep
     return layout
 
 
+def device_index(rank: int, num_devices: int) -> int:
+    """On which of its machine's GPUs a rank of a pool computes."""
+    return rank % num_devices
+
+
+def sharing_ranks(pool_sizes: Sequence[int], num_devices: int, index: int) -> int:
+    """How many ranks compute on one GPU, those of every pool together; at least the one that asks.
+
+    Args:
+        pool_sizes: ranks of each pool on this machine.
+        num_devices: GPUs of this machine.
+        index: of the GPU.
+    """
+    ranks = (rank for size in pool_sizes for rank in range(size))
+    return max(1, sum(device_index(rank, num_devices) == index for rank in ranks))
+
+
+def part_of_device(free: int, total: int, own: int, num_ranks: int) -> int:
+    """Bytes that a rank may still take of its GPU: of an equal part, and of what is free.
+
+    All ranks of the GPU look at about the same time, before any has taken its KV: what is free is
+    then there for each of them, and all together would take it several times.
+
+    Args:
+        free: bytes of the device that nobody has, now.
+        total: bytes of the device.
+        own: bytes that this rank has taken.
+        num_ranks: that share the device.
+    """
+    return min(free, total // num_ranks - own)
+
+
 def auto_bytes(left_bytes: int, device: torch.device) -> int:
     """What becomes KV of what is left."""
     return int(max(0, left_bytes) * (CUDA_SHARE if device.type == "cuda" else CPU_SHARE))
@@ -127,7 +160,11 @@ def _left_bytes(config: RankConfig, model: Model, one_block: KVLayout, largest: 
         dry_run(model, one_block, largest.num_tokens, largest.num_rows)
         step = torch.cuda.max_memory_reserved(model.device) - before
         torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(model.device)[0] - step - gathered
+        num_devices, index = torch.cuda.device_count(), model.device.index or 0
+        num_ranks = sharing_ranks(config.device_sharers, num_devices, index)
+        free, total = torch.cuda.mem_get_info(model.device)
+        own = torch.cuda.memory_reserved(model.device)
+        return part_of_device(free, total, own, num_ranks) - step - gathered
     num_tokens = min(largest.num_tokens, DRY_RUN_TOKENS)
     num_rows = min(largest.num_rows, num_tokens)
     dry_run(model, one_block, 1, 1)  # what is allocated once is not a step's

@@ -26,6 +26,9 @@ class RankConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     block_size: int = 32
     kv_memory_bytes: int = 1 << 30  # 0: what ``memory_budget_bytes`` leaves
     memory_budget_bytes: int = 0  # this rank's part of its machine; 0: what is free when it looks
+    device_sharers: tuple[
+        int, ...
+    ] = ()  # ranks of each pool on this machine's devices; (): no other
     max_model_len: int | None = None  # None: the model's
     threads: int = 1
     transport: str = "auto"

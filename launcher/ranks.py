@@ -138,6 +138,7 @@ def rank_config(cluster: Cluster, pool: PoolSpec, rank: int, where: dict[str, An
         "block_size": serve.block_size,
         "kv_memory_bytes": cluster.memory.kv_bytes,
         "memory_budget_bytes": cluster.memory.budget_bytes,
+        "device_sharers": _device_sharers(cluster),
         "max_model_len": cluster.max_model_len,
         "threads": cluster.threads,
         "token": cluster.token,
@@ -152,6 +153,13 @@ def rank_config(cluster: Cluster, pool: PoolSpec, rank: int, where: dict[str, An
     if pool.role == "prefill":
         return _encode("prefill_pool", PrefillConfig, fields | serve.prefill_pool)
     return _encode("decode_pool", DecodeConfig, fields | serve.decode_pool)
+
+
+def _device_sharers(cluster: Cluster) -> list[int]:
+    """The ranks of each pool that look for a GPU on one machine; Ray gives each rank one."""
+    if cluster.serve.launcher != "local":
+        return []
+    return [pool.num_ranks for pool in cluster.pools if pool.role != "store"]
 
 
 def _store_fields(cluster: Cluster) -> dict[str, Any]:

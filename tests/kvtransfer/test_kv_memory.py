@@ -2,10 +2,20 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvcache import host_memory
 from kvcache.host_memory import CPU_SHARE
-from kvtransfer.kv_memory import LargestStep, check_free, dry_run, plan_layout, size_pool
+from kvtransfer.kv_memory import (
+    LargestStep,
+    check_free,
+    dry_run,
+    part_of_device,
+    plan_layout,
+    sharing_ranks,
+    size_pool,
+)
 from kvtransfer.rank_config import RankConfig
 from modeling.loader import load_model
 from modeling.model import Model
@@ -62,6 +72,40 @@ def test_auto_takes_no_more_than_its_sequences_can_use(model: Model) -> None:
         config(kv_memory_bytes=0, memory_budget_bytes=1 << 45), model, "float32", few
     )
     assert layout.num_blocks == few.num_sequences * 4096 // 16
+
+
+@pytest.mark.parametrize(
+    ("pool_sizes", "num_devices", "sharing"),
+    [
+        ((), 1, [1]),  # by itself
+        ((1, 1), 1, [2]),  # a prefill and a decode rank on one GPU
+        ((4, 2), 4, [2, 2, 1, 1]),
+        ((4,), 2, [2, 2]),
+        ((1, 1, 1), 8, [3, 1, 1, 1, 1, 1, 1, 1]),
+    ],
+)
+def test_ranks_share_the_gpu_that_they_are_placed_on(
+    pool_sizes: tuple[int, ...], num_devices: int, sharing: list[int]
+) -> None:
+    found = [sharing_ranks(pool_sizes, num_devices, index) for index in range(num_devices)]
+    assert found == sharing
+
+
+@given(
+    st.lists(st.integers(0, 8 << 30), min_size=1, max_size=8), st.integers(0, 80 << 30), st.data()
+)
+def test_all_parts_of_a_gpu_are_no_more_than_it_has(
+    weights: list[int], total: int, data: st.DataObject
+) -> None:
+    """Whether each of them looks before or after the others have loaded their weights."""
+    taken = 0
+    for own in weights:
+        free = data.draw(st.integers(0, max(0, total - own)))
+        part = part_of_device(free, total, own, len(weights))
+        assert part <= free
+        taken += own + max(0, part)
+    assert taken <= total + sum(max(0, own - total // len(weights)) for own in weights)
+    assert part_of_device(total - weights[0], total, weights[0], 1) == total - weights[0]
 
 
 def test_nothing_left_is_refused_with_the_way_out(model: Model) -> None:
