@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
 import httpx
 import pytest
@@ -78,11 +78,14 @@ def children_of(pid: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def run_cluster(*flags: str, environment: dict[str, str] | None = None) -> Iterator[RunningCluster]:
+def run_cluster(
+    *flags: str, environment: dict[str, str] | None = None, stderr: IO[str] | None = None
+) -> Iterator[RunningCluster]:
     """``baton serve --port 0 FLAGS`` until the block ends; then it must end cleanly."""
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "launcher", "serve", "--port", "0", *flags],
         stdout=subprocess.PIPE,
+        stderr=stderr,
         text=True,
         env={**os.environ, **(environment or {})},
     )

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 import pytest
@@ -17,10 +17,11 @@ from protocol.folders import remove_dead
 MODEL = "arithmetic:layers=2,heads=2,kv_heads=2,vocab=512,max_len=1024"
 
 
-def _serve(tmp_path: Path) -> subprocess.Popen[str]:
+def _serve(tmp_path: Path, *flags: str, stderr: IO[str] | None = None) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "launcher", "serve", MODEL, "--port", "0"],
+        [sys.executable, "-P", "-m", "launcher", "serve", MODEL, "--port", "0", *flags],
         stdout=subprocess.PIPE,
+        stderr=stderr,
         text=True,
         env={**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)},
     )
@@ -56,8 +57,11 @@ def test_a_killed_launcher_leaves_no_process(tmp_path: Path, until: Any) -> None
 
 
 @pytest.mark.cluster
-def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
-    process = _serve(tmp_path)
+def test_ctrl_c_leaves_nothing_and_quiet_says_nothing_before(tmp_path: Path) -> None:
+    said, runtime = tmp_path / "stderr", tmp_path / "r"
+    runtime.mkdir()
+    with said.open("w") as stderr:
+        process = _serve(runtime, "--quiet", stderr=stderr)
     assert process.stdout is not None
     assert process.stdout.readline().startswith("ready ")
     children = _descendants(process.pid)
@@ -65,7 +69,8 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
     assert process.wait(20) == 0
     process.stdout.close()
     assert all(_is_gone(pid) for pid in children)
-    assert not list(tmp_path.iterdir()), "the folder of sockets and configurations"
+    assert not list(runtime.iterdir()), "the folder of sockets and configurations"
+    assert "serving" not in said.read_text().split("\n")
 
 
 @pytest.mark.cluster
