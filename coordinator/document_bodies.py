@@ -29,11 +29,14 @@ MAX_METADATA_KEYS = 64
 MAX_NAME_CHARS = 512
 ONE_SOURCE = "source needs one of text, messages, token_ids and file_id"
 
+# No other server has these routes, so no client sends fields for another: one that is not known is
+# misspelt.
+_OURS = ConfigDict(strict=True, extra="forbid")
 _Ttl = Annotated[float, Field(gt=0)] | str
 
 
 class SourceBody(BaseModel):
-    model_config = ConfigDict(strict=True)
+    model_config = _OURS
 
     type: str | None = None  # what it is, said once more: ignored
     text: str | None = None
@@ -43,7 +46,7 @@ class SourceBody(BaseModel):
 
 
 class PinBody(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
+    model_config = _OURS
 
     mode: Literal["none", "soft", "hard"]
     ttl: _Ttl | None = None
@@ -52,7 +55,7 @@ class PinBody(BaseModel):
 
 
 class UpdateBody(BaseModel):
-    model_config = ConfigDict(strict=True)
+    model_config = _OURS
 
     pin: PinBody | None = None
     metadata: dict[str, Any] | None = None

@@ -344,5 +344,8 @@ def _first_error(error: ValidationError) -> RequestError:
     kind = first["type"]
     if kind == "missing":
         return RequestError(f"{param} is missing", code="missing_required_parameter", param=param)
+    if kind == "extra_forbidden":
+        name = ".".join(map(str, where))[:64]
+        return RequestError(f"{name} is no field here", code="unsupported_parameter", param=param)
     code = "invalid_type" if kind.endswith("_type") else "invalid_value"
     return RequestError(f"{param}: {first['msg']}", code=code, param=param)

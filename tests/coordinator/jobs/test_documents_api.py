@@ -278,6 +278,9 @@ def test_wait_ends(start_site: Any, tmp_path: Path) -> None:
         ({"pin": {"mode": "soft", "tier": "disk"}}, 400, "invalid_value", "pin"),
         ({"pin": {}}, 400, None, "pin"),
         ({"idempotency_key": ""}, 400, None, "idempotency_key"),
+        ({"pined": {"mode": "soft"}}, 400, "unsupported_parameter", "pined"),
+        ({"pin": {"mode": "soft", "tll": "2h"}}, 400, "unsupported_parameter", "pin"),
+        ({"source": {"text": "a", "system": "b"}}, 400, "unsupported_parameter", "source"),
         ({"display_name": "a" * 600}, 400, None, "display_name"),
     ],
 )
