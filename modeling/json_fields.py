@@ -6,6 +6,7 @@ becomes one line for the operator that names the file and the field.
 
 import codecs
 import json
+import re
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,6 +15,7 @@ from protocol.errors import ConfigError
 MAX_JSON_BYTES = 64 << 20
 GIT_LFS = b"version https://git-lfs.github.com/spec"
 REQUIRED: Any = object()
+_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 _FLOATS = ("Infinity", "-Infinity", "NaN")
 
 
@@ -24,8 +26,8 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     for :class:`Fields` to refuse by name where they have an effect.
 
     Raises:
-        ConfigError: the file is missing, too large, not UTF-8, not JSON, not an object, or has a
-            name twice with different values.
+        ConfigError: the file is missing, too large, not UTF-8, not JSON, not an object, has a name
+            twice with different values, or text that is half of a surrogate pair.
     """
     text = read_text(path, max_bytes)
 
@@ -46,9 +48,19 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
         raise
     except ValueError as error:  # an integer of more digits than Python converts
         raise ConfigError(f"{path}: holds an integer of thousands of digits") from error
+    if _SURROGATE_ESCAPE.search(text):
+        _check_unicode(path, data)
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a JSON object, found {type(data).__name__}")
     return data
+
+
+def _check_unicode(path: Path, data: object) -> None:
+    """JSON can spell half of a pair, which is no text that a tokenizer takes."""
+    try:
+        json.dumps(data, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{path}: has a text with half of a surrogate pair") from error
 
 
 def read_text(path: Path, max_bytes: int = MAX_JSON_BYTES) -> str:

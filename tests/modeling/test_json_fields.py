@@ -29,6 +29,7 @@ from protocol.errors import ConfigError
         (b'{"a": [1, 2, ]}', "a comma without anything behind it"),
         (b"{'a': 1}", "line 1 column 2: Expecting property name"),
         (b'{"b": {"a": 1, "a": 2}}', "a is there twice, once as 1 and once as 2"),
+        (b'{"eos_token": "\\ud83d"}', "has a text with half of a surrogate pair"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "run git lfs pull"),
     ],
 )
@@ -49,6 +50,7 @@ def test_what_is_wrong_is_said(content: bytes, problem: str, tmp_path: Path) -> 
         ('{"a": Infinity, "b": -Infinity}', {"a": float("inf"), "b": float("-inf")}),
         ('{"a": {"__float__": "Infinity"}}', {"a": float("inf")}),  # as transformers 5 writes it
         ('{"a": {"__float__": "Infinity", "b": 1}}', {"a": {"__float__": "Infinity", "b": 1}}),
+        ('{"a": "\\ud83d\\ude00"}', {"a": "\U0001f600"}),
         ('{"a": {"__float__": "1"}}', {"a": {"__float__": "1"}}),
     ],
 )
