@@ -70,7 +70,6 @@ _PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "echo": (False,),
     "input": ("", []),
-    "max_completion_tokens": (),
     "messages": ([],),
     "prompt": ("", []),
     "top_logprobs": (0,),
@@ -218,6 +217,7 @@ class GenerationBody(BaseModel):
 
     model: str | None = None
     max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
     n: int | None = Field(None, ge=1)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -254,7 +254,6 @@ class CompletionBody(GenerationBody):
 
 class ChatBody(GenerationBody):
     messages: Any = None
-    max_completion_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 

@@ -51,9 +51,6 @@ def read_chat(
         )
     options = reading.options(
         body,
-        max_tokens=(
-            body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-        ),
         num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
     document_id, given = take_document(body.messages)

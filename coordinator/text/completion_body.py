@@ -35,7 +35,6 @@ def read_completion(
     body = reading.begin(CompletionBody, fields)
     options = reading.options(
         body,
-        max_tokens=body.max_tokens,
         default_max_tokens=DEFAULT_MAX_TOKENS,
         num_logprobs=body.logprobs,
     )

@@ -64,14 +64,14 @@ class Reading:
         self,
         body: GenerationBody,
         *,
-        max_tokens: int | None,
         default_max_tokens: int | None = None,
         num_logprobs: int | None,
     ) -> Options:
-        """See :func:`coordinator.parameters.read_options`."""
+        """See :func:`coordinator.parameters.read_options`; of two names the newer one counts."""
+        newer = body.max_completion_tokens
         return read_options(
             body,
-            max_tokens=max_tokens,
+            max_tokens=body.max_tokens if newer is None else newer,
             default_max_tokens=default_max_tokens,
             num_logprobs=num_logprobs,
             model=self.model,

@@ -120,6 +120,19 @@ def test_no_seed_is_another_one_each_time(seed: int | None) -> None:
     assert read(CHECKPOINT, task, prompt="a", seed=-2).samplings[0].seed == 2**63 - 2
 
 
+def test_either_name_of_the_limit_is_honoured() -> None:
+    for task, prompt in (
+        (ReadCompletion(4096, TENANT), {"prompt": "a"}),
+        (ReadChat(4096, TENANT), {"messages": [{"role": "user", "content": "a"}]}),
+    ):
+        for given, most in (
+            ({"max_tokens": 5}, 5),
+            ({"max_completion_tokens": 6}, 6),
+            ({"max_completion_tokens": 7, "max_tokens": 7}, 7),  # as guidellm sends them
+        ):
+            assert read(CHECKPOINT, task, **prompt, **given).samplings[0].max_tokens == most
+
+
 def test_an_echo_is_the_text_that_came(folder: Path) -> None:
     text = " a<|im_end|>b\u0301"
     task = ReadCompletion(4096, TENANT)
