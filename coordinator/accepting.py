@@ -15,6 +15,7 @@ from contextlib import suppress
 from coordinator.connections import Connections
 
 TURN_S = 0.005  # of a pass: whoever waits here could be somebody who asks how we are
+MAX_OPENING = 16  # in a pass: each is made into a connection in the next one, all of them together
 PAUSE_S = 0.1  # when the system has no room for another connection
 _PASSING = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _BODY = (
@@ -73,7 +74,7 @@ class Acceptor:
 
     def _accept_some(self) -> None:
         until = time.monotonic() + TURN_S
-        while time.monotonic() < until:
+        while time.monotonic() < until and len(self._opening) < MAX_OPENING:
             if self._opening and self._connections.num_free <= len(self._opening):
                 return  # one of those may be idle, and go, in the next pass
             try:

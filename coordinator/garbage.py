@@ -9,6 +9,7 @@ a moment with few requests. Then the memory that a burst has left free is given 
 import asyncio
 import ctypes
 import gc
+import mmap
 import sys
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ YOUNG, MIDDLE, NEVER = 2_000, 4, 1 << 30
 LOOK_S = 5.0
 FEW = 200  # requests; with so many a full collection takes about 10 ms
 MAX_WAIT_S = 3600.0  # a server that always has more collects nevertheless
+WORTH_IT = 1.03  # so much more memory than was left the last time is given back
 
 
 async def collect_in_quiet(num_active: Callable[[], int]) -> None:
@@ -29,14 +31,19 @@ async def collect_in_quiet(num_active: Callable[[], int]) -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(YOUNG, MIDDLE, NEVER)
+    left = _give_back()
     collected_at = time.monotonic()
     while True:
         await asyncio.sleep(LOOK_S)
         is_overdue = time.monotonic() - collected_at > MAX_WAIT_S
-        if has_grown() and (num_active() <= FEW or is_overdue):
+        if num_active() > FEW and not is_overdue:
+            continue
+        if has_grown():
             gc.collect()
-            _give_back()
             collected_at = time.monotonic()
+        # What requests were made of may be free only after the collection: a rule of its own.
+        if resident_bytes() > WORTH_IT * left:
+            left = _give_back()
 
 
 def has_grown() -> bool:
@@ -44,9 +51,22 @@ def has_grown() -> bool:
     return gc.get_count()[1:] != (0, 0)
 
 
-def _give_back() -> None:
-    """Only glibc's allocator has to be told."""
+def resident_bytes() -> int:
+    """Resident memory of this process; 0 where Linux does not tell."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * mmap.PAGESIZE
+    except OSError:
+        return 0
+
+
+def _give_back() -> int:
+    """Give free memory back to the system; what is resident then. Only glibc has to be told."""
+    # CPython keeps the names of its latest attribute look-ups. pyzmq makes a new one for each wait,
+    # and each would hold a page.
+    sys._clear_type_cache()
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
+    return resident_bytes()

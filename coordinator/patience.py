@@ -1,10 +1,12 @@
 """Time-outs for what others owe us, in which only time counts that the event loop ran.
 
 A loop that goes on after a stall fires its timers before it reads what has come meanwhile. So a
-time-out is a row of short timers, and one that fires late counts for nothing.
+time-out is a row of short timers, and one that fires late counts for nothing. They differ in
+length, or those of a thousand connections that came together would be due in one pass for ever.
 """
 
 import asyncio
+import random
 from collections.abc import Callable
 from types import TracebackType
 
@@ -24,7 +26,7 @@ class Countdown:
         self._start()
 
     def _start(self) -> None:
-        slice_s = max(0.0, min(self._left_s, SLICE_S))
+        slice_s = max(0.0, min(self._left_s, SLICE_S * random.uniform(0.5, 1.0)))
         self._began = self._loop.time()
         self._handle = self._loop.call_later(slice_s, self._fired, slice_s)
 

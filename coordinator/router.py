@@ -10,7 +10,9 @@
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice, takewhile
+from itertools import islice
+
+from coordinator.hash_set import HashSet
 
 SessionKey = tuple[str, str]  # (tenant, session_id)
 MAX_SESSIONS = 100_000
@@ -104,10 +106,10 @@ class PrefixMap:
     """Which blocks a prompt can hit where, from what the pools have told."""
 
     def __init__(self) -> None:
-        self._hashes: dict[str, set[bytes]] = {}
+        self._hashes: dict[str, HashSet] = {}
 
     def update(self, pool_id: str, stored: Sequence[bytes], evicted: Sequence[bytes]) -> None:
-        hashes = self._hashes.setdefault(pool_id, set())
+        hashes = self._hashes.setdefault(pool_id, HashSet())
         hashes.difference_update(evicted)
         hashes.update(stored)
 
@@ -121,19 +123,18 @@ class PrefixMap:
     def num_leading(self, pool_ids: Sequence[str], block_hashes: Sequence[bytes]) -> int:
         """Leading blocks of a prompt that these hold between them.
 
-        A prompt of a million tokens has 31 thousand blocks: no step of the walk is in Python.
+        A prompt of a million tokens has 31 thousand blocks: each takes a fraction of a microsecond.
         """
         held = [hashes for pool_id in pool_ids if (hashes := self._hashes.get(pool_id))]
         number, is_further = 0, True
         while is_further and number < len(block_hashes):
             before = number
             for hashes in held:
-                rest = islice(block_hashes, number, None)
-                number += len(list(takewhile(hashes.__contains__, rest)))
+                number += hashes.num_leading(islice(block_hashes, number, None))
             is_further = number > before
         return number
 
     def num_held(self, pool_id: str, block_hashes: Sequence[bytes]) -> int:
         """Blocks of a prompt that the pool holds, wherever they stand in it."""
-        hashes = self._hashes.get(pool_id, set())
+        hashes = self._hashes.get(pool_id, HashSet())
         return sum(block_hash in hashes for block_hash in block_hashes)

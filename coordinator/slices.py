@@ -16,7 +16,7 @@ from protocol.messages import CacheUpdate, ToCoordinator, Tokens
 
 SLICE_S = 0.004
 PART_TOKENS = 256  # of a message, that are handed out in one go
-PART_HASHES = 8192
+PART_HASHES = 2048
 
 
 class Pace:

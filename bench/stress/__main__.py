@@ -69,9 +69,10 @@ def verdict(
 def report(name: str, context: Context, seen: Beside, rss_after: int, seconds: float) -> list[str]:
     """A stage in a few lines."""
     tally = context.tally
+    at_scale = f", at {context.scale:g} of that" if context.scale != 1 else ""
     slowest = f", the slowest in {max(tally.seconds):.1f} s" if tally.seconds else ""
     lines = [
-        f"{name}: {STAGES[name].shown}; {seconds:.0f} s{slowest}",
+        f"{name}: {STAGES[name].shown}{at_scale}; {seconds:.0f} s{slowest}",
         f"  requests     {', '.join(tally.lines())}",
         *(f"  {note}" for note in context.notes),
         f"  /health      p50 {1000 * seen.p50_s:.0f} ms, p99 {1000 * seen.p99_s:.0f} ms, "

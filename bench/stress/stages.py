@@ -23,7 +23,7 @@ class Stage:
     Args:
         run: does it.
         allowed: outcomes that break no promise.
-        shown: what it is, for the report.
+        shown: what it is at full scale, for the report.
     """
 
     run: Callable[["Context"], Awaitable[None]]

@@ -99,7 +99,7 @@ def test_sessions_are_of_their_tenant_bounded_and_lost_with_the_pool() -> None:
 @given(st.lists(st.integers(0, 9)), st.sets(st.integers(0, 9)), st.sets(st.integers(0, 9)))
 def test_prefixes(prompt: list[int], stored: set[int], evicted: set[int]) -> None:
     def name(numbers: list[int] | set[int]) -> list[bytes]:
-        return [bytes([number]) for number in numbers]
+        return [bytes([number] * 16) for number in numbers]
 
     prefixes = PrefixMap()
     prefixes.update("a", name(stored), ())
