@@ -355,6 +355,7 @@ def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _to_json(value: Any, **options: Any) -> str:  # noqa: ANN401 - any JSON
-    """As transformers has it: no HTML escapes, and not only ASCII."""
-    return json.dumps(value, **{"ensure_ascii": False, **options})
+def _to_json(value: Any, ensure_ascii: bool = False, *rest: Any, **options: Any) -> str:  # noqa: ANN401 - any JSON
+    """As transformers has it: no HTML escapes, not only ASCII, and options in its order."""
+    named = dict(zip(("indent", "separators", "sort_keys"), rest, strict=False))
+    return json.dumps(value, ensure_ascii=ensure_ascii, **named, **options)

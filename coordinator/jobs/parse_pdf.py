@@ -59,7 +59,8 @@ def _told(num_pictures: int, num_pages: int, pages: Sequence[str]) -> list[str]:
         )
     if not num_pictures:
         return []
-    return [f"{num_pictures} of its {num_pages} pages are pictures, in which no text is read"]
+    told = f"{num_pictures} of its {num_pages} pages are pictures or drawings"
+    return [f"{told}: text in them is not read"]
 
 
 def whole(data: bytes) -> bytes:

@@ -417,7 +417,7 @@ def test_pages_that_are_pictures_are_told() -> None:
     letter = text_at(b"A long letter, which is text. " * 5)
     text, warnings = parse.read_pdf(scan_of(letter, b"", text_at(b"No. 7")))
     assert text.splitlines()[-1] == "No. 7"
-    assert warnings == ["2 of its 3 pages are pictures, in which no text is read"]
+    assert warnings == ["2 of its 3 pages are pictures or drawings: text in them is not read"]
     with pytest.raises(parse.Unreadable, match="no text in it: its 2 pages are pictures"):
         parse.read_pdf(scan_of(b"", b""))
 
