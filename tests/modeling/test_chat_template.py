@@ -85,7 +85,8 @@ QWEN3 = """{%- set ns = namespace(multi_step_tool=true, last_query_index=message
 {%- endif %}"""
 TEMPLATES = {"llama3": LLAMA3, "qwen2": QWEN2, "mistral": MISTRAL, "qwen3": QWEN3}
 TEMPLATES["chatml"] = CHAT_TEMPLATE
-TEMPLATES["json"] = """{{ tools | tojson }}{{ tools | tojson(true, 2) }}{{ messages | tojson(false) }}
+TEMPLATES["json"] = """{{ tools | tojson }}{{ tools | tojson(true, 2) }}
+{{ messages | tojson(false) }}
 {{ tools | tojson(indent=1, sort_keys=true) }}{{ tools | tojson(separators=(',', ':')) }}"""
 CHATS: dict[str, list[dict[str, Any]]] = {
     "one": [{"role": "user", "content": "Who is the mayor?"}],
