@@ -3,9 +3,9 @@
     python -m bench.faults [--faults N] [--requests N] [--aborts N] [--late N] [--seed S]
                            [--minutes M] [--save DIR] [--allow-loss] [--stages A,B...]
 
-The stages (stages.py, signals.py, links.py) share what is asked for; each ends when it has its part
-or when its part of ``--minutes`` is over. The same seed injects the same faults with the same
-chances; what they meet depends on the machine's timing.
+The stages (stages.py, signals.py, loops.py, links.py) share what is asked for; each ends when it
+has its part or when its part of ``--minutes`` is over. The same seed injects the same faults with
+the same chances; what they meet depends on the machine's timing.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 import msgspec
 
 from bench.environment import headline
-from bench.faults import links, report, signals, stages
+from bench.faults import links, loops, report, signals, stages
 from bench.faults.cluster import ClusterLost
 from bench.faults.stages import Context
 from bench.faults.tally import FREE_WITHIN_S, Tally, percentile
@@ -35,6 +35,7 @@ SHARES = {
     "unchecked": 0.05,
     "stops": 0.1,
     "kills": 0.1,
+    "loop": 0.05,
     "links": 0.05,
 }
 MIN_UNCHECKED = 60
@@ -92,6 +93,7 @@ async def campaign(arguments: argparse.Namespace, tally: Tally) -> None:
         "unchecked": lambda: stages.unchecked(context, MIN_UNCHECKED),
         "stops": lambda: signals.stops(context, 3 * num_signals // 4),
         "kills": lambda: signals.kills(context, num_signals // 4),
+        "loop": lambda: loops.loop(context, max(1, num_signals // 40)),
         "links": lambda: asyncio.to_thread(
             links.run_in_namespace, context, rest // 8, arguments.seed, end - loop.time()
         ),

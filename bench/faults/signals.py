@@ -155,7 +155,7 @@ class _Killer:
             tally.detected(blow.kind, noticed - struck)
         else:
             tally.problem(f"{blow.kind} of {name} was not noticed in {NOTICED_S:.0f} s")
-        is_back = await _wait_back(self._cluster, watch, before)
+        is_back = await wait_back(self._cluster, watch, before)
         if is_back:
             tally.recovered(blow.kind, clock() - struck)
         elif context.demand_survival:
@@ -188,7 +188,7 @@ async def _wait_noticed(
     return False
 
 
-async def _wait_back(cluster: RunningCluster, watch: Watch, before: dict[str, int]) -> bool:
+async def wait_back(cluster: RunningCluster, watch: Watch, before: dict[str, int]) -> bool:
     """Whether every pool serves again."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(BACK_S):

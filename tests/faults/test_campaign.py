@@ -1,7 +1,8 @@
 """Slices of the campaign on real processes, as ``python -m bench.faults`` runs it.
 
-What a stage holds true is in bench/faults/stages.py, signals.py and links.py; a campaign that finds
-a wrong token, a leaked block, a fault without effect or an end without excuse exits with 1.
+What a stage holds true is in bench/faults/stages.py, signals.py, loops.py and links.py; a campaign
+that finds a wrong token, a leaked block, a fault without effect or an end without excuse exits with
+1.
 """
 
 import json
@@ -78,6 +79,13 @@ def test_a_longer_campaign(transport: str) -> None:
         *("--requests", "2000", "--aborts", "600", "--late", "60", "--transport", transport),
         minutes=5.0,
     )
+
+
+@pytest.mark.slow
+def test_a_loop_that_stands_still() -> None:
+    tally = _campaign("loop", "--faults", "40", "--aborts", "0", minutes=4.0)
+    assert tally["faults"]["loop.reserve:hold"] == tally["faults"]["loop.reserve:delay"] == 1
+    assert tally["detect_s"].keys() == {"hang of the loop", "stop of the loop"}
 
 
 @pytest.mark.slow
