@@ -30,7 +30,8 @@ _UNSEEN = frozenset(_UNSEEN_NAMES.split())
 # What begins here is no part of the number before it; what stands between the two.
 _JOINTS = {"sup": "^", "sub": "_", "mn": " "}
 _NUMBER = re.compile("[+\\-\u2212\u2013]?[0-9]")
-_IN_LINE = frozenset({*_JOINTS, "math", "annotation"})
+_IN_LINE = frozenset({*_JOINTS, "math", "annotation", "span"})
+_DRAWN_AGAIN = "katex-html"  # the class of a formula's second drawing
 _ROW_GROUPS, _CELLS = ("thead", "tbody", "tfoot"), ("td", "th")
 _TABLE_PARTS = frozenset({*_ROW_GROUPS, *_CELLS, "tr"})
 _SPACES = re.compile(r"[ \t\r\f\v\n]+")
@@ -219,6 +220,9 @@ class _Reader(HTMLParser):
             self._formula = self._flow, len(self._flow.line)
             if source := attributes.get("alttext"):
                 self.handle_data(source)
+                self._hidden, self._num_hidden = tag, 1
+        elif tag == "span":
+            if _DRAWN_AGAIN in (attributes.get("class") or "").split():
                 self._hidden, self._num_hidden = tag, 1
         elif attributes.get("encoding") != "application/x-tex":
             self._hidden, self._num_hidden = tag, 1

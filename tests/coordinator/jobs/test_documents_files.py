@@ -256,7 +256,7 @@ def test_charsets_of_browsers_have_more_characters(label: str, data: bytes, text
         (
             "is <math><semantics><mrow><mn>1</mn><mn>2</mn></mrow><annotation "
             "encoding='application/x-tex'>\\frac12</annotation><annotation encoding='x'>y"
-            "</annotation></semantics></math>.",
+            "</annotation></semantics></math><span class='base katex-html'><span>2</span>1</span>.",
             "is \\frac12.",
         ),
     ],
