@@ -38,7 +38,7 @@ _SPACES = re.compile(r"[ \t\r\f\v\n]+")
 _NO_TAGS = re.compile(
     rb"<!--.*?(?:-->|$)|<(script|style|title|textarea)\b.*?(?:</\1|$)", re.DOTALL | re.IGNORECASE
 )
-_META = re.compile(rb"<meta[\s/][^>]{0,1000}?charset\s*=\s*[\"']?\s*([^\s\"'/>;]+)", re.IGNORECASE)
+_META = re.compile(rb"<meta[\s/][^>]{0,250}?charset\s*=\s*[\"']?\s*([^\s\"'/>;]+)", re.IGNORECASE)
 _XML = re.compile(rb"^\s*<\?xml\s[^>]*?encoding\s*=\s*[\"']([^\"']+)", re.IGNORECASE)
 # Labels by which pages use more characters than Python's codecs of these names have.
 _WIDER = {"gbk": "gb18030", "euc-jp": "euc_jisx0213"}
