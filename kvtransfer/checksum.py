@@ -11,19 +11,23 @@ from kvcache.pool import KVPool
 from kvtransfer.plan import Run
 
 
-def source_checksum(pool: KVPool, runs: Sequence[Run]) -> int:
-    """CRC-32 of the runs in the source's own pool; see :func:`kvtransfer.plan.source_runs`."""
-    return _checksum(pool, [(run.source_offset, run.num_bytes) for run in runs])
+class PoolChecksums:
+    """The checksums of a rank's KV pool; see :class:`kvtransfer.handoffs.Checksums`."""
 
+    def __init__(self, pool: KVPool) -> None:
+        self._pool = pool
 
-def target_checksum(pool: KVPool, runs: Sequence[Run]) -> int:
-    """CRC-32 of the runs in the target's own pool, after the read is DONE."""
-    return _checksum(pool, [(run.target_offset, run.num_bytes) for run in runs])
+    def source_checksum(self, runs: Sequence[Run]) -> int:
+        """CRC-32 of the runs in the source's own pool; see :func:`kvtransfer.plan.source_runs`."""
+        return self._checksum([(run.source_offset, run.num_bytes) for run in runs])
 
+    def target_checksum(self, runs: Sequence[Run]) -> int:
+        """CRC-32 of the runs in the target's own pool, after the read is DONE."""
+        return self._checksum([(run.target_offset, run.num_bytes) for run in runs])
 
-def _checksum(pool: KVPool, spans: list[tuple[int, int]]) -> int:
-    value = 0
-    for offset, num_bytes in spans:
-        piece = pool.bytes[offset : offset + num_bytes].cpu()  # no copy on CPU
-        value = zlib.crc32(piece.numpy().data, value)
-    return value
+    def _checksum(self, spans: list[tuple[int, int]]) -> int:
+        value = 0
+        for offset, num_bytes in spans:
+            piece = self._pool.bytes[offset : offset + num_bytes].cpu()  # no copy on CPU
+            value = zlib.crc32(piece.numpy().data, value)
+        return value

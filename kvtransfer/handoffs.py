@@ -1,6 +1,8 @@
 """All hand-offs of one rank: which side deals with which command and which message. Pure."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 from kvtransfer.actions import Action, Surroundings
 from kvtransfer.events import (
@@ -41,8 +43,34 @@ from protocol.handoff import (
 )
 from protocol.kv import PoolEndpoint
 
-Checksum = Callable[[Sequence[Run]], int]
 FromRank = TargetOpened | SourceDone | TargetReady | HandoffFailed | Closed
+
+
+class Checksums(Protocol):
+    """A rank's KV memory, as far as hand-offs look into it."""
+
+    def source_checksum(self, runs: Sequence[Run]) -> int:
+        """The sum of what a target is to read here."""
+        ...
+
+    def target_checksum(self, runs: Sequence[Run]) -> int:
+        """The sum of what was read into here."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffPolicy:
+    """How a rank does its hand-offs.
+
+    ``transport_name`` is for the statistics. ``checksum`` is "off", "sampled" or "always".
+    ``lease_s`` is how long a closing source waits for a silent reader, and ``max_reads`` how many
+    reads are in flight at one time.
+    """
+
+    transport_name: str
+    checksum: str
+    lease_s: float
+    max_reads: int
 
 
 class Handoffs:
@@ -50,26 +78,16 @@ class Handoffs:
 
     Args:
         around: who and where this rank is.
-        sums: the checksums of runs in the own pool, as their source and as their target.
-        transport_name: for the statistics.
-        checksum: "off", "sampled" or "always".
-        lease_s: how long a closing source waits for a silent reader.
-        max_reads: in flight at one time.
+        memory: the rank's own.
+        policy: how they are done.
     """
 
-    def __init__(
-        self,
-        around: Surroundings,
-        sums: tuple[Checksum, Checksum],
-        *,
-        transport_name: str,
-        checksum: str,
-        lease_s: float,
-        max_reads: int,
-    ) -> None:
+    def __init__(self, around: Surroundings, memory: Checksums, policy: HandoffPolicy) -> None:
         self.around = around
-        self.source = SourceSide(around, sums[0], checksum, lease_s)
-        self.target = TargetSide(around, sums[1], transport_name, max_reads)
+        self.source = SourceSide(around, memory.source_checksum, policy.checksum, policy.lease_s)
+        self.target = TargetSide(
+            around, memory.target_checksum, policy.transport_name, policy.max_reads
+        )
         self.leader = LeaderSide(around)
         self.fetches = Fetches(around, self.source, self.leader)
 

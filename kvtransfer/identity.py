@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from kvtransfer.transport import KVTransport
+from protocol.kv import KVLayout, RankEndpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,17 @@ class RankIdentity:
     def routing_id(self) -> str:
         return f"{self.pool_id}/{self.rank}/{self.incarnation}"
 
+    def endpoint(self, layout: KVLayout, address: str = "") -> RankEndpoint:
+        """As other ranks know it, without what a transport adds."""
+        return RankEndpoint(
+            rank=self.rank,
+            cp_rank=self.cp_rank,
+            tp_rank=self.tp_rank,
+            incarnation=self.incarnation,
+            address=address,
+            layout=layout,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class TransferConfig:
@@ -60,7 +71,6 @@ class TransferConfig:
     max_model_len: int
     transport: str = "auto"
     checksum: str = "sampled"  # off, sampled or always
-    transport_object: KVTransport | None = None  # a ready one instead, for ranks in one process
     hello_timeout_s: float = 600.0  # until the whole gang is there
     gang_start: int = 0  # how many times the launcher has started this gang
     coordinator_timeout_s: float = 2.5  # a coordinator without a sign of life is given up

@@ -5,7 +5,7 @@ transport and its reads, the heartbeat and the state of the hand-offs.
 2. ``Welcome`` goes to the main thread, which forms the gang.
 3. Each ``Topology`` is connected to, and answered by ``Connected`` once all of it can be reached.
 4. From then on: commands of the main thread, messages of other ranks and ends of reads go into the
-   hand-offs' logic (handoffs.py, pure), and what comes out is done here, in order.
+   rank's node (rank_node.py), whose ports are here.
 5. Requests of the coordinator are passed up. When the connection to it is lost, all of them are
    aborted in its place, and the rank says ``Hello`` to the next one (allegiance.py, pure).
 6. What other ranks have not acknowledged is sent to them again (peers.py).
@@ -20,13 +20,13 @@ import logging
 import queue
 import threading
 import time
-from collections import deque
 
+import msgspec
 import zmq
 
 from kvcache.pool import KVPool
-from kvtransfer.actions import Action, Emit, Send, StartRead, Surroundings, Warn
-from kvtransfer.checksum import source_checksum, target_checksum
+from kvtransfer.actions import StartRead
+from kvtransfer.checksum import PoolChecksums
 from kvtransfer.choose import open_transport
 from kvtransfer.control import ControlLine
 from kvtransfer.events import (
@@ -41,9 +41,10 @@ from kvtransfer.events import (
     Welcomed,
 )
 from kvtransfer.faulty import FaultyControlLine, FaultyPeers, FaultyTransport
-from kvtransfer.handoffs import Handoffs
-from kvtransfer.identity import RankIdentity, TransferConfig
+from kvtransfer.handoffs import HandoffPolicy
+from kvtransfer.identity import PeerName, RankIdentity, TransferConfig
 from kvtransfer.peers import Peers
+from kvtransfer.rank_node import RankNode
 from kvtransfer.transport import KVTransport, ReadHandle, ReadState
 from protocol.errors import BatonError, TransferError
 from protocol.failpoints import Failpoints
@@ -83,6 +84,7 @@ class TransferThread(threading.Thread):
         config: addresses, budgets, policies.
         pool: the rank's KV.
         gang: where the gang meets; from the leader only.
+        transport: one that has not been started, in place of the one that ``config`` names.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class TransferThread(threading.Thread):
         config: TransferConfig,
         pool: KVPool,
         gang: GangAddress | None,
+        transport: KVTransport | None = None,
     ) -> None:
         super().__init__(name=f"transfer {identity.routing_id}", daemon=True)
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
@@ -98,6 +101,7 @@ class TransferThread(threading.Thread):
         self._config = config
         self._pool = pool
         self._gang = gang
+        self._transport = transport
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._contexts = open_context(config.token)
         self._context = self._contexts.__enter__()
@@ -125,10 +129,15 @@ class TransferThread(threading.Thread):
 
     def run(self) -> None:
         try:
-            loop = _Loop(
-                self._identity, self._config, self._pool, self._gang, self.events, self._commands
+            config = self._config
+            transport = self._transport or open_transport(
+                config.transport,
+                self._identity.incarnation,
+                token=config.token,
+                host=_host(config.listen),
             )
-            loop.run(self._context, self._waker)
+            loop = _Loop(self._identity, config, self._pool, transport, self.events, self._commands)
+            loop.run(self._context, self._waker, self._gang)
         except _Stopped as stop:
             died = ThreadDied(str(stop), stop.clean)
         except BatonError as error:
@@ -142,59 +151,55 @@ class TransferThread(threading.Thread):
 
 
 class _Loop:
-    """What lives as long as the thread runs."""
+    """What lives as long as the thread runs: the rank's node and its ports."""
 
     def __init__(
         self,
         identity: RankIdentity,
         config: TransferConfig,
         pool: KVPool,
-        gang: GangAddress | None,
+        transport: KVTransport,
         events: "queue.SimpleQueue[Event]",
         commands: "queue.SimpleQueue[Command]",
     ) -> None:
         self._identity = identity
         self._config = config
         self._pool = pool
-        self._gang = gang
         self._events = events
         self._commands = commands
-        self._around = Surroundings(identity, pool.layout)
         self._reads: dict[int, ReadHandle] = {}
-        self._to_self: deque[HandoffMessage] = deque()
         self._topology: Topology | None = None
         self._endpoints: dict[str, RankEndpoint] = {}  # of the topology, by incarnation
         self._reconnect_at: float | None = None
-        self._transport: KVTransport = config.transport_object or open_transport(
-            config.transport,
-            identity.incarnation,
-            token=config.token,
-            host=_host(config.listen),
-        )
-        self._failpoints = Failpoints(config.failpoints, self._around.counters)
-        if self._failpoints:
-            self._transport = FaultyTransport(self._transport, self._failpoints)
-        self._handoffs = Handoffs(
-            self._around,
-            (lambda runs: source_checksum(pool, runs), lambda runs: target_checksum(pool, runs)),
-            transport_name=self._transport.name,
+        policy = HandoffPolicy(
+            transport_name=transport.name,
             checksum=config.checksum,
             lease_s=config.lease_s,
             max_reads=config.max_reads,
         )
+        self._node = RankNode(identity, pool.layout, PoolChecksums(pool), self, policy)
+        self._failpoints = Failpoints(config.failpoints, self._node.counters)
+        if self._failpoints:
+            transport = FaultyTransport(transport, self._failpoints)
+        self._transport = transport
 
-    def run(self, context: zmq.Context[zmq.Socket[bytes]], waker: Waker) -> None:
+    def run(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        waker: Waker,
+        gang: GangAddress | None,
+    ) -> None:
         """Until something ends it, which is raised."""
         config = self._config
         self._peers = self._open_peers(context)
         poller = Poller(self._peers.router, waker)
         self._control = self._open_control(context, poller)
         self._transport.start(self._pool)
-        self._control.say_hello(self._endpoint(), self._gang)
+        self._control.say_hello(self._endpoint(), gang)
         deadline = time.monotonic() + config.hello_timeout_s
         try:
             while True:
-                is_busy = bool(self._reads) or self._handoffs.is_being_read
+                is_busy = bool(self._reads) or self._node.is_being_read
                 poll_s = config.busy_poll_s if is_busy else config.idle_poll_s
                 poller.wait(min(poll_s, self._peers.due_at - time.monotonic()))
                 waker.drain()
@@ -208,7 +213,7 @@ class _Loop:
             self._transport.close()
 
     def _open_peers(self, context: zmq.Context[zmq.Socket[bytes]]) -> Peers:
-        me, listen, counters = self._identity, self._config.listen, self._around.counters
+        me, listen, counters = self._identity, self._config.listen, self._node.counters
         if self._failpoints:
             return FaultyPeers(context, me, listen, counters, self._failpoints)
         return Peers(context, me, listen, counters)
@@ -217,7 +222,7 @@ class _Loop:
         me, config = self._identity, self._config
         if self._failpoints:
             return FaultyControlLine(context, me, config, poller, self._failpoints)
-        return ControlLine(context, me, config, self._around.counters, poller)
+        return ControlLine(context, me, config, self._node.counters, poller)
 
     def _turn(self) -> None:
         self._transport.progress()
@@ -225,14 +230,14 @@ class _Loop:
             self._on_control(told)
         self._take_commands()
         for sender, message in self._peers.receive():
-            self._do(self._handoffs.message(sender, message, time.monotonic()))
+            self._node.message(sender, message, time.monotonic())
         self._poll_reads()
         now = time.monotonic()
         if self._control.is_over(now):
             self._change_coordinator("its connection is lost")
         if self._reconnect_at is not None and now > self._reconnect_at:
             self._connect()
-        self._do(self._handoffs.tick(now))
+        self._node.tick(now)
         self._peers.keep_up(now)
         if self._peers.look(now):
             self._control.tell_cut_off(self._peers.cut_off)
@@ -256,7 +261,7 @@ class _Loop:
                 self._events.put(ControlReceived(message))
 
     def _on_welcome(self, welcome: Welcome) -> None:
-        self._around.epoch = welcome.pool_epoch
+        self._node.welcomed(welcome.pool_epoch)
         if self._control.allegiance.welcomed():
             self._events.put(Welcomed(welcome))
             return
@@ -284,7 +289,7 @@ class _Loop:
         for incarnation in self._endpoints.keys() - endpoints.keys():
             self._transport.disconnect(incarnation)
         self._endpoints = endpoints
-        self._do(self._handoffs.pools_changed(topology.pools))
+        self._node.pools_changed(topology.pools, time.monotonic())
         self._connect()
 
     def _connect(self) -> None:
@@ -309,19 +314,14 @@ class _Loop:
             for endpoint in pool.ranks:
                 self._transport.connect(endpoint)
         except TransferError as error:
-            self._around.counters["connects_failed"] += 1
+            self._node.counters["connects_failed"] += 1
             _log.warning("%s: %s", pool.pool_id, error)
             return False
         return True
 
     def _endpoint(self) -> RankEndpoint:
-        return RankEndpoint(
-            rank=self._identity.rank,
-            cp_rank=self._identity.cp_rank,
-            tp_rank=self._identity.tp_rank,
-            incarnation=self._identity.incarnation,
-            address=self._peers.address,
-            layout=self._pool.layout,
+        return msgspec.structs.replace(
+            self._identity.endpoint(self._pool.layout, self._peers.address),
             transport=self._transport.name,
             agent_metadata=self._transport.metadata(),
             base_address=self._pool.base_address,
@@ -343,55 +343,43 @@ class _Loop:
                 case StopThread():
                     raise _Stopped("stopped", clean=True)
                 case _:
-                    self._do(self._handoffs.command(command, time.monotonic()))
+                    self._node.command(command, time.monotonic())
 
-    # -- what the logic asks for -------------------------------------------------------------------
+    # -- the node's ports --------------------------------------------------------------------------
 
-    def _do(self, actions: list[Action]) -> None:
-        """Carry actions out in order, and what this rank says to itself after them."""
-        pending = deque(actions)
-        while pending or self._to_self:
-            if not pending:
-                message = self._to_self.popleft()
-                name = self._identity.name
-                pending.extend(self._handoffs.message(name, message, time.monotonic()))
-                continue
-            action = pending.popleft()
-            match action:
-                case Emit():
-                    self._events.put(action.event)
-                case Send() if action.peer == self._identity.name:
-                    self._to_self.append(action.message)
-                case Send():
-                    self._peers.send(action.peer, action.message)
-                case StartRead():
-                    pending.extend(self._start_read(action))
-                case Warn():
-                    _log.warning("%s", action.text)
+    def send(self, peer: PeerName, message: HandoffMessage) -> None:
+        """Send a message to another rank."""
+        self._peers.send(peer, message)
 
-    def _start_read(self, action: StartRead) -> list[Action]:
-        endpoint = self._endpoints.get(action.incarnation)
+    def emit(self, event: Event) -> None:
+        """Tell the main thread."""
+        self._events.put(event)
+
+    def read(self, read: StartRead) -> bool | None:
+        """Post a read; one that cannot be posted has failed."""
+        endpoint = self._endpoints.get(read.incarnation)
         try:
             if endpoint is not None:
                 self._transport.connect(endpoint)  # nothing to do but at the first read
-            self._reads[action.read_id] = self._transport.read(action.incarnation, action.runs)
+            handle = self._transport.read(read.incarnation, read.runs)
         except TransferError as error:
             _log.warning("read not posted: %s", error)
-            return self._handoffs.read_ended(action.read_id, time.monotonic(), is_done=False)
-        return self._poll_read(action.read_id)  # in shared memory it has ended already
+            return False
+        is_done = self._poll(handle)
+        if is_done is None:
+            self._reads[read.read_id] = handle
+        return is_done  # in shared memory it has ended already
 
     def _poll_reads(self) -> None:
-        for read_id in list(self._reads):
-            if read_id in self._reads:
-                self._do(self._poll_read(read_id))
+        for read_id, handle in list(self._reads.items()):
+            is_done = self._poll(handle)
+            if is_done is not None:
+                del self._reads[read_id]
+                self._node.read_ended(read_id, time.monotonic(), is_done=is_done)
 
-    def _poll_read(self, read_id: int) -> list[Action]:
-        state = self._transport.poll(self._reads[read_id])
-        if state is ReadState.IN_FLIGHT:
-            return []
-        del self._reads[read_id]
-        is_done = state is ReadState.DONE
-        return self._handoffs.read_ended(read_id, time.monotonic(), is_done=is_done)
+    def _poll(self, handle: ReadHandle) -> bool | None:
+        state = self._transport.poll(handle)
+        return None if state is ReadState.IN_FLIGHT else state is ReadState.DONE
 
 
 def _host(listen: str) -> str:

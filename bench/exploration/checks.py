@@ -196,7 +196,7 @@ def _is_kept_for_readers(life: Life) -> Check:
 
 
 def _endpoint(reader: Rank, incarnation: str) -> RankEndpoint | None:
-    endpoints = (rank for pool in reader.around.pools.values() for rank in pool.ranks)
+    endpoints = (rank for pool in reader.node.around.pools.values() for rank in pool.ranks)
     return next((rank for rank in endpoints if rank.incarnation == incarnation), None)
 
 

@@ -1,11 +1,8 @@
-"""One rank: the real hand-off logic of its transfer thread, its memory, and the reads in flight.
+"""One rank: the real node of its transfer thread, its memory, and the reads in flight.
 
-What it says to itself is dealt with at once, as the thread does; everything else goes into the
-outbox, by the name of whoever is to get it.
+What it says goes into the outbox, by the name of whoever is to get it.
 """
 
-from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from bench.exploration.inputs import (
@@ -23,11 +20,12 @@ from bench.exploration.inputs import (
     Start,
 )
 from bench.exploration.memory import Memory
-from kvtransfer.actions import Action, Emit, Send, StartRead, Surroundings, Warn
-from kvtransfer.events import Command, ControlReceived, PoolsChanged, SendControl
-from kvtransfer.handoffs import Handoffs
+from kvtransfer.actions import StartRead
+from kvtransfer.events import Command, ControlReceived, Event, PoolsChanged, SendControl
+from kvtransfer.handoffs import HandoffPolicy, Handoffs
 from kvtransfer.identity import PeerName, RankIdentity
 from kvtransfer.plan import Run
+from kvtransfer.rank_node import RankNode
 from kvtransfer.states import SourceState
 from protocol.handoff import HandoffMessage
 from protocol.kv import KVLayout, RankEndpoint
@@ -82,15 +80,8 @@ class Rank:
     ) -> None:
         self.identity = identity
         self.memory = Memory(layout)
-        self.around = Surroundings(identity, layout)
-        self.handoffs = Handoffs(
-            self.around,
-            (self.memory.source_checksum, self.memory.target_checksum),
-            transport_name="explored",
-            checksum=setting.checksum,
-            lease_s=LEASE_S,
-            max_reads=setting.max_reads,
-        )
+        policy = HandoffPolicy("explored", setting.checksum, LEASE_S, setting.max_reads)
+        self.node = RankNode(identity, layout, self.memory, self, policy)
         self.reads: dict[int, _Reading] = {}
         self.outbox: Outbox = []
         self._main = main
@@ -100,8 +91,11 @@ class Rank:
 
     @property
     def endpoint(self) -> RankEndpoint:
-        me = self.identity
-        return RankEndpoint(me.rank, me.cp_rank, me.tp_rank, me.incarnation, "", self.memory.layout)
+        return self.identity.endpoint(self.memory.layout)
+
+    @property
+    def handoffs(self) -> Handoffs:
+        return self.node.handoffs
 
     @property
     def name(self) -> str:
@@ -134,15 +128,15 @@ class Rank:
         """Take one of its options; ``found`` is what a read finds at its source."""
         match option:
             case LeaseEnds():
-                self._do(self.handoffs.tick(0.0))
-                self._do(self.handoffs.tick(2 * LEASE_S))
+                self.node.tick(0.0)
+                self.node.tick(2 * LEASE_S)
             case ReadEnds():
                 reading = _Reading(option.incarnation, option.runs)
                 read_id = next(n for n, other in self.reads.items() if other == reading)
                 del self.reads[read_id]
                 self.memory.land(option.runs, found if option.how == DONE else None)
                 is_done = option.how != FAILED
-                self._do(self.handoffs.read_ended(read_id, 0.0, is_done=is_done))
+                self.node.read_ended(read_id, 0.0, is_done=is_done)
 
     # -- what it is told ---------------------------------------------------------------------------
 
@@ -163,10 +157,10 @@ class Rank:
                 self.has_started = True
                 self._say(COORDINATOR, self.hello)
             case Welcome():
-                self.around.epoch = message.pool_epoch
+                self.node.welcomed(message.pool_epoch)
                 self._say(COORDINATOR, GangReady())
             case Topology():
-                self._do(self.handoffs.pools_changed(message.pools))
+                self.node.pools_changed(message.pools, 0.0)
                 if self.identity.is_leader:
                     self._say(self._main, PoolsChanged(message.pools))
                 self._say(COORDINATOR, Connected(message.version))
@@ -183,36 +177,30 @@ class Rank:
                 if self._setting.informs or not isinstance(message.message, CacheUpdate | Progress):
                     self._say(COORDINATOR, message.message)
             case _:
-                self._do(self.handoffs.command(message, 0.0))
+                self.node.command(message, 0.0)
 
     def _on_rank(self, incarnation: str, message: HandoffMessage) -> None:
         """Who is not in the topology is not listened to."""
-        for pool in self.around.pools.values():
+        for pool in self.node.around.pools.values():
             for endpoint in pool.ranks:
                 if endpoint.incarnation == incarnation:
                     name = PeerName(pool.pool_id, endpoint.rank)
-                    self._do(self.handoffs.message(name, message, 0.0))
+                    self.node.message(name, message, 0.0)
                     return
 
-    # -- what it does ------------------------------------------------------------------------------
+    # -- the node's ports --------------------------------------------------------------------------
 
-    def _do(self, actions: Iterable[Action]) -> None:
-        pending, to_self = deque(actions), deque[HandoffMessage]()
-        while pending or to_self:
-            if not pending:
-                name = self.identity.name
-                pending.extend(self.handoffs.message(name, to_self.popleft(), 0.0))
-                continue
-            match pending.popleft():
-                case Send(peer, message) if peer == self.identity.name:
-                    to_self.append(message)
-                case Send(peer, message):
-                    endpoint = self.around.endpoint(peer)
-                    if endpoint is not None:
-                        self._say(endpoint.incarnation, message)
-                case Emit(event) if self.identity.is_leader:
-                    self._say(self._main, event)
-                case StartRead(read_id, incarnation, runs):
-                    self.reads[read_id] = _Reading(incarnation, runs)
-                case Emit() | Warn():
-                    pass
+    def send(self, peer: PeerName, message: HandoffMessage) -> None:
+        """Send a message to another rank, if it is there."""
+        endpoint = self.node.around.endpoint(peer)
+        if endpoint is not None:
+            self._say(endpoint.incarnation, message)
+
+    def read(self, read: StartRead) -> None:
+        """Begin a read; how it ends is one of the options."""
+        self.reads[read.read_id] = _Reading(read.incarnation, read.runs)
+
+    def emit(self, event: Event) -> None:
+        """Tell the leader's main thread; a follower's has nothing to decide."""
+        if self.identity.is_leader:
+            self._say(self._main, event)

@@ -32,6 +32,7 @@ T = TypeVar("T")
 # Attributes that say nothing of what will happen, by class.
 LEFT_OUT: dict[str, frozenset[str]] = {
     "Surroundings": frozenset({"counters", "identity", "layout"}),
+    "RankNode": frozenset({"_ports"}),
     "SourceSide": frozenset({"_num_announced", "_around", "_policy", "_lease_s"}),
     "TargetSide": frozenset({"_num_reads", "_around", "_transport_name", "_max_reads"}),
     "LeaderSide": frozenset({"_around", "_world_size"}),

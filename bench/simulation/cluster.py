@@ -77,7 +77,7 @@ class Cluster:
         for gang in self.gangs.values():
             if gang.is_alive and gang.paused_until <= self.world.now:
                 for rank in gang.ranks:
-                    rank.tick()
+                    rank.node.tick(self.world.now)
                 gang.wake()
         self.world.at(TICK_S, self._tick)
 
@@ -106,7 +106,7 @@ class Cluster:
             self._peers[peer] = (gang, rank)
             hello = Hello(
                 PROTOCOL_VERSION, spec.role, pool_id, spec.cp_size, spec.tp_size,
-                rank.endpoint, FINGERPRINT, MAX_MODEL_LEN,
+                rank.identity.endpoint(rank.memory.layout), FINGERPRINT, MAX_MODEL_LEN,
                 GangAddress("", "") if rank.identity.is_leader else None,
                 gang_start=self._lives[pool_id],
             )  # fmt: skip
@@ -166,10 +166,10 @@ class Cluster:
             return
         match message:
             case Welcome():
-                rank.welcome(message.pool_epoch)
+                rank.node.welcomed(message.pool_epoch)
                 self._reply(peer, GangReady())
             case Topology():
-                rank.meet(message.pools)
+                rank.node.pools_changed(message.pools, self.world.now)
                 if rank.identity.is_leader:
                     gang.on_event(PoolsChanged(message.pools))
                     for said in gang.greeting():

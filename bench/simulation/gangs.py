@@ -101,7 +101,7 @@ class Gang(ABC):
     @property
     def num_open(self) -> int:
         """Hand-offs that are not over, on any rank."""
-        return sum(rank.handoffs.num_open for rank in self.ranks)
+        return sum(rank.node.num_open for rank in self.ranks)
 
     # -- the leader's loop -------------------------------------------------------------------------
 

@@ -1,23 +1,24 @@
-"""One rank: its memory, and the real hand-off logic of its transfer thread."""
+"""One rank: its memory, and the real node of its transfer thread."""
 
 from collections.abc import Callable
 from functools import partial
 
 from bench.simulation.model import Memory
 from bench.simulation.world import World
-from kvtransfer.actions import Action, Emit, Send, StartRead, Surroundings, Warn
+from kvtransfer.actions import StartRead
 from kvtransfer.events import Command, Event
-from kvtransfer.handoffs import Handoffs
+from kvtransfer.handoffs import HandoffPolicy
 from kvtransfer.identity import PeerName, RankIdentity
+from kvtransfer.rank_node import RankNode
 from protocol.handoff import HandoffMessage
-from protocol.kv import KVLayout, PoolEndpoint, RankEndpoint
+from protocol.kv import KVLayout
 
 LEASE_S = 2.0
 MAX_READS = 3
 
 
 class Rank:
-    """A transfer thread without its thread.
+    """A transfer thread without its thread: the ports of a rank's node.
 
     Args:
         world: carries what it sends.
@@ -38,62 +39,25 @@ class Rank:
         self.identity = identity
         self.memory = Memory(layout)
         self.is_alive = True
+        self.emit = emit
         self._world = world
         self._everyone = everyone
-        self._emit = emit
-        self._around = Surroundings(identity, layout)
-        self.handoffs = Handoffs(
-            self._around,
-            (self.memory.source_checksum, self.memory.target_checksum),
-            transport_name="simulated",
-            checksum="always",
-            lease_s=LEASE_S,
-            max_reads=MAX_READS,
-        )
+        policy = HandoffPolicy("simulated", "always", LEASE_S, MAX_READS)
+        self.node = RankNode(identity, layout, self.memory, self, policy)
         everyone[identity.incarnation] = self
 
-    @property
-    def endpoint(self) -> RankEndpoint:
-        me = self.identity
-        layout = self.memory.layout
-        return RankEndpoint(me.rank, me.cp_rank, me.tp_rank, me.incarnation, "", layout)
-
-    def welcome(self, epoch: int) -> None:
-        self._around.epoch = epoch
-
-    def meet(self, pools: tuple[PoolEndpoint, ...]) -> None:
-        """Exactly these pools can be reached."""
-        self._do(self.handoffs.pools_changed(pools))
-
     def command(self, command: Command) -> None:
-        self._do(self.handoffs.command(command, self._world.now))
-
-    def tick(self) -> None:
-        self._do(self.handoffs.tick(self._world.now))
-
-    def _do(self, actions: list[Action]) -> None:
-        for action in actions:
-            match action:
-                case Send():
-                    self._send(action.peer, action.message)
-                case Emit():
-                    self._emit(action.event)
-                case StartRead():
-                    self._start_read(action)
-                case Warn():
-                    self._world.note(f"{self.identity.name}: {action.text}")
+        self.node.command(command, self._world.now)
 
     # -- messages ----------------------------------------------------------------------------------
 
     def _incarnation(self, peer: PeerName) -> str | None:
-        endpoint = self._around.endpoint(peer)
+        endpoint = self.node.around.endpoint(peer)
         return None if endpoint is None else endpoint.incarnation
 
-    def _send(self, peer: PeerName, message: HandoffMessage) -> None:
+    def send(self, peer: PeerName, message: HandoffMessage) -> None:
+        """Send it over the link, on which it may be lost or come twice."""
         world, weather = self._world, self._world.weather
-        if peer == self.identity.name:
-            world.at(0.0, partial(self.receive, self, message))
-            return
         receiver = self._everyone.get(self._incarnation(peer) or "")
         if receiver is None:
             return
@@ -107,13 +71,12 @@ class Rank:
     def receive(self, sender: "Rank", message: HandoffMessage) -> None:
         """From a rank that is in this one's topology, or not at all."""
         name = sender.identity.name
-        is_known = sender is self or self._incarnation(name) == sender.identity.incarnation
-        if self.is_alive and is_known:
-            self._do(self.handoffs.message(name, message, self._world.now))
+        if self.is_alive and self._incarnation(name) == sender.identity.incarnation:
+            self.node.message(name, message, self._world.now)
 
     # -- reads -------------------------------------------------------------------------------------
 
-    def _start_read(self, read: StartRead) -> None:
+    def read(self, read: StartRead) -> None:
         """Its bytes land at some moment, all that were there then; its end is seen later."""
         world = self._world
         takes_s = world.delay(world.weather.read_s)
@@ -133,5 +96,4 @@ class Rank:
     def _end_read(self, source: "Rank", read: StartRead, *, is_done: bool) -> None:
         if self.is_alive:
             is_done = is_done and source.is_alive
-            actions = self.handoffs.read_ended(read.read_id, self._world.now, is_done=is_done)
-            self._do(actions)
+            self.node.read_ended(read.read_id, self._world.now, is_done=is_done)

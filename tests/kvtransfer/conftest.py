@@ -6,14 +6,13 @@ that a cluster can take, a test can choose.
 
 from collections import Counter, deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import pytest
 import torch
 
 from kvcache.pool import KVPool
-from kvtransfer.actions import Action, Emit, Send, StartRead, Surroundings, Warn
-from kvtransfer.checksum import source_checksum, target_checksum
+from kvtransfer.actions import StartRead
+from kvtransfer.checksum import PoolChecksums
 from kvtransfer.events import (
     AnnounceBlocks,
     AnnouncedAll,
@@ -24,34 +23,52 @@ from kvtransfer.events import (
     SourceClosed,
     TargetClosed,
 )
-from kvtransfer.handoffs import Handoffs
+from kvtransfer.handoffs import HandoffPolicy
 from kvtransfer.identity import PeerName, RankIdentity
+from kvtransfer.rank_node import RankNode
 from protocol.handoff import HandoffMessage, SegmentKey
-from protocol.kv import BlockRef, KVLayout, PoolEndpoint, RankEndpoint
+from protocol.kv import BlockRef, KVLayout, PoolEndpoint
 
 NUM_LAYERS, NUM_HEADS, BLOCK_SIZE, HEAD_DIM = 4, 4, 2, 2
 LAYER_GROUPS = (range(2), range(2, 4))
 LEASE_S = 30.0
 
 
-@dataclass
 class Rank:
-    """One rank: its bytes, its logic, the reads it has in flight, what its main thread was told."""
+    """One rank: its bytes, its node, the reads it has in flight, what its main thread was told."""
 
-    around: Surroundings
-    pool: KVPool
-    handoffs: Handoffs
-    reads: dict[int, StartRead] = field(default_factory=dict)
-    events: list[Event] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    max_in_flight: int = 0
+    def __init__(
+        self, world: "World", identity: RankIdentity, layout: KVLayout, policy: HandoffPolicy
+    ) -> None:
+        self.world = world
+        self.identity = identity
+        self.pool = KVPool(layout)
+        self.node = RankNode(identity, layout, PoolChecksums(self.pool), self, policy)
+        self.reads: dict[int, StartRead] = {}
+        self.events: list[Event] = []
+        self.max_in_flight = 0
 
     @property
     def name(self) -> PeerName:
-        return self.around.identity.name
+        return self.identity.name
 
     def told(self, kind: type[Event]) -> list[Event]:
         return [event for event in self.events if isinstance(event, kind)]
+
+    # -- the node's ports --------------------------------------------------------------------------
+
+    def send(self, peer: PeerName, message: HandoffMessage) -> None:
+        self.world.queues.setdefault((self.name, peer), deque()).append(message)
+        self.world.sent.append((self.name, peer, message))
+
+    def read(self, read: StartRead) -> None:
+        assert read.read_id not in self.reads
+        self.reads[read.read_id] = read
+        self.max_in_flight = max(self.max_in_flight, len(self.reads))
+
+    def emit(self, event: Event) -> None:
+        self.events.append(event)
+        self.world.check_end(self, event)
 
 
 class World:
@@ -71,6 +88,7 @@ class World:
 
     def add(self, pool_id: str, role: str, *, cp: int, tp: int, epoch: int) -> None:
         checksum, max_reads, num_blocks = self._settings
+        policy = HandoffPolicy("memory", checksum, LEASE_S, max_reads)
         endpoints = []
         for rank in range(cp * tp):
             identity = RankIdentity(role, pool_id, rank, cp, tp, f"{pool_id}{rank}e{epoch}")
@@ -84,32 +102,20 @@ class World:
                 HEAD_DIM,
                 "float32",
             )
-            pool = KVPool(layout)
-            around = Surroundings(identity, layout, epoch)
-            handoffs = Handoffs(
-                around,
-                (
-                    lambda runs, pool=pool: source_checksum(pool, runs),
-                    lambda runs, pool=pool: target_checksum(pool, runs),
-                ),
-                transport_name="memory",
-                checksum=checksum,
-                lease_s=LEASE_S,
-                max_reads=max_reads,
-            )
-            self.ranks[identity.name] = Rank(around, pool, handoffs)
-            endpoints.append(
-                RankEndpoint(
-                    rank, identity.cp_rank, identity.tp_rank, identity.incarnation, "", layout
-                )
-            )
+            member = Rank(self, identity, layout, policy)
+            member.node.welcomed(epoch)
+            self.ranks[identity.name] = member
+            endpoints.append(identity.endpoint(layout))
         self.pools[pool_id] = PoolEndpoint(pool_id, role, epoch, cp, tp, tuple(endpoints))
 
     def meet(self, *pool_ids: str) -> None:
         """Every rank learns that these pools are there, and no others."""
-        pools = [self.pools[pool_id] for pool_id in pool_ids]
         for rank in self.ranks.values():
-            self.do(rank, rank.handoffs.pools_changed(pools))
+            self.tell_pools(rank, *pool_ids)
+
+    def tell_pools(self, rank: Rank, *pool_ids: str) -> None:
+        """One rank learns it."""
+        rank.node.pools_changed([self.pools[pool_id] for pool_id in pool_ids], self.now)
 
     def of(self, pool_id: str) -> list[Rank]:
         return [
@@ -118,29 +124,11 @@ class World:
 
     # -- one thing at a time -----------------------------------------------------------------------
 
-    def do(self, rank: Rank, actions: list[Action]) -> None:
-        for action in actions:
-            match action:
-                case Send():
-                    queue = self.queues.setdefault((rank.name, action.peer), deque())
-                    queue.append(action.message)
-                    self.sent.append((rank.name, action.peer, action.message))
-                case Emit():
-                    rank.events.append(action.event)
-                    self._check_end(rank, action.event)
-                case StartRead():
-                    assert action.read_id not in rank.reads
-                    rank.reads[action.read_id] = action
-                    rank.max_in_flight = max(rank.max_in_flight, len(rank.reads))
-                case Warn():
-                    rank.warnings.append(action.text)
-
     def command(self, rank: Rank, command: Command) -> None:
-        self.do(rank, rank.handoffs.command(command, self.now))
+        rank.node.command(command, self.now)
 
     def message(self, sender: PeerName, receiver: PeerName, message: HandoffMessage) -> None:
-        rank = self.ranks[receiver]
-        self.do(rank, rank.handoffs.message(sender, message, self.now))
+        self.ranks[receiver].node.message(sender, message, self.now)
 
     def waiting(self) -> list[tuple[PeerName, PeerName]]:
         return [pair for pair, queue in self.queues.items() if queue]
@@ -155,12 +143,10 @@ class World:
         """The bytes of a read arrive, as they are at the source at this moment."""
         read = rank.reads.pop(read_id)
         self.copy(rank, read)
-        self.do(rank, rank.handoffs.read_ended(read_id, self.now, is_done=is_done))
+        rank.node.read_ended(read_id, self.now, is_done=is_done)
 
     def copy(self, rank: Rank, read: StartRead) -> None:
-        source = next(
-            r for r in self.ranks.values() if r.around.identity.incarnation == read.incarnation
-        )
+        source = next(r for r in self.ranks.values() if r.identity.incarnation == read.incarnation)
         for run in read.runs:
             into = rank.pool.bytes[run.target_offset : run.target_offset + run.num_bytes]
             into.copy_(source.pool.bytes[run.source_offset : run.source_offset + run.num_bytes])
@@ -178,27 +164,27 @@ class World:
     def tick(self, seconds: float) -> None:
         self.now += seconds
         for rank in self.ranks.values():
-            self.do(rank, rank.handoffs.tick(self.now))
+            rank.node.tick(self.now)
 
     # -- what must hold ----------------------------------------------------------------------------
 
-    def _check_end(self, rank: Rank, event: Event) -> None:
+    def check_end(self, rank: Rank, event: Event) -> None:
         """Nothing is in flight into blocks that the leader is told are quiet."""
         if isinstance(event, TargetClosed):
             key = (event.request_id, event.attempt)
             for other in self.of(rank.name.pool_id):
-                assert key not in other.handoffs.target._handoffs
-                assert not any(read.key == key for read in other.handoffs.target._reads.values()), (
-                    "a read is in flight after TargetClosed"
-                )
+                target = other.node.handoffs.target
+                assert key not in target._handoffs
+                is_quiet = not any(read.key == key for read in target._reads.values())
+                assert is_quiet, "a read is in flight after TargetClosed"
 
     @property
     def num_open(self) -> int:
-        return sum(rank.handoffs.num_open for rank in self.ranks.values())
+        return sum(rank.node.num_open for rank in self.ranks.values())
 
     @property
     def counters(self) -> Counter[str]:
-        return sum((rank.around.counters for rank in self.ranks.values()), Counter())
+        return sum((rank.node.counters for rank in self.ranks.values()), Counter())
 
 
 def _order(item: tuple[PeerName, Rank]) -> tuple[str, int]:
@@ -268,14 +254,14 @@ class Transfer:
         """Lay the truth into the source's blocks."""
         for rank in self.source:
             for logical, (cp_rank, ref) in self.owned.items():
-                if cp_rank == rank.around.identity.cp_rank:
+                if cp_rank == rank.identity.cp_rank:
                     rank.pool.tensor[:, ref.block_id] = self._of(rank, logical)
 
     def scramble(self) -> None:
         """The source's blocks are somebody else's now."""
         for rank in self.source:
             for cp_rank, ref in self.owned.values():
-                if cp_rank == rank.around.identity.cp_rank:
+                if cp_rank == rank.identity.cp_rank:
                     rank.pool.tensor[:, ref.block_id] = -1.0
 
     def _of(self, rank: Rank, logical: int) -> torch.Tensor:
@@ -307,7 +293,7 @@ class Transfer:
     def script(self, rank: Rank) -> Iterator[Command]:
         """What the main thread of a source rank submits, in order."""
         for chunk, blocks in enumerate(self.chunks):
-            mine = [b for b in blocks if self.owned[b][0] == rank.around.identity.cp_rank]
+            mine = [b for b in blocks if self.owned[b][0] == rank.identity.cp_rank]
             if mine:
                 for layers in LAYER_GROUPS:
                     yield AnnounceBlocks(

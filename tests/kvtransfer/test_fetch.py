@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kvtransfer.actions import Action, Emit, Send, StartRead, Surroundings
+from kvtransfer.actions import StartRead
 from kvtransfer.events import (
     AskFetch,
     CloseSource,
@@ -25,10 +25,12 @@ from kvtransfer.events import (
     TargetCommitted,
     TargetIsOpen,
 )
-from kvtransfer.handoffs import Handoffs
+from kvtransfer.handoffs import HandoffPolicy
 from kvtransfer.identity import PeerName, RankIdentity
+from kvtransfer.plan import Run
+from kvtransfer.rank_node import RankNode
 from protocol.handoff import Confirm, Fetch, FetchRefused, HandoffMessage
-from protocol.kv import BlockRef, KVLayout, PoolEndpoint, RankEndpoint
+from protocol.kv import BlockRef, KVLayout, PoolEndpoint
 
 KEY = ("a", 1)
 EPOCHS = {"decode0": 3, "prefill0": 5}
@@ -36,27 +38,25 @@ NUM_LAYERS, NUM_HEADS, NUM_BLOCKS = 2, 4, 12
 
 
 class Rank:
-    """One rank's hand-offs over its bytes; what is written into them is written at once."""
+    """One rank's node over its bytes; what its ports are given waits in the world."""
 
-    def __init__(self, role: str, rank: int, cp_size: int, tp_size: int) -> None:
+    def __init__(self, world: "World", role: str, rank: int, cp_size: int, tp_size: int) -> None:
         pool_id = f"{role}0"
+        self.world = world
         self.identity = RankIdentity(role, pool_id, rank, cp_size, tp_size, f"{pool_id}-{rank}")
         self.layout = KVLayout(
             NUM_LAYERS, NUM_BLOCKS, NUM_HEADS, rank % tp_size, tp_size, 4, 2, "float32"
         )
         self.bytes = bytearray(self.layout.num_bytes)
-        self.around = Surroundings(self.identity, self.layout, EPOCHS[pool_id])
-        self.handoffs = Handoffs(
-            self.around,
-            (
-                lambda runs: self._sum([(run.source_offset, run.num_bytes) for run in runs]),
-                lambda runs: self._sum([(run.target_offset, run.num_bytes) for run in runs]),
-            ),
-            transport_name="memory",
-            checksum="always",
-            lease_s=5.0,
-            max_reads=2,
-        )
+        policy = HandoffPolicy("memory", "always", lease_s=5.0, max_reads=2)
+        self.node = RankNode(self.identity, self.layout, self, self, policy)
+        self.node.welcomed(EPOCHS[pool_id])
+
+    def source_checksum(self, runs: Sequence[Run]) -> int:
+        return self._sum([(run.source_offset, run.num_bytes) for run in runs])
+
+    def target_checksum(self, runs: Sequence[Run]) -> int:
+        return self._sum([(run.target_offset, run.num_bytes) for run in runs])
 
     def _sum(self, spans: Sequence[tuple[int, int]]) -> int:
         crc = 0
@@ -64,11 +64,14 @@ class Rank:
             crc = zlib.crc32(self.bytes[offset : offset + num_bytes], crc)
         return crc
 
-    def endpoint(self) -> RankEndpoint:
-        identity = self.identity
-        return RankEndpoint(
-            identity.rank, identity.cp_rank, identity.tp_rank, identity.incarnation, "", self.layout
-        )
+    def send(self, peer: PeerName, message: HandoffMessage) -> None:
+        self.world.wire.append((self.identity.name, peer, message))
+
+    def read(self, read: StartRead) -> None:
+        self.world.unread.append((self, read))
+
+    def emit(self, event: Event) -> None:
+        self.world.events[self.identity.pool_id].append(event)
 
     def head(self, layer: int, block_id: int, head: int) -> slice:
         offset = self.layout.offset(layer, block_id, head - self.layout.first_kv_head)
@@ -87,13 +90,13 @@ class World:
         self.ranks = {
             PeerName(rank.identity.pool_id, rank.identity.rank): rank
             for role, cp, tp in (("decode", 1, decode_tp), ("prefill", prefill_cp, prefill_tp))
-            for rank in (Rank(role, index, cp, tp) for index in range(cp * tp))
+            for rank in (Rank(self, role, index, cp, tp) for index in range(cp * tp))
         }
         self.events: dict[str, list[Event]] = {"decode0": [], "prefill0": []}
         self.wire: deque[tuple[PeerName, PeerName, HandoffMessage]] = deque()
         self.lose: Callable[[HandoffMessage], bool] = lambda _: False
         self.is_reading = True
-        self.unread: list[tuple[PeerName, StartRead]] = []
+        self.unread: list[tuple[Rank, StartRead]] = []
         self.set_pools(EPOCHS)
 
     def pool(self, pool_id: str) -> list[Rank]:
@@ -104,38 +107,27 @@ class World:
         for pool_id, epoch in epochs.items():
             ranks = self.pool(pool_id)
             first = ranks[0].identity
-            endpoints = tuple(rank.endpoint() for rank in ranks)
+            endpoints = tuple(rank.identity.endpoint(rank.layout) for rank in ranks)
             pools.append(
                 PoolEndpoint(pool_id, first.role, epoch, first.cp_size, first.tp_size, endpoints)
             )
-        for name, rank in self.ranks.items():
-            self.do(name, rank.handoffs.pools_changed(pools))
+        for rank in self.ranks.values():
+            rank.node.pools_changed(pools, self.now)
 
     def command(self, pool_id: str, command: Command) -> None:
-        name = PeerName(pool_id, 0)
-        self.do(name, self.ranks[name].handoffs.command(command, self.now))
-
-    def do(self, name: PeerName, actions: Sequence[Action]) -> None:
-        for action in actions:
-            match action:
-                case Send():
-                    self.wire.append((name, action.peer, action.message))
-                case Emit():
-                    self.events[name.pool_id].append(action.event)
-                case StartRead():
-                    self.unread.append((name, action))
+        self.ranks[PeerName(pool_id, 0)].node.command(command, self.now)
 
     def read(self) -> None:
-        for name, action in self.unread[:]:
-            self.unread.remove((name, action))
+        """Every byte that is on its way lands."""
+        unread, self.unread = self.unread, []
+        for target, read in unread:
             source = next(
-                r for r in self.ranks.values() if r.identity.incarnation == action.incarnation
+                r for r in self.ranks.values() if r.identity.incarnation == read.incarnation
             )
-            target = self.ranks[name]
-            for run in action.runs:
+            for run in read.runs:
                 copied = source.bytes[run.source_offset : run.source_offset + run.num_bytes]
                 target.bytes[run.target_offset : run.target_offset + run.num_bytes] = copied
-            self.do(name, target.handoffs.read_ended(action.read_id, self.now, is_done=True))
+            target.node.read_ended(read.read_id, self.now, is_done=True)
 
     def run(self) -> None:
         """Until nothing is on its way."""
@@ -145,14 +137,13 @@ class World:
                 continue
             sender, receiver, message = self.wire.popleft()
             if not self.lose(message):
-                actions = self.ranks[receiver].handoffs.message(sender, message, self.now)
-                self.do(receiver, actions)
+                self.ranks[receiver].node.message(sender, message, self.now)
 
     def of(self, pool_id: str, kind: type) -> list[Any]:
         return [event for event in self.events[pool_id] if isinstance(event, kind)]
 
     def assert_over(self) -> None:
-        assert [rank.handoffs.num_open for rank in self.ranks.values()] == [0] * len(self.ranks)
+        assert [rank.node.num_open for rank in self.ranks.values()] == [0] * len(self.ranks)
 
 
 SHAPES = [(1, 1, 1), (2, 2, 1), (1, 4, 1), (2, 2, 2), (4, 1, 2), (1, 2, 4)]
@@ -297,17 +288,20 @@ def test_only_the_right_ones_may_speak() -> None:
     from_follower = FetchRefused(
         *KEY, source_epoch=EPOCHS["decode0"], target_epoch=EPOCHS["prefill0"], reason=""
     )
-    assert not leader.handoffs.message(PeerName("decode0", 0), stale, 0.0)
-    assert not leader.handoffs.message(PeerName("decode0", 1), from_follower, 0.0)
-    assert leader.around.counters["dropped_stale_epoch"] == 2
+    told = len(world.events["prefill0"])
+    leader.node.message(PeerName("decode0", 0), stale, 0.0)
+    leader.node.message(PeerName("decode0", 1), from_follower, 0.0)
+    assert leader.node.counters["dropped_stale_epoch"] == 2
+    assert not world.wire and len(world.events["prefill0"]) == told
 
 
 @pytest.mark.parametrize("field", ["source_epoch", "target_epoch"])
 def test_a_fetch_of_another_epoch_asks_nobody(field: str) -> None:
-    leader = World(1, 1, 1).ranks[PeerName("decode0", 0)]
+    world = World(1, 1, 1)
+    leader = world.ranks[PeerName("decode0", 0)]
     epochs = {"source_epoch": EPOCHS["decode0"], "target_epoch": EPOCHS["prefill0"]}
     for epoch, asks in ((epochs[field] - 1, False), (epochs[field], True)):
         fetch = Fetch(*KEY, "prefill0", **{**epochs, field: epoch}, first_logical=0, owners=(0,))
-        actions = leader.handoffs.message(PeerName("prefill0", 0), fetch, 0.0)
-        assert bool(actions) is asks
-    assert leader.around.counters["dropped_stale_epoch"] == 1
+        leader.node.message(PeerName("prefill0", 0), fetch, 0.0)
+        assert bool(world.of("decode0", FetchAsked)) is asks
+    assert leader.node.counters["dropped_stale_epoch"] == 1

@@ -135,7 +135,7 @@ class History:
         for pair in [pair for pair in world.waiting() if pair[1].pool_id == "p"]:
             world.queues[pair].clear()
         for rank in world.of("d"):
-            world.do(rank, rank.handoffs.pools_changed([world.pools["d"]]))
+            world.tell_pools(rank, "d")
         self.is_source_dead = True
 
     def reuse_if_closed(self) -> None:
@@ -172,7 +172,7 @@ class History:
         assert len(self.source.told(HandoffBroken)) <= 1
         assert len(self.target.told(HandoffBroken)) <= 1
         living = world.of("d") if self.is_source_dead else list(world.ranks.values())
-        assert not any(rank.handoffs.num_open for rank in living)
+        assert not any(rank.node.num_open for rank in living)
         assert not world.in_flight()
 
 

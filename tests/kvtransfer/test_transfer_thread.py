@@ -14,7 +14,6 @@ import pytest
 
 import kvtransfer.thread
 from kvcache.pool import KVPool
-from kvtransfer.actions import Surroundings
 from kvtransfer.events import (
     CloseSource,
     CloseTarget,
@@ -89,10 +88,17 @@ class BuggyTransport(LocalTransport):
 class ThreadRank:
     """A rank with its thread; in place of its main thread stands the test."""
 
-    def __init__(self, identity: RankIdentity, pool: KVPool, thread: TransferThread) -> None:
-        self.around = Surroundings(identity, pool.layout)
+    def __init__(
+        self,
+        identity: RankIdentity,
+        pool: KVPool,
+        thread: TransferThread,
+        transport: LocalTransport | None,
+    ) -> None:
+        self.identity = identity
         self.pool = pool
         self.thread = thread
+        self.transport = transport
         self.events: list[Event] = []
 
     def told(self, kind: type[Any]) -> list[Any]:
@@ -146,7 +152,8 @@ class Cluster:
             incarnation = uuid.uuid4().hex
             identity = RankIdentity(role, pool_id, rank, cp, tp, incarnation)
             layout = KVLayout(4, 12, 4, identity.tp_rank, tp, 2, 2, "float32")
-            ready = {"seen": SeenTransport, "buggy": BuggyTransport}.get(transport)
+            made = {"seen": SeenTransport, "buggy": BuggyTransport}.get(transport)
+            ready = None if made is None else made(incarnation, self.fabric)
             settings = TransferConfig(
                 control_address=self._router.address,
                 token=config.pop("token", TOKEN),
@@ -155,26 +162,24 @@ class Cluster:
                 max_model_len=64,
                 checksum="always",
                 transport=transport,
-                transport_object=None if ready is None else ready(incarnation, self.fabric),
                 heartbeat_interval_s=0.05,
                 **config,
             )
             pool = KVPool(layout)
             gang = GANG if identity.is_leader else None
-            thread = TransferThread(identity, settings, pool, gang)
+            thread = TransferThread(identity, settings, pool, gang, ready)
             thread.start()
-            self.all.append(ThreadRank(identity, pool, thread))
+            self.all.append(ThreadRank(identity, pool, thread, ready))
 
     def of(self, pool_id: str) -> list[ThreadRank]:
-        return [rank for rank in self.all if rank.around.identity.pool_id == pool_id]
+        return [rank for rank in self.all if rank.identity.pool_id == pool_id]
 
     def command(self, rank: ThreadRank, command: Command) -> None:
         rank.thread.submit(command)
 
     def transport(self, rank: ThreadRank) -> SeenTransport:
-        transport = rank.thread._config.transport_object
-        assert isinstance(transport, SeenTransport)
-        return transport
+        assert isinstance(rank.transport, SeenTransport)
+        return rank.transport
 
     # -- the coordinator ---------------------------------------------------------------------------
 
@@ -201,13 +206,13 @@ class Cluster:
         self._poller.add(self._router)
 
     def send(self, rank: ThreadRank, message: ToRank) -> None:
-        self._router.send(rank.around.identity.routing_id, _OUT.encode(message))
+        self._router.send(rank.identity.routing_id, _OUT.encode(message))
 
     def send_raw(self, rank: ThreadRank, frame: bytes) -> None:
-        self._router.send(rank.around.identity.routing_id, frame)
+        self._router.send(rank.identity.routing_id, frame)
 
     def heard_from(self, rank: ThreadRank, kind: type[Any]) -> list[Any]:
-        routing_id = rank.around.identity.routing_id
+        routing_id = rank.identity.routing_id
         return [m for peer, m in self.heard if peer == routing_id and isinstance(m, kind)]
 
     def beat(self, rank: ThreadRank) -> Heartbeat:
@@ -221,21 +226,21 @@ class Cluster:
         """Every rank that was started says HELLO and is welcomed."""
         self.pump(lambda: len(self.hellos) == len(self.all))
         for rank in self.all:
-            self.send(rank, Welcome(1, EPOCHS[rank.around.identity.pool_id], GANG))
+            self.send(rank, Welcome(1, EPOCHS[rank.identity.pool_id], GANG))
 
     def meet(self, *pool_ids: str) -> int:
         """Tell all ranks that these pools are there; the topology's version."""
         version = next(self._versions)
         for pool_id in pool_ids:
             ranks = self.of(pool_id)
-            identity = ranks[0].around.identity
+            identity = ranks[0].identity
             self.pools[pool_id] = PoolEndpoint(
                 pool_id,
                 identity.role,
                 EPOCHS[pool_id],
                 identity.cp_size,
                 identity.tp_size,
-                tuple(self.hellos[rank.around.identity.routing_id].endpoint for rank in ranks),
+                tuple(self.hellos[rank.identity.routing_id].endpoint for rank in ranks),
             )
         topology = Topology(version, tuple(self.pools[pool_id] for pool_id in pool_ids))
         for rank in self.all:
@@ -439,7 +444,7 @@ def test_a_rank_boots(cluster: Cluster) -> None:
     cluster.welcome()
     (rank,) = cluster.all
     assert rank.wait(Welcomed).welcome.pool_epoch == EPOCHS["p"]
-    hello = cluster.hellos[rank.around.identity.routing_id]
+    hello = cluster.hellos[rank.identity.routing_id]
     assert (hello.gang, hello.model_fingerprint) == (GANG, "model")
     assert hello.endpoint.layout == rank.pool.layout
     version = cluster.meet("p")
@@ -475,7 +480,7 @@ def test_a_coordinator_that_is_gone_is_given_up(cluster: Cluster) -> None:
     cluster.start("d", coordinator_timeout_s=1.0)
     cluster.boot("d")
     (rank,) = cluster.all
-    name = rank.around.identity.routing_id
+    name = rank.identity.routing_id
     for message in (GangReady(7.0), CacheUpdate(stored=(b"a", b"b")), CacheUpdate(evicted=(b"a",))):
         cluster.command(rank, SendControl(message))
     asked = Reserve("r", 1, (1,), SamplingParams(max_tokens=1))
@@ -519,7 +524,7 @@ def test_a_handoff_outlives_no_coordinator(cluster: Cluster, build: Any) -> None
     cluster.pump(lambda: len(cluster.hellos) == known + len(cluster.all))
     pools = [msgspec.structs.replace(p, epoch=p.epoch + 100) for p in cluster.pools.values()]
     for rank in cluster.all:
-        identity = rank.around.identity
+        identity = rank.identity
         for message in (
             Welcome(2, EPOCHS[identity.pool_id] + 100, GANG),
             Topology(1, tuple(pools)),
@@ -591,7 +596,7 @@ def test_strangers_and_garbage_are_dropped_and_counted(
 ) -> None:
     transfer = _pair(cluster, build)
     rank = transfer.target[0]
-    address = cluster.hellos[rank.around.identity.routing_id].endpoint.address
+    address = cluster.hellos[rank.identity.routing_id].endpoint.address
     with open_context(TOKEN) as context:
         stranger = Dealer(context, address, "p/0/someone-else")
         for frame in (b"", b"GET / HTTP/1.1", b"\x02\x80", b"\x00" * 100):
@@ -615,7 +620,7 @@ def test_a_pool_that_cannot_be_read_is_tried_again(
     cluster.start("d")
     cluster.welcome()
     (prefill,), (decode,) = cluster.of("p"), cluster.of("d")
-    incarnation = prefill.around.identity.incarnation
+    incarnation = prefill.identity.incarnation
     cluster.fabric.leave(incarnation)
     version = cluster.meet("p", "d")
     reached = decode.wait(PoolsChanged)
