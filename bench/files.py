@@ -17,8 +17,8 @@ from pathlib import Path
 
 from bench.environment import headline
 from kvcache.tiers.movers import FileMover, Piece
-from kvtransfer.store.disk_io import open_mover
 from protocol.errors import ConfigError
+from store.disk_io import open_mover
 
 WAYS = ("vectored", "nixl-posix", "nixl-gds")
 Seconds = dict[str, list[float]]  # per round, by way

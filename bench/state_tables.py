@@ -18,43 +18,39 @@ import coordinator.records
 import decode.states
 import kvcache.blocks
 import kvtransfer.states
-import kvtransfer.store.states
 import prefill.states
+import store.states
 
 PLACE = re.compile(r"(<!-- table: (?P<name>[a-z ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 Ways = list[tuple[str, str, str]]  # (state, event, next state)
 
 
+TABLES: dict[str, Mapping[tuple[Any, Any], Enum]] = {
+    "request": coordinator.records.TABLE,
+    "source": kvtransfer.states.SOURCE_TABLE,
+    "target": kvtransfer.states.TARGET_TABLE,
+    "batch": coordinator.jobs.batch_states.TABLE,
+    "deposit": store.states.DEPOSIT,
+    "loan": store.states.LOAN,
+    "prefill": prefill.states.TABLE,
+    "decode": decode.states.TABLE,
+    "document": coordinator.jobs.states.TABLE,
+}
+
+
 def tables() -> dict[str, Ways]:
     """Every table as its ways, in the order of the code."""
-    return {
-        "request": _flat(coordinator.records.TABLE),
-        "block": [
-            (state.value, event.value, after.value)
-            for (state, event), following in kvcache.blocks.TABLE.items()
-            for after in sorted(following)
-        ],
-        "source": _flat(kvtransfer.states.SOURCE_TABLE),
-        "target": _flat(kvtransfer.states.TARGET_TABLE),
-        "batch": _flat(coordinator.jobs.batch_states.TABLE),
-        "deposit": _flat(kvtransfer.store.states.DEPOSIT),
-        "loan": _flat(kvtransfer.store.states.LOAN),
-        "prefill": _nested(prefill.states.TABLE),
-        "decode": _nested(decode.states.TABLE),
-        "document": _flat(coordinator.jobs.states.TABLE),
-    }
-
-
-def _flat(table: Mapping[Any, Enum]) -> Ways:
-    return [(s.value, event.value, after.value) for (s, event), after in table.items()]
-
-
-def _nested(table: Mapping[Any, Mapping[Any, Any]]) -> Ways:
-    return [
-        (state.value, change.value, after.value)
-        for state, ways in table.items()
-        for change, after in ways.items()
+    ways = {name: _ways(table) for name, table in TABLES.items()}
+    ways["block"] = [  # of which the counters say which state follows
+        (state.value, event.value, after.value)
+        for (state, event), following in kvcache.blocks.TABLE.items()
+        for after in sorted(following)
     ]
+    return ways
+
+
+def _ways(table: Mapping[Any, Enum]) -> Ways:
+    return [(s.value, event.value, after.value) for (s, event), after in table.items()]
 
 
 def drawing(ways: Ways) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from itertools import takewhile
 
-from coordinator.records import Record, State, Step
+from coordinator.records import Record, RecordEvent, State
 from protocol.messages import Abort, ToRank
 from protocol.timeline import Event
 
@@ -67,7 +67,7 @@ class Holding:
     def _forget_if_released(self, record: Record) -> None:
         if record.state is State.ENDING and not record.holders:
             now = self._clock()
-            record.step(Step.ALL_RELEASED)
+            record.advance(RecordEvent.ALL_RELEASED)
             record.timeline.mark(Event.RELEASED, now)
             del self.records[record.request_id], self._ending[record.request_id]
             self._on_gone(now)

@@ -19,11 +19,11 @@ from coordinator.attempts import EndedAttempt, Wait
 from coordinator.generation import Generation
 from coordinator.loads import NO_SHARE, Loads, Share
 from coordinator.router import SessionKey
-from protocol.errors import IllegalTransition
 from protocol.messages import Abort, FirstToken, NewToken, Prefill, Reserve
 from protocol.request import FinishReason, PrefillPath, SamplingParams, TransferStats
 from protocol.timeline import TimeLine
 from protocol.token_ids import TokenIds
+from protocol.transitions import advance
 
 
 class State(enum.Enum):
@@ -37,7 +37,7 @@ class State(enum.Enum):
     GONE = "gone"
 
 
-class Step(enum.Enum):
+class RecordEvent(enum.Enum):
     RESERVE = "reserve"
     SEND_PREFILL = "send_prefill"
     COMPUTE_HERE = "compute_here"
@@ -48,26 +48,26 @@ class Step(enum.Enum):
     ALL_RELEASED = "all_released"
 
 
-TABLE: dict[tuple[State, Step], State] = {
-    (State.NEW, Step.RESERVE): State.RESERVING,
-    (State.NEW, Step.END): State.ENDING,
-    (State.RESERVING, Step.SEND_PREFILL): State.PREFILLING,
-    (State.RESERVING, Step.COMPUTE_HERE): State.COMPUTING,
-    (State.RESERVING, Step.END): State.ENDING,
-    (State.PREFILLING, Step.TOKEN): State.PREFILLING,  # the first one; the KV is on its way
-    (State.PREFILLING, Step.COMMIT): State.DECODING,
-    (State.PREFILLING, Step.END): State.ENDING,
-    (State.COMPUTING, Step.TOKEN): State.DECODING,
-    (State.COMPUTING, Step.END): State.ENDING,
-    (State.DECODING, Step.TOKEN): State.DECODING,
-    (State.DECODING, Step.END): State.ENDING,
-    (State.RESERVING, Step.LOSE): State.WAITING,
-    (State.PREFILLING, Step.LOSE): State.WAITING,
-    (State.COMPUTING, Step.LOSE): State.WAITING,
-    (State.DECODING, Step.LOSE): State.WAITING,
-    (State.WAITING, Step.RESERVE): State.RESERVING,
-    (State.WAITING, Step.END): State.ENDING,
-    (State.ENDING, Step.ALL_RELEASED): State.GONE,
+TABLE: dict[tuple[State, RecordEvent], State] = {
+    (State.NEW, RecordEvent.RESERVE): State.RESERVING,
+    (State.NEW, RecordEvent.END): State.ENDING,
+    (State.RESERVING, RecordEvent.SEND_PREFILL): State.PREFILLING,
+    (State.RESERVING, RecordEvent.COMPUTE_HERE): State.COMPUTING,
+    (State.RESERVING, RecordEvent.END): State.ENDING,
+    (State.PREFILLING, RecordEvent.TOKEN): State.PREFILLING,  # the first one; the KV is on its way
+    (State.PREFILLING, RecordEvent.COMMIT): State.DECODING,
+    (State.PREFILLING, RecordEvent.END): State.ENDING,
+    (State.COMPUTING, RecordEvent.TOKEN): State.DECODING,
+    (State.COMPUTING, RecordEvent.END): State.ENDING,
+    (State.DECODING, RecordEvent.TOKEN): State.DECODING,
+    (State.DECODING, RecordEvent.END): State.ENDING,
+    (State.RESERVING, RecordEvent.LOSE): State.WAITING,
+    (State.PREFILLING, RecordEvent.LOSE): State.WAITING,
+    (State.COMPUTING, RecordEvent.LOSE): State.WAITING,
+    (State.DECODING, RecordEvent.LOSE): State.WAITING,
+    (State.WAITING, RecordEvent.RESERVE): State.RESERVING,
+    (State.WAITING, RecordEvent.END): State.ENDING,
+    (State.ENDING, RecordEvent.ALL_RELEASED): State.GONE,
 }
 
 
@@ -160,15 +160,13 @@ class Record:
         self.sampling = SamplingParams(max_tokens=self.sampling.max_tokens)
         self._early.clear()
 
-    def step(self, step: Step) -> None:
-        """Take one step of the table.
+    def advance(self, event: RecordEvent) -> None:
+        """Move to the next state.
 
         Raises:
-            IllegalTransition: the table does not have it; the record is unchanged.
+            IllegalTransition: ``event`` cannot happen now; the record is unchanged.
         """
-        following = TABLE.get((self.state, step))
-        if following is None:
-            raise IllegalTransition(f"{self.request_id}: {step.value} while {self.state.value}")
+        following = advance(TABLE, self.state, event, of=self.request_id)
         if following is not self.state:
             self.state = following
             self._tell_share()
@@ -179,7 +177,7 @@ class Record:
         Raises:
             IllegalTransition: one is under way, or it has ended.
         """
-        self.step(Step.RESERVE)
+        self.advance(RecordEvent.RESERVE)
         self.decode_pool, self.heard_at = pool_id, now
         self.holders.add((pool_id, self.attempt))
         self._tell_share()
@@ -196,7 +194,7 @@ class Record:
         Raises:
             IllegalTransition: it is not the moment for it.
         """
-        self.step(Step.SEND_PREFILL)
+        self.advance(RecordEvent.SEND_PREFILL)
         self.prefill_pool = pool_id
         self.holders.add((pool_id, self.attempt))
         self._tell_share()
@@ -238,7 +236,7 @@ class Record:
         Raises:
             IllegalTransition: no attempt is under way.
         """
-        self.step(Step.LOSE)
+        self.advance(RecordEvent.LOSE)
         num_tokens = self.num_output_tokens
         self.lost.append(
             EndedAttempt(self.attempt, self.decode_pool, self.prefill_pool, num_tokens, reason)

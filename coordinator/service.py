@@ -29,7 +29,7 @@ from coordinator.metrics import Metrics
 from coordinator.overdue import overdue, pools_to_ask
 from coordinator.placement import Placement, computed_by, needs
 from coordinator.quarantine import fingerprint
-from coordinator.records import Record, State, Step, as_new_token
+from coordinator.records import Record, RecordEvent, State, as_new_token
 from coordinator.registry import Registry
 from coordinator.rush import Rush
 from coordinator.slices import at_once
@@ -277,7 +277,7 @@ class Service:
             self._lose(record, no_workers("prefill"), pause=True)
             return
         if pool_id is None:
-            record.step(Step.COMPUTE_HERE)
+            record.advance(RecordEvent.COMPUTE_HERE)
             self._send(record.decode_pool, ComputeHere(record.request_id, record.attempt))
             return
         record.prefill_on(pool_id)
@@ -324,7 +324,7 @@ class Service:
             # It was asked, and is not computing yet: it may not have been told to.
             self._send(record.decode_pool, ComputeHere(record.request_id, record.attempt))
         elif isinstance(message, Committed) and record.state is State.PREFILLING:
-            record.step(Step.COMMIT)
+            record.advance(RecordEvent.COMMIT)
             record.stats = message.stats
             record.timeline.mark(Event.COMMITTED, self._clock())
         elif isinstance(message, Stored):
@@ -350,11 +350,11 @@ class Service:
             record.heard_at = self._observed()
             record.timeline.mark(Event.FIRST_DECODE, self._clock())
             if record.state is State.PREFILLING:
-                record.step(Step.COMMIT)  # what it told us of that was lost
+                record.advance(RecordEvent.COMMIT)  # what it told us of that was lost
             self._take_token(record, token)
 
     def _take_token(self, record: Record, token: NewToken) -> None:
-        record.step(Step.TOKEN)
+        record.advance(RecordEvent.TOKEN)
         ready = record.accept(token)
         if not ready:
             return
@@ -390,7 +390,7 @@ class Service:
         delivery.fail(error)
 
     def _end(self, record: Record, *, tell_pools: bool) -> None:
-        record.step(Step.END)
+        record.advance(RecordEvent.END)
         record.ended_at = self._observed()
         record.timeline.mark(Event.FINISHED, self._clock())
         record.forget_tokens()

@@ -2,7 +2,7 @@
 
 from decode.config import DecodeConfig
 from decode.worker import serve
-from kvtransfer.boot import main
+from engine.boot import main
 
 if __name__ == "__main__":
     main("decode", DecodeConfig, serve)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from decode.memory import SequenceMemory
 from decode.sequence import Key, Sequence
-from decode.states import Change, State
+from decode.states import SequenceEvent, State
 from protocol.plans import DecodePlan, NewSequence, SequenceStep, SwapBlocks
 
 
@@ -115,7 +115,7 @@ class Batch:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Its blocks may be reused in the same step: every rank swaps before it computes."""
-        sequence.advance(Change.PREEMPT)
+        sequence.advance(SequenceEvent.PREEMPT)
         num_blocks = self._memory.num_blocks_for(sequence.num_computed_tokens)
         if self.num_swapped_blocks + num_blocks <= self._limits.max_swapped_blocks:
             sequence.num_swapped_blocks = num_blocks
@@ -146,7 +146,7 @@ class Batch:
                 self.num_swapped_blocks -= sequence.num_swapped_blocks
                 sequence.num_swapped_blocks = 0
             del self.preempted[0]
-            sequence.advance(Change.RESUME)
+            sequence.advance(SequenceEvent.RESUME)
             self.join(sequence)
 
     # -- the step ----------------------------------------------------------------------------------

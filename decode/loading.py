@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from decode.memory import SequenceMemory
 from decode.sequence import Key, Sequence
-from decode.states import Change, State
+from decode.states import SequenceEvent, State
 from kvtransfer.events import (
     AskFetch,
     CloseTarget,
@@ -112,7 +112,7 @@ class Loadings:
         """Ask for what a store has of it and this pool has not; False if it is not worth it."""
         if self._memory.num_blocks_to_load(sequence) < self._min_blocks:
             return False
-        sequence.advance(Change.LOAD)
+        sequence.advance(SequenceEvent.LOAD)
         first, blocks = self._memory.begin_loading(sequence)
         pieces: list[Piece] = []
         for start in range(0, len(blocks), self._piece_blocks):

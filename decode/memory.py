@@ -161,6 +161,10 @@ class SequenceMemory:
     def counts(self) -> BlockCounts:
         return self._pool.counts()
 
+    def check(self) -> None:
+        """Recount everything and assert that all views of it agree."""
+        self._pool.check()
+
     def _reusable(self, sequence: Sequence) -> list[bytes]:
         if not sequence.block_hashes:
             tokens = sequence.tokens(0, sequence.num_tokens)

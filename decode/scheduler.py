@@ -27,8 +27,8 @@ from decode.loading import Loadings, TargetEvent
 from decode.memory import SequenceMemory
 from decode.sequence import Sequence
 from decode.serving import Serving
-from decode.states import Change, State
-from decode.totals import Load, Totals
+from decode.states import SequenceEvent, State
+from decode.totals import Totals
 from kvcache.blocks import BlockPool
 from kvtransfer.events import (
     CloseTarget,
@@ -37,6 +37,7 @@ from kvtransfer.events import (
     Event,
     FetchAsked,
     HandoffBroken,
+    Load,
     OpenTargetBlocks,
     SendControl,
     SourceClosed,
@@ -58,7 +59,7 @@ from protocol.messages import (
     ToCoordinator,
     Tokens,
 )
-from protocol.plans import DecodePlan, FailedRow, RowResult
+from protocol.plans import DecodePlan, FailedRow, StepResult, outcomes
 from protocol.request import NoToken, no_token_message
 
 
@@ -118,12 +119,12 @@ class DecodeScheduler:
             return
         match event:
             case TargetIsOpen() if sequence.state is State.OPENING:
-                sequence.advance(Change.OPENED)
+                sequence.advance(SequenceEvent.OPENED)
                 self._give_ticket(sequence)
             case TargetCommitted() if sequence.holds_handoff:
                 self._on_committed(sequence, event)
             case TargetClosed() if sequence.state in (State.SWITCHING, State.CLOSING):
-                self._end_handoff(sequence, Change.CLOSED, event.num_whole_blocks)
+                self._end_handoff(sequence, SequenceEvent.CLOSED, event.num_whole_blocks)
             case HandoffBroken() if sequence.state in (State.OPENING, State.RESERVED):
                 self._fail(sequence, "handoff_failed", event.reason)
                 self._close_handoff(sequence)
@@ -155,7 +156,7 @@ class DecodeScheduler:
             if sequence.state is State.OPENING:
                 self._give_ticket(sequence)
             sequence.is_local = True
-            sequence.advance(Change.COMPUTE_HERE)
+            sequence.advance(SequenceEvent.COMPUTE_HERE)
             self._commands.append(CloseTarget(*sequence.key))
 
     def _on_abort(self, message: Abort) -> None:
@@ -182,7 +183,7 @@ class DecodeScheduler:
     def _on_committed(self, sequence: Sequence, event: TargetCommitted) -> None:
         if sequence.state is not State.RESERVED:
             # Closing already: as good as closed, and all of it is here.
-            self._end_handoff(sequence, Change.COMMITTED, len(sequence.in_transfer))
+            self._end_handoff(sequence, SequenceEvent.COMMITTED, len(sequence.in_transfer))
         elif event.num_tokens != sequence.num_prompt_tokens:
             self._fail(
                 sequence,
@@ -191,12 +192,12 @@ class DecodeScheduler:
                 f"{sequence.num_prompt_tokens}",
             )
             self._close_handoff(sequence)
-            self._end_handoff(sequence, Change.COMMITTED)
+            self._end_handoff(sequence, SequenceEvent.COMMITTED)
         else:
             sequence.num_computed_tokens = event.num_tokens
             sequence.output_token_ids.append(event.first_token_id)
             self._send(Committed(*sequence.key, event.stats))
-            self._end_handoff(sequence, Change.COMMITTED)
+            self._end_handoff(sequence, SequenceEvent.COMMITTED)
             if sequence.finish_reason(self._max_len) is not None:
                 self._end(sequence)  # the coordinator knows from the prefill pool
 
@@ -220,9 +221,11 @@ class DecodeScheduler:
         sequence.has_ticket = True
         self._send(Ticket(*sequence.key, sequence.num_cached_tokens, sequence.num_loaded_tokens))
 
-    def _end_handoff(self, sequence: Sequence, change: Change, num_whole_blocks: int = 0) -> None:
+    def _end_handoff(
+        self, sequence: Sequence, event: SequenceEvent, num_whole_blocks: int = 0
+    ) -> None:
         """Nothing can land any more: run with what is here, or be gone and leave what is whole."""
-        sequence.advance(change)
+        sequence.advance(event)
         if sequence.state is State.RUNNING:
             self._memory.end_transfer(sequence)
             self._memory.offer_prompt(sequence)
@@ -240,7 +243,7 @@ class DecodeScheduler:
         elif sequence.state is not State.SWITCHING:  # then it is being closed already
             self._commands.append(CloseTarget(*sequence.key))
         self._commands += self._serving.close(sequence.key)
-        sequence.advance(Change.CLOSE)
+        sequence.advance(SequenceEvent.CLOSE)
         self._memory.release_quiet(sequence)
         self._num_closing += 1
 
@@ -259,7 +262,7 @@ class DecodeScheduler:
             self._admission.remove(sequence)
         else:
             self._batch.leave(sequence)
-        sequence.advance(Change.END)
+        sequence.advance(SequenceEvent.END)
         if sequence.blocks:
             self._memory.release(sequence)
         self._forget(sequence)
@@ -312,11 +315,11 @@ class DecodeScheduler:
     def _grant(self, sequence: Sequence) -> None:
         """It has what is cached of it: go on with the rest, here or by a hand-off."""
         if sequence.is_local:
-            sequence.advance(Change.GRANT_LOCAL)
+            sequence.advance(SequenceEvent.GRANT_LOCAL)
             self._give_ticket(sequence)
             self._batch.join(sequence)
         else:
-            sequence.advance(Change.GRANT)
+            sequence.advance(SequenceEvent.GRANT)
             first = self._memory.begin_transfer(sequence)
             blocks = tuple(sequence.in_transfer)
             self._commands.append(OpenTargetBlocks(*sequence.key, first, blocks))
@@ -329,39 +332,33 @@ class DecodeScheduler:
         if loaded.sequence.state is State.LOADING:
             self._grant(loaded.sequence)
         else:
-            self._end_handoff(loaded.sequence, Change.CLOSED, loaded.num_blocks)
+            self._end_handoff(loaded.sequence, SequenceEvent.CLOSED, loaded.num_blocks)
 
     def sampled(self, plan: DecodePlan) -> list[Sequence]:
         """The sequences of which ``plan`` samples a token, in its order."""
         steps = plan.sequences
         return [self._sequences[step.request_id, step.attempt] for step in steps if step.sample]
 
-    def update(self, plan: DecodePlan, rows: Iterable[RowResult], now: float) -> None:
-        """Take note of what the step under way has brought.
-
-        Args:
-            plan: what ``schedule`` returned.
-            rows: a token of each sequence that was to be sampled, and those that came to nothing.
-            now: after the step, on the clock of ``schedule``.
-        """
+    def update(self, plan: DecodePlan, results: Iterable[StepResult], now: float) -> None:
+        """Take note of what the step under way has brought; rank 0 alone samples."""
         assert plan is self._plan, "only the plan under way can be updated"
         self._plan = None
         self._totals.busy_s += now - self._step_started_s
-        results = {(row.request_id, row.attempt): row for row in rows}
+        rows = outcomes(results)
         new_tokens: list[NewToken] = []
         finished: list[Sequence] = []
         for step in plan.sequences:
             sequence = self._sequences[step.request_id, step.attempt]
-            if isinstance(result := results.get(sequence.key), FailedRow):
-                self._came_to_nothing(sequence, result.why)
+            if isinstance(row := rows.get(sequence.key), FailedRow):
+                self._came_to_nothing(sequence, row.why)
                 continue
             is_prompt = sequence.num_computed_tokens < sequence.num_prompt_tokens
             sequence.num_computed_tokens += len(step.token_ids)
             if is_prompt:
                 self._memory.offer_prompt(sequence)
             if step.sample:
-                assert result is not None, f"{sequence.key} has no token"
-                new_tokens.append(sequence.append(result, self._max_len))
+                assert row is not None, f"{sequence.key} has no token"
+                new_tokens.append(sequence.append(row, self._max_len))
                 if new_tokens[-1].finish_reason is not None:
                     finished.append(sequence)
         if new_tokens:
@@ -391,6 +388,10 @@ class DecodeScheduler:
     def is_idle(self) -> bool:
         """Whether no request is here at all."""
         return not self._sequences and not len(self._serving)
+
+    def check(self) -> None:
+        """Assert that every block is accounted for."""
+        self._memory.check()
 
     def load(self) -> Load:
         """What the heartbeat says."""

@@ -8,12 +8,13 @@ they count among its generated tokens in all that a caller can see.
 
 from dataclasses import dataclass, field
 
-from decode.states import Change, State, advance
+from decode.states import TABLE, SequenceEvent, State
 from kvcache.prefix import block_salt
 from protocol.kv import BlockRef
 from protocol.messages import NewToken, Reserve
 from protocol.plans import SampledToken
 from protocol.request import FinishReason, SamplingParams
+from protocol.transitions import advance
 
 Key = tuple[str, int]  # (request_id, attempt)
 
@@ -101,13 +102,13 @@ class Sequence:
             State.CLOSING,
         )
 
-    def advance(self, change: Change) -> None:
+    def advance(self, event: SequenceEvent) -> None:
         """Move to the next state.
 
         Raises:
-            IllegalTransition: ``change`` cannot happen now; nothing is changed.
+            IllegalTransition: ``event`` cannot happen now; nothing is changed.
         """
-        self.state = advance(self.state, change)
+        self.state = advance(TABLE, self.state, event, of=self.key[0])
 
     def tokens(self, start: int, end: int) -> tuple[int, ...]:
         """``token_ids[start:end]`` without joining prompt and output."""

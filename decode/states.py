@@ -21,8 +21,6 @@ hand-off just as well as its closure does. RUNNING covers prefill and decode ali
 
 import enum
 
-from protocol.errors import IllegalTransition
-
 
 class State(enum.Enum):
     """Where a request stands."""
@@ -38,7 +36,7 @@ class State(enum.Enum):
     RELEASED = "released"
 
 
-class Change(enum.Enum):
+class SequenceEvent(enum.Enum):
     """What can happen to a request."""
 
     LOAD = "load"
@@ -54,56 +52,27 @@ class Change(enum.Enum):
     END = "end"
 
 
-TABLE: dict[State, dict[Change, State]] = {
-    State.QUEUED: {
-        Change.LOAD: State.LOADING,
-        Change.GRANT: State.OPENING,
-        Change.GRANT_LOCAL: State.RUNNING,
-        Change.END: State.RELEASED,
-    },
-    State.LOADING: {
-        Change.GRANT: State.OPENING,
-        Change.GRANT_LOCAL: State.RUNNING,
-        Change.CLOSE: State.CLOSING,
-    },
-    State.OPENING: {
-        Change.OPENED: State.RESERVED,
-        Change.COMPUTE_HERE: State.SWITCHING,
-        Change.CLOSE: State.CLOSING,
-    },
-    State.RESERVED: {
-        Change.COMMITTED: State.RUNNING,
-        Change.COMPUTE_HERE: State.SWITCHING,
-        Change.CLOSE: State.CLOSING,
-    },
-    State.SWITCHING: {
-        Change.CLOSED: State.RUNNING,
-        Change.COMMITTED: State.RUNNING,
-        Change.CLOSE: State.CLOSING,
-    },
-    State.RUNNING: {
-        Change.PREEMPT: State.PREEMPTED,
-        Change.END: State.RELEASED,
-    },
-    State.PREEMPTED: {
-        Change.RESUME: State.RUNNING,
-        Change.END: State.RELEASED,
-    },
-    State.CLOSING: {
-        Change.CLOSED: State.RELEASED,
-        Change.COMMITTED: State.RELEASED,
-    },
-    State.RELEASED: {},
+TABLE: dict[tuple[State, SequenceEvent], State] = {
+    (State.QUEUED, SequenceEvent.LOAD): State.LOADING,
+    (State.QUEUED, SequenceEvent.GRANT): State.OPENING,
+    (State.QUEUED, SequenceEvent.GRANT_LOCAL): State.RUNNING,
+    (State.QUEUED, SequenceEvent.END): State.RELEASED,
+    (State.LOADING, SequenceEvent.GRANT): State.OPENING,
+    (State.LOADING, SequenceEvent.GRANT_LOCAL): State.RUNNING,
+    (State.LOADING, SequenceEvent.CLOSE): State.CLOSING,
+    (State.OPENING, SequenceEvent.OPENED): State.RESERVED,
+    (State.OPENING, SequenceEvent.COMPUTE_HERE): State.SWITCHING,
+    (State.OPENING, SequenceEvent.CLOSE): State.CLOSING,
+    (State.RESERVED, SequenceEvent.COMMITTED): State.RUNNING,
+    (State.RESERVED, SequenceEvent.COMPUTE_HERE): State.SWITCHING,
+    (State.RESERVED, SequenceEvent.CLOSE): State.CLOSING,
+    (State.SWITCHING, SequenceEvent.CLOSED): State.RUNNING,
+    (State.SWITCHING, SequenceEvent.COMMITTED): State.RUNNING,
+    (State.SWITCHING, SequenceEvent.CLOSE): State.CLOSING,
+    (State.RUNNING, SequenceEvent.PREEMPT): State.PREEMPTED,
+    (State.RUNNING, SequenceEvent.END): State.RELEASED,
+    (State.PREEMPTED, SequenceEvent.RESUME): State.RUNNING,
+    (State.PREEMPTED, SequenceEvent.END): State.RELEASED,
+    (State.CLOSING, SequenceEvent.CLOSED): State.RELEASED,
+    (State.CLOSING, SequenceEvent.COMMITTED): State.RELEASED,
 }
-
-
-def advance(state: State, change: Change) -> State:
-    """The state after ``change``.
-
-    Raises:
-        IllegalTransition: the table has no such way.
-    """
-    try:
-        return TABLE[state][change]
-    except KeyError:
-        raise IllegalTransition(f"{change.value} while {state.value}") from None

@@ -4,18 +4,8 @@ from dataclasses import dataclass
 
 from decode.batch import Batch
 from decode.sequence import Sequence
+from kvtransfer.events import Load
 from protocol.messages import BlockCounts
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """What the heartbeat says of a pool."""
-
-    num_waiting: int
-    num_running: int
-    pending_tokens: int
-    blocks: BlockCounts
-    counters: dict[str, float]
 
 
 @dataclass(slots=True)
@@ -53,7 +43,7 @@ class Totals:
             num_waiting=num_queued + len(batch.preempted),
             num_running=len(batch.running),
             pending_tokens=sum(sequence.num_pending_tokens for sequence in batch.running),
-            blocks=blocks,
+            blocks=(blocks,),
             counters={
                 **self.counters(),
                 "preemptions_total": batch.num_preemptions,

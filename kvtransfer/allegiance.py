@@ -33,11 +33,11 @@ from protocol.messages import (
     ToCoordinator,
     ToRank,
     Welcome,
+    cache_updates,
 )
 
 RETURN_S = 0.3  # for a connection that has broken to come back
 PAUSE_S = 0.5  # the transfer thread looks many times a second: a longer gap is a pause of its own
-MAX_HASHES = 100_000  # of one CacheUpdate
 
 _OPENS = (Reserve, Prefill, Collect)  # a request is asked for by these, until Released
 
@@ -91,9 +91,7 @@ class Allegiance:
         """What to say when welcomed: nothing, to the first coordinator."""
         told: list[ToCoordinator] = []
         for tier, cached in self._cached.items():
-            hashes = tuple(cached)
-            for start in range(0, len(hashes), MAX_HASHES):
-                told.append(CacheUpdate(hashes[start : start + MAX_HASHES], tier=tier))
+            told += cache_updates(tuple(cached), tier)
         return told if self._ready is None else [*told, self._ready]
 
     # -- what is said ------------------------------------------------------------------------------

@@ -24,7 +24,6 @@ from protocol.logs import LOG_LINES_DROPPED, num_dropped_lines
 from protocol.messages import (
     PROTOCOL_VERSION,
     Abort,
-    BlockCounts,
     GangAddress,
     Heartbeat,
     Hello,
@@ -156,17 +155,18 @@ class ControlLine:
             return
         self._next_beat = now + self._config.heartbeat_interval_s
         status = self._status
-        counters = {**dict(status.counters), **self._counters}
+        load = status.load
+        counters = {**load.counters, **self._counters}
         if num_dropped := num_dropped_lines():  # counters are of what happened: none is 0
             counters[LOG_LINES_DROPPED] = num_dropped
         self.send(
             Heartbeat(
                 num_steps=status.num_steps,
                 step_age_s=now - status.step_started if status.step_started is not None else 0.0,
-                num_waiting=status.num_waiting,
-                num_running=status.num_running,
-                pending_tokens=status.pending_tokens,
-                blocks=tuple(BlockCounts(*counts) for counts in status.blocks),
+                num_waiting=load.num_waiting,
+                num_running=load.num_running,
+                pending_tokens=load.pending_tokens,
+                blocks=load.blocks,
                 rss_bytes=_resident_bytes(),
                 counters=counters,
                 cut_off=self._cut_off,

@@ -1,16 +1,19 @@
-"""What a rank's scheduler and its transfer thread say to each other, over two queues.
+"""What a rank's main thread and its other threads say to each other, over queues.
 
-They share no other state. Commands go to the thread, events come back; both are plain data.
+They share no other state. Commands go to the transfer thread, or to a store's disk threads; events
+come back. Both are plain data.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+from kvcache.tiers.jobs import DiskDone, DiskJob
 from protocol.handoff import SegmentKey
 from protocol.kv import BlockRef, PoolEndpoint
-from protocol.messages import ToCoordinator, ToRank, Welcome
+from protocol.messages import BlockCounts, ToCoordinator, ToRank, Welcome
 from protocol.request import TransferStats
 
-# -- commands: main thread -> transfer thread ------------------------------------------------------
+# -- commands: main thread -> transfer thread, disk threads ----------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,16 +136,23 @@ class RefuseFetch:
 
 
 @dataclass(frozen=True, slots=True)
+class Load:
+    """What a leader has to do and what it holds; a follower has nothing to tell."""
+
+    num_waiting: int = 0
+    num_running: int = 0
+    pending_tokens: int = 0
+    blocks: tuple[BlockCounts, ...] = ()  # of each block space
+    counters: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class ReportStatus:
     """Any rank: what its next heartbeats say. The transfer thread adds the age of the step."""
 
     num_steps: int
     step_started: float | None  # time.monotonic(), None between steps
-    num_waiting: int = 0
-    num_running: int = 0
-    pending_tokens: int = 0
-    blocks: tuple[tuple[int, int, int, int, int, int], ...] = ()  # BlockCounts, in its order
-    counters: tuple[tuple[str, float], ...] = ()
+    load: Load = field(default_factory=Load)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,9 +173,10 @@ Command = (
     | RefuseFetch
     | ReportStatus
     | StopThread
+    | DiskJob
 )
 
-# -- events: transfer thread -> main thread --------------------------------------------------------
+# -- events: transfer thread, disk threads -> main thread ------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,13 +255,6 @@ class FetchAsked:
 
 
 @dataclass(frozen=True, slots=True)
-class FromDisk:
-    """A store's disk thread has done something: one of :mod:`kvtransfer.store.jobs`."""
-
-    done: object
-
-
-@dataclass(frozen=True, slots=True)
 class HandoffBroken:
     """Leader of either side: the hand-off cannot complete. Close it, fail the request."""
 
@@ -278,6 +282,6 @@ Event = (
     | SourceClosed
     | FetchAsked
     | HandoffBroken
-    | FromDisk
+    | DiskDone
     | ThreadDied
 )

@@ -17,7 +17,7 @@ from kvtransfer.actions import Action, Key, Send, Surroundings, Warn
 from kvtransfer.events import AnnounceBlocks, AnnouncedAll
 from kvtransfer.identity import PeerName
 from kvtransfer.plan import Run, shared_heads, source_runs
-from kvtransfer.states import SOURCE_TABLE, SourceEvent, SourceState, advance
+from kvtransfer.states import SOURCE_TABLE, SourceEvent, SourceState
 from kvtransfer.tombs import Tombs
 from protocol.handoff import (
     Announce,
@@ -31,6 +31,7 @@ from protocol.handoff import (
     SourceDone,
 )
 from protocol.kv import KVLayout
+from protocol.transitions import advance
 
 SUM_EVERY = 8  # sampled: one segment of so many
 
@@ -279,7 +280,7 @@ class SourceSide:
 
     @staticmethod
     def _advance(handoff: SourceHandoff, event: SourceEvent) -> None:
-        handoff.state = advance(SOURCE_TABLE, handoff.state, event)
+        handoff.state = advance(SOURCE_TABLE, handoff.state, event, of=handoff.key[0])
 
 
 def _part_of(command: AnnounceBlocks, cp_rank: int) -> AnnounceBlocks:

@@ -12,9 +12,6 @@ A closed hand-off is remembered by its key alone, so that late messages of it ar
 """
 
 import enum
-from typing import TypeVar
-
-from protocol.errors import IllegalTransition
 
 
 class SourceState(enum.Enum):
@@ -70,18 +67,3 @@ TARGET_TABLE: dict[tuple[TargetState, TargetEvent], TargetState] = {
     (TargetState.BROKEN, TargetEvent.CLOSE): TargetState.CLOSING,
     (TargetState.CLOSING, TargetEvent.QUIET): TargetState.CLOSED,
 }
-
-S = TypeVar("S", SourceState, TargetState)
-E = TypeVar("E", SourceEvent, TargetEvent)
-
-
-def advance(table: dict[tuple[S, E], S], state: S, event: E) -> S:
-    """The state after ``event``.
-
-    Raises:
-        IllegalTransition: the table does not have it.
-    """
-    following = table.get((state, event))
-    if following is None:
-        raise IllegalTransition(f"{event.value} of a hand-off that is {state.value}")
-    return following

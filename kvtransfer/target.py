@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from kvtransfer.actions import Action, Key, Send, StartRead, Surroundings
 from kvtransfer.identity import PeerName
 from kvtransfer.plan import Run, plan, shared_heads
-from kvtransfer.states import TARGET_TABLE, TargetEvent, TargetState, advance
+from kvtransfer.states import TARGET_TABLE, TargetEvent, TargetState
 from kvtransfer.target_handoff import Read, TargetHandoff, layer_head_bits
 from kvtransfer.tombs import Tombs
 from protocol.errors import PeerError
@@ -36,6 +36,7 @@ from protocol.handoff import (
     TargetOpened,
     TargetReady,
 )
+from protocol.transitions import advance
 
 
 class TargetSide:
@@ -342,4 +343,4 @@ class TargetSide:
 
     @staticmethod
     def _advance(handoff: TargetHandoff, event: TargetEvent) -> None:
-        handoff.state = advance(TARGET_TABLE, handoff.state, event)
+        handoff.state = advance(TARGET_TABLE, handoff.state, event, of=handoff.key[0])

@@ -14,7 +14,6 @@ import msgspec
 from coordinator.config import CoordinatorConfig, ExpectedPool
 from decode.config import DecodeConfig
 from kvcache.host_memory import total_bytes
-from kvtransfer.store.config import StoreConfig
 from launcher.config import child_environment, environment_api_keys, key_file
 from launcher.memory import body_bytes, text_worker_bytes
 from launcher.processes import ProcessGroup
@@ -22,8 +21,7 @@ from launcher.resolved import Cluster
 from launcher.topology import PoolSpec
 from prefill.config import PrefillConfig
 from protocol.errors import ConfigError
-
-MODULES = {"prefill": "prefill", "decode": "decode", "store": "kvtransfer.store"}
+from store.config import StoreConfig
 
 
 class RankStarter(ABC):
@@ -73,7 +71,7 @@ class LocalRanks(RankStarter):
         # Forks share what was opened of a GPU before them, which nobody has seen to be nothing.
         if sys.platform != "linux" or self._cluster.device != "cpu":
             return False
-        modules = sorted({f"{MODULES[pool.role]}.worker" for pool in self._cluster.pools})
+        modules = sorted({f"{pool.role}.worker" for pool in self._cluster.pools})
         self._group.start_fork_server(modules, self._environment)
         return True
 
@@ -88,7 +86,7 @@ class LocalRanks(RankStarter):
             config = rank_config(self._cluster, pool, rank, where)
             file = self._run_dir / f"{pool.pool_id}.{rank}.json"
             write_config(file, config)
-            self._group.start(name, MODULES[pool.role], file, self._environment, start)
+            self._group.start(name, pool.role, file, self._environment, start)
 
     def terminate(self, pool: PoolSpec) -> None:
         for name in _names(pool):

@@ -29,7 +29,6 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from decode.config import DecodeConfig
-from kvtransfer.store.config import StoreConfig
 from launcher.config import ServeConfig, child_environment, keep_this_process_to
 from launcher.interfaces import address_of, interface_of
 from launcher.processes import Exited, Report, StartFailed
@@ -38,6 +37,7 @@ from launcher.resolved import Cluster
 from launcher.topology import PoolSpec
 from prefill.config import PrefillConfig
 from protocol.errors import ConfigError
+from store.config import StoreConfig
 
 log = logging.getLogger(__name__)
 
@@ -82,14 +82,14 @@ class RankActor:
     def run(self, role: str, config: bytes) -> int:
         """Run the rank until it ends; returns its exit code."""
         # Imported here: the actor's process has its environment now, the driver needs no torch.
-        from kvtransfer.boot import run_here
+        from engine.boot import run_here
 
         if role == "prefill":
             from prefill.worker import serve as serve_prefill
 
             return run_here(config, PrefillConfig, serve_prefill)
         if role == "store":
-            from kvtransfer.store.worker import serve as serve_store
+            from store.worker import serve as serve_store
 
             return run_here(config, StoreConfig, serve_store)
         from decode.worker import serve as serve_decode

@@ -1,6 +1,6 @@
 """One rank of a prefill pool: ``python -P -m prefill --config FILE``."""
 
-from kvtransfer.boot import main
+from engine.boot import main
 from prefill.config import PrefillConfig
 from prefill.worker import serve
 

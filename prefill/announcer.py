@@ -1,13 +1,6 @@
-"""Tells a rank's transfer thread which blocks are final, as the layers of a chunk go by.
+"""Tells a rank's transfer thread which blocks are final, as the layers of a chunk go by."""
 
-On a GPU the host runs ahead: a group of layers is final when the device has got there, so each
-announcement waits for an event in its stream, and is looked at again with every further layer.
-"""
-
-from collections import deque
 from collections.abc import Callable, Sequence
-
-import torch
 
 from kvtransfer.events import AnnounceBlocks, AnnouncedAll, Command
 from prefill.blocks import ref_of
@@ -30,15 +23,12 @@ class Announcer:
         cp_rank: int,
         block_size: int,
         groups: Sequence[range],
-        device: torch.device,
     ) -> None:
         self._submit = submit
         self._cp_rank = cp_rank
         self._block_size = block_size
         self._groups = groups
         self._group_ending_at = {group.stop - 1: group for group in groups}
-        self._device = device
-        self._pending: deque[tuple[torch.cuda.Event, AnnounceBlocks]] = deque()
 
     def cached(self, work: ChunkWork) -> None:
         """Before the first chunk: what was found in the cache, all layers at once."""
@@ -71,22 +61,11 @@ class Announcer:
             )
 
     def _announce(self, announcement: AnnounceBlocks) -> None:
-        if self._device.type != "cuda":
-            self._submit(announcement)
-            return
-        computed = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch leaves it out
-        computed.record()
-        self._pending.append((computed, announcement))
+        """A group of layers has been computed, or will have been when the device gets there."""
+        self._submit(announcement)
 
     def _flush(self, *, wait: bool) -> None:
-        while self._pending:
-            computed, announcement = self._pending[0]
-            if wait:
-                computed.synchronize()
-            elif not computed.query():  # type: ignore[no-untyped-call]  # torch leaves it out
-                return
-            self._pending.popleft()
-            self._submit(announcement)
+        """Look at what the device has got to since; with ``wait`` until it is all of it."""
 
 
 def _announcement(

@@ -1,6 +1,6 @@
-"""What a rank of a prefill pool is told; see :class:`kvtransfer.rank_config.RankConfig`."""
+"""What a rank of a prefill pool is told; see :class:`engine.rank_config.RankConfig`."""
 
-from kvtransfer.rank_config import RankConfig
+from engine.rank_config import RankConfig
 from protocol.errors import ConfigError
 
 

@@ -6,11 +6,12 @@ from kvtransfer.events import AskFetch, CommitWhenRead, OpenTargetBlocks
 from prefill.blocks import Owned, ref_of
 from prefill.manifest import CACHED_CHUNK
 from prefill.placement import Placement
-from prefill.states import Change, State, advance
+from prefill.states import TABLE, RequestEvent, State
 from protocol.handoff import SegmentKey
 from protocol.messages import Prefill, Progress
 from protocol.plans import HandoffRoute, PlacedBlock
 from protocol.request import FinishReason, PrefillPath
+from protocol.transitions import advance
 
 Key = tuple[str, int]  # (request_id, attempt)
 
@@ -142,8 +143,13 @@ class Request:
             first_token_id=first_token_id,
         )
 
-    def change(self, change: Change) -> None:
-        self.state = advance(self.state, change)
+    def advance(self, event: RequestEvent) -> None:
+        """Move to the next state.
+
+        Raises:
+            IllegalTransition: ``event`` cannot happen now; nothing is changed.
+        """
+        self.state = advance(TABLE, self.state, event, of=self.key[0])
 
     def finish_reason(self, token_id: int, max_model_len: int) -> FinishReason | None:
         """Why the sequence ends with the token sampled here, if it does."""

@@ -1,7 +1,7 @@
 """What a prefill pool does next. Pure: events and time come in, plans and commands go out.
 
 The life of a request
-1. ``add``: it waits in the order of arrival; what can never be served fails at once.
+1. ``Prefill``: it waits in the order of arrival; what can never be served fails at once.
 2. ``schedule`` admits it with its first chunk: the cached prefix is shared, all blocks of the rest
    are granted on the ranks of its ring. From now on it waits for no block. (step.py: who goes
    first; placement.py: on which ranks; memory.py: the blocks.) If its decode pool holds more of the
@@ -14,7 +14,7 @@ The life of a request
    lost target close the hand-off first, or else the fetch, and come to the same place.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from kvcache.prefix import block_salt, hash_blocks
 from kvtransfer.events import (
@@ -24,6 +24,7 @@ from kvtransfer.events import (
     ControlReceived,
     Event,
     HandoffBroken,
+    Load,
     PoolsChanged,
     SendControl,
     SourceClosed,
@@ -37,8 +38,8 @@ from prefill.manifest import segment_keys
 from prefill.memory import RequestMemory
 from prefill.placement import ChunkCosts, Placement
 from prefill.request import Key, Request
-from prefill.states import Change, State
-from prefill.step import Load, StepTime, load_s, service_order
+from prefill.states import RequestEvent, State
+from prefill.step import StepTime, load_s, service_order
 from protocol.ended import ByAttempt, EndedAttempts
 from protocol.kv import PoolEndpoint
 from protocol.messages import (
@@ -59,12 +60,7 @@ _WITHOUT_SOURCE = (State.WAITING, State.FETCHING, State.RETURNING)
 
 
 class PrefillScheduler:
-    """The scheduler of a prefill pool's leader.
-
-    Calls alternate: any number of ``add``, ``abort`` and ``on_event``, then ``schedule``, then
-    ``update`` with the results of that plan. Every method but ``schedule`` returns the commands
-    that are to be given to the transfer thread now, in order; after it, ``take_commands`` does.
-    """
+    """The decisions of a prefill pool's leader; see :class:`engine.leader_node.LeaderNode`."""
 
     def __init__(self, facts: PoolFacts, costs: ChunkCosts) -> None:
         self.facts = facts
@@ -85,12 +81,12 @@ class PrefillScheduler:
 
     # -- what comes in -----------------------------------------------------------------------------
 
-    def add(self, message: Prefill, now: float) -> list[Command]:
+    def _on_prefill(self, message: Prefill, now: float) -> None:
         """Queue a prompt. A duplicate changes nothing; a newer attempt ends the older ones."""
         key = (message.request_id, message.attempt)
         others = self._requests.of(message.request_id)
         if self._ended.covers(*key) or any(other.key[1] >= message.attempt for other in others):
-            return self.take_commands()
+            return
         for other in others:
             self._end(other)
         self._num_added += 1
@@ -104,22 +100,19 @@ class PrefillScheduler:
             request.block_hashes = hash_blocks(message.prompt_token_ids, block_size, salt)
         else:
             self._fail(request, *refusal)
-        return self.take_commands()
 
-    def abort(
-        self, request_id: str, attempt: int, doubtful_hashes: Sequence[bytes] = ()
-    ) -> list[Command]:
+    def _on_abort(self, message: Abort) -> None:
         """Hold nothing of it any more; answered by ``Released`` however often it is asked."""
-        self._memory.disown(doubtful_hashes)
-        request = self._requests.get((request_id, attempt))
+        key = (message.request_id, message.attempt)
+        self._memory.disown(message.doubtful_hashes)
+        request = self._requests.get(key)
         if request is not None:
             self._end(request)
         else:
-            self._ended.add(request_id, attempt)
-            self._tell(Released(request_id, attempt))
-        return self.take_commands()
+            self._ended.add(*key)
+            self._tell(Released(*key))
 
-    def _ask(self, message: Ask) -> list[Command]:
+    def _on_ask(self, message: Ask) -> None:
         """Say again how it stands: something may have been lost on its way."""
         key = (message.request_id, message.attempt)
         request = self._requests.get(key)
@@ -127,17 +120,16 @@ class PrefillScheduler:
             self._tell(Released(*key))
         elif request.state in _COMPUTED_HERE:
             self._tell(request.progress())
-        return self.take_commands()
 
-    def on_event(self, event: Event, now: float) -> list[Command]:
+    def on_event(self, event: Event, now: float) -> None:
         """Take in what the transfer thread says; events that concern nobody here change nothing."""
         match event:
-            case ControlReceived(message=Prefill() as message):
-                return self.add(message, now)
-            case ControlReceived(message=Abort() as message):
-                return self.abort(message.request_id, message.attempt, message.doubtful_hashes)
-            case ControlReceived(message=Ask() as message):
-                return self._ask(message)
+            case ControlReceived(Prefill() as message):
+                self._on_prefill(message, now)
+            case ControlReceived(Abort() as message):
+                self._on_abort(message)
+            case ControlReceived(Ask() as message):
+                self._on_ask(message)
             case SourceClosed():
                 self._on_closed(event)
             case TargetIsOpen() | TargetCommitted() | TargetClosed():
@@ -146,7 +138,6 @@ class PrefillScheduler:
                 self._on_broken(event)
             case PoolsChanged():
                 self._on_pools(event.pools)
-        return self.take_commands()
 
     # -- a step ------------------------------------------------------------------------------------
 
@@ -178,7 +169,8 @@ class PrefillScheduler:
                 if not time.take(placement, 0, request.priority):
                     self._memory.give_back(request)  # not in this step after all
                     continue
-                self._admit(request, placement, now, Change.ADMIT)
+                self._admit(request, placement, now)
+                self._advance(request, RequestEvent.ADMIT)
             work.append(self._chunk_work(request))
         if not work:
             return None
@@ -195,7 +187,7 @@ class PrefillScheduler:
         commands, self._commands = self._commands, []
         return commands
 
-    def update(self, plan: PrefillPlan, results: Sequence[StepResult], now: float) -> list[Command]:
+    def update(self, plan: PrefillPlan, results: Iterable[StepResult], now: float) -> None:
         """Record what the ranks did; requests that have ended meanwhile are left alone."""
         assert plan is self._plan, "results of another plan"
         self._plan = None
@@ -211,11 +203,26 @@ class PrefillScheduler:
             if work.is_last:
                 assert row is not None, f"{request.key} has no token"
                 self._prompt_done(request, row, now)
-        return self.take_commands()
 
     def load(self) -> Load:
         """What is waiting, running and held."""
-        return Load.of(self._backlog, self._memory.counts())
+        backlog = self._backlog
+        return Load(
+            num_waiting=backlog.num_waiting,
+            num_running=backlog.num_begun,
+            pending_tokens=backlog.num_pending_tokens,
+            blocks=self._memory.counts(),
+            counters={
+                "prefill_computed_tokens": self.num_computed_tokens,
+                "prefill_cached_tokens": self.num_cached_tokens,
+                "prefill_fetched_tokens": self.num_fetched_tokens,
+            },
+        )
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is here at all."""
+        return not self._requests
 
     def check(self) -> None:
         """Assert that every block is accounted for, and that nothing is held for nobody."""
@@ -230,15 +237,14 @@ class PrefillScheduler:
         """Requests that hold blocks: all that do not wait."""
         return len(self._requests) - self._backlog.num_waiting
 
-    def _change(self, request: Request, change: Change) -> None:
+    def _advance(self, request: Request, event: RequestEvent) -> None:
         before = request.state
-        request.change(change)
+        request.advance(event)
         self._backlog.moved(request, before)
 
-    def _admit(self, request: Request, placement: Placement, now: float, change: Change) -> None:
+    def _admit(self, request: Request, placement: Placement, now: float) -> None:
         self._memory.grant(request, placement)
         request.admitted = now
-        self._change(request, change)
         self.num_cached_tokens += placement.num_cached_blocks * self.facts.geometry.block_size
 
     def _chunk_work(self, request: Request) -> ChunkWork:
@@ -283,7 +289,7 @@ class PrefillScheduler:
         self._tell(request.progress())
 
     def _prompt_done(self, request: Request, sampled: SampledToken, now: float) -> None:
-        self._change(request, Change.COMPUTED)
+        self._advance(request, RequestEvent.COMPUTED)
         path = request.path(self.facts.pool_id, now)
         finish = request.finish_reason(sampled.token_id, self.facts.max_model_len)
         index = request.message.num_output_tokens
@@ -296,7 +302,8 @@ class PrefillScheduler:
 
     def _fetch(self, request: Request, placement: Placement, now: float) -> None:
         """Admit it, and have a part of its prefix read from its decode pool first."""
-        self._admit(request, placement, now, Change.FETCH)
+        self._admit(request, placement, now)
+        self._advance(request, RequestEvent.FETCH)
         self._memory.begin_transfer(request, request.fetched_blocks)
         self._commands.append(request.open_fetch())
 
@@ -308,16 +315,16 @@ class PrefillScheduler:
             case TargetIsOpen() if request.state is State.FETCHING:
                 self._commands.append(request.ask_fetch())
             case TargetCommitted() if request.state is State.FETCHING:
-                self._change(request, Change.FETCHED)
+                self._advance(request, RequestEvent.FETCHED)
                 self._memory.end_transfer(request)
                 self._memory.offer(request, request.fetched_blocks)
                 num_blocks = len(request.fetched_blocks)
                 self.num_fetched_tokens += num_blocks * self.facts.geometry.block_size
             case TargetClosed() if request.state is State.RETURNING:
-                self._change(request, Change.CLOSED)
+                self._advance(request, RequestEvent.CLOSED)
                 self._memory.give_back(request)
             case TargetClosed() if request.state is State.CLOSING:
-                self._change(request, Change.CLOSED)
+                self._advance(request, RequestEvent.CLOSED)
                 self._release(request)
 
     def _on_broken(self, event: HandoffBroken) -> None:
@@ -337,7 +344,7 @@ class PrefillScheduler:
     def _give_up_fetch(self, request: Request) -> None:
         """It can still be computed, once nothing can land in its blocks any more."""
         request.may_fetch = False
-        self._change(request, Change.GIVE_UP)
+        self._advance(request, RequestEvent.GIVE_UP)
         self._memory.expect_no_more(request)
         self._commands.append(CloseTarget(*request.key))
 
@@ -346,7 +353,7 @@ class PrefillScheduler:
     def _end(self, request: Request) -> None:
         """Give a request up, from whatever state."""
         if request.state is State.WAITING:
-            self._change(request, Change.DROP)
+            self._advance(request, RequestEvent.DROP)
             self._release(request)
         elif request.state is not State.CLOSING:
             if request.state is State.FETCHING:
@@ -362,7 +369,7 @@ class PrefillScheduler:
         self._fail(request, why, no_token_message(why))
 
     def _stop(self, request: Request) -> None:
-        self._change(request, Change.CLOSE)
+        self._advance(request, RequestEvent.CLOSE)
         self._memory.expect_no_more(request)
 
     def _fail(self, request: Request, code: str, message: str) -> None:
@@ -379,7 +386,7 @@ class PrefillScheduler:
             self._tell(RequestFailed(*request.key, "handoff_failed", message))
         if request.state is State.RUNNING:
             self._stop(request)
-        self._change(request, Change.CLOSED)
+        self._advance(request, RequestEvent.CLOSED)
         self._release(request)
 
     def _release(self, request: Request) -> None:

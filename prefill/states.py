@@ -17,8 +17,6 @@ them any more, gives them back and is WAITING once again.
 
 import enum
 
-from protocol.errors import IllegalTransition
-
 
 class State(enum.Enum):
     """Where a request stands."""
@@ -32,7 +30,7 @@ class State(enum.Enum):
     RELEASED = "released"
 
 
-class Change(enum.Enum):
+class RequestEvent(enum.Enum):
     """What can happen to a request."""
 
     ADMIT = "admit"
@@ -45,32 +43,18 @@ class Change(enum.Enum):
     DROP = "drop"
 
 
-TABLE: dict[State, dict[Change, State]] = {
-    State.WAITING: {
-        Change.ADMIT: State.RUNNING,
-        Change.FETCH: State.FETCHING,
-        Change.DROP: State.RELEASED,
-    },
-    State.FETCHING: {
-        Change.FETCHED: State.RUNNING,
-        Change.GIVE_UP: State.RETURNING,
-        Change.CLOSE: State.CLOSING,
-    },
-    State.RETURNING: {Change.CLOSED: State.WAITING, Change.CLOSE: State.CLOSING},
-    State.RUNNING: {Change.COMPUTED: State.HANDING_OVER, Change.CLOSE: State.CLOSING},
-    State.HANDING_OVER: {Change.CLOSED: State.RELEASED, Change.CLOSE: State.CLOSING},
-    State.CLOSING: {Change.CLOSED: State.RELEASED},
-    State.RELEASED: {},
+TABLE: dict[tuple[State, RequestEvent], State] = {
+    (State.WAITING, RequestEvent.ADMIT): State.RUNNING,
+    (State.WAITING, RequestEvent.FETCH): State.FETCHING,
+    (State.WAITING, RequestEvent.DROP): State.RELEASED,
+    (State.FETCHING, RequestEvent.FETCHED): State.RUNNING,
+    (State.FETCHING, RequestEvent.GIVE_UP): State.RETURNING,
+    (State.FETCHING, RequestEvent.CLOSE): State.CLOSING,
+    (State.RETURNING, RequestEvent.CLOSED): State.WAITING,
+    (State.RETURNING, RequestEvent.CLOSE): State.CLOSING,
+    (State.RUNNING, RequestEvent.COMPUTED): State.HANDING_OVER,
+    (State.RUNNING, RequestEvent.CLOSE): State.CLOSING,
+    (State.HANDING_OVER, RequestEvent.CLOSED): State.RELEASED,
+    (State.HANDING_OVER, RequestEvent.CLOSE): State.CLOSING,
+    (State.CLOSING, RequestEvent.CLOSED): State.RELEASED,
 }
-
-
-def advance(state: State, change: Change) -> State:
-    """The state after ``change``.
-
-    Raises:
-        IllegalTransition: the table has no such way.
-    """
-    try:
-        return TABLE[state][change]
-    except KeyError:
-        raise IllegalTransition(f"{change.value} while {state.value}") from None

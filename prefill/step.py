@@ -7,29 +7,11 @@ work as long as it does not become longer than its longest item or its target, w
 """
 
 from collections.abc import Container, Sequence
-from dataclasses import dataclass
 
-from prefill.backlog import NUM_LOOKED_AT, Backlog
+from prefill.backlog import NUM_LOOKED_AT
 from prefill.placement import ChunkCosts, Placement
 from prefill.request import Key, Request
 from prefill.states import State
-from protocol.messages import BlockCounts
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """What the pool has to do, for its heartbeat."""
-
-    num_waiting: int
-    num_running: int
-    pending_tokens: int
-    blocks: tuple[BlockCounts, ...]
-
-    @staticmethod
-    def of(backlog: Backlog, blocks: tuple[BlockCounts, ...]) -> "Load":
-        """What is in ``backlog``, and how the pool's blocks are used."""
-        tokens = backlog.num_pending_tokens
-        return Load(backlog.num_waiting, backlog.num_begun, tokens, blocks)
 
 
 def service_order(

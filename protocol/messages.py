@@ -39,6 +39,7 @@ from protocol.request import (
 )
 
 PROTOCOL_VERSION = 3
+MAX_HASHES = 100_000  # of one CacheUpdate
 
 
 class _Message(
@@ -153,6 +154,12 @@ class CacheUpdate(_Message, frozen=True):
     evicted: tuple[bytes, ...] = ()
     tier: str = ""  # of a store: "cpu" or "disk"; "" is the memory of the device
     damaged: tuple[bytes, ...] = ()  # evicted, since the disk did not hold what was written
+
+
+def cache_updates(hashes: tuple[bytes, ...], tier: str) -> list[CacheUpdate]:
+    """All that a cache holds, in messages of a bounded size."""
+    starts = range(0, len(hashes), MAX_HASHES)
+    return [CacheUpdate(hashes[start : start + MAX_HASHES], tier=tier) for start in starts]
 
 
 class Shutdown(_Message, frozen=True):

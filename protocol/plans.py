@@ -173,4 +173,5 @@ def outcomes(results: Iterable[StepResult]) -> dict[tuple[str, int], RowResult]:
     return {(row.request_id, row.attempt): row for row in rows}
 
 
-Plan = PrefillPlan | DecodePlan | Stop
+StepPlan = PrefillPlan | DecodePlan
+Plan = StepPlan | Stop

@@ -34,7 +34,7 @@ from coordinator.joining import Terms
 from coordinator.loads import Loads
 from coordinator.losses import Patience
 from coordinator.placement import Placement
-from coordinator.records import Record, Step, as_new_token
+from coordinator.records import Record, RecordEvent, as_new_token
 from coordinator.registry import Registry
 from kvcache.prefix import block_salt, hash_blocks
 from kvtransfer.events import (
@@ -304,7 +304,7 @@ class Cluster:
         if isinstance(message, Progress):
             record.progress(message.num_done)
         else:
-            record.step(Step.COMMIT)
+            record.advance(RecordEvent.COMMIT)
 
     def _on_ticket(self, message: Ticket) -> None:
         record = self._records.get(message.request_id)
@@ -316,7 +316,7 @@ class Cluster:
         record.grant(message.num_cached_tokens)
         pool_id = self._router.choose_prefill(record, self._loads)
         if pool_id is None:
-            record.step(Step.COMPUTE_HERE)
+            record.advance(RecordEvent.COMPUTE_HERE)
             compute = ComputeHere(record.request_id, record.attempt)
             self.decode[record.decode_pool].on_event(ControlReceived(compute))
             return
@@ -332,9 +332,9 @@ class Cluster:
         served = self._served[token.request_id]
         for _ in record.accept(token):
             served.token_times_s.append(self.world.now)
-            record.step(Step.TOKEN)
+            record.advance(RecordEvent.TOKEN)
         if record.finish_reason is not None:
-            record.step(Step.END)
+            record.advance(RecordEvent.END)
             served.is_over = True
             self._num_left -= 1
             del self._records[token.request_id]

@@ -32,7 +32,7 @@ from decode.scheduler import DecodeScheduler
 from kvcache.blocks import BlockPool
 from kvtransfer.events import ControlReceived
 from protocol.messages import ComputeHere, Reserve
-from protocol.plans import SampledToken
+from protocol.plans import SampledToken, StepResult
 from protocol.request import SamplingParams
 
 NAME = "overhead"
@@ -174,9 +174,10 @@ class Timed:
         seconds = time.perf_counter() - started
         if plan is None:
             return seconds, 0
-        tokens = [SampledToken(*one.key, PLAIN_TOKEN) for one in scheduler.sampled(plan)]
+        tokens = tuple(SampledToken(*one.key, PLAIN_TOKEN) for one in scheduler.sampled(plan))
+        results = [StepResult(plan.step, 0, tokens)]
         started = time.perf_counter()
-        scheduler.update(plan, tokens, 0.0)
+        scheduler.update(plan, results, 0.0)
         seconds += time.perf_counter() - started
         scheduler.take_commands()
         return seconds, len(tokens)

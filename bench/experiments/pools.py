@@ -1,29 +1,28 @@
 """Pools on virtual time: the production schedulers as they are, and a watch in place of a device.
 
-The life of a step, as in a real leader's loop: take in what has come, ``schedule``, let the plan
-take as long as the step-time model says, ``update`` with a token for whoever is sampled. The token
-is the end of the answer when the answer has the length that was drawn for it, as an end-of-sequence
-token would be; the scheduler does not know before.
+A plan takes as long as the step-time model says, and brings a token for whoever is sampled. The
+token is the end of the answer when the answer has the length that was drawn for it, as an
+end-of-sequence token would be; the scheduler does not know before.
 """
 
-from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from random import Random
+from typing import Generic
 
 from bench.experiments.step_time import StepTime
+from bench.simulation.leader import VirtualLeader
 from bench.simulation.world import Weather, World
 from decode.batch import SchedulerLimits
 from decode.scheduler import DecodeScheduler
+from engine.leader_node import LeaderNode, P
 from kvcache.blocks import BlockPool
 from kvtransfer.events import (
     CloseSource,
     CloseTarget,
     Command,
     CommitWhenRead,
-    Event,
     OpenTargetBlocks,
     SendControl,
     SourceClosed,
@@ -63,69 +62,29 @@ class Usage:
     num_chunk_tokens: int = 0
 
 
-class VirtualPool(ABC):
-    """A leader's loop on virtual time.
+class VirtualPool(VirtualLeader[P], Generic[P]):
+    """A pool whose steps take as long as the step-time model says.
 
     Args:
         world: its clock.
-        pool_id: its name.
-        steps: how long they take.
+        node: decides.
         overhead_s: added to every step.
     """
 
-    def __init__(self, world: World, pool_id: str, steps: StepTime, overhead_s: float) -> None:
-        self.pool_id = pool_id
+    def __init__(self, world: World, node: LeaderNode[P], overhead_s: float) -> None:
+        super().__init__(world, node, TURN_S)
         self.usage = Usage()
-        self._world = world
-        self._steps = steps
         self._overhead_s = overhead_s
-        self._events: deque[Event] = deque()
-        self._is_busy = False
 
-    def on_event(self, event: Event) -> None:
-        self._events.append(event)
-        self._wake()
-
-    def _wake(self) -> None:
-        if not self._is_busy:
-            self._is_busy = True
-            self._world.at(TURN_S, self._turn)
-
-    def _turn(self) -> None:
-        while self._events:
-            self._obey(self._take(self._events.popleft()))
-        begun = self._begin()
-        if begun is None:
-            self._is_busy = False
-            if self._events:  # what the commands of this very turn have brought
-                self._wake()
-            return
-        seconds, finish = begun
-        seconds += self._overhead_s
+    def _step_s(self, plan: P) -> float:
+        seconds = self._plan_s(plan) + self._overhead_s
         self.usage.num_steps += 1
         self.usage.busy_s += seconds
-        self._world.at(seconds, partial(self._end, finish))
-
-    def _end(self, finish: Callable[[], Sequence[Command]]) -> None:
-        self._obey(finish())
-        self._is_busy = False
-        self._wake()
-
-    def _obey(self, commands: Sequence[Command]) -> None:
-        for command in commands:
-            self._do(command)
+        return seconds
 
     @abstractmethod
-    def _take(self, event: Event) -> Sequence[Command]:
-        """Hand an event to the scheduler."""
-
-    @abstractmethod
-    def _begin(self) -> tuple[float, Callable[[], Sequence[Command]]] | None:
-        """Start a step: how long it takes, and what ends it."""
-
-    @abstractmethod
-    def _do(self, command: Command) -> None:
-        """What a transfer thread would do."""
+    def _plan_s(self, plan: P) -> float:
+        """What the step-time model says of a plan."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +99,7 @@ class DecodeSetting:
     overhead_s: float = 0.0
 
 
-class VirtualDecode(VirtualPool):
+class VirtualDecode(VirtualPool[DecodePlan]):
     """A decode pool.
 
     Args:
@@ -157,28 +116,17 @@ class VirtualDecode(VirtualPool):
         lengths: dict[str, int],
         tell: Tell,
     ) -> None:  # fmt: skip
-        super().__init__(world, pool_id, steps, setting.overhead_s)
+        pool = BlockPool(setting.num_blocks, setting.block_size)
+        limits = SchedulerLimits(MAX_MODEL_LEN, setting.token_budget, setting.max_num_sequences)
+        self._scheduler = DecodeScheduler(pool, limits, FINGERPRINT)
+        super().__init__(world, self._scheduler, setting.overhead_s)
+        self.pool_id = pool_id
         self.setting = setting
+        self._steps = steps
         self._lengths = lengths
         self._tell = tell
-        limits = SchedulerLimits(MAX_MODEL_LEN, setting.token_budget, setting.max_num_sequences)
-        self._pool = BlockPool(setting.num_blocks, setting.block_size)
-        self.scheduler = DecodeScheduler(self._pool, limits, FINGERPRINT)
 
-    def _take(self, event: Event) -> Sequence[Command]:
-        self.scheduler.on_event(event, self._world.now)
-        return self.scheduler.take_commands()
-
-    def _begin(self) -> tuple[float, Callable[[], Sequence[Command]]] | None:
-        plan = self.scheduler.schedule(self._world.now)
-        self._obey(self.scheduler.take_commands())
-        if plan is None:
-            return None
-        seconds = self.plan_s(plan)
-        return seconds, partial(self._finish, plan)
-
-    def plan_s(self, plan: DecodePlan) -> float:
-        """What the step-time model says of a plan."""
+    def _plan_s(self, plan: DecodePlan) -> float:
         num_seqs = sum_kv = 0
         chunks: list[tuple[int, int]] = []
         for step in plan.sequences:
@@ -194,13 +142,12 @@ class VirtualDecode(VirtualPool):
         self.usage.num_chunk_tokens += sum(new for new, _ in chunks)
         return seconds
 
-    def _finish(self, plan: DecodePlan) -> Sequence[Command]:
+    def _execute(self, plan: DecodePlan) -> list[StepResult]:
         tokens = []
-        for sequence in self.scheduler.sampled(plan):
+        for sequence in self._scheduler.sampled(plan):
             is_last = sequence.num_generated_tokens + 1 >= self._lengths[sequence.key[0]]
             tokens.append(SampledToken(*sequence.key, LAST_TOKEN if is_last else PLAIN_TOKEN))
-        self.scheduler.update(plan, tokens, self._world.now)
-        return self.scheduler.take_commands()
+        return [StepResult(plan.step, 0, tuple(tokens))]
 
     def _do(self, command: Command) -> None:
         match command:
@@ -210,10 +157,6 @@ class VirtualDecode(VirtualPool):
                 self.on_event(TargetIsOpen(request_id, attempt))
             case CloseTarget(request_id, attempt):
                 self.on_event(TargetClosed(request_id, attempt))
-
-    def check(self) -> None:
-        """Assert that every block is accounted for."""
-        self._pool.check()
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +171,7 @@ class PrefillSetting:
     overhead_s: float = 0.0
 
 
-class VirtualPrefill(VirtualPool):
+class VirtualPrefill(VirtualPool[PrefillPlan]):
     """A prefill pool.
 
     Args:
@@ -246,10 +189,6 @@ class VirtualPrefill(VirtualPool):
         lengths: dict[str, int],
         wires: tuple[Tell, Commit],
     ) -> None:  # fmt: skip
-        super().__init__(world, pool_id, steps, setting.overhead_s)
-        self.setting = setting
-        self._lengths = lengths
-        self._tell, self._commit = wires
         facts = PoolFacts(
             pool_id=pool_id,
             geometry=Geometry(setting.cp_size, BLOCK_SIZE, setting.chunk_tokens),
@@ -262,19 +201,14 @@ class VirtualPrefill(VirtualPool):
             max_num_sequences=setting.max_num_sequences,
             step_target_s=setting.step_target_s,
         )
-        self.scheduler = PrefillScheduler(facts, steps.costs)
+        super().__init__(world, PrefillScheduler(facts, steps.costs), setting.overhead_s)
+        self.pool_id = pool_id
+        self.setting = setting
+        self._steps = steps
+        self._lengths = lengths
+        self._tell, self._commit = wires
 
-    def _take(self, event: Event) -> Sequence[Command]:
-        return self.scheduler.on_event(event, self._world.now)
-
-    def _begin(self) -> tuple[float, Callable[[], Sequence[Command]]] | None:
-        plan = self.scheduler.schedule(self._world.now)
-        self._obey(self.scheduler.take_commands())
-        if plan is None:
-            return None
-        return self.plan_s(plan), partial(self._finish, plan)
-
-    def plan_s(self, plan: PrefillPlan) -> float:
+    def _plan_s(self, plan: PrefillPlan) -> float:
         """Each rank executes its items in the plan's order; a ring starts when all of it can."""
         free_s = [0.0] * self.setting.cp_size
         for work in plan.work:
@@ -286,9 +220,9 @@ class VirtualPrefill(VirtualPool):
             self.usage.num_chunk_tokens += num_tokens
         return max(free_s)
 
-    def _finish(self, plan: PrefillPlan) -> Sequence[Command]:
+    def _execute(self, plan: PrefillPlan) -> list[StepResult]:
         tokens = tuple(self._sample(work) for work in plan.work if work.is_last)
-        return self.scheduler.update(plan, [StepResult(plan.step, 0, tokens)], self._world.now)
+        return [StepResult(plan.step, 0, tokens)]
 
     def _sample(self, work: ChunkWork) -> SampledToken:
         is_last = self._lengths[work.request_id] <= 1
@@ -303,10 +237,6 @@ class VirtualPrefill(VirtualPool):
                 self._commit(command)
             case CloseSource(request_id, attempt):
                 self.on_event(SourceClosed(request_id, attempt, False))
-
-    def check(self) -> None:
-        """Assert that every block is accounted for."""
-        self.scheduler.check()
 
 
 def seeded(*parts: object) -> Random:

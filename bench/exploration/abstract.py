@@ -14,12 +14,11 @@ import enum
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import decode.states
-import prefill.states
 from coordinator.records import TABLE as RECORD_TABLE
+from coordinator.records import RecordEvent
 from coordinator.records import State as InRecord
-from coordinator.records import Step
-from decode.states import Change as DecodeChange
+from decode.states import TABLE as DECODE_TABLE
+from decode.states import SequenceEvent
 from decode.states import State as InDecode
 from kvcache.blocks import TABLE as BLOCK_TABLE
 from kvcache.blocks import Event as OfBlock
@@ -31,11 +30,12 @@ from kvtransfer.states import (
     SourceState,
     TargetEvent,
     TargetState,
-    advance,
 )
-from prefill.states import Change as PrefillChange
+from prefill.states import TABLE as PREFILL_TABLE
+from prefill.states import RequestEvent
 from prefill.states import State as InPrefill
 from protocol.errors import IllegalTransition
+from protocol.transitions import advance
 
 _MOVING = (Block.IN_FLIGHT, Block.DRAINING)
 _SOURCE_GOES_ON = (SourceState.ANNOUNCING, SourceState.DRAINING)
@@ -62,11 +62,11 @@ class Lane(NamedTuple):
 
     def sources(self, event: SourceEvent) -> "Lane":
         assert self.source is not None
-        return self._replace(source=advance(SOURCE_TABLE, self.source, event))
+        return self._replace(source=advance(SOURCE_TABLE, self.source, event, of="a source"))
 
     def targets(self, event: TargetEvent) -> "Lane":
         assert self.target is not None
-        return self._replace(target=advance(TARGET_TABLE, self.target, event))
+        return self._replace(target=advance(TARGET_TABLE, self.target, event, of="a target"))
 
 
 class Request(NamedTuple):
@@ -83,19 +83,18 @@ class Request(NamedTuple):
     def is_active(self) -> bool:
         return self.record not in (InRecord.ENDING, InRecord.GONE)
 
-    def steps(self, step: Step) -> "Request":
-        following = RECORD_TABLE.get((self.record, step))
-        if following is None:
-            raise IllegalTransition(f"{step.value} while {self.record.value}")
-        return self._replace(record=following)
+    def steps(self, event: RecordEvent) -> "Request":
+        return self._replace(record=advance(RECORD_TABLE, self.record, event, of="a record"))
 
-    def prefills(self, change: PrefillChange) -> "Request":
+    def prefills(self, event: RequestEvent) -> "Request":
         assert self.prefilling is not None
-        return self._replace(prefilling=prefill.states.advance(self.prefilling, change))
+        after = advance(PREFILL_TABLE, self.prefilling, event, of="a prefill")
+        return self._replace(prefilling=after)
 
-    def decodes(self, change: DecodeChange) -> "Request":
+    def decodes(self, event: SequenceEvent) -> "Request":
         assert self.decoding is not None
-        return self._replace(decoding=decode.states.advance(self.decoding, change))
+        after = advance(DECODE_TABLE, self.decoding, event, of="a decode")
+        return self._replace(decoding=after)
 
     def source(self, *events: tuple[OfBlock, Block]) -> "Request":
         return self._replace(source_block=_block(self.source_block, events))
@@ -108,7 +107,7 @@ class Request(NamedTuple):
         return self._replace(lanes=tuple(sorted(lanes, key=_order)))
 
     def failed(self) -> "Request":
-        return self.steps(Step.END) if self.is_active else self
+        return self.steps(RecordEvent.END) if self.is_active else self
 
 
 def _order(lane: Lane) -> tuple[str, int, str]:
@@ -149,48 +148,48 @@ def moves(request: Request) -> Iterator[Move]:
 
 def _of_callers(r: Request) -> Iterator[Move]:
     if r.record is InRecord.NEW:
-        after = r.steps(Step.RESERVE)._replace(decoding=InDecode.QUEUED)
+        after = r.steps(RecordEvent.RESERVE)._replace(decoding=InDecode.QUEUED)
         yield Move("reserve", after)
     if r.record is InRecord.RESERVING and r.decoding is InDecode.RESERVED:
-        after = r.steps(Step.SEND_PREFILL)._replace(prefilling=InPrefill.WAITING)
+        after = r.steps(RecordEvent.SEND_PREFILL)._replace(prefilling=InPrefill.WAITING)
         yield Move("send prefill", after)
     if r.is_active and r.record is not InRecord.NEW:
-        yield Move("leave", r.steps(Step.END), is_own=False)
+        yield Move("leave", r.steps(RecordEvent.END), is_own=False)
     is_released = r.prefilling in (None, InPrefill.RELEASED)
     if r.record is InRecord.ENDING and is_released and r.decoding in (None, InDecode.RELEASED):
-        yield Move("gone", r.steps(Step.ALL_RELEASED))
+        yield Move("gone", r.steps(RecordEvent.ALL_RELEASED))
 
 
 def _of_decode(r: Request) -> Iterator[Move]:
     match r.decoding:
         case InDecode.QUEUED:
             if not r.is_active:
-                yield Move("drop", r.decodes(DecodeChange.END))
-            yield Move("grant", r.decodes(DecodeChange.GRANT).target(*_TAKE), needs="decode")
+                yield Move("drop", r.decodes(SequenceEvent.END))
+            yield Move("grant", r.decodes(SequenceEvent.GRANT).target(*_TAKE), needs="decode")
         case InDecode.OPENING | InDecode.RESERVED:
             yield from _of_open_target(r)
         case InDecode.CLOSING:
             if all(lane.target is TargetState.CLOSED for lane in r.lanes):
-                yield Move("target closed", r.decodes(DecodeChange.CLOSED).target(*_DRAIN))
+                yield Move("target closed", r.decodes(SequenceEvent.CLOSED).target(*_DRAIN))
         case InDecode.RUNNING:
-            after = r.decodes(DecodeChange.END).target(_GIVE[1])
+            after = r.decodes(SequenceEvent.END).target(_GIVE[1])
             if r.is_active:
-                after = after.steps(Step.TOKEN).steps(Step.END)
+                after = after.steps(RecordEvent.TOKEN).steps(RecordEvent.END)
             yield Move("finish", after)
 
 
 def _of_open_target(r: Request) -> Iterator[Move]:
     if not r.is_active:
-        yield Move("close target", r.decodes(DecodeChange.CLOSE))
+        yield Move("close target", r.decodes(SequenceEvent.CLOSE))
     if any(lane.target is TargetState.BROKEN for lane in r.lanes):
-        yield Move("target broken", r.decodes(DecodeChange.CLOSE).failed())
+        yield Move("target broken", r.decodes(SequenceEvent.CLOSE).failed())
     targets = {lane.target for lane in r.lanes}
     if r.decoding is InDecode.OPENING and None not in targets:
-        yield Move("opened", r.decodes(DecodeChange.OPENED))
+        yield Move("opened", r.decodes(SequenceEvent.OPENED))
     if targets == {TargetState.CLOSED}:
-        after = r.decodes(DecodeChange.COMMITTED).target(_GIVE[0])
+        after = r.decodes(SequenceEvent.COMMITTED).target(_GIVE[0])
         is_expected = after.record is InRecord.PREFILLING
-        yield Move("committed", after.steps(Step.COMMIT) if is_expected else after)
+        yield Move("committed", after.steps(RecordEvent.COMMIT) if is_expected else after)
 
 
 def _of_prefill(r: Request) -> Iterator[Move]:
@@ -198,23 +197,23 @@ def _of_prefill(r: Request) -> Iterator[Move]:
     match r.prefilling:
         case InPrefill.WAITING:
             if not r.is_active:
-                yield Move("drop", r.prefills(PrefillChange.DROP))
-            yield Move("admit", r.prefills(PrefillChange.ADMIT).source(*_TAKE), needs="prefill")
+                yield Move("drop", r.prefills(RequestEvent.DROP))
+            yield Move("admit", r.prefills(RequestEvent.ADMIT).source(*_TAKE), needs="prefill")
         case InPrefill.RUNNING | InPrefill.HANDING_OVER:
             if not r.is_active:
-                yield Move("close source", r.prefills(PrefillChange.CLOSE))
+                yield Move("close source", r.prefills(RequestEvent.CLOSE))
             if SourceState.BROKEN in sources:
-                yield Move("source broken", r.prefills(PrefillChange.CLOSE).failed())
+                yield Move("source broken", r.prefills(RequestEvent.CLOSE).failed())
             is_running = r.prefilling is InPrefill.RUNNING
             if is_running and not sources & {None, SourceState.ANNOUNCING}:
-                after = r.prefills(PrefillChange.COMPUTED)
+                after = r.prefills(RequestEvent.COMPUTED)
                 is_expected = after.record is InRecord.PREFILLING
-                yield Move("first token", after.steps(Step.TOKEN) if is_expected else after)
+                yield Move("first token", after.steps(RecordEvent.TOKEN) if is_expected else after)
             if not is_running and sources == {SourceState.CLOSED}:
-                yield Move("commit", r.prefills(PrefillChange.CLOSED).source(*_GIVE))
+                yield Move("commit", r.prefills(RequestEvent.CLOSED).source(*_GIVE))
         case InPrefill.CLOSING:
             if sources == {SourceState.CLOSED}:
-                yield Move("source closed", r.prefills(PrefillChange.CLOSED).source(*_DRAIN))
+                yield Move("source closed", r.prefills(RequestEvent.CLOSED).source(*_DRAIN))
 
 
 def _of_lane(r: Request, lane: Lane) -> Iterator[tuple[str, Lane, bool]]:

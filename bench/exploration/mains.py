@@ -1,4 +1,4 @@
-"""A leader's main thread around a real scheduler, with steps that others may overtake.
+"""A leader's main thread around a real node, with steps that others may overtake.
 
 1. Events come one by one. Between them, whatever the scheduler wants to compute begins at once.
 2. While a step is under way, events wait; the ranks' transfer threads do not.
@@ -8,7 +8,8 @@
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
-from typing import Generic, TypeVar
+from functools import partial
+from typing import Generic
 
 from bench.exploration.inputs import Compute, Computed, Message, Option, Outbox, StepEnds
 from bench.exploration.memory import BLOCK_SIZE, tag
@@ -16,19 +17,18 @@ from decode.batch import SchedulerLimits
 from decode.scheduler import DecodeScheduler
 from decode.sequence import Sequence as Decoding
 from decode.states import State as DecodeState
+from engine.leader_node import LeaderNode, P
 from kvcache.blocks import BlockPool
-from kvtransfer.events import AnnounceBlocks, AnnouncedAll, Command, Event, SendControl
-from prefill.blocks import ref_of
+from kvtransfer.events import Command, Event, SendControl
+from prefill.announcer import Announcer
 from prefill.facts import PoolFacts
-from prefill.manifest import CACHED_CHUNK, cached_blocks, moving_blocks
 from prefill.request import Request
 from prefill.scheduler import PrefillScheduler
 from prefill.states import State as PrefillState
 from protocol.kv import BlockRef
 from protocol.messages import Released
-from protocol.plans import ChunkWork, DecodePlan, PlacedBlock, PrefillPlan, SampledToken, StepResult
+from protocol.plans import ChunkWork, DecodePlan, PrefillPlan, SampledToken, StepResult
 
-P = TypeVar("P")
 VOCAB_SIZE = 1 << 16
 MAX_MODEL_LEN = 64
 FINGERPRINT = "explored"
@@ -55,10 +55,12 @@ class Main(ABC, Generic[P]):
     Args:
         name: its address.
         ranks: those of its pool's ranks, the own one first.
+        node: decides.
     """
 
-    def __init__(self, name: str, ranks: tuple[str, ...]) -> None:
+    def __init__(self, name: str, ranks: tuple[str, ...], node: LeaderNode[P]) -> None:
         self.name = name
+        self.node = node
         self.outbox: Outbox = []
         self._ranks = ranks
         self._events: deque[Event] = deque()
@@ -74,7 +76,8 @@ class Main(ABC, Generic[P]):
         del found
         plan, self._plan = self._plan, None
         assert option == StepEnds() and plan is not None
-        self._obey(self._end(plan))
+        self.node.update(plan, [StepResult(plan.step, 0, self._tokens(plan))], 0.0)
+        self._pass_on()
         self._turn()
 
     def receive(self, sender: str, message: Message) -> None:
@@ -89,19 +92,20 @@ class Main(ABC, Generic[P]):
 
     def _turn(self) -> None:
         while self._plan is None:
-            plan, commands = self._schedule()
-            self._obey(commands)
+            plan = self.node.schedule(0.0)
+            self._pass_on()
             if plan is not None:
                 self._plan = plan
                 self._begin(plan)
             elif self._events:
-                self._obey(self._on_event(self._events.popleft()))
+                self.node.on_event(self._events.popleft(), 0.0)
+                self._pass_on()
             else:
                 break
-        self.check()
+        self.node.check()
 
-    def _obey(self, commands: Sequence[Command]) -> None:
-        for command in commands:
+    def _pass_on(self) -> None:
+        for command in self.node.take_commands():
             if isinstance(command, SendControl) and isinstance(command.message, Released):
                 key = (command.message.request_id, command.message.attempt)
                 assert not self.holds(key), f"{key} is said to be released, and is not"
@@ -116,36 +120,19 @@ class Main(ABC, Generic[P]):
 
     @property
     def is_quiet(self) -> bool:
-        return self._plan is None and not self._events and self.num_held == 0
-
-    @abstractmethod
-    def _on_event(self, event: Event) -> Sequence[Command]:
-        """Hand it to the scheduler."""
-
-    @abstractmethod
-    def _schedule(self) -> tuple[P | None, Sequence[Command]]:
-        """What the scheduler wants to do next."""
+        return self._plan is None and not self._events and self.node.is_idle
 
     @abstractmethod
     def _begin(self, plan: P) -> None:
         """Have the ranks execute it."""
 
     @abstractmethod
-    def _end(self, plan: P) -> Sequence[Command]:
-        """Tell the scheduler what came of it."""
-
-    @abstractmethod
-    def check(self) -> None:
-        """Assert that every block is accounted for."""
+    def _tokens(self, plan: P) -> tuple[SampledToken, ...]:
+        """What has come of it."""
 
     @abstractmethod
     def holds(self, key: tuple[str, int]) -> bool:
         """Whether any block is held for an attempt."""
-
-    @property
-    @abstractmethod
-    def num_held(self) -> int:
-        """Attempts for which anything is held."""
 
     @abstractmethod
     def spaces(self) -> Sequence[BlockPool]:
@@ -180,65 +167,42 @@ class PrefillMain(Main[PrefillPlan]):
     """Of a prefill pool."""
 
     def __init__(self, name: str, ranks: tuple[str, ...], facts: PoolFacts) -> None:
-        super().__init__(name, ranks)
-        self._facts = facts
         self._scheduler = PrefillScheduler(facts, WholeRing())
-
-    def _on_event(self, event: Event) -> Sequence[Command]:
-        return self._scheduler.on_event(event, 0.0)
-
-    def _schedule(self) -> tuple[PrefillPlan | None, Sequence[Command]]:
-        plan = self._scheduler.schedule(0.0)
-        return plan, self._scheduler.take_commands()
+        super().__init__(name, ranks, self._scheduler)
 
     def _begin(self, plan: PrefillPlan) -> None:
+        facts = self._scheduler.facts
         for rank in range(len(self._ranks)):
-            cp_rank = rank // self._facts.tp_size
+            cp_rank = rank // facts.tp_size
             self._compute(rank, [block for work in plan.work for block in _new(work, cp_rank)])
+            announcer = Announcer(
+                partial(self._submit, rank),
+                cp_rank=cp_rank,
+                block_size=BLOCK_SIZE,
+                groups=facts.layer_groups,
+            )
             for work in plan.work:
-                self._announce(rank, cp_rank, work)
+                self._announce(announcer, work, is_in_ring=cp_rank in work.ring)
 
-    def _announce(self, rank: int, cp_rank: int, work: ChunkWork) -> None:
-        """What the runner of that rank submits, in its order."""
-        route = work.route
-        if route is None:
-            return
-        groups = self._facts.layer_groups
-        parts: list[tuple[int, range, list[PlacedBlock]]] = []
-        if cp_rank in work.ring:
-            all_layers = range(groups[0].start, groups[-1].stop)
-            parts.append((CACHED_CHUNK, all_layers, cached_blocks(work, cp_rank)))
-            moving = moving_blocks(work, cp_rank, BLOCK_SIZE)
-            parts += [(work.chunk, group, moving) for group in groups]
-        key = (work.request_id, work.attempt)
-        for chunk, layers, blocks in parts:
-            if blocks:
-                command = AnnounceBlocks(
-                    *key, route.pool_id, route.epoch, chunk, layers.start, layers.stop,
-                    tuple(block.logical for block in blocks),
-                    tuple(ref_of(block) for block in blocks),
-                )  # fmt: skip
-                self._submit(rank, command)
-        if work.is_last:
-            self._submit(rank, AnnouncedAll(*key, route.pool_id, route.epoch))
+    def _announce(self, announcer: Announcer, work: ChunkWork, *, is_in_ring: bool) -> None:
+        """As a rank's runner does."""
+        if is_in_ring:
+            announcer.cached(work)
+            on_layer_done = announcer.layer_callback(work)
+            if on_layer_done is not None:
+                for layer in range(self._scheduler.facts.layer_groups[-1].stop):
+                    on_layer_done(layer)
+        announcer.chunk_done(work)
 
-    def _end(self, plan: PrefillPlan) -> Sequence[Command]:
-        tokens = tuple(
+    def _tokens(self, plan: PrefillPlan) -> tuple[SampledToken, ...]:
+        return tuple(
             SampledToken(work.request_id, work.attempt, next_token(work.token_ids))
             for work in plan.work
             if work.is_last
         )
-        return self._scheduler.update(plan, [StepResult(0, 0, tokens)], 0.0)
-
-    def check(self) -> None:
-        self._scheduler.check()
 
     def holds(self, key: tuple[str, int]) -> bool:
         return key in self._scheduler._requests
-
-    @property
-    def num_held(self) -> int:
-        return len(self._scheduler._requests)
 
     def spaces(self) -> Sequence[BlockPool]:
         return self._scheduler._memory._blocks._spaces
@@ -284,17 +248,9 @@ class DecodeMain(Main[DecodePlan]):
     def __init__(
         self, name: str, ranks: tuple[str, ...], pool: BlockPool, limits: SchedulerLimits
     ) -> None:
-        super().__init__(name, ranks)
         self._blocks = pool
         self._scheduler = DecodeScheduler(pool, limits, FINGERPRINT)
-
-    def _on_event(self, event: Event) -> Sequence[Command]:
-        self._scheduler.on_event(event, 0.0)
-        return self._scheduler.take_commands()
-
-    def _schedule(self) -> tuple[DecodePlan | None, Sequence[Command]]:
-        plan = self._scheduler.schedule(0.0)
-        return plan, self._scheduler.take_commands()
+        super().__init__(name, ranks, self._scheduler)
 
     def _begin(self, plan: DecodePlan) -> None:
         """Prompts that are computed here are written, and so is what comes from host memory.
@@ -317,23 +273,14 @@ class DecodeMain(Main[DecodePlan]):
             for rank in range(len(self._ranks)):
                 self._compute(rank, written)
 
-    def _end(self, plan: DecodePlan) -> Sequence[Command]:
-        tokens = [
+    def _tokens(self, plan: DecodePlan) -> tuple[SampledToken, ...]:
+        return tuple(
             SampledToken(*sequence.key, next_token(sequence.tokens(0, sequence.num_tokens)))
             for sequence in self._scheduler.sampled(plan)
-        ]
-        self._scheduler.update(plan, tokens, 0.0)
-        return self._scheduler.take_commands()
-
-    def check(self) -> None:
-        self._blocks.check()
+        )
 
     def holds(self, key: tuple[str, int]) -> bool:
         return key in self._scheduler._sequences or key in self._scheduler._serving
-
-    @property
-    def num_held(self) -> int:
-        return len(self._scheduler._sequences) + len(self._scheduler._serving)
 
     def spaces(self) -> Sequence[BlockPool]:
         return [self._blocks]

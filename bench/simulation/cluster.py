@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import Any
 
 from bench.simulation.decoding import DecodeGang
 from bench.simulation.gangs import FINGERPRINT, MAX_MODEL_LEN, Gang, PrefillGang
@@ -63,10 +64,10 @@ class Cluster:
         )
         self.service = Service(config, self.registry, self._send, lambda: world.now)
         self.disk = SimulatedDisk(quota_blocks=world.random.randint(6, 40))
-        self.gangs: dict[str, Gang] = {}
+        self.gangs: dict[str, Gang[Any]] = {}
         self._lives = dict.fromkeys(self.num_blocks, 0)
         self._everyone: dict[str, Rank] = {}
-        self._peers: dict[str, tuple[Gang, Rank]] = {}
+        self._peers: dict[str, tuple[Gang[Any], Rank]] = {}
         self._serving: set[tuple[str, int]] = set()
         for pool_id in self.num_blocks:
             self.start(pool_id)
@@ -92,17 +93,14 @@ class Cluster:
         self._lives[pool_id] += 1
         spec = self.registry.pools[pool_id].spec
         kind = self._kind(spec)
-        gang: Gang
-        told: list[Callable[[ToCoordinator], None]] = []
-        gang = kind(
+        gang: Gang[Any] = kind(
             self.world, self._everyone, spec, self._lives[pool_id], self.num_blocks[pool_id],
-            lambda message: told[0](message),
+            lambda message: self._from_leader(gang, message),
         )  # fmt: skip
-        told.append(partial(self._from_leader, gang))
         self.gangs[pool_id] = gang
         self.world.note(f"{pool_id} starts for the {self._lives[pool_id]}. time")
         for rank in gang.ranks:
-            peer = f"{pool_id}/{rank.identity.rank}/{rank.identity.incarnation}"
+            peer = _peer(rank)
             self._peers[peer] = (gang, rank)
             hello = Hello(
                 PROTOCOL_VERSION, spec.role, pool_id, spec.cp_size, spec.tp_size,
@@ -112,7 +110,7 @@ class Cluster:
             )  # fmt: skip
             self._deliver(self.registry.on_hello(peer, hello, self.world.now))
 
-    def _kind(self, spec: ExpectedPool) -> Callable[..., Gang]:
+    def _kind(self, spec: ExpectedPool) -> Callable[..., Gang[Any]]:
         if spec.role == "store":
             return partial(StoreGang, self.disk)
         return DecodeGang if spec.role == "decode" else PrefillGang
@@ -167,13 +165,12 @@ class Cluster:
         match message:
             case Welcome():
                 rank.node.welcomed(message.pool_epoch)
+                gang.wake()  # what its leader has to say first of all
                 self._reply(peer, GangReady())
             case Topology():
                 rank.node.pools_changed(message.pools, self.world.now)
                 if rank.identity.is_leader:
                     gang.on_event(PoolsChanged(message.pools))
-                    for said in gang.greeting():
-                        self._from_leader(gang, said)
                 self._reply(peer, Connected(message.version))
             case _:
                 gang.on_event(ControlReceived(message))
@@ -195,16 +192,19 @@ class Cluster:
             self.service.on_pool_serving(pool_id)
         self._serving = serving
 
-    def _from_leader(self, gang: Gang, message: ToCoordinator) -> None:
+    def _from_leader(self, gang: Gang[Any], message: ToCoordinator) -> None:
         name = type(message).__name__
         if self.world.happens(self.world.weather.lost_control, f"lost {name}"):
             return
         link = ("from", gang.ranks[0].identity.incarnation)
         self.world.send(link, partial(self._at_service, gang, message))
 
-    def _at_service(self, gang: Gang, message: ToCoordinator) -> None:
+    def _at_service(self, gang: Gang[Any], message: ToCoordinator) -> None:
         """Of a gang that is lost nothing is heard any more."""
-        pool_id = gang.spec.pool_id
-        pool = self.registry.pools[pool_id]
-        if self.gangs[pool_id] is gang and pool.state is PoolState.READY:
-            self.service.on_message(pool_id, message)
+        if self.registry.pool_of(_peer(gang.ranks[0])) is not None:
+            self.service.on_message(gang.spec.pool_id, message)
+
+
+def _peer(rank: Rank) -> str:
+    """As the coordinator's socket knows it."""
+    return rank.identity.routing_id

@@ -1,44 +1,36 @@
-"""A decode gang: executes the real scheduler's plans over the simulated memories."""
-
-from collections.abc import Callable, Sequence
-from functools import partial
+"""A decode gang: executes the real node's plans over the simulated memories."""
 
 from bench.simulation.gangs import FINGERPRINT, MAX_MODEL_LEN, Gang, Key, positions_of
 from bench.simulation.model import BLOCK_SIZE, NUM_LAYERS, states, token_of
+from bench.simulation.world import World
 from decode.batch import SchedulerLimits
 from decode.scheduler import DecodeScheduler
 from kvcache.blocks import BlockPool
-from kvtransfer.events import Command, ControlReceived, Event
-from protocol.messages import BlockCounts, Reserve
-from protocol.plans import DecodePlan, SampledToken, SequenceStep, SwapBlocks
+from kvtransfer.events import ControlReceived, Event
+from protocol.messages import Reserve
+from protocol.plans import DecodePlan, SampledToken, SequenceStep, StepResult, SwapBlocks
 
 
-class DecodeGang(Gang):
+class DecodeGang(Gang[DecodePlan]):
     """A decode pool."""
 
-    def _set_up(self) -> None:
-        num_blocks = self.ranks[0].memory.layout.num_blocks
-        self._blocks = BlockPool(num_blocks, BLOCK_SIZE)
-        limits = SchedulerLimits(MAX_MODEL_LEN, 24, 8, load_piece_blocks=3)
-        self._scheduler = DecodeScheduler(self._blocks, limits, FINGERPRINT)
+    def _make_node(self, world: World) -> DecodeScheduler:
+        del world
         self._tokens: dict[Key, list[int]] = {}  # of each sequence, as far as they are known
         self._tables: dict[Key, list[int]] = {}
         self._host: dict[Key, list[list[list[bytes]]]] = {}
+        blocks = BlockPool(self.ranks[0].memory.layout.num_blocks, BLOCK_SIZE)
+        limits = SchedulerLimits(MAX_MODEL_LEN, 24, 8, load_piece_blocks=3)
+        return DecodeScheduler(blocks, limits, FINGERPRINT)
 
-    def _take(self, event: Event) -> Sequence[Command]:
+    def on_event(self, event: Event) -> None:
         match event:
-            case ControlReceived(message=Reserve() as message):
+            case ControlReceived(Reserve() as message):
                 key = (message.request_id, message.attempt)
                 self._tokens.setdefault(key, list(message.prompt_token_ids))
-        self._scheduler.on_event(event, self.world.now)
-        return self._scheduler.take_commands()
+        super().on_event(event)
 
-    def _begin(self) -> Callable[[], Sequence[Command]] | None:
-        plan = self._scheduler.schedule(self.world.now)
-        self._obey(self._scheduler.take_commands())
-        return None if plan is None else partial(self._finish, plan)
-
-    def _finish(self, plan: DecodePlan) -> Sequence[Command]:
+    def _execute(self, plan: DecodePlan) -> list[StepResult]:
         for swap in plan.swaps:
             self._swap(swap)
         for key in plan.dropped:
@@ -47,8 +39,7 @@ class DecodeGang(Gang):
         for new in plan.new:
             self._tables[new.request_id, new.attempt] = list(new.block_ids)
         tokens = [token for step in plan.sequences if (token := self._compute(step)) is not None]
-        self._scheduler.update(plan, tokens, self.world.now)
-        return self._scheduler.take_commands()
+        return [StepResult(plan.step, 0, tuple(tokens))]
 
     def _swap(self, swap: SwapBlocks) -> None:
         key = (swap.request_id, swap.attempt)
@@ -81,9 +72,3 @@ class DecodeGang(Gang):
             for logical, block in enumerate(table[: -(-end // BLOCK_SIZE)])
         )
         return SampledToken(*key, token_of(total))
-
-    def check(self) -> None:
-        self._blocks.check()
-
-    def counts(self) -> Sequence[BlockCounts]:
-        return (self._scheduler.load().blocks,)

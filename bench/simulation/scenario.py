@@ -250,11 +250,11 @@ class _Scenario:
             if not gang.is_alive:
                 left.append(f"{pool_id} is down")
                 continue
-            if not gang.is_idle:
+            if not gang.node.is_idle:
                 left.append(f"{pool_id} is not idle")
             if gang.num_open:
                 left.append(f"{pool_id} has {gang.num_open} open hand-offs")
-            for counts in gang.counts():
+            for counts in gang.node.load().blocks:
                 if counts.free + counts.cached != counts.total:
                     left.append(f"{pool_id} holds {counts}")
         return "; ".join(left)

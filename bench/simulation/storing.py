@@ -1,17 +1,15 @@
-"""A store: the real scheduler over a simulated memory, and a disk that survives it."""
+"""A store: the real node over a simulated memory, and a disk that survives it."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Never, assert_never
 
 from bench.simulation.gangs import FINGERPRINT, Gang
 from bench.simulation.model import BLOCK_SIZE, NUM_HEADS, NUM_LAYERS
+from bench.simulation.world import World
 from kvcache.blocks import BlockPool
 from kvcache.tiers.index import PackIndex
-from kvcache.tiers.pack import KVShape, PackHeader
-from kvtransfer.events import Command, Event, FromDisk
-from kvtransfer.store.jobs import (
+from kvcache.tiers.jobs import (
     DeletePacks,
     DiskDone,
     DiskJob,
@@ -20,8 +18,10 @@ from kvtransfer.store.jobs import (
     ReadPack,
     WritePack,
 )
-from kvtransfer.store.scheduler import DISK, StoreFacts, StoreScheduler
-from protocol.messages import BlockCounts, CacheUpdate, ToCoordinator
+from kvcache.tiers.pack import KVShape, PackHeader
+from kvtransfer.events import Command
+from protocol.plans import StepResult
+from store.scheduler import StoreFacts, StoreScheduler
 
 DISK_S = 0.02
 PACK_BLOCKS = 4
@@ -37,7 +37,7 @@ class SimulatedDisk:
     num_written: int = 0
 
 
-class StoreGang(Gang):
+class StoreGang(Gang[Never]):
     """A store.
 
     Args:
@@ -48,37 +48,31 @@ class StoreGang(Gang):
         self._disk = disk
         super().__init__(*arguments)
 
-    def _set_up(self) -> None:
+    def _make_node(self, world: World) -> StoreScheduler:
         memory = self.ranks[0].memory
-        block_bytes = NUM_LAYERS * memory.layout.block_bytes
-        index = PackIndex(self._disk.quota_blocks * block_bytes)
+        self._block_bytes = NUM_LAYERS * memory.layout.block_bytes
+        index = PackIndex(self._disk.quota_blocks * self._block_bytes)
         for name, (header, _) in self._disk.packs.items():
-            index.add(name, header, self.world.now)
-        self._index = index
-        self._block_bytes = block_bytes
-        self._pool = BlockPool(memory.layout.num_blocks, BLOCK_SIZE)
-        facts = StoreFacts(BLOCK_SIZE, block_bytes, PACK_BLOCKS, FINGERPRINT)
-        self._scheduler = StoreScheduler(self._pool, index, facts)
+            index.add(name, header, world.now)
+        facts = StoreFacts(BLOCK_SIZE, self._block_bytes, PACK_BLOCKS, FINGERPRINT)
+        return StoreScheduler(BlockPool(memory.layout.num_blocks, BLOCK_SIZE), index, facts)
 
-    def greeting(self) -> Sequence[ToCoordinator]:
-        """What it says when it has met the others."""
-        return [CacheUpdate(self._index.hashes, tier=DISK)]
+    def _turn(self) -> None:
+        super()._turn()
+        self.node.check()
 
-    def _take(self, event: Event) -> Sequence[Command]:
-        self._scheduler.on_event(event, self.world.now)
-        return self._scheduler.take_commands()
+    def _execute(self, plan: Never) -> list[StepResult]:
+        assert_never(plan)
 
-    def _begin(self) -> Callable[[], Sequence[Command]] | None:
-        self._scheduler.schedule(self.world.now)
-        for job in self._scheduler.take_jobs():
-            self.world.at(self.world.delay(DISK_S), partial(self._execute, job))
-        self._obey(self._scheduler.take_commands())
-        self.check()
-        return None
+    def _do(self, command: Command) -> None:
+        if isinstance(command, DiskJob):
+            self.world.at(self.world.delay(DISK_S), partial(self._use_disk, command))
+        else:
+            super()._do(command)
 
     # -- the disk ----------------------------------------------------------------------------------
 
-    def _execute(self, job: DiskJob) -> None:
+    def _use_disk(self, job: DiskJob) -> None:
         if not self.is_alive:
             return
         done: DiskDone
@@ -91,7 +85,7 @@ class StoreGang(Gang):
                 done = self._write(job)
             case ReadPack():
                 done = self._read(job)
-        self.on_event(FromDisk(done))
+        self.on_event(done)
 
     def _write(self, job: WritePack) -> PackWritten:
         for name in job.victims:
@@ -125,13 +119,3 @@ class StoreGang(Gang):
         for index, block in zip(job.indices, job.blocks, strict=True):
             memory.restore(block.block_id, found[1][index])
         return PackRead(job.number)
-
-    def check(self) -> None:
-        self._pool.check()
-
-    def counts(self) -> Sequence[BlockCounts]:
-        return (self._scheduler.counts(),)
-
-    @property
-    def is_idle(self) -> bool:
-        return self._scheduler.is_idle

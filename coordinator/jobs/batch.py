@@ -8,7 +8,8 @@ from typing import Any
 
 import msgspec
 
-from coordinator.jobs.batch_states import State, Step, advance
+from coordinator.jobs.batch_states import TABLE, BatchEvent, State
+from protocol.transitions import advance
 
 DOCUMENTS = "/v1/documents"
 ENDPOINTS = ("/v1/completions", "/v1/chat/completions", DOCUMENTS)
@@ -71,13 +72,13 @@ class Batch(msgspec.Struct, frozen=True):
     has_output: bool = False  # whether the files have been written, and have lines
     has_errors: bool = False
 
-    def stepped(self, step: Step, now: float, **changes: Any) -> "Batch":  # noqa: ANN401 - fields of this class
-        """The batch after a step.
+    def stepped(self, event: BatchEvent, now: float, **changes: Any) -> "Batch":  # noqa: ANN401 - fields of this class
+        """The batch after an event.
 
         Raises:
             IllegalTransition: the table does not have it.
         """
-        state = advance(self.state, step)
+        state = advance(TABLE, self.state, event, of=self.batch_id)
         entered = {TIMES[state]: int(now)} if state in TIMES else {}
         times = {**self.times, **entered}
         return msgspec.structs.replace(self, state=state, times=times, **changes)

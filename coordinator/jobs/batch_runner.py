@@ -31,7 +31,7 @@ from coordinator.jobs.batch import (
     answered,
 )
 from coordinator.jobs.batch_output import write_files
-from coordinator.jobs.batch_states import OPEN, RUNNING, State, Step
+from coordinator.jobs.batch_states import OPEN, RUNNING, BatchEvent, State
 from coordinator.jobs.batches import Batches, line_key
 from coordinator.jobs.gate import refusal
 from coordinator.jobs.slots import Slots
@@ -114,7 +114,7 @@ class BatchRunner:
             if batch.state not in OPEN:
                 return batch
             errors = (LineError(why.code, why.message),)
-            return batch.stepped(Step.SET_ASIDE, now, errors=errors)
+            return batch.stepped(BatchEvent.SET_ASIDE, now, errors=errors)
 
         if await self._table.find(batch_id) is not None:
             await self._table.change(batch_id, work)
@@ -152,7 +152,7 @@ class BatchRunner:
         now = self._table.clock()
 
         def work(batch: Batch) -> Batch:
-            return batch.stepped(Step.EXPIRE, now) if batch.state in RUNNING else batch
+            return batch.stepped(BatchEvent.EXPIRE, now) if batch.state in RUNNING else batch
 
         for batch_id in await self._table.expired_ids():
             await self._table.change(batch_id, work)
@@ -226,7 +226,7 @@ class BatchRunner:
         def work(found: Batch) -> Batch:
             if found.state is not State.VALIDATING:
                 return found  # cancelled meanwhile
-            return found.stepped(Step.VALID, now, num_lines=len(lines))
+            return found.stepped(BatchEvent.VALID, now, num_lines=len(lines))
 
         await self._table.change(batch.batch_id, work)
 
@@ -259,7 +259,9 @@ class BatchRunner:
         now = self._table.clock()
 
         def work(found: Batch) -> Batch:
-            return found.stepped(Step.DONE, now) if found.state is State.IN_PROGRESS else found
+            return (
+                found.stepped(BatchEvent.DONE, now) if found.state is State.IN_PROGRESS else found
+            )
 
         await self._table.change(batch.batch_id, work)
 

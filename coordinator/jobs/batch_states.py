@@ -8,8 +8,6 @@ have died of is set aside, until somebody has it tried again.
 
 import enum
 
-from protocol.errors import IllegalTransition
-
 
 class State(enum.Enum):
     VALIDATING = "validating"
@@ -24,7 +22,7 @@ class State(enum.Enum):
     CANCELLED = "cancelled"
 
 
-class Step(enum.Enum):
+class BatchEvent(enum.Enum):
     VALID = "valid"
     REFUSE = "refuse"
     DONE = "done"
@@ -40,30 +38,18 @@ RUNNING = frozenset({State.VALIDATING, State.IN_PROGRESS})
 WRITING = frozenset({State.FINALIZING, State.EXPIRING, State.CANCELLING})
 OPEN = RUNNING | WRITING  # something is still to be done
 
-TABLE: dict[tuple[State, Step], State] = {
-    (State.VALIDATING, Step.VALID): State.IN_PROGRESS,
-    (State.VALIDATING, Step.REFUSE): State.FAILED,
-    (State.IN_PROGRESS, Step.DONE): State.FINALIZING,
-    **{(state, Step.EXPIRE): State.EXPIRING for state in State if state in RUNNING},
-    **{(state, Step.CANCEL): State.CANCELLING for state in State if state in RUNNING},
-    **{(state, Step.SET_ASIDE): State.SET_ASIDE for state in State if state in OPEN},
-    (State.SET_ASIDE, Step.VALIDATE_AGAIN): State.VALIDATING,
-    (State.SET_ASIDE, Step.WRITE_AGAIN): State.FINALIZING,
-    (State.SET_ASIDE, Step.CANCEL): State.CANCELLING,
-    (State.SET_ASIDE, Step.EXPIRE): State.EXPIRING,
-    (State.FINALIZING, Step.WRITTEN): State.COMPLETED,
-    (State.EXPIRING, Step.WRITTEN): State.EXPIRED,
-    (State.CANCELLING, Step.WRITTEN): State.CANCELLED,
+TABLE: dict[tuple[State, BatchEvent], State] = {
+    (State.VALIDATING, BatchEvent.VALID): State.IN_PROGRESS,
+    (State.VALIDATING, BatchEvent.REFUSE): State.FAILED,
+    (State.IN_PROGRESS, BatchEvent.DONE): State.FINALIZING,
+    **{(state, BatchEvent.EXPIRE): State.EXPIRING for state in State if state in RUNNING},
+    **{(state, BatchEvent.CANCEL): State.CANCELLING for state in State if state in RUNNING},
+    **{(state, BatchEvent.SET_ASIDE): State.SET_ASIDE for state in State if state in OPEN},
+    (State.SET_ASIDE, BatchEvent.VALIDATE_AGAIN): State.VALIDATING,
+    (State.SET_ASIDE, BatchEvent.WRITE_AGAIN): State.FINALIZING,
+    (State.SET_ASIDE, BatchEvent.CANCEL): State.CANCELLING,
+    (State.SET_ASIDE, BatchEvent.EXPIRE): State.EXPIRING,
+    (State.FINALIZING, BatchEvent.WRITTEN): State.COMPLETED,
+    (State.EXPIRING, BatchEvent.WRITTEN): State.EXPIRED,
+    (State.CANCELLING, BatchEvent.WRITTEN): State.CANCELLED,
 }
-
-
-def advance(state: State, step: Step) -> State:
-    """The state after ``step``.
-
-    Raises:
-        IllegalTransition: the table does not have it.
-    """
-    following = TABLE.get((state, step))
-    if following is None:
-        raise IllegalTransition(f"a batch: {step.value} while {state.value}")
-    return following

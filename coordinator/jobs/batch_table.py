@@ -13,7 +13,7 @@ import msgspec
 
 from coordinator.admission import Departures, Queue
 from coordinator.jobs.batch import DOCUMENTS, Batch, Claim, Line, LineError, Result
-from coordinator.jobs.batch_states import OPEN, State, Step
+from coordinator.jobs.batch_states import OPEN, BatchEvent, State
 from coordinator.jobs.database import Database
 from coordinator.jobs.files import StoredFile, insert_file
 from protocol.errors import IllegalTransition, RequestError
@@ -304,7 +304,7 @@ class BatchTable:
         def work(batch: Batch) -> Batch:
             if batch.state is not State.VALIDATING:
                 return batch
-            return batch.stepped(Step.REFUSE, now, errors=tuple(errors))
+            return batch.stepped(BatchEvent.REFUSE, now, errors=tuple(errors))
 
         await self.change(batch_id, work)
 
@@ -320,7 +320,7 @@ class BatchTable:
                 connection,
                 batch_id,
                 lambda batch: batch.stepped(
-                    Step.WRITTEN,
+                    BatchEvent.WRITTEN,
                     now,
                     has_output=batch.output_file_id in names,
                     has_errors=batch.error_file_id in names,

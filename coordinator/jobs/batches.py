@@ -15,7 +15,7 @@ from coordinator.config import BatchLimits
 from coordinator.jobs import suspects
 from coordinator.jobs.batch import ENDPOINTS, TIMES, Batch
 from coordinator.jobs.batch_input import Inputs
-from coordinator.jobs.batch_states import RUNNING, State, Step
+from coordinator.jobs.batch_states import RUNNING, BatchEvent, State
 from coordinator.jobs.batch_table import BatchTable
 from coordinator.jobs.files import BATCH, Files, StoredFile, new_file_id
 from coordinator.jobs.gate import Gate
@@ -128,7 +128,7 @@ class Batches:
         def work(found: Batch) -> Batch:
             nonlocal was_running
             was_running = found.state in RUNNING
-            return found.stepped(Step.CANCEL, now) if was_running else found
+            return found.stepped(BatchEvent.CANCEL, now) if was_running else found
 
         batch = await self.table.change(batch_id, work)
         if was_running:
@@ -213,13 +213,13 @@ def line_key(batch_id: str, number: int | str) -> str:
     return f"{batch_id}:{number}"
 
 
-def _way_back(batch: Batch) -> Step:
+def _way_back(batch: Batch) -> BatchEvent:
     """Where a batch was when it was set aside: in an end, or at its beginning."""
     if TIMES[State.CANCELLING] in batch.times:
-        return Step.CANCEL
+        return BatchEvent.CANCEL
     if TIMES[State.EXPIRING] in batch.times:
-        return Step.EXPIRE
-    return Step.WRITE_AGAIN if batch.num_lines else Step.VALIDATE_AGAIN
+        return BatchEvent.EXPIRE
+    return BatchEvent.WRITE_AGAIN if batch.num_lines else BatchEvent.VALIDATE_AGAIN
 
 
 def _check(asked: BatchRequest) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 
 import msgspec
 
-from coordinator.jobs import states
-from coordinator.jobs.states import State, Step
+from coordinator.jobs.states import TABLE, DocumentEvent, State
 from protocol.errors import RequestError
+from protocol.transitions import advance
 
 ID_PREFIX = "doc_"
 CHAT, TEXT = "chat", "text"  # forms: see canonical.py
@@ -129,13 +129,13 @@ class Document(msgspec.Struct, frozen=True, omit_defaults=True):
         """Tokens that a question about it need not compute."""
         return self.num_blocks * self.block_size
 
-    def step(self, step: Step, **changes: Any) -> "Document":  # noqa: ANN401 - any field
-        """The document after a step.
+    def after(self, event: DocumentEvent, **changes: Any) -> "Document":  # noqa: ANN401 - any field
+        """The document after an event.
 
         Raises:
             IllegalTransition: the table does not have it.
         """
-        following = states.advance(self.state, step)
+        following = advance(TABLE, self.state, event, of=self.document_id)
         return msgspec.structs.replace(self, status=following.value, **changes)
 
 
@@ -165,13 +165,13 @@ def state_event(document: Document) -> Event:
     return Event("state", data)
 
 
-def stepped(document: Document, step: Step, **changes: Any) -> Change:  # noqa: ANN401 - any field
-    """The change that a step is.
+def stepped(document: Document, event: DocumentEvent, **changes: Any) -> Change:  # noqa: ANN401 - any field
+    """The change that an event is.
 
     Raises:
         IllegalTransition: the table does not have it.
     """
-    following = document.step(step, **changes)
+    following = document.after(event, **changes)
     return Change(following, (state_event(following),))
 
 

@@ -39,7 +39,7 @@ from coordinator.jobs.library import Library
 from coordinator.jobs.pins import Pinned, PinPolicy
 from coordinator.jobs.runner import Runner
 from coordinator.jobs.space import check_space
-from coordinator.jobs.states import FINAL, PENDING, State, Step
+from coordinator.jobs.states import FINAL, PENDING, DocumentEvent, State
 from coordinator.jobs.suspects import DOCUMENT, Name
 from coordinator.jobs.watchers import Watchers
 from coordinator.tokenizing import Prompt
@@ -257,7 +257,7 @@ class Documents:
         document = await self.get(tenant, document_id)
         try:
             document = await self.table.change(
-                document_id, lambda found: stepped(found, Step.CANCEL)
+                document_id, lambda found: stepped(found, DocumentEvent.CANCEL)
             )
         except IllegalTransition as error:
             document = await self.get(tenant, document_id)
@@ -275,7 +275,7 @@ class Documents:
         Raises:
             RequestError: ``not_resumable``: it has not.
         """
-        return await self._queue(tenant, document_id, Step.RESUME, "not_resumable")
+        return await self._queue(tenant, document_id, DocumentEvent.RESUME, "not_resumable")
 
     async def rewarm(self, tenant: str, document_id: str) -> Document:
         """Bring an evicted document back, and a ready one into a decode pool's memory.
@@ -287,7 +287,7 @@ class Documents:
         """
         document = await self.get(tenant, document_id)
         if document.state is not State.READY or not self.library.is_current(document):
-            return await self._queue(tenant, document_id, Step.REWARM, "not_rewarmable")
+            return await self._queue(tenant, document_id, DocumentEvent.REWARM, "not_rewarmable")
         prompt = await self.library.prompt(document)
         await self._ingestor.warm(
             IngestRequest(
@@ -302,20 +302,22 @@ class Documents:
         )
         return document
 
-    async def _queue(self, tenant: str, document_id: str, step: Step, code: str) -> Document:
+    async def _queue(
+        self, tenant: str, document_id: str, event: DocumentEvent, code: str
+    ) -> Document:
         await self.get(tenant, document_id)
         await self.gate.retry(Name(DOCUMENT, document_id))
 
         def work(found: Document) -> Change:
             if found.state in PENDING:  # it is on its way already
                 return Change(found)
-            return stepped(found, step, error=None, num_parse_crashes=0)
+            return stepped(found, event, error=None, num_parse_crashes=0)
 
         try:
             document = await self.table.change(document_id, work)
         except IllegalTransition as error:
             document = await self.get(tenant, document_id)
-            raise _conflict(code, document, f"{step.value} is of no use") from error
+            raise _conflict(code, document, f"{event.value} is of no use") from error
         self.runner.wake()
         return document
 

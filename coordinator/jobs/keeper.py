@@ -24,7 +24,7 @@ from coordinator.jobs.ingestor import Ingestor
 from coordinator.jobs.library import Library
 from coordinator.jobs.runner import Runner
 from coordinator.jobs.segments import READING
-from coordinator.jobs.states import PENDING, USABLE, State, Step
+from coordinator.jobs.states import PENDING, USABLE, DocumentEvent, State
 from coordinator.jobs.suspects import DOCUMENT, Work
 from protocol.errors import IllegalTransition, RequestError
 
@@ -139,7 +139,7 @@ class Keeper:
             self._ingestor.unpin(document_id)
         is_pending = document.state in PENDING
         if is_pending and document.deadline is not None and document.deadline <= now:
-            await self._change(document_id, lambda found: stepped(found, Step.EXPIRE))
+            await self._change(document_id, lambda found: stepped(found, DocumentEvent.EXPIRE))
             await self._runner.abort(document_id)
             self._ingestor.unpin(document_id)
 
@@ -200,7 +200,9 @@ class Keeper:
         warning = Event("warning", {"code": reason, "message": "its KV has gone", **more})
 
         def work(found: Document) -> Change:
-            change = stepped(found, Step.DAMAGE if reason == "damaged" else Step.EVICT)
+            change = stepped(
+                found, DocumentEvent.DAMAGE if reason == "damaged" else DocumentEvent.EVICT
+            )
             return Change(change.document, (warning, *change.events))
 
         return await self._change(document.document_id, work) or document

@@ -27,7 +27,7 @@ from coordinator.jobs.ingestor import TRY_AGAIN, Ingestor
 from coordinator.jobs.pins import PinPolicy
 from coordinator.jobs.preparing import Preparing
 from coordinator.jobs.segments import READING, Segments
-from coordinator.jobs.states import Step
+from coordinator.jobs.states import DocumentEvent
 from coordinator.jobs.suspects import DOCUMENT, Name, Work
 from coordinator.jobs.turns import FairSlots, Turn, Turns
 from protocol.errors import IllegalTransition, RequestError
@@ -95,7 +95,7 @@ class Runner:
     async def recover(self) -> None:
         """Queue what a process that has ended was working on; before ``run``."""
         for document in await self._table.with_states(states.WORKING):
-            await self._end_attempt(document.document_id, Step.REQUEUE)
+            await self._end_attempt(document.document_id, DocumentEvent.REQUEUE)
         for document_id in self._gate.set_aside(DOCUMENT):
             await self._set_aside(document_id)
 
@@ -104,7 +104,7 @@ class Runner:
         assert suspect is not None, "it is one that the gate named"
         failure = Failure.of(refusal(suspect))
         _log.warning("%s: %s", document_id, failure.message)
-        await self._end_attempt(document_id, Step.SET_ASIDE, error=failure)
+        await self._end_attempt(document_id, DocumentEvent.SET_ASIDE, error=failure)
 
     async def run(self) -> None:
         """Work until cancelled; then what runs is aborted, and stays in the database as it is."""
@@ -140,7 +140,7 @@ class Runner:
         # What could not be written when an attempt ended, for want of room on the disk.
         lost = [d for d in await self._table.with_states(states.WORKING) if self._is_idle(d)]
         for document in lost:
-            await self._end_attempt(document.document_id, Step.REQUEUE)
+            await self._end_attempt(document.document_id, DocumentEvent.REQUEUE)
         limit = self._max_of_tenant + len(self._work) + len(self._not_before)
         queued = [d for d in await self._table.queued(limit) if self._is_idle(d)]
         if not self._ingestor.is_ready:
@@ -214,7 +214,7 @@ class Runner:
     async def _prepare(self, document: Document) -> Document:
         document = await self._table.change(
             document.document_id,
-            lambda d: stepped(d, Step.START, attempt=d.attempt + 1, error=None),
+            lambda d: stepped(d, DocumentEvent.START, attempt=d.attempt + 1, error=None),
         )
         return await self._preparing.prepare(document)
 
@@ -222,7 +222,7 @@ class Runner:
         document_id = document.document_id
         document = await self._table.change(
             document_id,
-            lambda d: stepped(d, Step.TOKENIZED),
+            lambda d: stepped(d, DocumentEvent.TOKENIZED),
             lambda d, pinned: self._policy.check(d.pin, d.num_tokens, pinned),
         )
         # Whoever gets on is tried again soon.
@@ -237,25 +237,25 @@ class Runner:
         self._not_before[document_id] = time.monotonic() + delay_s
         data = {"code": error.code, "message": error.message, "retry_in_s": delay_s}
         _log.warning("%s: %s; tried again in %.1f s", document_id, error.message, delay_s)
-        await self._end_attempt(document_id, Step.REQUEUE, Event("warning", data))
+        await self._end_attempt(document_id, DocumentEvent.REQUEUE, Event("warning", data))
 
     async def _fail(self, document_id: str, failure: Failure) -> None:
         _log.warning("%s failed: %s", document_id, failure.message)
-        await self._end_attempt(document_id, Step.FAIL, error=failure)
+        await self._end_attempt(document_id, DocumentEvent.FAIL, error=failure)
         self._ingestor.unpin(document_id)
         self._forget(document_id)
 
     async def _end_attempt(
         self,
         document_id: str,
-        step: Step,
+        event: DocumentEvent,
         *events: Event,
         **changes: Any,  # noqa: ANN401 - any field
     ) -> None:
         """Take a step, unless the document was ended or deleted by its owner meanwhile."""
 
         def work(document: Document) -> Change:
-            change = stepped(document, step, **changes)
+            change = stepped(document, event, **changes)
             return Change(change.document, (*events, *change.events))
 
         try:

@@ -26,7 +26,7 @@ from coordinator.jobs.document_table import DocumentTable
 from coordinator.jobs.gate import Gate
 from coordinator.jobs.ingestor import Ingestor, IngestRequest, IngestResult
 from coordinator.jobs.library import Library
-from coordinator.jobs.states import State, Step
+from coordinator.jobs.states import DocumentEvent, State
 from coordinator.jobs.suspects import DOCUMENT, Work
 from coordinator.jobs.turns import Turn
 from coordinator.tokenizing import Prompt
@@ -97,14 +97,14 @@ class Segments:
         for _ in range(MAX_ROUNDS):
             await run.compute_missing()
             await self.table.change(
-                document.document_id, lambda found: stepped(found, Step.COMPUTED)
+                document.document_id, lambda found: stepped(found, DocumentEvent.COMPUTED)
             )
             num_stored = self.ingestor.num_stored_blocks(prompt.block_hashes)
             if num_stored >= len(prompt.block_hashes):
                 await self._finish(document.document_id, prompt)
                 return
             await self.table.change(
-                document.document_id, lambda found: stepped(found, Step.LOSE_BLOCKS)
+                document.document_id, lambda found: stepped(found, DocumentEvent.LOSE_BLOCKS)
             )
         raise RequestError(
             f"the store loses blocks of this document as fast as they come: it holds {num_stored} "
@@ -118,7 +118,12 @@ class Segments:
             now = self.table.clock()
             pin = found.pin.begin(now)
             return stepped(
-                found, Step.STORED, pin=pin, ready_at=now, num_done=found.num_tokens, error=None
+                found,
+                DocumentEvent.STORED,
+                pin=pin,
+                ready_at=now,
+                num_done=found.num_tokens,
+                error=None,
             )
 
         document = await self.table.change(document_id, work)
@@ -210,7 +215,7 @@ class _Run:
 
         def work(found: Document) -> Change:
             if found.state is not State.PREFILLING:
-                return stepped(found, Step.COMPUTED)  # raises: it was ended meanwhile
+                return stepped(found, DocumentEvent.COMPUTED)  # raises: it was ended meanwhile
             following = msgspec.structs.replace(
                 found,
                 num_done=end,

@@ -10,8 +10,6 @@ the process that worked on it, or read it, is set aside: it has FAILED, from whe
 
 import enum
 
-from protocol.errors import IllegalTransition
-
 
 class State(enum.Enum):
     QUEUED = "queued"
@@ -26,7 +24,7 @@ class State(enum.Enum):
     EXPIRED = "expired"  # its deadline came first
 
 
-class Step(enum.Enum):
+class DocumentEvent(enum.Enum):
     START = "start"
     TOKENIZED = "tokenized"
     COMPUTED = "computed"
@@ -48,36 +46,28 @@ PENDING = WORKING | {State.QUEUED}  # something is still to be done, without any
 FINAL = frozenset({State.FAILED, State.CANCELLED, State.EXPIRED})
 USABLE = frozenset({State.READY, State.EVICTED, State.DAMAGED})  # a question may name it
 
-TABLE: dict[tuple[State, Step], State] = {
-    (State.QUEUED, Step.START): State.TOKENIZING,
-    (State.TOKENIZING, Step.TOKENIZED): State.PREFILLING,
-    (State.PREFILLING, Step.COMPUTED): State.STORING,
-    (State.STORING, Step.STORED): State.READY,
-    (State.STORING, Step.LOSE_BLOCKS): State.PREFILLING,
-    (State.TOKENIZING, Step.REQUEUE): State.QUEUED,
-    (State.PREFILLING, Step.REQUEUE): State.QUEUED,
-    (State.STORING, Step.REQUEUE): State.QUEUED,
-    (State.READY, Step.EVICT): State.EVICTED,
-    (State.EVICTED, Step.REWARM): State.QUEUED,
-    (State.READY, Step.REWARM): State.QUEUED,  # as it was made it is of no use now
-    (State.READY, Step.DAMAGE): State.DAMAGED,
-    (State.DAMAGED, Step.REWARM): State.QUEUED,
-    (State.FAILED, Step.RESUME): State.QUEUED,
-    (State.CANCELLED, Step.RESUME): State.QUEUED,
-    **{(state, Step.FAIL): State.FAILED for state in State if state in PENDING},
-    **{(state, Step.SET_ASIDE): State.FAILED for state in State if state in PENDING | USABLE},
-    **{(state, Step.CANCEL): State.CANCELLED for state in State if state in PENDING},
-    **{(state, Step.EXPIRE): State.EXPIRED for state in State if state in PENDING},
+TABLE: dict[tuple[State, DocumentEvent], State] = {
+    (State.QUEUED, DocumentEvent.START): State.TOKENIZING,
+    (State.TOKENIZING, DocumentEvent.TOKENIZED): State.PREFILLING,
+    (State.PREFILLING, DocumentEvent.COMPUTED): State.STORING,
+    (State.STORING, DocumentEvent.STORED): State.READY,
+    (State.STORING, DocumentEvent.LOSE_BLOCKS): State.PREFILLING,
+    (State.TOKENIZING, DocumentEvent.REQUEUE): State.QUEUED,
+    (State.PREFILLING, DocumentEvent.REQUEUE): State.QUEUED,
+    (State.STORING, DocumentEvent.REQUEUE): State.QUEUED,
+    (State.READY, DocumentEvent.EVICT): State.EVICTED,
+    (State.EVICTED, DocumentEvent.REWARM): State.QUEUED,
+    (State.READY, DocumentEvent.REWARM): State.QUEUED,  # as it was made it is of no use now
+    (State.READY, DocumentEvent.DAMAGE): State.DAMAGED,
+    (State.DAMAGED, DocumentEvent.REWARM): State.QUEUED,
+    (State.FAILED, DocumentEvent.RESUME): State.QUEUED,
+    (State.CANCELLED, DocumentEvent.RESUME): State.QUEUED,
+    **{(state, DocumentEvent.FAIL): State.FAILED for state in State if state in PENDING},
+    **{
+        (state, DocumentEvent.SET_ASIDE): State.FAILED
+        for state in State
+        if state in PENDING | USABLE
+    },
+    **{(state, DocumentEvent.CANCEL): State.CANCELLED for state in State if state in PENDING},
+    **{(state, DocumentEvent.EXPIRE): State.EXPIRED for state in State if state in PENDING},
 }
-
-
-def advance(state: State, step: Step) -> State:
-    """The state after ``step``.
-
-    Raises:
-        IllegalTransition: the table does not have it.
-    """
-    following = TABLE.get((state, step))
-    if following is None:
-        raise IllegalTransition(f"a document: {step.value} while {state.value}")
-    return following

@@ -4,7 +4,7 @@ A store's memory is given once, to the mover's constructor; a call names pieces 
 a pack is nothing but that: block after block, layer after layer, a piece each, which lie end to end
 in the file. Who makes the plan does not know the way, and no way knows what a block is.
 
-:class:`VectoredMover` asks the kernel. :class:`kvtransfer.store.nixl_mover.NixlMover`, which is not
+:class:`VectoredMover` asks the kernel. :class:`store.nixl_mover.NixlMover`, which is not
 in this layer, asks a backend of NIXL.
 """
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from coordinator.config import CoordinatorConfig, ExpectedPool
 from coordinator.overdue import overdue, pools_to_ask
 from coordinator.paths import describe_path
-from coordinator.records import TABLE, Record, State, Step, as_new_token
+from coordinator.records import TABLE, Record, RecordEvent, State, as_new_token
 from protocol.errors import IllegalTransition
 from protocol.messages import FirstToken, NewToken
 from protocol.request import FinishReason, PrefillPath, SamplingParams
@@ -36,20 +36,20 @@ def test_nothing_is_accepted_after_the_end() -> None:
     assert mine.accept(NewToken("r", 1, 0, 5, FinishReason.STOP))
     assert not mine.accept(NewToken("r", 1, 1, 6))
     mine = record()
-    mine.step(Step.END)
+    mine.advance(RecordEvent.END)
     assert not mine.accept(NewToken("r", 1, 0, 5))
 
 
-@pytest.mark.parametrize(("state", "step"), list(itertools.product(State, Step)))
-def test_the_table_is_closed(state: State, step: Step) -> None:
+@pytest.mark.parametrize(("state", "step"), list(itertools.product(State, RecordEvent)))
+def test_the_table_is_closed(state: State, step: RecordEvent) -> None:
     mine = record()
     mine.state = state
     if (state, step) in TABLE:
-        mine.step(step)
+        mine.advance(step)
         assert mine.state is TABLE[state, step]
     else:
         with pytest.raises(IllegalTransition):
-            mine.step(step)
+            mine.advance(step)
         assert mine.state is state
 
 
@@ -81,7 +81,7 @@ def test_paths_and_pending_work() -> None:
     assert describe_path(mine).endswith("ring=4; cached=1; computed=2; moved=1")
     first = as_new_token(FirstToken("r", 1, 7, path))
     assert mine.accept(first) == [first]
-    mine.step(Step.END)
+    mine.advance(RecordEvent.END)
     mine.forget_tokens()
     assert (mine.num_prompt_tokens, len(mine.prompt_token_ids)) == (3, 0)
     assert (mine.pending_prefill_tokens, mine.pending_decode_tokens) == (0, 0)
@@ -89,10 +89,10 @@ def test_paths_and_pending_work() -> None:
 
 def test_an_attempt_after_tokens_that_the_caller_has() -> None:
     mine = record()
-    mine.step(Step.RESERVE)
+    mine.advance(RecordEvent.RESERVE)
     mine.decode_pool, mine.num_target_cached_tokens = "decode0", 1
-    mine.step(Step.COMPUTE_HERE)
-    mine.step(Step.TOKEN)
+    mine.advance(RecordEvent.COMPUTE_HERE)
+    mine.advance(RecordEvent.TOKEN)
     mine.accept(NewToken("r", 1, 0, 10))
     mine.accept(NewToken("r", 1, 2, 12))
     mine.lose_attempt("worker_lost")
@@ -102,7 +102,7 @@ def test_an_attempt_after_tokens_that_the_caller_has() -> None:
     assert (reserve.attempt, reserve.prompt_token_ids) == (2, (1, 2, 3, 10))
     assert reserve.num_output_tokens == 1
     assert mine.num_computed_tokens == 2, "as far as its caller is concerned"
-    mine.step(Step.RESERVE)
+    mine.advance(RecordEvent.RESERVE)
     mine.decode_pool, mine.num_target_cached_tokens = "decode1", 0
     assert (mine.num_attempt_tokens, mine.pending_prefill_tokens) == (4, 4)
     mine.prefill_pool = "prefill0"
@@ -118,7 +118,7 @@ def test_an_attempt_after_tokens_that_the_caller_has() -> None:
 def test_what_is_overdue() -> None:
     config = CoordinatorConfig("t", "arithmetic", (ExpectedPool("d", "decode", 1, 1),))
     mine = record()
-    mine.step(Step.RESERVE)
+    mine.advance(RecordEvent.RESERVE)
     mine.decode_pool = "d"
     mine.holders = {("d", 1)}
     assert overdue(mine, config, 100.0) is None

@@ -1,14 +1,14 @@
-"""The coordinator's service with real schedulers of real pools, in memory, in any order of events.
+"""The coordinator's service with real leader and rank nodes, in memory, in any order of events.
 
-What is played here: the ranks, whose KV of a token is ``(position, token)`` and whose next token is
-a function of all KV that they see; the transfer threads, block by block; the control plane, one
-queue in each direction of each pool; deaths and restarts. Nothing happens but one thing at a time,
-and which, the test chooses.
+What is played here: the memory of the ranks, whose KV of a token is ``(position, token)`` and whose
+next token is a function of all KV that they see; one queue in each direction of each pool to the
+coordinator, and one from each rank to each other; reads, which land when it is their turn; deaths
+and restarts. Nothing happens but one thing at a time, and which, the test chooses.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from coordinator.config import CoordinatorConfig, ExpectedPool
@@ -22,33 +22,21 @@ from coordinator.service import Service
 from coordinator.slices import at_once
 from decode.batch import SchedulerLimits
 from decode.scheduler import DecodeScheduler
+from engine.rank_node import RankNode
 from kvcache.blocks import BlockPool
 from kvcache.prefix import block_salt, hash_blocks
-from kvtransfer.events import (
-    AskFetch,
-    CloseSource,
-    CloseTarget,
-    Command,
-    CommitWhenRead,
-    ControlReceived,
-    Event,
-    FetchAsked,
-    HandoffBroken,
-    OpenTargetBlocks,
-    PoolsChanged,
-    RefuseFetch,
-    SendControl,
-    ServeBlocks,
-    SourceClosed,
-    TargetClosed,
-    TargetCommitted,
-    TargetIsOpen,
-)
+from kvtransfer.actions import StartRead
+from kvtransfer.events import ControlReceived, Event, PoolsChanged, SendControl
+from kvtransfer.handoffs import HandoffPolicy
+from kvtransfer.identity import PeerName, RankIdentity
+from kvtransfer.plan import Run
+from prefill.announcer import Announcer
 from prefill.facts import PoolFacts
-from prefill.manifest import cached_blocks, layer_groups, moving_blocks
+from prefill.manifest import layer_groups
 from prefill.placement import Geometry
 from prefill.scheduler import PrefillScheduler
-from protocol.kv import KVLayout, PoolEndpoint, RankEndpoint
+from protocol.handoff import HandoffMessage
+from protocol.kv import KVLayout, PoolEndpoint
 from protocol.messages import (
     PROTOCOL_VERSION,
     Connected,
@@ -58,13 +46,23 @@ from protocol.messages import (
     ToCoordinator,
     ToRank,
 )
-from protocol.plans import ChunkWork, FailedRow, PrefillPlan, SampledToken, StepResult
-from protocol.request import NoToken, SamplingParams, TransferStats
+from protocol.plans import (
+    ChunkWork,
+    DecodePlan,
+    FailedRow,
+    PrefillPlan,
+    RowResult,
+    SampledToken,
+    StepResult,
+)
+from protocol.request import NoToken, SamplingParams
 from tests.decode.fake_cluster import NAN, FakeRank, next_token, reference
 
 Key = tuple[str, int]
 BLOCK_SIZE = 4
 FINGERPRINT = "model"
+POLICY = HandoffPolicy("memory", checksum="off", lease_s=30.0, max_reads=4)
+GROUPS = layer_groups(1, 1)
 Slots = dict[tuple[int, int], tuple[int, int]]  # (block, offset) -> (position, token)
 
 
@@ -81,57 +79,120 @@ class Costs:
         return ring_sizes if new + cached > 24 else ring_sizes[:1]
 
 
-@dataclass
-class Handoff:
-    """What the transfer threads of both sides know of one."""
+class Rank:
+    """One rank: its node, and its memory, in which every slot says what was written there."""
 
-    source: str = ""
-    target: str = ""
-    blocks: dict[int, tuple[int, int]] = field(default_factory=dict)  # where each is to lie
-    announced: dict[int, tuple[int, int]] = field(default_factory=dict)  # (cp rank, block)
-    read: set[int] = field(default_factory=set)
-    commit: CommitWhenRead | None = None
-    is_source_closed: bool = False
-    is_target_closed: bool = False
-    is_broken: bool = False
+    def __init__(
+        self, cluster: "WholeCluster", identity: RankIdentity, num_blocks: int, slots: Slots
+    ) -> None:
+        self.cluster = cluster
+        self.identity = identity
+        self.slots = slots
+        self.layout = KVLayout(1, num_blocks, 1, 0, 1, BLOCK_SIZE, 1, "float32")
+        self.node = RankNode(identity, self.layout, self, self, POLICY)
+        self.events: deque[Event] = deque()  # for its main thread
+        self.announcer = Announcer(
+            lambda command: self.node.command(command, cluster.now),
+            cp_rank=identity.cp_rank,
+            block_size=BLOCK_SIZE,
+            groups=GROUPS,
+        )
+
+    def source_checksum(self, runs: Sequence[Run]) -> int:
+        raise AssertionError(f"nothing is summed here: {runs}")
+
+    target_checksum = source_checksum
+
+    def send(self, peer: PeerName, message: HandoffMessage) -> None:
+        endpoint = self.node.around.endpoint(peer)
+        if endpoint is not None:
+            link = (self.identity.incarnation, endpoint.incarnation)
+            self.cluster.links.setdefault(link, deque()).append(message)
+
+    def read(self, read: StartRead) -> None:
+        self.cluster.reads.append(Reading(self, read))
+
+    def emit(self, event: Event) -> None:
+        self.events.append(event)
+
+    @property
+    def endpoint(self) -> Any:
+        return self.identity.endpoint(self.layout)
+
+    def land(self, read: StartRead, source: "Rank", *, is_spoilt: bool) -> None:
+        """The bytes of a read arrive, as they are at the source at this moment."""
+        size = self.layout.block_bytes
+        for run in read.runs:
+            for at in range(0, run.num_bytes, size):
+                block, to_block = (run.source_offset + at) // size, (run.target_offset + at) // size
+                for offset in range(BLOCK_SIZE):
+                    value = source.slots.get((block, offset))
+                    if value is not None:
+                        value = (value[0], NAN) if is_spoilt else value
+                        self.slots[to_block, offset] = value
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A read in flight."""
+
+    rank: Rank
+    read: StartRead
+
+
+Link = tuple[str, str]  # incarnations of a sender and of a receiver
 
 
 class Pool:
     """One life of a pool."""
 
-    def __init__(self, spec: ExpectedPool, epoch: int, num_blocks: int) -> None:
-        self.spec, self.epoch = spec, epoch
-        self.events: deque[Event] = deque()
+    def __init__(self, cluster: "WholeCluster", spec: ExpectedPool, life: int) -> None:
+        self.spec = spec
         self.to_coordinator: deque[ToCoordinator] = deque()
-        self.memory: dict[int, Slots] = {cp: {} for cp in range(spec.cp_size)}
-        self.scheduler: Any
+        num_blocks = cluster.num_blocks[spec.pool_id]
+        self.played = FakeRank(BLOCK_SIZE)  # executes the plans of a decode pool
+        self.ranks = [
+            Rank(
+                cluster,
+                RankIdentity(
+                    spec.role, spec.pool_id, rank, spec.cp_size, 1, f"{spec.pool_id}{rank}.{life}"
+                ),
+                num_blocks,
+                self.played.slots if spec.role == "decode" else {},
+            )
+            for rank in range(spec.num_ranks)
+        ]
+        self.node: Any
         if spec.role == "decode":
             self.blocks = BlockPool(num_blocks, BLOCK_SIZE)
             limits = SchedulerLimits(1000, 16, 4)
-            self.scheduler = DecodeScheduler(self.blocks, limits, FINGERPRINT)
-            self.rank = FakeRank(BLOCK_SIZE)
-            self.memory[0] = self.rank.slots
+            self.node = DecodeScheduler(self.blocks, limits, FINGERPRINT)
         else:
             facts = PoolFacts(
                 pool_id=spec.pool_id,
                 geometry=Geometry(spec.cp_size, BLOCK_SIZE, 8),
                 tp_size=1,
                 num_blocks=num_blocks,
-                layer_groups=layer_groups(2, 1),
+                layer_groups=GROUPS,
                 model_fingerprint=FINGERPRINT,
                 vocab_size=1000,
                 max_model_len=1000,
                 max_num_sequences=4,
                 step_target_s=0.01,
             )
-            self.scheduler = PrefillScheduler(facts, Costs())
+            self.node = PrefillScheduler(facts, Costs())
+
+    @property
+    def events(self) -> deque[Event]:
+        """For the main thread of its leader."""
+        return self.ranks[0].events
 
     def kv(self, places: Sequence[tuple[int, int]], num_tokens: int) -> list[tuple[int, int]]:
         """What is found at the blocks ``(cp rank, block)`` of a sequence."""
         found = []
         for position in range(num_tokens):
             cp_rank, block_id = places[position // BLOCK_SIZE]
-            found.append(self.memory[cp_rank][block_id, position % BLOCK_SIZE])
+            found.append(self.ranks[cp_rank].slots[block_id, position % BLOCK_SIZE])
         assert [position for position, _ in found] == list(range(num_tokens)), "a stale slot"
         return found
 
@@ -172,7 +233,8 @@ class WholeCluster:
         self.service = Service(self.config, self.registry, self._send, lambda: self.now, spread)
         self.pools: dict[str, Pool] = {}
         self.to_pools: dict[str, deque[ToRank]] = {}
-        self.handoffs: dict[tuple[Key, bool], Handoff] = {}  # True: a fetch
+        self.links: dict[Link, deque[HandoffMessage]] = {}
+        self.reads: list[Reading] = []
         self.records: dict[str, Record] = {}
         self.deliveries: dict[str, Delivery] = {}
         self.prompts: dict[str, tuple[int, ...]] = {}
@@ -215,17 +277,15 @@ class WholeCluster:
         """It comes up, for the first time or again, and serves."""
         spec = self.specs[pool_id]
         life = self.num_lives[pool_id] = self.num_lives.get(pool_id, 0) + 1
-        layout = KVLayout(2, self.num_blocks[pool_id], 1, 0, 1, BLOCK_SIZE, 2, "float32")
-        for rank in range(spec.num_ranks):
-            endpoint = RankEndpoint(rank, rank, 0, f"{pool_id}{rank}.{life}", "", layout)
-            gang = GangAddress("", "") if rank == 0 else None
-            where = (spec.role, pool_id, spec.cp_size, 1, endpoint, FINGERPRINT, 1000, gang)
-            hello = Hello(PROTOCOL_VERSION, *where)
-            self.registry.on_hello(f"{pool_id}/{rank}/{life}", hello, self.now)
-        for rank in range(spec.num_ranks):
-            self.registry.on_gang_ready(f"{pool_id}/{rank}/{life}", GangReady(), self.now)
-        epoch = self.registry.pools[pool_id].epoch
-        self.pools[pool_id] = Pool(spec, epoch, self.num_blocks[pool_id])
+        pool = Pool(self, spec, life)
+        for rank in pool.ranks:
+            gang = GangAddress("", "") if rank.identity.is_leader else None
+            where = (spec.role, pool_id, spec.cp_size, 1, rank.endpoint, FINGERPRINT, 1000, gang)
+            self.registry.on_hello(_peer(rank), Hello(PROTOCOL_VERSION, *where), self.now)
+        for rank in pool.ranks:
+            self.registry.on_gang_ready(_peer(rank), GangReady(), self.now)
+            rank.node.welcomed(self.registry.pools[pool_id].epoch)
+        self.pools[pool_id] = pool
         self.to_pools[pool_id] = deque()
         self._tell_pools()
         for peer in list(self.registry._peers):
@@ -234,24 +294,29 @@ class WholeCluster:
 
     def kill_pool(self, pool_id: str) -> None:
         """It is gone, with all that it has not said; the coordinator notices at once."""
+        gone = {rank.identity.incarnation for rank in self.pools[pool_id].ranks}
         del self.pools[pool_id], self.to_pools[pool_id]
+        self.links = {link: queue for link, queue in self.links.items() if not gone & set(link)}
+        self.reads = [one for one in self.reads if one.rank.identity.incarnation not in gone]
         self.registry.lose(pool_id, "killed")
-        for (key, is_fetch), handoff in self.handoffs.items():
-            if pool_id == handoff.source:
-                handoff.is_source_closed = True
-                self._break(key, is_fetch, handoff, "target", f"{pool_id} is gone")
-            if pool_id == handoff.target:
-                handoff.is_target_closed = True
-                self._break(key, is_fetch, handoff, "source", f"{pool_id} is gone")
         self._tell_pools()
         self.service.on_pool_lost(pool_id)
 
     def _tell_pools(self) -> None:
         endpoints = tuple(
-            PoolEndpoint(pool_id, pool.spec.role, pool.epoch, pool.spec.cp_size, 1, ())
+            PoolEndpoint(
+                pool_id,
+                pool.spec.role,
+                self.registry.pools[pool_id].epoch,
+                pool.spec.cp_size,
+                1,
+                tuple(rank.endpoint for rank in pool.ranks),
+            )
             for pool_id, pool in self.pools.items()
         )
         for pool in self.pools.values():
+            for rank in pool.ranks:
+                rank.node.pools_changed(endpoints, self.now)
             pool.events.append(PoolsChanged(endpoints))
 
     def _send(self, pool_id: str, message: ToRank) -> None:
@@ -268,6 +333,9 @@ class WholeCluster:
 
     def sweep(self, seconds: float = 1.0) -> list[tuple[str, str]]:
         self.now += seconds
+        for pool in self.pools.values():
+            for rank in pool.ranks:
+                rank.node.tick(self.now)
         return self.service.sweep(self.now)
 
     # -- a step ------------------------------------------------------------------------------------
@@ -277,31 +345,20 @@ class WholeCluster:
         pool = self.pools[pool_id]
         is_idle = not pool.events
         while pool.events:
-            event = pool.events.popleft()
-            if pool.spec.role == "decode":
-                pool.scheduler.on_event(event, self.now)
-                self._obey(pool_id, pool.scheduler.take_commands())
-            else:
-                self._obey(pool_id, pool.scheduler.on_event(event, self.now))
-        plan = pool.scheduler.schedule(self.now)
-        self._obey(pool_id, pool.scheduler.take_commands())
+            pool.node.on_event(pool.events.popleft(), self.now)
+            self._obey(pool_id)
+        plan = pool.node.schedule(self.now)
+        self._obey(pool_id)
         if plan is None:
             return not is_idle
-        if pool.spec.role == "decode":
-            sampled = pool.scheduler.sampled(plan)
-            keys = {(s.request_id, s.attempt) for s in plan.sequences}
-            if self._is_poisoned(pool_id, {key[0] for key in keys}):
-                return True
-            pool.rank.is_broken = pool_id in self.broken
-            tokens = pool.rank.execute(plan, sampled)
-            pool.scheduler.update(plan, tokens, self.now)
-            self._obey(pool_id, pool.scheduler.take_commands())
-            pool.blocks.check()
-        else:
-            if self._is_poisoned(pool_id, {work.request_id for work in plan.work}):
-                return True
-            self._prefill(pool_id, plan)
-            pool.scheduler.check()
+        is_decode = pool.spec.role == "decode"
+        names = {item.request_id for item in (plan.sequences if is_decode else plan.work)}
+        if self._is_poisoned(pool_id, names):
+            return True
+        rows = self._decode(pool_id, plan) if is_decode else self._prefill(pool_id, plan)
+        pool.node.update(plan, [StepResult.of(plan.step, 0, rows, 0.0)], self.now)
+        self._obey(pool_id)
+        pool.node.check()
         return True
 
     def _is_poisoned(self, pool_id: str, names: set[str]) -> bool:
@@ -313,173 +370,85 @@ class WholeCluster:
         self.kill_pool(pool_id)
         return True
 
-    def _prefill(self, pool_id: str, plan: PrefillPlan) -> None:
+    def _decode(self, pool_id: str, plan: DecodePlan) -> list[RowResult]:
         pool = self.pools[pool_id]
-        tokens, failed = [], []
+        pool.played.is_broken = pool_id in self.broken
+        return pool.played.execute(plan, pool.node.sampled(plan))
+
+    def _prefill(self, pool_id: str, plan: PrefillPlan) -> list[RowResult]:
+        pool = self.pools[pool_id]
+        rows: list[RowResult] = []
         for work in plan.work:
             for position, token_id in enumerate(work.token_ids, work.start):
                 block = work.blocks[position // BLOCK_SIZE]
                 slot = (block.block_id, position % BLOCK_SIZE)
                 value = NAN if pool_id in self.broken else token_id
-                pool.memory[block.cp_rank][slot] = (position, value)
+                pool.ranks[block.cp_rank].slots[slot] = (position, value)
             self._announce(pool, work)
             if self.is_read_at_once:
-                self._read_all((work.request_id, work.attempt))
+                self.move_all()
             places = [(block.cp_rank, block.block_id) for block in work.blocks]
             kv = pool.kv(places, work.start + len(work.token_ids))
             if any(token_id == NAN for _, token_id in kv):
-                failed.append(FailedRow(work.request_id, work.attempt, NoToken.NON_FINITE))
+                rows.append(FailedRow(work.request_id, work.attempt, NoToken.NON_FINITE))
             elif work.is_last:
-                tokens.append(SampledToken(work.request_id, work.attempt, next_token(kv)))
-        results = [StepResult(plan.step, 0, tuple(tokens), failed=tuple(failed))]
-        self._obey(pool_id, pool.scheduler.update(plan, results, self.now))
-
-    def _read_all(self, key: Key) -> None:
-        handoff = self.handoffs.get((key, False))
-        while handoff is not None and handoff.commit is None and self._can_move(handoff):
-            if handoff.read == handoff.announced.keys():
-                return
-            self.move((key, False))
-
-    def _announce(self, pool: Pool, work: ChunkWork) -> None:
-        handoff = self.handoffs.get(((work.request_id, work.attempt), False))
-        if handoff is None or work.route is None or handoff.is_source_closed:
-            return
-        handoff.source = pool.spec.pool_id
-        for cp_rank in range(pool.spec.cp_size):
-            for block in (
-                *cached_blocks(work, cp_rank),
-                *moving_blocks(work, cp_rank, BLOCK_SIZE),
-            ):
-                assert block.logical not in handoff.announced
-                handoff.announced[block.logical] = (cp_rank, block.block_id)
-
-    # -- the transfer threads ----------------------------------------------------------------------
-
-    def _obey(self, pool_id: str, commands: Sequence[Command]) -> None:
-        pool = self.pools[pool_id]
-        is_decode = pool.spec.role == "decode"
-        for command in commands:
-            if isinstance(command, SendControl):
-                pool.to_coordinator.append(command.message)
-                continue
-            key: Key = (command.request_id, command.attempt)  # type: ignore[union-attr]
-            match command:
-                case OpenTargetBlocks():
-                    self._open_target(pool_id, command)
-                case CommitWhenRead():
-                    self.handoffs[key, False].commit = command
-                    self.handoffs[key, False].source = pool_id
-                case AskFetch():
-                    self._ask(pool_id, command)
-                case ServeBlocks():
-                    self._serve(pool_id, command)
-                case RefuseFetch():
-                    self._event(command.target_pool_id, HandoffBroken(*key, "target", "refused"))
-                case CloseTarget():
-                    self._close_target(pool_id, key, self.handoffs[key, not is_decode])
-                case CloseSource():
-                    self._close_source(pool_id, key, is_fetch=is_decode)
-
-    def _open_target(self, pool_id: str, command: OpenTargetBlocks) -> None:
-        key = (command.request_id, command.attempt)
-        handoff = Handoff(target=pool_id)
-        owners = command.owners or (0,) * len(command.blocks)
-        for index, (ref, cp_rank) in enumerate(zip(command.blocks, owners, strict=True)):
-            handoff.blocks[command.first_logical + index] = (cp_rank, ref.block_id)
-        self.handoffs[key, self.specs[pool_id].role == "prefill"] = handoff
-        self._event(pool_id, TargetIsOpen(*key))
-
-    def _serve(self, pool_id: str, command: ServeBlocks) -> None:
-        key = (command.request_id, command.attempt)
-        handoff = self.handoffs[key, True]
-        if handoff.is_target_closed:
-            self._event(pool_id, HandoffBroken(*key, "source", "closed"))
-            return
-        handoff.source = pool_id
-        for index, ref in enumerate(command.blocks):
-            handoff.announced[command.first_logical + index] = (0, ref.block_id)
-
-    def _event(self, pool_id: str, event: Event) -> None:
-        if pool_id in self.pools:
-            self.pools[pool_id].events.append(event)
-
-    def _ask(self, pool_id: str, command: AskFetch) -> None:
-        key = (command.request_id, command.attempt)
-        source = self.pools.get(command.source_pool_id)
-        if source is None or source.epoch != command.source_epoch:
-            self._event(pool_id, HandoffBroken(*key, "target", "gone"))
-            return
-        epoch = self.pools[pool_id].epoch
-        asked = FetchAsked(*key, pool_id, epoch, command.first_logical, command.owners)
-        source.events.append(asked)
-
-    def _close_target(self, pool_id: str, key: Key, handoff: Handoff) -> None:
-        is_fetch = self.pools[pool_id].spec.role == "prefill"
-        num_whole = 0
-        if not handoff.is_target_closed:
-            handoff.is_target_closed = True
-            for logical in sorted(handoff.blocks):
-                if logical not in handoff.read:
-                    break
-                num_whole += 1
-            if handoff.source and not handoff.is_source_closed:
-                self._break(key, is_fetch, handoff, "source", "the target has closed it")
-        self._event(pool_id, TargetClosed(*key, num_whole))
-
-    def _close_source(self, pool_id: str, key: Key, *, is_fetch: bool) -> None:
-        handoff = self.handoffs.get((key, is_fetch))
-        if handoff is not None and not handoff.is_source_closed:
-            handoff.is_source_closed = True
-            if not handoff.is_target_closed:
-                self._break(key, is_fetch, handoff, "target", "given up by its source")
-        elif handoff is not None and handoff.commit is not None and not handoff.is_broken:
-            return  # it has been committed: that was said
-        self._event(pool_id, SourceClosed(*key, committed=False))
-
-    def _break(self, key: Key, is_fetch: bool, handoff: Handoff, side: str, reason: str) -> None:
-        del is_fetch
-        handoff.is_broken = True
-        pool_id = handoff.target if side == "target" else handoff.source
-        is_closed = handoff.is_target_closed if side == "target" else handoff.is_source_closed
-        if not is_closed:
-            self._event(pool_id, HandoffBroken(*key, side, reason))
-
-    def moving(self) -> list[tuple[Key, bool]]:
-        """Hand-offs of which a block can be read, or that can be committed."""
-        return [name for name, handoff in self.handoffs.items() if self._can_move(handoff)]
+                rows.append(SampledToken(work.request_id, work.attempt, next_token(kv)))
+        return rows
 
     @staticmethod
-    def _can_move(handoff: Handoff) -> bool:
-        if handoff.is_source_closed or handoff.is_target_closed or not handoff.source:
-            return False
-        return bool(handoff.announced.keys() - handoff.read) or (
-            handoff.commit is not None or handoff.blocks.keys() <= handoff.read
-        )
+    def _announce(pool: Pool, work: ChunkWork) -> None:
+        """As the runner of each rank does."""
+        for rank in pool.ranks:
+            if rank.identity.cp_rank in work.ring:
+                rank.announcer.cached(work)
+                on_layer_done = rank.announcer.layer_callback(work)
+                if on_layer_done is not None:
+                    on_layer_done(0)
+            rank.announcer.chunk_done(work)
 
-    def move(self, name: tuple[Key, bool]) -> None:
-        """One block is read and confirmed, or the whole is committed."""
-        (key, is_fetch), handoff = name, self.handoffs[name]
-        source, target = self.pools[handoff.source], self.pools[handoff.target]
-        unread = sorted(handoff.announced.keys() - handoff.read)
-        if unread:
-            logical = unread[0]
-            from_cp, from_block = handoff.announced[logical]
-            to_cp, to_block = handoff.blocks[logical]
-            for offset in range(BLOCK_SIZE):
-                value = source.memory[from_cp].get((from_block, offset))
-                if value is not None:
-                    if (handoff.source, handoff.target) in self.broken_links:
-                        value = (value[0], NAN)
-                    target.memory[to_cp][to_block, offset] = value
-            handoff.read.add(logical)
-            return
-        handoff.is_source_closed = handoff.is_target_closed = True
-        commit = handoff.commit
-        num_tokens, first = (commit.num_tokens, commit.first_token_id) if commit else (0, 0)
-        assert is_fetch or handoff.blocks.keys() <= handoff.read, "committed, and not whole"
-        source.events.append(SourceClosed(*key, committed=True))
-        target.events.append(TargetCommitted(*key, num_tokens, first, TransferStats()))
+    def _obey(self, pool_id: str) -> None:
+        pool = self.pools[pool_id]
+        for command in pool.node.take_commands():
+            if isinstance(command, SendControl):
+                pool.to_coordinator.append(command.message)
+            else:
+                pool.ranks[0].node.command(command, self.now)
+
+    # -- between ranks -----------------------------------------------------------------------------
+
+    def moving(self) -> list[Link | Reading]:
+        """Links on which a message waits, and reads that can land."""
+        return [*(link for link, queue in self.links.items() if queue), *self.reads]
+
+    def move(self, what: Link | Reading) -> None:
+        """The next message of a link arrives, or the bytes of a read do."""
+        ranks = {r.identity.incarnation: r for pool in self.pools.values() for r in pool.ranks}
+        if isinstance(what, Reading):
+            self.reads.remove(what)
+            source = ranks.get(what.read.incarnation)
+            if source is not None:
+                link = (source.identity.pool_id, what.rank.identity.pool_id)
+                what.rank.land(what.read, source, is_spoilt=link in self.broken_links)
+            is_done = source is not None
+            what.rank.node.read_ended(what.read.read_id, self.now, is_done=is_done)
+        elif queue := self.links.get(what):
+            sender, receiver = (ranks[incarnation] for incarnation in what)
+            receiver.node.message(sender.identity.name, queue.popleft(), self.now)
+
+    def move_all(self) -> None:
+        while moving := self.moving():
+            self.move(moving[0])
+
+    def num_arrived(self, key: Key) -> int:
+        """Leading blocks of a hand-off into a decode pool that are read and confirmed."""
+        for pool in self.pools.values():
+            handoff = pool.ranks[0].node.handoffs.target._handoffs.get(key)
+            if handoff is not None and pool.spec.role == "decode":
+                count = 0
+                while handoff.first_logical + count in handoff.covered:
+                    count += 1
+                return count
+        return 0
 
     # -- the end -----------------------------------------------------------------------------------
 
@@ -492,7 +461,7 @@ class WholeCluster:
             if pool.to_coordinator:
                 actions.append(lambda pool_id=pool_id: self.deliver_to_coordinator(pool_id))
             actions.append(lambda pool_id=pool_id: self.step(pool_id))
-        actions += [lambda name=name: self.move(name) for name in self.moving()]
+        actions += [lambda what=what: self.move(what) for what in self.moving()]
         if self.slices:
             actions.append(self.slice)
         return actions
@@ -511,9 +480,7 @@ class WholeCluster:
                 self.step(pool_id)
             while pool_id in self.pools and self.pools[pool_id].to_coordinator:
                 self.deliver_to_coordinator(pool_id)
-        for name in self.moving():
-            while name in self.moving():
-                self.move(name)
+        self.move_all()
 
     def settle(self, max_rounds: int = 3000) -> None:
         """Let everything go on, in turn, until all requests are gone."""
@@ -529,8 +496,7 @@ class WholeCluster:
             for pool_id in self.pools:
                 self.step(pool_id)
         for pool_id, pool in self.pools.items():
-            load = pool.scheduler.load()
-            spaces = (load.blocks,) if pool.spec.role == "decode" else load.blocks
+            spaces = pool.node.load().blocks
             assert all(s.free + s.cached == s.total for s in spaces), (pool_id, spaces)
 
     def assert_loads(self) -> None:
@@ -566,8 +532,13 @@ class WholeCluster:
         """No pool has KV that is not finite where a later prompt would find it."""
         for pool_id, pool in self.pools.items():
             is_decode = pool.spec.role == "decode"
-            spaces = [pool.blocks] if is_decode else pool.scheduler._memory._blocks._spaces
+            spaces = [pool.blocks] if is_decode else pool.node._memory._blocks._spaces
             for cp_rank, space in enumerate(spaces):
                 for block_id in space._by_hash.values():
-                    slots = [pool.memory[cp_rank][block_id, o] for o in range(BLOCK_SIZE)]
+                    slots = [pool.ranks[cp_rank].slots[block_id, o] for o in range(BLOCK_SIZE)]
                     assert all(token_id != NAN for _, token_id in slots), (pool_id, block_id)
+
+
+def _peer(rank: Rank) -> str:
+    """As the coordinator's socket knows it."""
+    return rank.identity.routing_id

@@ -42,7 +42,14 @@ from protocol.messages import (
     ToCoordinator,
     Tokens,
 )
-from protocol.plans import DecodePlan, FailedRow, RowResult, SampledToken, SequenceStep
+from protocol.plans import (
+    DecodePlan,
+    FailedRow,
+    RowResult,
+    SampledToken,
+    SequenceStep,
+    StepResult,
+)
 from protocol.request import FinishReason, NoToken, SamplingParams, TransferStats
 
 Key = tuple[str, int]
@@ -297,8 +304,8 @@ class Cluster:
         self.pool.check()
         if plan is not None:
             self._check(plan)
-            tokens = self.rank.execute(plan, self.scheduler.sampled(plan))
-            self.scheduler.update(plan, tokens, self.now)
+            rows = self.rank.execute(plan, self.scheduler.sampled(plan))
+            self.scheduler.update(plan, [StepResult.of(plan.step, 0, rows, 0.0)], self.now)
             self.pool.check()
             self._obey()
         return plan

@@ -4,7 +4,6 @@ import math
 from pathlib import Path
 
 import pytest
-import torch
 
 from bench.checkpoint import write_checkpoint
 from decode.runner import DecodeRunner
@@ -112,13 +111,7 @@ def test_a_chunk_over_a_spoilt_prefix_fails_before_it_is_offered(
     result = DecodeRunner(0, model, pool).execute(DecodePlan(1, (step,), new=new), rows)
     assert FailedRow("a", 1, NoToken.NON_FINITE) in result.failed
 
-    announcer = Announcer(
-        lambda _: None,
-        cp_rank=0,
-        block_size=BLOCK_SIZE,
-        groups=(range(2),),
-        device=torch.device("cpu"),
-    )
+    announcer = Announcer(lambda _: None, cp_rank=0, block_size=BLOCK_SIZE, groups=(range(2),))
     runner = PrefillRunner(0, model, make_pool(model, math.nan), None, announcer)
     for start, failed in ((0, ()), (BLOCK_SIZE, (FailedRow("a", 1, NoToken.NON_FINITE),))):
         work = ChunkWork(

@@ -39,7 +39,7 @@ class Cluster:
         self.client = httpx.Client(base_url=url, timeout=60.0)
 
     def pids(self) -> dict[str, int]:
-        """Of its processes, by what they run: "prefill", "kvtransfer.store"..."""
+        """Of its processes, by what they run: "prefill", "store"..."""
         found = {}
         for pid in _children(self.process.pid):
             words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
@@ -50,7 +50,7 @@ class Cluster:
     @property
     def has_nixl_files(self) -> bool:
         """Whether its store has NIXL's file backend loaded."""
-        store = self.pids()["kvtransfer.store"]
+        store = self.pids()["store"]
         return "libplugin_POSIX" in Path(f"/proc/{store}/maps").read_text()
 
     def kill(self) -> None:
@@ -174,7 +174,7 @@ def test_a_document_outlives_every_process(
 @pytest.mark.parametrize(
     "victim",
     [
-        "kvtransfer.store",
+        "store",
         pytest.param("prefill", marks=pytest.mark.slow),
         pytest.param("coordinator", marks=pytest.mark.slow),
     ],

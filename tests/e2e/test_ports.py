@@ -30,9 +30,8 @@ def role(pid: int) -> str:
 # Of each process: Unix sockets in the run folder, and TCP ports of the loopback: gloo has one for
 # every group of a gang, the transport tcp one, and NIXL none.
 # Every other process, as the launcher and those that read texts and files, has nothing.
-STORE_RANK = "kvtransfer.store"
-FILES = {"coordinator": {1}, "prefill": {1, 2}, "decode": {1, 2}, STORE_RANK: {2}}
-GLOO, RANKS = 2, ("prefill", "decode", STORE_RANK)
+FILES = {"coordinator": {1}, "prefill": {1, 2}, "decode": {1, 2}, "store": {2}}
+GLOO, RANKS = 2, ("prefill", "decode", "store")
 
 
 @pytest.fixture(scope="module", params=["nixl", "tcp"])

@@ -15,13 +15,13 @@ from bench.exploration.cases import SILENT, Named, cases
 from bench.exploration.clusters import Case, Cluster
 from bench.exploration.inputs import DONE, ReadEnds
 from bench.exploration.leaders import Leader, rank_of
-from bench.exploration.mains import PrefillMain
 from bench.exploration.ranks import Rank
 from bench.exploration.search import Found, Search
 from bench.exploration.snapshots import clone, freeze
 from bench.exploration.tables import Digests, PairTable, Visited
-from decode.states import Change
+from decode.states import SequenceEvent
 from kvtransfer.source import SourceHandoff
+from prefill.scheduler import PrefillScheduler
 
 ALL = cases(3, 3, 4)
 QUICK = [named for named in ALL if named.is_quick]
@@ -150,16 +150,16 @@ def test_what_is_wrong_is_told_in_the_fewest_steps(monkeypatch: pytest.MonkeyPat
 
 def test_an_end_that_is_none_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """A prefill pool that never says that it holds nothing."""
-    monkeypatch.setattr(PrefillMain, "_on_event", lambda *_: [])
+    monkeypatch.setattr(PrefillScheduler, "on_event", lambda *_: None)
     found = Search(Case()).run()
     assert found.problem == "nothing more happens, and coordinator is not done"
     assert found.trace[-1] == "prefill/0 takes from coordinator: Prefill r0 1"
 
 
 def test_a_step_that_is_refused_is_wrong(remove_way: Any) -> None:
-    remove_way(decode.states.TABLE[decode.states.State.RESERVED], Change.CLOSE)
+    remove_way(decode.states.TABLE, (decode.states.State.RESERVED, SequenceEvent.CLOSE))
     found = Search(Case()).run()
-    assert found.problem == "IllegalTransition: close while reserved"
+    assert found.problem == "IllegalTransition: r0: close while reserved"
     assert found.trace[-1] == "decode/0 takes from coordinator: Abort r0 1"
 
 
@@ -172,7 +172,7 @@ def test_all_kinds_of_messages_and_faults_occur() -> None:
         for automaton in search._network.automata:
             for node in automaton.states[1:]:
                 if isinstance(node, Leader | Rank):
-                    counted.update(rank_of(node).around.counters.keys())
+                    counted.update(rank_of(node).node.counters.keys())
     assert {"Announce", "ReadDone", "Confirm", "Commit", "ReadsEnded", "Died", "Abort"} <= set(
         names
     )

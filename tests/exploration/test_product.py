@@ -49,7 +49,7 @@ def test_classes_tell_apart_what_others_can_tell_apart() -> None:
 
 def test_a_way_that_is_missing_is_noticed(remove_way: Any) -> None:
     remove_way(TARGET_TABLE, (TargetState.MANIFESTED, TargetEvent.CLOSE))
-    assert "close of a hand-off that is manifested" in product.explore(1, 1).problem
+    assert "a target: close while manifested" in product.explore(1, 1).problem
 
 
 def test_what_is_wrong_with_a_request_is_told() -> None:

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from kvtransfer.rank_config import RankConfig
+from engine.rank_config import RankConfig
 from protocol.errors import ConfigError
 from protocol.failpoints import ACTIONS, Failpoints, Fault, kind_of
 from protocol.handoff import Announce, ReadDone

@@ -16,8 +16,8 @@ from kvcache.pool import KVPool
 from kvcache.tiers.files import PackFiles
 from kvcache.tiers.index import HALF_LIFE_S, PackIndex
 from kvcache.tiers.pack import KVShape, PackError, PackHeader, read_header
-from kvtransfer.store.disk_io import open_mover
 from protocol.kv import KVLayout
+from store.disk_io import open_mover
 
 LAYOUT = KVLayout(3, 8, 2, 0, 1, 4, 8, "float32")
 SHAPE = KVShape.of(LAYOUT)
@@ -110,7 +110,7 @@ import errno, resource, signal, sys
 from pathlib import Path
 from kvcache.pool import KVPool
 from kvcache.tiers.files import PackFiles
-from kvtransfer.store.disk_io import open_mover
+from store.disk_io import open_mover
 from protocol.kv import KVLayout
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 pool = KVPool(KVLayout(3, 8, 2, 0, 1, 4, 8, "float32"))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from engine.rank_node import RankNode
 from kvtransfer.actions import StartRead
 from kvtransfer.events import (
     AskFetch,
@@ -28,7 +29,6 @@ from kvtransfer.events import (
 from kvtransfer.handoffs import HandoffPolicy
 from kvtransfer.identity import PeerName, RankIdentity
 from kvtransfer.plan import Run
-from kvtransfer.rank_node import RankNode
 from protocol.handoff import Confirm, Fetch, FetchRefused, HandoffMessage
 from protocol.kv import BlockRef, KVLayout, PoolEndpoint
 

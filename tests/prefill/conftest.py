@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import pytest
-import torch
 
 from kvtransfer.events import (
     AnnounceBlocks,
@@ -19,6 +18,7 @@ from kvtransfer.events import (
     CloseTarget,
     Command,
     CommitWhenRead,
+    ControlReceived,
     Event,
     HandoffBroken,
     OpenTargetBlocks,
@@ -36,7 +36,7 @@ from prefill.placement import Geometry
 from prefill.scheduler import PrefillScheduler
 from protocol.handoff import SegmentKey
 from protocol.kv import PoolEndpoint
-from protocol.messages import Prefill, ToCoordinator
+from protocol.messages import Abort, Prefill, ToCoordinator
 from protocol.plans import ChunkWork, PrefillPlan, SampledToken, StepResult
 from protocol.request import SamplingParams, TransferStats
 
@@ -83,8 +83,8 @@ class Pool:
     sent: dict[tuple[str, int], Counter[tuple[int, int, int]]] = field(default_factory=dict)
     all_announced: dict[tuple[str, int], set[int]] = field(default_factory=dict)
 
-    def take(self, commands: Sequence[Command]) -> None:
-        for command in commands:
+    def take(self) -> None:
+        for command in self.scheduler.take_commands():
             match command:
                 case SendControl():
                     self.messages.append(command.message)
@@ -104,10 +104,10 @@ class Pool:
                     raise AssertionError(command)
 
     def add(self, message: Prefill) -> None:
-        self.take(self.scheduler.add(message, self.now))
+        self.on_event(ControlReceived(message))
 
     def abort(self, request_id: str, attempt: int = 1) -> None:
-        self.take(self.scheduler.abort(request_id, attempt))
+        self.on_event(ControlReceived(Abort(request_id, attempt)))
 
     def step(self) -> PrefillPlan | None:
         """Schedule, have imaginary ranks execute the plan, update."""
@@ -118,7 +118,7 @@ class Pool:
 
     def schedule(self) -> PrefillPlan | None:
         plan = self.scheduler.schedule(self.now)
-        self.take(self.scheduler.take_commands())
+        self.take()
         return plan
 
     def finish(self, plan: PrefillPlan) -> None:
@@ -130,7 +130,8 @@ class Pool:
             SampledToken(work.request_id, work.attempt, 9) for work in plan.work if work.is_last
         )
         results = [StepResult(plan.step, 0), StepResult(plan.step, 1, tokens)]
-        self.take(self.scheduler.update(plan, results, self.now))
+        self.scheduler.update(plan, results, self.now)
+        self.take()
 
     def _execute(self, plan: PrefillPlan, rank: int) -> None:
         facts = self.scheduler.facts
@@ -142,7 +143,6 @@ class Pool:
                 cp_rank=cp_rank,
                 block_size=facts.geometry.block_size,
                 groups=facts.layer_groups,
-                device=torch.device("cpu"),
             )
             if cp_rank in work.ring:
                 announcer.cached(work)
@@ -172,7 +172,8 @@ class Pool:
             )
 
     def on_event(self, event: Event) -> None:
-        self.take(self.scheduler.on_event(event, self.now))
+        self.scheduler.on_event(event, self.now)
+        self.take()
 
     def open_fetch(self, request_id: str, attempt: int = 1) -> None:
         self.on_event(TargetIsOpen(request_id, attempt))
@@ -193,14 +194,13 @@ class Pool:
 
     def close(self, request_id: str, attempt: int = 1, *, committed: bool = True) -> None:
         """What the transfer thread says when a hand-off has ended."""
-        event = SourceClosed(request_id, attempt, committed)
-        self.take(self.scheduler.on_event(event, self.now))
+        self.on_event(SourceClosed(request_id, attempt, committed))
 
     def set_pools(self, **epochs: int) -> None:
         pools = tuple(
             PoolEndpoint(name, "decode", epoch, 1, 1, ()) for name, epoch in epochs.items()
         )
-        self.take(self.scheduler.on_event(PoolsChanged(pools), self.now))
+        self.on_event(PoolsChanged(pools))
 
     def of(self, kind: type) -> list[ToCoordinator]:
         return [message for message in self.messages if isinstance(message, kind)]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from prefill.backlog import BEGUN, Backlog
 from prefill.request import Request
-from prefill.states import Change, State
+from prefill.states import RequestEvent, State
 from prefill.step import service_order
 from protocol.errors import IllegalTransition
 from protocol.messages import Prefill
@@ -18,7 +18,14 @@ from protocol.request import SamplingParams
 CHUNK_TOKENS = 8
 
 
-WAYS = (Change.ADMIT, Change.ADMIT, Change.FETCH, Change.GIVE_UP, Change.CLOSED, Change.DROP)
+EVENTS = (
+    RequestEvent.ADMIT,
+    RequestEvent.ADMIT,
+    RequestEvent.FETCH,
+    RequestEvent.GIVE_UP,
+    RequestEvent.CLOSED,
+    RequestEvent.DROP,
+)
 
 
 def make_request(number: int, num_tokens: int, priority: int) -> Request:
@@ -37,21 +44,21 @@ def make_request(number: int, num_tokens: int, priority: int) -> Request:
 
 @given(
     sizes=st.lists(st.tuples(st.integers(1, 20), st.integers(0, 2)), min_size=1, max_size=60),
-    changes=st.lists(st.tuples(st.integers(0, 59), st.sampled_from(WAYS)), max_size=60),
+    events=st.lists(st.tuples(st.integers(0, 59), st.sampled_from(EVENTS)), max_size=60),
     serves=st.booleans(),
 )
 def test_a_step_sees_of_few_what_it_would_see_of_all(
-    sizes: list[tuple[int, int]], changes: list[tuple[int, Change]], serves: bool
+    sizes: list[tuple[int, int]], events: list[tuple[int, RequestEvent]], serves: bool
 ) -> None:
     backlog = Backlog(CHUNK_TOKENS)
     requests = [make_request(number, *size) for number, size in enumerate(sizes)]
     for request in requests:
         backlog.add(request)
-    for index, change in changes:
+    for index, event in events:
         request = requests[index % len(requests)]
         before = request.state
         with contextlib.suppress(IllegalTransition):
-            request.change(change)
+            request.advance(event)
             backlog.moved(request, before)
     waiting = [request for request in requests if request.state is State.WAITING]
     begun = [request for request in requests if request.state in BEGUN]

@@ -57,7 +57,6 @@ class Ranks:
             cp_rank=rank,
             block_size=facts.geometry.block_size,
             groups=facts.layer_groups,
-            device=torch.device("cpu"),
         )
         model = ArithmeticModel(MODEL, SingleRank())
         return PrefillRunner(rank, model, KVPool(layout), self.ring.comm(rank), announcer)
@@ -72,7 +71,8 @@ class Ranks:
             results = [future.result(BUDGET_S) for future in futures]
         self.ring.assert_idle()
         self.pool.now += 1.0
-        self.pool.take(scheduler.update(plan, results, self.pool.now))
+        scheduler.update(plan, results, self.pool.now)
+        self.pool.take()
         return plan
 
     def run(self) -> set[int]:

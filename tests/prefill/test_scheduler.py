@@ -7,8 +7,7 @@ import msgspec
 import pytest
 
 from kvtransfer.events import ControlReceived, HandoffBroken
-from prefill.states import TABLE, Change, State, advance
-from protocol.errors import IllegalTransition
+from prefill.states import State
 from protocol.handoff import SegmentKey
 from protocol.messages import (
     Ask,
@@ -316,7 +315,7 @@ def test_a_broken_hand_off_is_closed_and_told(make_pool: Callable, prompt: Calla
     pool.step()
     for _ in range(2):
         broken = HandoffBroken("a", 1, "source", "the target is gone")
-        pool.take(pool.scheduler.on_event(broken, pool.now))
+        pool.on_event(broken)
     [failed] = pool.of(RequestFailed)
     assert (failed.code, failed.message) == ("handoff_failed", "the target is gone")
     assert pool.closing == [("a", 1)]
@@ -371,16 +370,6 @@ def test_penalties_get_the_prompt_with_the_last_chunk(
     pool.add(prompt("a", 60, sampling=SamplingParams(max_tokens=2, repetition_penalty=1.2)))
     [first], [last] = pool.step().work, pool.step().work
     assert first.prompt_token_ids == () and len(last.prompt_token_ids) == 60
-
-
-def test_the_table_is_all_there_is() -> None:
-    for state in State:
-        for change in Change:
-            if change in TABLE[state]:
-                assert advance(state, change) is TABLE[state][change]
-            else:
-                with pytest.raises(IllegalTransition):
-                    advance(state, change)
 
 
 # -- attempts and aborts ---------------------------------------------------------------------------

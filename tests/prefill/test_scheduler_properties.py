@@ -66,7 +66,7 @@ class Run:
                 self.pool.abort(request_id, attempt)
             case "break":
                 event = HandoffBroken(request_id, attempt, "source", "x")
-                self.pool.take(self.pool.scheduler.on_event(event, 0.0))
+                self.pool.on_event(event)
             case "restart" if name == 0:
                 self.epoch += 1
                 self.pool.set_pools(decode0=self.epoch)

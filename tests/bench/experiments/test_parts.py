@@ -119,10 +119,10 @@ def test_every_request_gets_all_its_tokens_and_gives_its_blocks_back(num_prefill
     assert bool(num_prefill) is any(one.prefill_pool for one in served)
     cluster.world.run_until(lambda: False, math.inf)  # what is said after the last token
     for decode in cluster.decode.values():
-        decode.check()
-        assert decode.scheduler.is_idle
+        decode.node.check()
+        assert decode.node.is_idle
     for prefill in cluster.prefill.values():
-        prefill.check()
+        prefill.node.check()
 
 
 def test_an_idle_cluster_takes_as_long_as_the_model_says() -> None:

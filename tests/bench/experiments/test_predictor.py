@@ -65,5 +65,5 @@ def test_who_is_set_aside_comes_back_and_ends_right() -> None:
     assert max(long.itls_s) > 5 * statistics.median(long.itls_s)
     cluster.world.run_until(lambda: False, 1e9)
     for pool in cluster.decode.values():
-        pool.check()
-        assert pool.scheduler.is_idle
+        pool.node.check()
+        assert pool.node.is_idle

@@ -21,7 +21,7 @@ from coordinator.jobs.document_rows import SCHEMA, Superseded
 from coordinator.jobs.document_table import DocumentTable
 from coordinator.jobs.marks import Marks, boot_id
 from coordinator.jobs.segments import segment_ends
-from coordinator.jobs.states import Step
+from coordinator.jobs.states import DocumentEvent
 from coordinator.jobs.suspects import DOCUMENT, Work
 from protocol.errors import RequestError
 
@@ -276,8 +276,10 @@ def test_only_one_process_writes(tmp_path: Path) -> None:
         await old.insert(document, None, lambda _: None)
         await new.claim()
         with pytest.raises(Superseded):
-            await old.change("doc_a", lambda found: stepped(found, Step.START))
-        assert (await new.change("doc_a", lambda d: stepped(d, Step.CANCEL))).status == "cancelled"
+            await old.change("doc_a", lambda found: stepped(found, DocumentEvent.START))
+        assert (
+            await new.change("doc_a", lambda d: stepped(d, DocumentEvent.CANCEL))
+        ).status == "cancelled"
         assert (await old.find("doc_a")) is not None
         old._database.close()
         new._database.close()

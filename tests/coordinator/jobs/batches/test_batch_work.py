@@ -11,7 +11,7 @@ import pytest
 
 from coordinator.jobs.batch import Batch, Line, Result, Usage
 from coordinator.jobs.batch_output import write_files
-from coordinator.jobs.batch_states import OPEN, TABLE, State, Step, advance
+from coordinator.jobs.batch_states import OPEN, TABLE, BatchEvent, State
 from coordinator.jobs.batch_table import SCHEMA, BatchTable
 from coordinator.jobs.database import Database
 from coordinator.jobs.files import SCHEMA as FILE_SCHEMA
@@ -26,17 +26,17 @@ DOCUMENTS, CHAT = "/v1/documents", "/v1/chat/completions"
 NEW = Batch("batch_1", "t", "m", CHAT, "file-in", "24h", 0, 100, "file-out", "file-err", 3600)
 
 
-@pytest.mark.parametrize(("state", "step"), list(itertools.product(State, Step)))
-def test_a_batch_takes_only_the_steps_of_its_table(state: State, step: Step) -> None:
+@pytest.mark.parametrize(("state", "event"), list(itertools.product(State, BatchEvent)))
+def test_a_batch_takes_only_the_events_of_its_table(state: State, event: BatchEvent) -> None:
     batch = msgspec.structs.replace(NEW, state=state)
-    if (state, step) in TABLE:
-        following = batch.stepped(step, 7.9)
-        assert following.state is TABLE[state, step]
+    if (state, event) in TABLE:
+        following = batch.stepped(event, 7.9)
+        assert following.state is TABLE[state, event]
         is_new = following.state is State.VALIDATING  # which has ``created_at``
         assert following.times == ({} if is_new else {f"{following.state.value}_at": 7})
     else:
         with pytest.raises(IllegalTransition):
-            advance(state, step)
+            batch.stepped(event, 7.9)
 
 
 def test_every_open_state_leads_to_an_end() -> None:
@@ -62,7 +62,7 @@ def with_table(work: Callable[[BatchTable, Database], Coroutine[Any, Any, None]]
         await table.insert(NEW, 1)
         await table.add_lines("batch_1", lines[:2])  # of a validation that was interrupted
         await table.add_lines("batch_1", lines)
-        await table.change("batch_1", lambda batch: batch.stepped(Step.VALID, 1, num_lines=4))
+        await table.change("batch_1", lambda batch: batch.stepped(BatchEvent.VALID, 1, num_lines=4))
         await work(table, database)
         database.close()
 
@@ -109,7 +109,7 @@ def test_a_line_has_one_result_however_often_it_is_answered() -> None:
 
 def test_nothing_is_recorded_once_a_batch_is_ending() -> None:
     async def work(table: BatchTable, _database: Database) -> None:
-        await table.change("batch_1", lambda batch: batch.stepped(Step.CANCEL, 1))
+        await table.change("batch_1", lambda batch: batch.stepped(BatchEvent.CANCEL, 1))
         await table.record("batch_1", 3, Result(b"late", is_error=False))
         assert [row.text for row in await table.rows("batch_1", 0)] == [None] * 4
         batch = await table.find("batch_1")
@@ -124,7 +124,7 @@ def test_files_that_are_written_again_are_the_same(tmp_path: Path) -> None:
         files = Files(database, tmp_path, config_of(tmp_path, {}).batches, lambda: 1.0)
         await table.record("batch_1", 3, Result(b"answer", is_error=False))
         await table.record("batch_1", 5, Result(b"error", is_error=True))
-        batch = await table.change("batch_1", lambda found: found.stepped(Step.EXPIRE, 1))
+        batch = await table.change("batch_1", lambda found: found.stepped(BatchEvent.EXPIRE, 1))
         first = await write_files(batch, table, files)
         (tmp_path / "file-out.new").write_bytes(b"half of the second attempt")
         assert await write_files(batch, table, files) == first
@@ -233,7 +233,7 @@ def test_lines_that_failed_are_opened_again() -> None:
         assert (batch.num_completed, batch.num_failed) == (1, 0)
         assert await claimed(table) == 1
         assert await claimed(table, 1) == 5
-        await table.change("batch_1", lambda found: found.stepped(Step.CANCEL, 2))
+        await table.change("batch_1", lambda found: found.stepped(BatchEvent.CANCEL, 2))
         with pytest.raises(IllegalTransition):
             await table.reopen("batch_1", [1])
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import zmq
 
+from engine.plan_channel import FollowerChannel, LeaderChannel
 from protocol.errors import PeerError
-from protocol.gang import FollowerChannel, LeaderChannel
 from protocol.plans import PrefillPlan, StepResult, Stop
 from protocol.sockets import open_context
 

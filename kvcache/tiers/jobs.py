@@ -1,4 +1,4 @@
-"""What a store's scheduler asks of its disk threads, and what they answer. Plain data."""
+"""What a store asks of its disk threads, and what they answer. Plain data."""
 
 from dataclasses import dataclass
 

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from kvcache.tiers.files import PackFiles
-from kvcache.tiers.pack import PackError
-from kvtransfer.store.jobs import (
+from kvcache.tiers.jobs import (
     DeletePacks,
     DiskDone,
     DiskJob,
@@ -16,6 +15,7 @@ from kvtransfer.store.jobs import (
     ReadPack,
     WritePack,
 )
+from kvcache.tiers.pack import PackError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _log = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ def open_mover(name: str, memory: memoryview) -> FileMover:
         raise ConfigError(f"--disk-io {name}: choose one of {choices}")
     try:
         # Here, because the library is for Linux only.
-        from kvtransfer.store.nixl_mover import NixlMover
+        from store.nixl_mover import NixlMover
     except ImportError as error:
         raise ConfigError(
             f"--disk-io {name}: NIXL is not installed ({error}), use --disk-io vectored"

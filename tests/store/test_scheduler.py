@@ -7,6 +7,7 @@ import pytest
 from kvcache.blocks import BlockPool
 from kvcache.prefix import block_salt, hash_blocks
 from kvcache.tiers.index import PackIndex
+from kvcache.tiers.jobs import DeletePacks, DiskJob, PackRead, PackWritten, ReadPack, WritePack
 from kvcache.tiers.pack import KVShape, PackHeader
 from kvtransfer.events import (
     AskFetch,
@@ -16,7 +17,6 @@ from kvtransfer.events import (
     ControlReceived,
     Event,
     FetchAsked,
-    FromDisk,
     HandoffBroken,
     OpenTargetBlocks,
     RefuseFetch,
@@ -27,9 +27,6 @@ from kvtransfer.events import (
     TargetCommitted,
     TargetIsOpen,
 )
-from kvtransfer.store.jobs import DeletePacks, DiskJob, PackRead, PackWritten, ReadPack, WritePack
-from kvtransfer.store.loans import LOAN_TIMEOUT_S
-from kvtransfer.store.scheduler import StoreFacts, StoreScheduler
 from protocol.kv import BlockRef
 from protocol.messages import (
     Abort,
@@ -46,6 +43,8 @@ from protocol.messages import (
     ToCoordinator,
 )
 from protocol.request import SamplingParams, TransferStats
+from store.loans import LOAN_TIMEOUT_S
+from store.scheduler import StoreFacts, StoreScheduler
 
 BLOCK_SIZE, BLOCK_BYTES, PACK_BLOCKS = 4, 100, 2
 SHAPE = KVShape(1, 1, BLOCK_SIZE, 1, "float32")
@@ -76,10 +75,11 @@ class Store:
 
     def turn(self) -> None:
         self.scheduler.schedule(self.now)
-        self.jobs += self.scheduler.take_jobs()
         for command in self.scheduler.take_commands():
             if isinstance(command, SendControl):
                 self.said.append(command.message)
+            elif isinstance(command, DiskJob):
+                self.jobs.append(command)
             else:
                 self.commands.append(command)
         self.pool.check()
@@ -97,19 +97,19 @@ class Store:
         job = next(job for job in self.jobs if isinstance(job, WritePack))
         self.jobs.remove(job)
         if error:
-            self.tell(FromDisk(PackWritten(job.number, error=error, is_full=is_full)))
+            self.tell(PackWritten(job.number, error=error, is_full=is_full))
             return
         self.num_packs += 1
         header = PackHeader(
             "model", SHAPE, BLOCK_BYTES, job.first_logical, job.parent, job.hashes,
             (0,) * len(job.hashes),
         )  # fmt: skip
-        self.tell(FromDisk(PackWritten(job.number, f"p{self.num_packs}", header)))
+        self.tell(PackWritten(job.number, f"p{self.num_packs}", header))
 
     def read(self, error: str = "") -> None:
         job = next(job for job in self.jobs if isinstance(job, ReadPack))
         self.jobs.remove(job)
-        self.tell(FromDisk(PackRead(job.number, error)))
+        self.tell(PackRead(job.number, error))
 
     def deposit(self, name: str, prompt: tuple[int, ...]) -> None:
         """From its Reserve to its Released."""

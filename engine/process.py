@@ -1,10 +1,9 @@
 """A rank while it lives: its configuration, its gang, its transfer thread, the steps it takes.
 
 1. ``form_gang`` takes the rank from HELLO to a gang whose collectives and plan channel work.
-2. Each step the leader calls ``step``: broadcast, execute the own part, collect everyone's result.
-   A follower stays in ``follow``.
-3. Between steps the leader calls ``drain``; while it waits for its followers, ``check`` keeps an
-   eye on the transfer thread.
+2. The leader stays in ``lead``: take in events, schedule, have every rank execute the plan, update,
+   and pass on what follows from it. With nothing to do it blocks until an event comes.
+3. A follower stays in ``follow``, and executes the leader's plans.
 """
 
 import dataclasses
@@ -12,30 +11,34 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import NoReturn
 
-import msgspec
 import torch
 import zmq
 
+from engine.leader_node import LeaderNode, P
+from engine.plan_channel import CHECK_INTERVAL_S, FollowerChannel, LeaderChannel
+from engine.rank_config import RankConfig
+from engine.transfer_thread import TransferThread
 from kvtransfer.events import (
     Command,
     Event,
+    Load,
     ReportStatus,
     SendControl,
     ThreadDied,
     Welcomed,
 )
 from kvtransfer.identity import RankIdentity
-from kvtransfer.rank_config import RankConfig
-from kvtransfer.thread import TransferThread
 from modeling.parallel import init_gang
 from protocol.errors import PeerError
 from protocol.failpoints import EXIT, HANG, STEP, Failpoints
-from protocol.gang import CHECK_INTERVAL_S, FollowerChannel, LeaderChannel
-from protocol.messages import BlockCounts, ToCoordinator, Welcome
+from protocol.messages import ToCoordinator, Welcome
 from protocol.places import exit_here
 from protocol.plans import Plan, StepResult, Stop
+
+IDLE_WAIT_S = 1.0
 
 _log = logging.getLogger(__name__)
 
@@ -59,6 +62,7 @@ class RankProcess:
         self._config = config
         self._context = context
         self._num_steps = 0
+        self._uncollected: int | None = None  # the step whose results are still to come
         self._status = ReportStatus(num_steps=0, step_started=None)
         self._events: list[Event] = []  # seen by check, not yet drained
         self._failpoints = Failpoints(config.failpoints)
@@ -151,18 +155,76 @@ class RankProcess:
 
     # -- steps -------------------------------------------------------------------------------------
 
-    def step(self, step: int, plan: Plan, execute: Callable[[], StepResult]) -> list[StepResult]:
-        """Leader: have every rank execute ``plan``; the results by rank, the own one first.
+    def lead(
+        self,
+        node: LeaderNode[P],
+        execute: Callable[[P], StepResult],
+        *,
+        needs_followers: bool = True,
+        submit: Callable[[Command], None] | None = None,
+        counters: Mapping[str, float] | None = None,
+    ) -> NoReturn:
+        """Leader: serve until the process ends; never returns but by an exception.
+
+        Args:
+            node: decides.
+            execute: this rank's part of a plan.
+            needs_followers: whether ``node`` is told what the other ranks have brought. If it is
+                not, they are waited for one step later: the last collective of a step has shown
+                that they are past every use of KV, and this bounds how far they may lag.
+            submit: takes commands; by default the transfer thread does.
+            counters: for the heartbeat, beside those of ``node``; looked at after each step.
 
         Raises:
-            PeerError: a follower is gone or silent.
+            PeerError: a follower is gone or silent, or the transfer thread has died.
+            SystemExit: the process is to end.
         """
-        assert self.leader is not None, "only the leader steps"
-        self.leader.broadcast(plan)
-        own = execute()
-        return [own, *self.leader.collect(step, self._config.step_timeout_s, self.check)]
 
-    def follow(self, execute: Callable[[Plan], StepResult]) -> None:
+        def pass_on() -> None:
+            for command in node.take_commands():
+                (submit or self.submit)(command)
+
+        def load() -> Load:
+            own = node.load()
+            return dataclasses.replace(own, counters={**own.counters, **(counters or {})})
+
+        wait_s = 0.0
+        while True:
+            for event in self.drain(wait_s):
+                node.on_event(event, time.monotonic())
+            plan = node.schedule(time.monotonic())
+            pass_on()
+            if plan is None:
+                wait_s = IDLE_WAIT_S
+                self._report(load())
+                continue
+            wait_s = 0.0
+            self._begin_step()
+            results = self._step(plan, execute, needs_followers=needs_followers)
+            node.update(plan, results, time.monotonic())
+            pass_on()
+            self._end_step(load())
+
+    def _step(
+        self, plan: P, execute: Callable[[P], StepResult], *, needs_followers: bool
+    ) -> list[StepResult]:
+        """Have every rank execute a plan; the results by rank, the own one first."""
+        assert self.leader is not None, "only the leader steps"
+        self._collect()
+        self.leader.broadcast(plan)
+        self._uncollected = plan.step
+        own = execute(plan)
+        return [own, *self._collect()] if needs_followers else [own]
+
+    def _collect(self) -> list[StepResult]:
+        """What the followers have brought in the last step, once."""
+        step, self._uncollected = self._uncollected, None
+        if step is None:
+            return []
+        assert self.leader is not None, "only the leader steps"
+        return self.leader.collect(step, self._config.step_timeout_s, self.check)
+
+    def follow(self, execute: Callable[[Plan], StepResult]) -> NoReturn:
         """Follower: execute plans until the leader stops; never returns but by an exception."""
         assert self.follower is not None, "only a follower follows"
         while True:
@@ -172,11 +234,11 @@ class RankProcess:
             if isinstance(plan, Stop):
                 raise SystemExit(0)
             if plan is not None:
-                self.begin_step()
+                self._begin_step()
                 self.follower.reply(execute(plan))
-                self.end_step()
+                self._end_step(Load())
 
-    def begin_step(self) -> None:
+    def _begin_step(self) -> None:
         """Heartbeats say from now on how long this step has been running."""
         self.submit(dataclasses.replace(self._status, step_started=time.monotonic()))
         if self._failpoints:
@@ -189,53 +251,24 @@ class RankProcess:
             return
         if fault.action == EXIT:
             exit_here(STEP)
-        self._status = dataclasses.replace(self._status, counters=self._with_hits(()))
-        self.submit(dataclasses.replace(self._status, step_started=time.monotonic()))
+        status = self._status_with(self._status.load)
+        self.submit(dataclasses.replace(status, step_started=time.monotonic()))
         threading.Event().wait(None if fault.action == HANG else fault.seconds)
 
-    def _with_hits(self, counters: tuple[tuple[str, float], ...]) -> tuple[tuple[str, float], ...]:
-        hits = self._failpoints.hits.items()
-        return (*counters, *((name, float(count)) for name, count in hits))
-
-    def end_step(
-        self,
-        *,
-        num_waiting: int = 0,
-        num_running: int = 0,
-        pending_tokens: int = 0,
-        blocks: tuple[BlockCounts, ...] = (),
-        counters: tuple[tuple[str, float], ...] = (),
-    ) -> None:
+    def _end_step(self, load: Load) -> None:
         """Heartbeats say from now on that another step is done, and what it left."""
         self._num_steps += 1
-        self.report(
-            num_waiting=num_waiting,
-            num_running=num_running,
-            pending_tokens=pending_tokens,
-            blocks=blocks,
-            counters=counters,
-        )
+        self._report(load)
 
-    def report(
-        self,
-        *,
-        num_waiting: int = 0,
-        num_running: int = 0,
-        pending_tokens: int = 0,
-        blocks: tuple[BlockCounts, ...] = (),
-        counters: tuple[tuple[str, float], ...] = (),
-    ) -> None:
+    def _report(self, load: Load) -> None:
         """What the next heartbeats say, between steps."""
-        self._status = ReportStatus(
-            num_steps=self._num_steps,
-            step_started=None,
-            num_waiting=num_waiting,
-            num_running=num_running,
-            pending_tokens=pending_tokens,
-            blocks=tuple(msgspec.structs.astuple(counts) for counts in blocks),
-            counters=self._with_hits(counters),
-        )
+        self._status = self._status_with(load)
         self.submit(self._status)
+
+    def _status_with(self, load: Load) -> ReportStatus:
+        hits = {name: float(count) for name, count in self._failpoints.hits.items()}
+        load = dataclasses.replace(load, counters={**load.counters, **hits})
+        return ReportStatus(self._num_steps, None, load)
 
 
 def _backend(device: torch.device, world_size: int) -> str:

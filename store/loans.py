@@ -16,11 +16,12 @@ from dataclasses import dataclass, field
 
 from kvcache.blocks import BlockPool
 from kvcache.tiers.index import PackIndex
+from kvcache.tiers.jobs import PackRead, ReadPack
 from kvtransfer.events import CloseSource, Command, FetchAsked, RefuseFetch, ServeBlocks
-from kvtransfer.store.jobs import DiskJob, PackRead, ReadPack
-from kvtransfer.store.states import LOAN, Change, State, advance
-from kvtransfer.store.writing import Key, WriteBehind
 from protocol.kv import BlockRef
+from protocol.transitions import advance
+from store.states import LOAN, State, StoreEvent
+from store.writing import Key, WriteBehind
 
 LOAN_TIMEOUT_S = 60.0
 GONE = "the store does not hold all of it any more"
@@ -64,7 +65,6 @@ class Loans:
         self._loans: dict[Key, Loan] = {}
         self._reads: dict[int, Loan] = {}
         self._num_jobs = 0
-        self._jobs: list[DiskJob] = []
         self._commands: list[Command] = []
         self.num_loaded_blocks = 0
         self.num_lent_blocks = 0
@@ -98,10 +98,10 @@ class Loans:
         found = [self._pool.find(block_hash) for block_hash in loan.hashes]
         missing = [h for h, ref in zip(loan.hashes, found, strict=True) if ref is None]
         if any(h not in self._index for h in missing):
-            self._end(loan, Change.END, GONE)
+            self._end(loan, StoreEvent.END, GONE)
             return True
         if len(loan.hashes) > self._pool.num_blocks:
-            self._end(loan, Change.END, "it is larger than the store's memory")
+            self._end(loan, StoreEvent.END, "it is larger than the store's memory")
             return True
         shared = [ref for ref in found if ref is not None]
         self._pool.share(shared)
@@ -110,7 +110,7 @@ class Loans:
             return False
         new = iter(self._pool.allocate(len(missing)))
         loan.blocks = [next(new) if ref is None else ref for ref in found]
-        loan.state = advance(LOAN, loan.state, Change.LOAD)
+        loan.state = advance(LOAN, loan.state, StoreEvent.LOAD, of=loan.key[0])
         self._read(loan, [index for index, ref in enumerate(found) if ref is None], now)
         if not loan.loading:
             self._serve(loan)
@@ -128,7 +128,7 @@ class Loans:
             places = [self._index.find(loan.hashes[position]) for position in wanted]
             indices = tuple(place[1] for place in places if place is not None)
             blocks = tuple(loan.blocks[position] for position in wanted)
-            self._jobs.append(ReadPack(self._num_jobs, name, indices, blocks))
+            self._commands.append(ReadPack(self._num_jobs, name, indices, blocks))
             self._reads[self._num_jobs] = loan
             self._index.pack(name).num_readers += 1
             loan.loading[self._num_jobs] = (name, wanted)
@@ -151,12 +151,12 @@ class Loans:
         if loan.loading:
             return
         if loan.error or loan.is_closing:
-            self._end(loan, Change.END, loan.error or "it was closed")
+            self._end(loan, StoreEvent.END, loan.error or "it was closed")
         else:
             self._serve(loan)
 
     def _serve(self, loan: Loan) -> None:
-        loan.state = advance(LOAN, loan.state, Change.LOADED)
+        loan.state = advance(LOAN, loan.state, StoreEvent.LOADED, of=loan.key[0])
         self._pool.begin_transfer(loan.blocks)
         self.num_lent_blocks += len(loan.blocks)
         asked = loan.asked
@@ -170,7 +170,7 @@ class Loans:
             return
         loan.is_closing = True
         if loan.state is State.QUEUED:
-            self._end(loan, Change.END, "it was closed")
+            self._end(loan, StoreEvent.END, "it was closed")
         elif loan.state is State.SERVING:
             self._commands.append(CloseSource(*key))
 
@@ -179,7 +179,7 @@ class Loans:
         loan = self._loans.get(key)
         if loan is not None and loan.state is State.SERVING:
             self._pool.end_transfer(loan.blocks)
-            self._end(loan, Change.CLOSED, "")
+            self._end(loan, StoreEvent.CLOSED, "")
 
     def tick(self, now: float) -> None:
         """Close what nobody ends."""
@@ -187,17 +187,13 @@ class Loans:
             if now - loan.since > LOAN_TIMEOUT_S:
                 self.close(loan.key)
 
-    def _end(self, loan: Loan, change: Change, refusal: str) -> None:
-        loan.state = advance(LOAN, loan.state, change)
+    def _end(self, loan: Loan, event: StoreEvent, refusal: str) -> None:
+        loan.state = advance(LOAN, loan.state, event, of=loan.key[0])
         self._pool.release(loan.blocks)
         loan.blocks = []
         del self._loans[loan.key]
         if refusal:
             self._commands.append(RefuseFetch(*loan.to, refusal))
-
-    def take_jobs(self) -> list[DiskJob]:
-        jobs, self._jobs = self._jobs, []
-        return jobs
 
     def take_commands(self) -> list[Command]:
         commands, self._commands = self._commands, []

@@ -12,7 +12,8 @@ from typing import Any
 import msgspec
 import pytest
 
-import kvtransfer.thread
+import engine.transfer_thread
+from engine.transfer_thread import TransferThread
 from kvcache.pool import KVPool
 from kvtransfer.events import (
     CloseSource,
@@ -21,6 +22,7 @@ from kvtransfer.events import (
     ControlReceived,
     Event,
     HandoffBroken,
+    Load,
     PoolsChanged,
     ReportStatus,
     SendControl,
@@ -33,12 +35,12 @@ from kvtransfer.events import (
 )
 from kvtransfer.identity import RankIdentity, TransferConfig
 from kvtransfer.local_transport import LocalFabric, LocalTransport
-from kvtransfer.thread import TransferThread
 from kvtransfer.transport import ReadHandle
 from protocol.codec import Codec
 from protocol.kv import KVLayout, PoolEndpoint
 from protocol.messages import (
     Abort,
+    BlockCounts,
     CacheUpdate,
     Connected,
     GangAddress,
@@ -459,14 +461,13 @@ def test_heartbeats_say_what_was_reported(cluster: Cluster) -> None:
     cluster.welcome()
     (rank,) = cluster.all
     started = time.monotonic() - 100.0
-    blocks = ((9, 4, 3, 2, 0, 0),)
-    report = ReportStatus(7, started, 1, 2, 3, blocks, (("hits", 4.0),))
-    cluster.command(rank, report)
+    load = Load(1, 2, 3, blocks=(BlockCounts(9, 4, 3, 2, 0, 0),), counters={"hits": 4.0})
+    cluster.command(rank, ReportStatus(7, started, load))
     cluster.pump(lambda: any(h.num_steps == 7 for h in cluster.heard_from(rank, Heartbeat)))
     heartbeat = cluster.beat(rank)
     assert 100.0 <= heartbeat.step_age_s < 100.0 + DEADLINE_S
     assert (heartbeat.num_waiting, heartbeat.num_running, heartbeat.pending_tokens) == (1, 2, 3)
-    assert [msgspec.structs.astuple(counts) for counts in heartbeat.blocks] == list(blocks)
+    assert heartbeat.blocks == load.blocks
     assert heartbeat.counters == {"hits": 4.0}
     assert heartbeat.rss_bytes > 1 << 20
     cluster.command(rank, ReportStatus(8, None))
@@ -615,7 +616,7 @@ def test_strangers_and_garbage_are_dropped_and_counted(
 def test_a_pool_that_cannot_be_read_is_tried_again(
     cluster: Cluster, build: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kvtransfer.thread, "RECONNECT_INTERVAL_S", 0.05)
+    monkeypatch.setattr(engine.transfer_thread, "RECONNECT_INTERVAL_S", 0.05)
     cluster.start("p")
     cluster.start("d")
     cluster.welcome()

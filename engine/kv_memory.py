@@ -20,10 +20,10 @@ from dataclasses import dataclass
 import msgspec
 import torch
 
+from engine.rank_config import RankConfig
 from kvcache import host_memory
 from kvcache.host_memory import CPU_SHARE, CUDA_SHARE
 from kvcache.pool import KVPool
-from kvtransfer.rank_config import RankConfig
 from modeling.config import ModelConfig
 from modeling.model import Model
 from modeling.paged import PagedAttention, PagedSequence

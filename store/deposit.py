@@ -4,10 +4,11 @@ from dataclasses import dataclass, field
 
 from kvcache.prefix import block_salt, hash_blocks
 from kvtransfer.events import AskFetch, OpenTargetBlocks
-from kvtransfer.store.states import DEPOSIT, Change, State, advance
-from kvtransfer.store.writing import Chain, Key
 from protocol.kv import BlockRef
 from protocol.messages import Collect, Reserve
+from protocol.transitions import advance
+from store.states import DEPOSIT, State, StoreEvent
+from store.writing import Chain, Key
 
 
 @dataclass(slots=True, eq=False)
@@ -46,13 +47,13 @@ class Deposit:
     def holds_handoff(self) -> bool:
         return self.state in (State.OPENING, State.RESERVED, State.CLOSING)
 
-    def advance(self, change: Change) -> None:
+    def advance(self, event: StoreEvent) -> None:
         """Move to the next state.
 
         Raises:
-            IllegalTransition: ``change`` cannot happen now.
+            IllegalTransition: ``event`` cannot happen now.
         """
-        self.state = advance(DEPOSIT, self.state, change)
+        self.state = advance(DEPOSIT, self.state, event, of=self.key[0])
 
     def open(self) -> OpenTargetBlocks:
         return OpenTargetBlocks(*self.key, self.first, tuple(self.blocks))

@@ -18,10 +18,10 @@ from nixl import nixl_agent, nixl_agent_config
 
 from kvcache.tiers.movers import FileMover, Piece
 from kvtransfer.nixl_library import NIXL_ERRORS
-from kvtransfer.store import disk_io
-from kvtransfer.store.disk_io import open_mover
-from kvtransfer.store.nixl_mover import NixlMover
 from protocol.errors import ConfigError
+from store import disk_io
+from store.disk_io import open_mover
+from store.nixl_mover import NixlMover
 
 MEMORY_BYTES = 1 << 20
 NAMES = ["vectored", "nixl-posix", pytest.param("nixl-gds", marks=pytest.mark.gpu)]

@@ -31,12 +31,13 @@ import msgspec
 import torch
 import zmq
 
+from engine.kv_memory import LargestStep, device_index, size_pool
+from engine.plan_channel import LeaderChannel
+from engine.process import RankProcess
+from engine.rank_config import RankConfig
+from engine.transfer_thread import TransferThread
 from kvcache.pool import KVPool
 from kvtransfer.identity import RankIdentity, TransferConfig
-from kvtransfer.kv_memory import LargestStep, device_index, size_pool
-from kvtransfer.process import RankProcess
-from kvtransfer.rank_config import RankConfig
-from kvtransfer.thread import TransferThread
 from modeling.config import ModelConfig, load_config
 from modeling.dtypes import serving_dtype
 from modeling.loader import load_model
@@ -44,7 +45,6 @@ from modeling.model import Model
 from modeling.parallel import UnconnectedRank, make_tensor_parallel, open_gang_store
 from protocol.ending import ASKED, END, die_with_parent
 from protocol.errors import BatonError, ConfigError, PeerError
-from protocol.gang import LeaderChannel
 from protocol.logs import configure_logging, finish_output
 from protocol.messages import GangAddress
 from protocol.plans import Stop

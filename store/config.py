@@ -1,6 +1,6 @@
-"""What the process of a store is told; see :class:`kvtransfer.rank_config.RankConfig`."""
+"""What the process of a store is told; see :class:`engine.rank_config.RankConfig`."""
 
-from kvtransfer.rank_config import RankConfig
+from engine.rank_config import RankConfig
 from protocol.errors import ConfigError
 
 
@@ -12,7 +12,7 @@ class StoreConfig(RankConfig, frozen=True, kw_only=True, forbid_unknown_fields=T
         disk_quota_bytes: the packs take no more than that.
         num_io_threads: packs that are read or written at one time.
         pack_blocks: blocks of one pack at most.
-        disk_io: how packs are read and written, see :mod:`kvtransfer.store.disk_io`.
+        disk_io: how packs are read and written, see :mod:`store.disk_io`.
 
     Raises:
         ConfigError: a value that no store can run with.

@@ -1,7 +1,8 @@
 """A rank's part in every hand-off, and what follows. Without clock, socket, thread or torch.
 
 1. A command of the own main thread, a message of another rank, the end of a read, a change of the
-   pools or the passing of time goes into the logic (handoffs.py), which answers with actions.
+   pools or the passing of time goes into the logic (kvtransfer/handoffs.py), which answers with
+   actions.
 2. The actions are carried out in order, through three *ports*: ``send`` a message to another rank,
    ``read`` bytes from one, ``emit`` an event to the main thread.
 3. What this rank has to say to itself is taken in at once, when all those actions are done.

@@ -9,14 +9,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvtransfer.boot import EXIT_CLEAN, FAREWELL_S
+from engine.boot import EXIT_CLEAN, FAREWELL_S
 from protocol.ending import END
 
 DEADLINE_S = 60.0
 _RANK = """
 import signal, sys
-from kvtransfer.boot import end_on_signals
-from kvtransfer.rank_config import RankConfig
+from engine.boot import end_on_signals
+from engine.rank_config import RankConfig
 end_on_signals(RankConfig(
     model="arithmetic", pool_id="d", control_address="", token="", listen="ipc://",
     parent_pid=int(sys.argv[1]), shutdown_grace_s=0.0,

@@ -14,34 +14,31 @@ Whoever wants KV asks for it by hash (loans.py): a decode pool before it compute
 prefill pool that goes on where another one ended.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Never
 
 from kvcache.blocks import BlockPool
 from kvcache.tiers.index import PackIndex
+from kvcache.tiers.jobs import PackRead, PackWritten
 from kvtransfer.events import (
     CloseTarget,
     Command,
     ControlReceived,
     Event,
     FetchAsked,
-    FromDisk,
     HandoffBroken,
+    Load,
     SendControl,
     SourceClosed,
     TargetClosed,
     TargetCommitted,
     TargetIsOpen,
 )
-from kvtransfer.store.deposit import Deposit
-from kvtransfer.store.jobs import DiskJob, PackRead, PackWritten
-from kvtransfer.store.loans import Loans
-from kvtransfer.store.states import Change, State
-from kvtransfer.store.writing import Key, WriteBehind
 from protocol.ended import EndedAttempts
 from protocol.messages import (
     Abort,
     Ask,
-    BlockCounts,
     CacheUpdate,
     Collect,
     Committed,
@@ -54,7 +51,13 @@ from protocol.messages import (
     Ticket,
     ToCoordinator,
     ToRank,
+    cache_updates,
 )
+from protocol.plans import StepResult
+from store.deposit import Deposit
+from store.loans import Loans
+from store.states import State, StoreEvent
+from store.writing import Key, WriteBehind
 
 HOST, DISK = "cpu", "disk"
 STORAGE_FULL = "insufficient_storage"
@@ -75,11 +78,18 @@ class StoreScheduler:
 
     Args:
         pool: its memory; blocks with a hash and without an owner make room for others.
-        index: its disk.
+        index: its disk. What is there is told first of all.
         facts: what never changes.
+        damaged: blocks of packs that were found damaged, and are not in ``index``.
     """
 
-    def __init__(self, pool: BlockPool, index: PackIndex, facts: StoreFacts) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        index: PackIndex,
+        facts: StoreFacts,
+        damaged: tuple[bytes, ...] = (),
+    ) -> None:
         self._pool = pool
         self._index = index
         self._facts = facts
@@ -88,6 +98,11 @@ class StoreScheduler:
         self._deposits: dict[Key, Deposit] = {}  # in order of arrival
         self._ended = EndedAttempts()
         self._commands: list[Command] = []
+        for update in cache_updates(index.hashes, DISK):
+            self._send(update)
+        if damaged:
+            self._loans.num_damaged += len(damaged)
+            self._send(CacheUpdate(tier=DISK, damaged=damaged))
 
     # -- in ----------------------------------------------------------------------------------------
 
@@ -107,10 +122,10 @@ class StoreScheduler:
                 self._say_released((event.request_id, event.attempt))
             case HandoffBroken(side="source"):
                 self._loans.close((event.request_id, event.attempt))
-            case FromDisk(PackWritten() as done):
-                self._on_written(done, now)
-            case FromDisk(PackRead() as done):
-                self._loans.on_read(done)
+            case PackWritten():
+                self._on_written(event, now)
+            case PackRead():
+                self._loans.on_read(event)
 
     def _on_message(self, message: ToRank) -> None:
         match message:
@@ -175,7 +190,7 @@ class StoreScheduler:
             return
         match event:
             case TargetIsOpen() if deposit.state is State.OPENING:
-                deposit.advance(Change.OPENED)
+                deposit.advance(StoreEvent.OPENED)
                 if deposit.source is None:
                     self._give_ticket(deposit)
                 else:
@@ -183,11 +198,11 @@ class StoreScheduler:
             case TargetCommitted() if deposit.state is State.RESERVED:
                 self._on_committed(deposit, event, now)
             case TargetCommitted() if deposit.state is State.CLOSING:
-                deposit.advance(Change.COMMITTED)
+                deposit.advance(StoreEvent.COMMITTED)
                 self._end_transfer(deposit, len(deposit.blocks), now)
                 self._forget(deposit)
             case TargetClosed() if deposit.state is State.CLOSING:
-                deposit.advance(Change.CLOSED)
+                deposit.advance(StoreEvent.CLOSED)
                 self._end_transfer(deposit, event.num_whole_blocks, now)
                 self._forget(deposit)
 
@@ -195,7 +210,7 @@ class StoreScheduler:
         self._send(Ticket(*deposit.key, deposit.first * self._facts.block_size))
 
     def _on_committed(self, deposit: Deposit, event: TargetCommitted, now: float) -> None:
-        deposit.advance(Change.COMMITTED)
+        deposit.advance(StoreEvent.COMMITTED)
         if deposit.source is None:
             self._send(Committed(*deposit.key, event.stats))
         error = self._end_transfer(deposit, len(deposit.blocks), now, waits=True)
@@ -234,7 +249,7 @@ class StoreScheduler:
 
     def _stored(self, deposit: Deposit) -> None:
         """Every full block of it is durable."""
-        deposit.advance(Change.STORED)
+        deposit.advance(StoreEvent.STORED)
         num_tokens = len(deposit.hashes) * self._facts.block_size
         self._send(Stored(*deposit.key, num_tokens))
         self._forget(deposit)
@@ -247,10 +262,10 @@ class StoreScheduler:
 
     def _give_up(self, deposit: Deposit) -> None:
         if deposit.state in (State.OPENING, State.RESERVED):
-            deposit.advance(Change.CLOSE)
+            deposit.advance(StoreEvent.CLOSE)
             self._commands.append(CloseTarget(*deposit.key))
         elif deposit.state is not State.CLOSING:
-            deposit.advance(Change.END)
+            deposit.advance(StoreEvent.END)
             self._writing.forget(deposit.key)
             self._forget(deposit)
 
@@ -277,6 +292,10 @@ class StoreScheduler:
         self._loans.go_on(now)
         self._loans.tick(now)
 
+    def update(self, plan: Never, results: Iterable[StepResult], now: float) -> None:
+        """Never called: a store computes nothing, so that ``schedule`` has no plan."""
+        raise AssertionError(plan, results, now)
+
     def _num_known(self, deposit: Deposit) -> int:
         num_known = 0
         while num_known < deposit.max_first and self._writing.covers(deposit.hashes[num_known]):
@@ -292,62 +311,56 @@ class StoreScheduler:
         # What it goes on from must not be given up before it is there.
         self._index.pin(_owner(deposit), deposit.hashes[:first], "hard")
         if num_new == 0:  # a Collect of what is here
-            deposit.advance(Change.KNOWN)
+            deposit.advance(StoreEvent.KNOWN)
             self._writing.wait(deposit.key, deposit.hashes)
             if not self._writing.is_waiting(deposit.key):
                 self._stored(deposit)
             return True
-        deposit.advance(Change.GRANT)
+        deposit.advance(StoreEvent.GRANT)
         deposit.blocks = self._pool.allocate(num_new)
         self._pool.begin_transfer(deposit.blocks)
         self._commands.append(deposit.open())
         return True
 
     def take_commands(self) -> list[Command]:
-        """What the transfer thread is to do, since the last call, in order."""
+        """What the transfer thread and the disk are to do, since the last call, in order."""
         for tier, (stored, evicted), damaged in (
             (DISK, self._writing.take_changes(), self._writing.take_damaged()),
             (HOST, self._pool.take_cache_events(), ()),
         ):
             if stored or evicted:
                 self._send(CacheUpdate(stored, evicted, tier, damaged))
+        self._commands += self._writing.take_jobs()
         self._commands += self._loans.take_commands()
         commands, self._commands = self._commands, []
         return commands
-
-    def take_jobs(self) -> list[DiskJob]:
-        """What the disk threads are to do, since the last call."""
-        return [*self._writing.take_jobs(), *self._loans.take_jobs()]
 
     @property
     def is_idle(self) -> bool:
         return not (self._deposits or len(self._loans) or len(self._writing))
 
-    def counts(self) -> BlockCounts:
-        return self._pool.counts()
+    def check(self) -> None:
+        """Assert that every block is accounted for."""
+        self._pool.check()
 
-    def count_damaged(self, num_packs: int) -> None:
-        """So many were found damaged before any was asked for."""
-        self._loans.num_damaged += num_packs
-
-    def counters(self) -> dict[str, float]:
-        """For the heartbeat."""
-        return {
-            "store_disk_bytes": self._index.num_bytes,
-            "store_disk_quota_bytes": self._index.quota_bytes,
-            "store_packs": len(self._index),
-            "store_packs_evicted": self._index.num_evicted,
-            "store_packs_damaged": self._loans.num_damaged,
-            "store_written_bytes": self._writing.num_written_bytes,
-            "store_loaded_blocks": self._loans.num_loaded_blocks,
-            "store_lent_blocks": self._loans.num_lent_blocks,
-        }
-
-    @property
-    def num_deposits(self) -> tuple[int, int]:
-        """(waiting for room, under way)."""
-        queued = sum(deposit.state is State.QUEUED for deposit in self._deposits.values())
-        return queued, len(self._deposits) - queued
+    def load(self) -> Load:
+        """What the heartbeat says."""
+        num_queued = sum(deposit.state is State.QUEUED for deposit in self._deposits.values())
+        return Load(
+            num_waiting=num_queued,
+            num_running=len(self._deposits) - num_queued,
+            blocks=(self._pool.counts(),),
+            counters={
+                "store_disk_bytes": self._index.num_bytes,
+                "store_disk_quota_bytes": self._index.quota_bytes,
+                "store_packs": len(self._index),
+                "store_packs_evicted": self._index.num_evicted,
+                "store_packs_damaged": self._loans.num_damaged,
+                "store_written_bytes": self._writing.num_written_bytes,
+                "store_loaded_blocks": self._loans.num_loaded_blocks,
+                "store_lent_blocks": self._loans.num_lent_blocks,
+            },
+        )
 
 
 def _owner(deposit: Deposit) -> str:

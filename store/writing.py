@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from kvcache.blocks import BlockPool
 from kvcache.tiers.index import PackIndex
-from kvtransfer.store.jobs import DeletePacks, DiskJob, PackWritten, WritePack
+from kvcache.tiers.jobs import DeletePacks, DiskJob, PackWritten, WritePack
 from protocol.kv import BlockRef
 
 Key = tuple[str, int]  # (request_id, attempt)

@@ -7,8 +7,8 @@ transport and its reads, the heartbeat and the state of the hand-offs.
 4. From then on: commands of the main thread, messages of other ranks and ends of reads go into the
    rank's node (rank_node.py), whose ports are here.
 5. Requests of the coordinator are passed up. When the connection to it is lost, all of them are
-   aborted in its place, and the rank says ``Hello`` to the next one (allegiance.py, pure).
-6. What other ranks have not acknowledged is sent to them again (peers.py).
+   aborted in its place, and the rank says ``Hello`` to the next one (kvtransfer/allegiance.py).
+6. What other ranks have not acknowledged is sent to them again (kvtransfer/peers.py).
 7. Shutdown, a refusal or an error end the thread, and with it the process: its last event is
    ``ThreadDied``.
 
@@ -24,6 +24,7 @@ import time
 import msgspec
 import zmq
 
+from engine.rank_node import RankNode
 from kvcache.pool import KVPool
 from kvtransfer.actions import StartRead
 from kvtransfer.checksum import PoolChecksums
@@ -44,7 +45,6 @@ from kvtransfer.faulty import FaultyControlLine, FaultyPeers, FaultyTransport
 from kvtransfer.handoffs import HandoffPolicy
 from kvtransfer.identity import PeerName, RankIdentity, TransferConfig
 from kvtransfer.peers import Peers
-from kvtransfer.rank_node import RankNode
 from kvtransfer.transport import KVTransport, ReadHandle, ReadState
 from protocol.errors import BatonError, TransferError
 from protocol.failpoints import Failpoints

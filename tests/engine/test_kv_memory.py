@@ -5,9 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcache import host_memory
-from kvcache.host_memory import CPU_SHARE
-from kvtransfer.kv_memory import (
+from engine.kv_memory import (
     LargestStep,
     check_free,
     dry_run,
@@ -16,7 +14,9 @@ from kvtransfer.kv_memory import (
     sharing_ranks,
     size_pool,
 )
-from kvtransfer.rank_config import RankConfig
+from engine.rank_config import RankConfig
+from kvcache import host_memory
+from kvcache.host_memory import CPU_SHARE
 from modeling.loader import load_model
 from modeling.model import Model
 from modeling.parallel import UnconnectedRank
