@@ -35,7 +35,6 @@ from kvtransfer.events import (
     Command,
     ControlReceived,
     Event,
-    FetchAsked,
     HandoffBroken,
     Load,
     OpenTargetBlocks,
@@ -46,6 +45,7 @@ from kvtransfer.events import (
     TargetIsOpen,
 )
 from protocol.ended import ByAttempt, EndedAttempts
+from protocol.handoff import Fetch
 from protocol.messages import (
     Abort,
     Ask,
@@ -104,7 +104,7 @@ class DecodeScheduler:
                 self._on_abort(message)
             case ControlReceived(Ask() as message):
                 self._on_ask(message)
-            case FetchAsked() | SourceClosed() | HandoffBroken(side="source"):
+            case Fetch() | SourceClosed() | HandoffBroken(side="source"):
                 self._on_source(event, now)
             case TargetIsOpen() | TargetCommitted() | TargetClosed() | HandoffBroken():
                 self._on_target(event, now)
@@ -201,11 +201,11 @@ class DecodeScheduler:
             if sequence.finish_reason(self._max_len) is not None:
                 self._end(sequence)  # the coordinator knows from the prefill pool
 
-    def _on_source(self, event: FetchAsked | SourceClosed | HandoffBroken, now: float) -> None:
+    def _on_source(self, event: Fetch | SourceClosed | HandoffBroken, now: float) -> None:
         """What concerns this pool as the source of a fetch."""
         key = (event.request_id, event.attempt)
         match event:
-            case FetchAsked():
+            case Fetch():
                 self._commands += self._serving.ask(event, self._sequences.get(key), now)
             case HandoffBroken():
                 self._commands += self._serving.close(key)

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from decode.sequence import Key, Sequence
 from decode.states import State
 from kvcache.blocks import BlockPool
-from kvtransfer.events import CloseSource, Command, FetchAsked, RefuseFetch, ServeBlocks
+from kvtransfer.events import CloseSource, Command
+from protocol.handoff import Fetch
 from protocol.kv import BlockRef
 
 FETCH_TIMEOUT_S = 60.0
@@ -48,44 +49,42 @@ class Serving:
     def __contains__(self, key: Key) -> bool:
         return key in self._fetches
 
-    def ask(self, event: FetchAsked, sequence: Sequence | None, now: float) -> list[Command]:
+    def ask(self, fetch: Fetch, sequence: Sequence | None, now: float) -> list[Command]:
         """Serve what is asked for, or refuse it; a request is served once.
 
         Args:
             sequence: the request's, if it is here.
         """
-        if sequence is None and event.block_hashes:
-            return self._ask_by_hash(event, now)
-        key = (event.request_id, event.attempt)
-        first, end = event.first_logical, event.first_logical + len(event.owners)
-        to = (*key, event.target_pool_id, event.target_epoch)
+        if sequence is None and fetch.block_hashes:
+            return self._ask_by_hash(fetch, now)
+        key = (fetch.request_id, fetch.attempt)
+        first, end = fetch.first_logical, fetch.first_logical + len(fetch.owners)
         if sequence is None or sequence.state is not State.RESERVED:
-            return [RefuseFetch(*to, "the request has no ticket here")]
+            return [fetch.refused("the request has no ticket here")]
         if sequence.is_served:
-            return [RefuseFetch(*to, "it was served before")]
+            return [fetch.refused("it was served before")]
         num_cached_blocks = sequence.num_cached_tokens // self._pool.block_size
         if not 0 <= first < end <= num_cached_blocks:
             reason = f"blocks {first} to {end} are not among the {num_cached_blocks} cached here"
-            return [RefuseFetch(*to, reason)]
+            return [fetch.refused(reason)]
         sequence.is_served = True
         blocks = tuple(sequence.blocks[first:end])
         self._pool.begin_transfer(blocks)
         self._fetches[key] = _Fetch(blocks, now)
         self.num_blocks_total += len(blocks)
-        return [ServeBlocks(*to, first, blocks, event.owners)]
+        return [fetch.served(blocks)]
 
-    def _ask_by_hash(self, event: FetchAsked, now: float) -> list[Command]:
-        key = (event.request_id, event.attempt)
-        to = (*key, event.target_pool_id, event.target_epoch)
-        found = [self._pool.find(block_hash) for block_hash in event.block_hashes]
+    def _ask_by_hash(self, fetch: Fetch, now: float) -> list[Command]:
+        key = (fetch.request_id, fetch.attempt)
+        found = [self._pool.find(block_hash) for block_hash in fetch.block_hashes]
         blocks = tuple(ref for ref in found if ref is not None)
-        if len(blocks) < len(event.owners) or key in self._fetches:
-            return [RefuseFetch(*to, "not all of it is cached here")]
+        if len(blocks) < len(fetch.owners) or key in self._fetches:
+            return [fetch.refused("not all of it is cached here")]
         self._pool.share(blocks)
         self._pool.begin_transfer(blocks)
         self._fetches[key] = _Fetch(blocks, now, is_owner=True)
         self.num_blocks_total += len(blocks)
-        return [ServeBlocks(*to, event.first_logical, blocks, event.owners)]
+        return [fetch.served(blocks)]
 
     def tick(self, now: float) -> list[Command]:
         """Close what was asked for without a request and is ended by nobody."""

@@ -1,14 +1,15 @@
 """What a rank's main thread and its other threads say to each other, over queues.
 
 They share no other state. Commands go to the transfer thread, or to a store's disk threads; events
-come back. Both are plain data.
+come back. Both are plain data. A fetch has the same structs within a rank as between ranks:
+``Fetch`` is an event of the source's leader, ``Serve`` or ``FetchRefused`` its answer.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from kvcache.tiers.jobs import DiskDone, DiskJob
-from protocol.handoff import SegmentKey
+from protocol.handoff import Fetch, FetchRefused, SegmentKey, Serve
 from protocol.kv import BlockRef, PoolEndpoint
 from protocol.messages import BlockCounts, ToCoordinator, ToRank, Welcome
 from protocol.request import TransferStats
@@ -112,30 +113,6 @@ class AskFetch:
 
 
 @dataclass(frozen=True, slots=True)
-class ServeBlocks:
-    """Source leader: hand these blocks over, all layers at once; answered by SourceClosed."""
-
-    request_id: str
-    attempt: int
-    target_pool_id: str
-    target_epoch: int
-    first_logical: int
-    blocks: tuple[BlockRef, ...]
-    owners: tuple[int, ...]  # the target's cp rank for each block
-
-
-@dataclass(frozen=True, slots=True)
-class RefuseFetch:
-    """Source leader: there is nothing to serve."""
-
-    request_id: str
-    attempt: int
-    target_pool_id: str
-    target_epoch: int
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
 class Load:
     """What a leader has to do and what it holds; a follower has nothing to tell."""
 
@@ -169,8 +146,8 @@ Command = (
     | OpenTargetBlocks
     | CloseTarget
     | AskFetch
-    | ServeBlocks
-    | RefuseFetch
+    | Serve
+    | FetchRefused
     | ReportStatus
     | StopThread
     | DiskJob
@@ -242,19 +219,6 @@ class SourceClosed:
 
 
 @dataclass(frozen=True, slots=True)
-class FetchAsked:
-    """Source leader: another pool misses these blocks. Answer by ServeBlocks or RefuseFetch."""
-
-    request_id: str
-    attempt: int
-    target_pool_id: str
-    target_epoch: int
-    first_logical: int
-    owners: tuple[int, ...]
-    block_hashes: tuple[bytes, ...] = ()  # none: of the request that is here
-
-
-@dataclass(frozen=True, slots=True)
 class HandoffBroken:
     """Leader of either side: the hand-off cannot complete. Close it, fail the request."""
 
@@ -280,7 +244,7 @@ Event = (
     | TargetCommitted
     | TargetClosed
     | SourceClosed
-    | FetchAsked
+    | Fetch
     | HandoffBroken
     | DiskDone
     | ThreadDied

@@ -1,9 +1,9 @@
 """Hand-offs that their target asks for: a prefill pool fetches a prefix from a decode pool. Pure.
 
 Target's leader: ``AskFetch``, once the target is open --> ``Fetch`` to the source's leader.
-Source's leader: ``Fetch`` --> ``FetchAsked`` to its main thread, which answers
-  ``ServeBlocks`` --> ``Serve`` to every own rank, to be committed when all is read, or
-  ``RefuseFetch`` --> ``FetchRefused`` to the target's leader, for which the hand-off is broken.
+Source's leader: ``Fetch`` goes to its main thread, which answers
+  ``Serve``, for every own rank, to be committed when all is read, or
+  ``FetchRefused``, for the target's leader, to which the hand-off is broken.
 Source's ranks: ``Serve`` --> their heads of all those blocks and layers, in one announcement.
 """
 
@@ -13,9 +13,6 @@ from kvtransfer.events import (
     AnnouncedAll,
     AskFetch,
     CommitWhenRead,
-    FetchAsked,
-    RefuseFetch,
-    ServeBlocks,
 )
 from kvtransfer.identity import PeerName
 from kvtransfer.leader import LeaderSide
@@ -40,15 +37,15 @@ class Fetches:
         self._source = source
         self._leader = leader
 
-    def command(self, command: AskFetch | ServeBlocks | RefuseFetch, now: float) -> list[Action]:
+    def command(self, command: AskFetch | Serve | FetchRefused, now: float) -> list[Action]:
         """What the own main thread asks for."""
         match command:
             case AskFetch():
                 return self._ask(command)
-            case ServeBlocks():
+            case Serve():
                 return self._serve(command, now)
-            case RefuseFetch():
-                return self._refuse(command)
+            case FetchRefused():
+                return [Send(PeerName(command.target_pool_id, 0), command)]
 
     def message(self, sender: PeerName, message: Fetch | FetchRefused | Serve) -> list[Action]:
         """What a leader says: another pool's, or with ``Serve`` the own one."""
@@ -102,46 +99,21 @@ class Fetches:
             or not around.identity.is_leader
         ):
             return around.drop("stale_epoch")
-        asked = FetchAsked(
-            message.request_id,
-            message.attempt,
-            target_pool_id=message.target_pool_id,
-            target_epoch=message.target_epoch,
-            first_logical=message.first_logical,
-            owners=message.owners,
-            block_hashes=message.block_hashes,
-        )
-        return [Emit(asked)]
+        return [Emit(message)]
 
-    def _refuse(self, command: RefuseFetch) -> list[Action]:
-        refused = FetchRefused(
-            command.request_id,
-            command.attempt,
-            source_epoch=self._around.epoch,
-            target_epoch=command.target_epoch,
-            reason=command.reason,
-        )
-        return [Send(PeerName(command.target_pool_id, 0), refused)]
-
-    def _serve(self, command: ServeBlocks, now: float) -> list[Action]:
-        key = (command.request_id, command.attempt)
+    def _serve(self, serve: Serve, now: float) -> list[Action]:
+        key = (serve.request_id, serve.attempt)
+        if serve.source_epoch != self._around.epoch:
+            reason = "this pool has a new epoch since it was asked"
+            return self._leader.on_failed(HandoffFailed(*key, 0, reason, "source"))
         layout = self._around.layout
-        serve = Serve(
-            *key,
-            target_pool_id=command.target_pool_id,
-            target_epoch=command.target_epoch,
-            source_epoch=self._around.epoch,
-            first_logical=command.first_logical,
-            blocks=command.blocks,
-            owners=command.owners,
-        )
         ranks = self._around.own_ranks()
         commit = CommitWhenRead(
             *key,
-            target_pool_id=command.target_pool_id,
-            target_epoch=command.target_epoch,
+            target_pool_id=serve.target_pool_id,
+            target_epoch=serve.target_epoch,
             manifest=tuple(SegmentKey(r.rank, _CHUNK, 0, layout.num_layers) for r in ranks),
-            num_tokens=(command.first_logical + len(command.blocks)) * layout.block_size,
+            num_tokens=(serve.first_logical + len(serve.blocks)) * layout.block_size,
             first_token_id=_NO_TOKEN,
         )
         sends: list[Action] = [Send(rank, serve) for rank in ranks]

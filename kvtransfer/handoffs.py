@@ -14,8 +14,6 @@ from kvtransfer.events import (
     Command,
     CommitWhenRead,
     OpenTargetBlocks,
-    RefuseFetch,
-    ServeBlocks,
 )
 from kvtransfer.fetch import Fetches
 from kvtransfer.identity import PeerName
@@ -116,7 +114,7 @@ class Handoffs:
                 return self.leader.open_target(command)
             case CloseTarget():
                 return self.leader.close_target(command)
-            case AskFetch() | ServeBlocks() | RefuseFetch():
+            case AskFetch() | Serve() | FetchRefused():
                 return self.fetches.command(command, now)
             case _:
                 raise AssertionError(f"not a hand-off's command: {command}")

@@ -162,6 +162,30 @@ class Fetch(_Message, frozen=True):
     owners: tuple[int, ...]  # the target's cp rank for each block
     block_hashes: tuple[bytes, ...] = ()  # their content; none: a prefix of the source's request
 
+    def served(self, blocks: tuple[BlockRef, ...]) -> "Serve":
+        """The answer of a source that has all of it, as ``blocks``."""
+        return Serve(
+            self.request_id,
+            self.attempt,
+            target_pool_id=self.target_pool_id,
+            target_epoch=self.target_epoch,
+            source_epoch=self.source_epoch,
+            first_logical=self.first_logical,
+            blocks=blocks,
+            owners=self.owners,
+        )
+
+    def refused(self, reason: str) -> "FetchRefused":
+        """The answer of a source that has not, or will not."""
+        return FetchRefused(
+            self.request_id,
+            self.attempt,
+            source_epoch=self.source_epoch,
+            target_epoch=self.target_epoch,
+            reason=reason,
+            target_pool_id=self.target_pool_id,
+        )
+
 
 class FetchRefused(_Message, frozen=True):
     """source leader -> target leader: I do not, or no longer."""
@@ -169,6 +193,7 @@ class FetchRefused(_Message, frozen=True):
     source_epoch: int
     target_epoch: int
     reason: str
+    target_pool_id: str = ""
 
 
 class Serve(_Message, frozen=True):

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from kvcache.blocks import BlockPool
 from kvcache.tiers.index import PackIndex
 from kvcache.tiers.jobs import PackRead, ReadPack
-from kvtransfer.events import CloseSource, Command, FetchAsked, RefuseFetch, ServeBlocks
+from kvtransfer.events import CloseSource, Command
+from protocol.handoff import Fetch
 from protocol.kv import BlockRef
 from protocol.transitions import advance
 from store.states import LOAN, State, StoreEvent
@@ -31,7 +32,7 @@ GONE = "the store does not hold all of it any more"
 class Loan:
     """One fetch by another pool."""
 
-    asked: FetchAsked
+    asked: Fetch
     hashes: tuple[bytes, ...]
     since: float
     state: State = State.QUEUED
@@ -43,10 +44,6 @@ class Loan:
     @property
     def key(self) -> Key:
         return (self.asked.request_id, self.asked.attempt)
-
-    @property
-    def to(self) -> tuple[str, int, str, int]:
-        return (*self.key, self.asked.target_pool_id, self.asked.target_epoch)
 
 
 class Loans:
@@ -76,13 +73,13 @@ class Loans:
     def __contains__(self, key: Key) -> bool:
         return key in self._loans
 
-    def ask(self, event: FetchAsked, hashes: Sequence[bytes], now: float) -> None:
+    def ask(self, fetch: Fetch, hashes: Sequence[bytes], now: float) -> None:
         """A pool wants these; a duplicate changes nothing."""
-        loan = Loan(event, tuple(hashes), now)
+        loan = Loan(fetch, tuple(hashes), now)
         if loan.key in self._loans:
             return
-        if len(hashes) != len(event.owners) or not hashes:
-            self._commands.append(RefuseFetch(*loan.to, "its blocks are not named by their hashes"))
+        if len(hashes) != len(fetch.owners) or not hashes:
+            self._commands.append(fetch.refused("its blocks are not named by their hashes"))
             return
         self._loans[loan.key] = loan
         self.go_on(now)
@@ -159,9 +156,7 @@ class Loans:
         loan.state = advance(LOAN, loan.state, StoreEvent.LOADED, of=loan.key[0])
         self._pool.begin_transfer(loan.blocks)
         self.num_lent_blocks += len(loan.blocks)
-        asked = loan.asked
-        serve = ServeBlocks(*loan.to, asked.first_logical, tuple(loan.blocks), asked.owners)
-        self._commands.append(serve)
+        self._commands.append(loan.asked.served(tuple(loan.blocks)))
 
     def close(self, key: Key) -> None:
         """It is not wanted any more. Idempotent."""
@@ -193,7 +188,7 @@ class Loans:
         loan.blocks = []
         del self._loans[loan.key]
         if refusal:
-            self._commands.append(RefuseFetch(*loan.to, refusal))
+            self._commands.append(loan.asked.refused(refusal))
 
     def take_commands(self) -> list[Command]:
         commands, self._commands = self._commands, []

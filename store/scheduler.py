@@ -26,7 +26,6 @@ from kvtransfer.events import (
     Command,
     ControlReceived,
     Event,
-    FetchAsked,
     HandoffBroken,
     Load,
     SendControl,
@@ -36,6 +35,7 @@ from kvtransfer.events import (
     TargetIsOpen,
 )
 from protocol.ended import EndedAttempts
+from protocol.handoff import Fetch
 from protocol.messages import (
     Abort,
     Ask,
@@ -115,7 +115,7 @@ class StoreScheduler:
                 self._on_target(event, now)
             case HandoffBroken(side="target"):
                 self._on_broken(event)
-            case FetchAsked():
+            case Fetch():
                 self._loans.ask(event, self._wanted(event), now)
             case SourceClosed():
                 self._loans.on_closed((event.request_id, event.attempt))
@@ -156,7 +156,7 @@ class StoreScheduler:
             text = f"more than the {room} tokens of the store's memory at a time"
             self._fail(deposit, "kv_capacity_exceeded", text)
 
-    def _wanted(self, event: FetchAsked) -> tuple[bytes, ...]:
+    def _wanted(self, event: Fetch) -> tuple[bytes, ...]:
         """The hashes that are asked for; a pool that has none means those of its own hand-off."""
         deposit = self._deposits.get((event.request_id, event.attempt))
         if event.block_hashes or deposit is None:

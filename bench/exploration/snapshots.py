@@ -20,7 +20,7 @@ from typing import TypeVar, cast
 import msgspec
 
 from coordinator.attempts import Wait
-from kvtransfer.events import HandoffBroken, RefuseFetch
+from kvtransfer.events import HandoffBroken
 from kvtransfer.tombs import Tombs
 from protocol.errors import RequestError
 from protocol.handoff import FetchRefused, HandoffFailed
@@ -133,7 +133,7 @@ def freeze_leaf(value: object) -> Hashable:
             return repr(msgspec.structs.replace(value, step=0))
         case HandoffFailed() | FetchRefused():
             return repr(msgspec.structs.replace(value, reason=""))
-        case HandoffBroken() | RefuseFetch():
+        case HandoffBroken():
             return repr(dataclasses.replace(value, reason=""))
         case RequestFailed():
             return repr(msgspec.structs.replace(value, message=""))

@@ -16,17 +16,15 @@ from kvtransfer.events import (
     CloseTarget,
     ControlReceived,
     Event,
-    FetchAsked,
     HandoffBroken,
     OpenTargetBlocks,
-    RefuseFetch,
     SendControl,
-    ServeBlocks,
     SourceClosed,
     TargetClosed,
     TargetCommitted,
     TargetIsOpen,
 )
+from protocol.handoff import Fetch, FetchRefused, Serve
 from protocol.kv import BlockRef
 from protocol.messages import (
     Abort,
@@ -163,7 +161,7 @@ class Cluster:
         self.opened: dict[Key, OpenTargetBlocks] = {}  # hand-offs that can receive bytes
         self.is_open: set[Key] = set()
         self.closing: set[Key] = set()
-        self.served: dict[Key, ServeBlocks] = {}  # fetches whose blocks may be read from
+        self.served: dict[Key, Serve] = {}  # fetches whose blocks may be read from
         self.closing_served: set[Key] = set()
         self.refused: dict[Key, str] = {}
         self.asked: dict[Key, AskFetch] = {}  # of a store
@@ -277,7 +275,7 @@ class Cluster:
     def fetch(self, key: Key, first_logical: int, end_logical: int) -> None:
         """The prefill pool misses these blocks."""
         owners = tuple(logical % 2 for logical in range(first_logical, end_logical))
-        self._tell(FetchAsked(*key, "prefill0", 3, first_logical, owners))
+        self._tell(Fetch(*key, "prefill0", 3, 5, first_logical, owners))
 
     def end_serving(self, key: Key, *, committed: bool) -> None:
         """It has read what it was served, or will not; what it can have read was right."""
@@ -325,11 +323,11 @@ class Cluster:
                 case CloseTarget():
                     self.closing.add((command.request_id, command.attempt))
                     self.log.append(f"close {command.request_id}")
-                case ServeBlocks():
+                case Serve():
                     key = (command.request_id, command.attempt)
                     assert key not in self.served
                     self.served[key] = command
-                case RefuseFetch():
+                case FetchRefused():
                     self.refused[command.request_id, command.attempt] = command.reason
                 case CloseSource():
                     key = (command.request_id, command.attempt)

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import msgspec
 import pytest
 
 from engine.rank_node import RankNode
@@ -16,11 +17,8 @@ from kvtransfer.events import (
     CloseTarget,
     Command,
     Event,
-    FetchAsked,
     HandoffBroken,
     OpenTargetBlocks,
-    RefuseFetch,
-    ServeBlocks,
     SourceClosed,
     TargetClosed,
     TargetCommitted,
@@ -163,10 +161,9 @@ def open_and_ask(world: World, cp_size: int) -> None:
 
 
 def serve(world: World) -> None:
-    [asked] = world.of("decode0", FetchAsked)
+    [asked] = world.of("decode0", Fetch)
     blocks = tuple(BlockRef(block_id, 2) for block_id in SOURCE_BLOCKS)
-    command = ServeBlocks(*KEY, "prefill0", EPOCHS["prefill0"], FIRST, blocks, asked.owners)
-    world.command("decode0", command)
+    world.command("decode0", asked.served(blocks))
 
 
 @pytest.mark.parametrize(("decode_tp", "cp_size", "tp_size"), SHAPES)
@@ -201,7 +198,8 @@ def test_every_block_lands_where_it_belongs(decode_tp: int, cp_size: int, tp_siz
 def test_a_refusal_breaks_it_for_the_one_who_asked() -> None:
     world = World(2, 2, 1)
     open_and_ask(world, 2)
-    world.command("decode0", RefuseFetch(*KEY, "prefill0", EPOCHS["prefill0"], "evicted"))
+    [asked] = world.of("decode0", Fetch)
+    world.command("decode0", asked.refused("evicted"))
     world.run()
     [broken] = world.of("prefill0", HandoffBroken)
     assert broken.side == "target" and "decode0 refused: evicted" in broken.reason
@@ -213,7 +211,8 @@ def test_a_refusal_breaks_it_for_the_one_who_asked() -> None:
 
 def test_a_refusal_of_nothing_is_dropped() -> None:
     world = World(1, 1, 1)
-    world.command("decode0", RefuseFetch(*KEY, "prefill0", EPOCHS["prefill0"], "what?"))
+    refused = FetchRefused(*KEY, EPOCHS["decode0"], EPOCHS["prefill0"], "what?", "prefill0")
+    world.command("decode0", refused)
     world.run()
     assert world.events["prefill0"] == []
     world.assert_over()
@@ -227,7 +226,7 @@ def test_a_source_that_has_gone_is_not_asked() -> None:
     world.command("prefill0", AskFetch(*KEY, "decode0", 3, 0, (0,)))
     world.run()
     assert [broken.side for broken in world.of("prefill0", HandoffBroken)] == ["target"]
-    assert world.of("decode0", FetchAsked) == []
+    assert world.of("decode0", Fetch) == []
 
 
 @pytest.mark.parametrize("who", ["target", "source"])
@@ -272,7 +271,8 @@ def test_an_announcement_of_a_block_that_lies_elsewhere_is_not_read() -> None:
     world = World(1, 2, 1)
     open_and_ask(world, 2)
     blocks = tuple(BlockRef(block_id, 2) for block_id in SOURCE_BLOCKS)
-    wrong = ServeBlocks(*KEY, "prefill0", EPOCHS["prefill0"], FIRST, blocks, (0,) * 5)
+    [asked] = world.of("decode0", Fetch)
+    wrong = msgspec.structs.replace(asked.served(blocks), owners=(0,) * 5)
     world.command("decode0", wrong)
     world.run()
     [broken] = world.of("prefill0", HandoffBroken)
@@ -303,5 +303,22 @@ def test_a_fetch_of_another_epoch_asks_nobody(field: str) -> None:
     for epoch, asks in ((epochs[field] - 1, False), (epochs[field], True)):
         fetch = Fetch(*KEY, "prefill0", **{**epochs, field: epoch}, first_logical=0, owners=(0,))
         leader.node.message(PeerName("prefill0", 0), fetch, 0.0)
-        assert bool(world.of("decode0", FetchAsked)) is asks
+        assert bool(world.of("decode0", Fetch)) is asks
     assert leader.node.counters["dropped_stale_epoch"] == 1
+
+
+def test_an_answer_to_a_question_of_an_earlier_epoch_serves_nothing() -> None:
+    """The source was welcomed by another coordinator meanwhile."""
+    world = World(2, 2, 1)
+    open_and_ask(world, 2)
+    for rank in world.pool("decode0"):
+        rank.node.welcomed(EPOCHS["decode0"] + 1)
+    serve(world)
+    [broken] = world.of("decode0", HandoffBroken)
+    assert broken.side == "source" and "epoch" in broken.reason
+    assert not world.wire
+    world.command("decode0", CloseSource(*KEY))
+    world.command("prefill0", CloseTarget(*KEY))
+    world.run()
+    assert world.of("decode0", SourceClosed) == [SourceClosed(*KEY, committed=False)]
+    world.assert_over()

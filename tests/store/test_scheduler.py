@@ -16,17 +16,15 @@ from kvtransfer.events import (
     Command,
     ControlReceived,
     Event,
-    FetchAsked,
     HandoffBroken,
     OpenTargetBlocks,
-    RefuseFetch,
     SendControl,
-    ServeBlocks,
     SourceClosed,
     TargetClosed,
     TargetCommitted,
     TargetIsOpen,
 )
+from protocol.handoff import Fetch, FetchRefused, Serve
 from protocol.kv import BlockRef
 from protocol.messages import (
     Abort,
@@ -122,7 +120,7 @@ class Store:
 
     def lend(self, name: str, hashes: tuple[bytes, ...]) -> Key:
         owners = (0,) * len(hashes)
-        self.tell(FetchAsked(name, 1, "decode0", 3, 0, owners, hashes))
+        self.tell(Fetch(name, 1, "decode0", 3, 1, 0, owners, hashes))
         return name, 1
 
     def kinds(self, name: str) -> list[str]:
@@ -266,7 +264,7 @@ def test_a_loan_from_memory_and_from_disk(make_store: MakeStore) -> None:
             store.read()
             assert store.commands[-1].request_id != key[0], "half of it is not lent"
             store.read()
-        served = store.last(ServeBlocks)
+        served = store.last(Serve)
         assert (served.request_id, len(served.blocks)) == (key[0], 4)
         assert store.pool.counts().in_flight == 4
         store.tell(SourceClosed(*key, committed=True))
@@ -280,7 +278,7 @@ def test_a_damaged_pack_is_given_up(make_store: MakeStore) -> None:
     store.lend("loan", hashes_of(PROMPT))
     store.read(error="block 1 is damaged")
     store.read()
-    assert isinstance(store.commands[-1], RefuseFetch)
+    assert isinstance(store.commands[-1], FetchRefused)
     assert store.jobs == [DeletePacks(("p1",))]
     evicted = [
         h for m in store.said if isinstance(m, CacheUpdate) and m.tier == "disk" for h in m.evicted
@@ -289,7 +287,7 @@ def test_a_damaged_pack_is_given_up(make_store: MakeStore) -> None:
     assert damaged == evicted
     assert sorted(evicted) == sorted(hashes_of(PROMPT)[:2])
     store.lend("again", hashes_of(PROMPT))
-    assert store.last(RefuseFetch).request_id == "again"
+    assert store.last(FetchRefused).request_id == "again"
     store.assert_quiet()
 
 
@@ -388,7 +386,7 @@ def test_blocks_are_not_reused_while_they_are_lent(make_store: MakeStore) -> Non
     store = make_store(num_blocks=5)
     store.deposit("d", PROMPT[:16])
     store.lend("loan", hashes_of(PROMPT[:16]))
-    lent: tuple[BlockRef, ...] = store.last(ServeBlocks).blocks
+    lent: tuple[BlockRef, ...] = store.last(Serve).blocks
     store.tell(HandoffBroken("loan", 1, "source", "decode0 is gone"))
     store.reserve("next", tuple(range(50, 62)))
     assert all(command.request_id != "next" for command in store.commands), "there is no room"
