@@ -377,13 +377,20 @@ def test_a_busy_coordinator_and_the_end(start_cluster: Any, until: Any) -> None:
 
 
 class Process:
-    """A coordinator or a rank that the test itself starts."""
+    """A coordinator or a rank that the test itself starts, behind the words of ``prefix``."""
 
-    def __init__(self, folder: Path, module: str, name: str, fields: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        module: str,
+        name: str,
+        fields: dict[str, Any],
+        prefix: tuple[str, ...] = (),
+    ) -> None:
         file = folder / f"{name}.json"
         file.write_text(json.dumps(fields))
         self.popen = subprocess.Popen(
-            [sys.executable, "-P", "-m", module, "--config", str(file)],
+            [*prefix, sys.executable, "-P", "-m", module, "--config", str(file)],
             stdout=subprocess.PIPE,
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -3,6 +3,8 @@
 import os
 import random
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 
 from modeling.arithmetic import expected_tokens
 from modeling.config import load_config
-from tests.e2e.doors import doors_of
+from tests.e2e.doors import doors_of, tree
 
 MODEL = "arithmetic:layers=3,heads=4,kv_heads=2,vocab=512,max_len=4096"
 
@@ -33,6 +35,7 @@ def test_the_same_requests_pass_under_ray(
         for found in doors_of(_actors(cluster.process.pid)).values():
             hosts = sorted(door.host for door in found if door.kind != "unix")
             assert [host for host in hosts if host != "127.0.0.1"] == ["::"], found
+        assert "AuthenticationError" in _ask_ray_without_its_token(cluster.process.pid, tmp_path)
         document = [rng.randrange(500) for _ in range(1600)]
         source = {"token_ids": document}
         made = cluster.client.post("/v1/documents", json={"source": source}).json()
@@ -50,6 +53,28 @@ def test_the_same_requests_pass_under_ray(
         want = expected_tokens(config, [*document, 7, 3], 8)
         assert asked["choices"][0]["token_ids"] == want
         no_leaks(cluster)
+
+
+def _ask_ray_without_its_token(launcher: int, home: Path) -> str:
+    """What the Ray that a launcher has started answers to somebody else on the machine."""
+    (found,) = [
+        doors
+        for pid, doors in doors_of(tree(launcher)).items()
+        if Path(f"/proc/{pid}/cmdline").read_text().partition("\0")[0].endswith("gcs_server")
+    ]
+    (port,) = {door.port for door in found if door.kind.startswith("tcp")}
+    program = (
+        "from ray._raylet import GcsClient; "
+        f"GcsClient(address='127.0.0.1:{port}').internal_kv_get(b'x', namespace=None, timeout=10)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={"HOME": str(home), "RAY_AUTH_MODE": "disabled"},
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    return done.stderr
 
 
 def _actors(launcher: int) -> list[int]:

@@ -1,0 +1,195 @@
+"""Machines that do not reach one another for a while: each a network namespace, all on one bridge.
+
+Ranks and coordinator talk by TCP, as between hosts. A cut sends what one host has for another to an
+address that no machine has: packets are lost without a word, connections stay open on both sides.
+"""
+
+import contextlib
+import os
+import random
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from modeling.arithmetic import expected_tokens
+from modeling.config import load_config
+from tests.e2e.conftest import parse_path
+from tests.e2e.test_gangs import Process, Stream
+
+MODEL = "arithmetic:layers=2,heads=2,kv_heads=2,vocab=512,max_len=4096"
+HERE, RANKS = "coordinator", ("prefill0", "decode0", "decode1")
+NUM_TOKENS = 6
+NOTICED_S, SLACK_S = 5.0, 10.0
+LONG = 1200  # tokens of an answer that takes seconds
+NOWHERE = "02:00:00:00:00:99"
+
+pytestmark = pytest.mark.cluster
+
+
+def run(*words: str) -> str:
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise OSError(f"{' '.join(words)}: {done.stderr.strip()}")
+    return done.stdout
+
+
+class Network:
+    """A namespace for each rank, and a bridge between them that the coordinator is on."""
+
+    def __init__(self) -> None:
+        self._tag = f"{os.getpid() % 10000}"
+        self._bridge = f"b{self._tag}"
+
+    def address(self, host: str) -> str:
+        return "10.87.0.254" if host == HERE else f"10.87.0.{RANKS.index(host) + 1}"
+
+    def inside(self, host: str) -> tuple[str, ...]:
+        """Words before a command that is to run on that host."""
+        return () if host == HERE else ("ip", "netns", "exec", f"n{self._tag}{host}")
+
+    def make(self) -> None:
+        run("ip", "link", "add", self._bridge, "type", "bridge")
+        run("ip", "address", "add", f"{self.address(HERE)}/24", "dev", self._bridge)
+        run("ip", "link", "set", self._bridge, "up")
+        for number, host in enumerate(RANKS):
+            name, namespace = f"v{self._tag}{number}", self.inside(host)[-1]
+            run("ip", "netns", "add", namespace)
+            run("ip", "link", "add", name, "type", "veth", "peer", "name", "v0", "netns", namespace)
+            run("ip", "link", "set", name, "master", self._bridge, "up")
+            address = ("address", "add", f"{self.address(host)}/24", "dev", "v0")
+            for words in (address, ("link", "set", "v0", "up"), ("link", "set", "lo", "up")):
+                run(*self.inside(host), "ip", *words)
+
+    def remove(self) -> None:
+        for words in (
+            *(("netns", "delete", self.inside(host)[-1]) for host in RANKS),
+            ("link", "delete", self._bridge),
+        ):
+            with contextlib.suppress(OSError):
+                run("ip", *words)
+
+    @contextlib.contextmanager
+    def cut(self, one: str, other: str) -> Iterator[None]:
+        """Neither reaches the other while the block runs."""
+        both = ((one, other), (other, one))
+        for here, there in both:
+            self._neighbour("replace", here, there, "lladdr", NOWHERE, "nud", "permanent")
+        try:
+            yield
+        finally:
+            for here, there in both:
+                self._neighbour("delete", here, there)
+
+    def _neighbour(self, verb: str, here: str, there: str, *words: str) -> None:
+        device = self._bridge if here == HERE else "v0"
+        command = ("ip", "neighbour", verb, self.address(there), "dev", device)
+        run(*self.inside(here), *command, *words)
+
+
+@pytest.fixture(scope="module")
+def network() -> Iterator[Network]:
+    if shutil.which("ip") is None:
+        pytest.skip("ip is not installed")
+    made = Network()
+    try:
+        try:
+            made.make()
+        except OSError as error:
+            pytest.skip(f"no network namespaces here: {error}")
+        yield made
+    finally:
+        made.remove()
+
+
+class Site:
+    """A cluster over these hosts that nobody supervises."""
+
+    def __init__(self, network: Network, processes: dict[str, Process], url: str) -> None:
+        self.network = network
+        self.processes = processes
+        self.url = url
+        self._rng = random.Random(7)
+        self._config = load_config(MODEL)
+
+    def pool(self, pool_id: str) -> dict[str, Any]:
+        pools = httpx.get(f"{self.url}/v1/cluster", timeout=10.0).json()["pools"]
+        (found,) = [pool for pool in pools if pool["pool_id"] == pool_id]
+        return dict(found)
+
+    def ask(self) -> tuple[float, dict[str, str]]:
+        """A long prompt that nobody has seen, answered exactly: seconds, and its path."""
+        prompt = [self._rng.randrange(250) for _ in range(400)]
+        body = {"prompt": prompt, "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True}
+        began = time.monotonic()
+        reply = httpx.post(
+            f"{self.url}/v1/completions", json={**body, "return_token_ids": True}, timeout=90.0
+        )
+        took_s = time.monotonic() - began
+        assert reply.status_code == 200, reply.text
+        want = expected_tokens(self._config, prompt, NUM_TOKENS)
+        assert reply.json()["choices"][0]["token_ids"] == want
+        return took_s, parse_path(reply.headers["x-baton-path"])
+
+
+@pytest.fixture(scope="module")
+def site(network: Network, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    folder: Path = tmp_path_factory.mktemp("s")
+    shared = {"token": "t", "model": MODEL, "block_size": 16, "log_level": "WARNING"}
+    pools = [{"pool_id": host, "role": host[:-1], "cp_size": 1, "tp_size": 1} for host in RANKS]
+    listen = f"tcp://{network.address(HERE)}:*"
+    fields = {**shared, "pools": pools, "port": 0, "control_listen": listen}
+    with contextlib.ExitStack() as stack:
+        processes: dict[str, Process] = {}
+
+        def start(host: str, module: str, settings: dict[str, Any]) -> Process:
+            process = Process(folder, module, host, settings, network.inside(host))
+            stack.callback(process.end)
+            return processes.setdefault(host, process)
+
+        coordinator = start(HERE, "coordinator", {**fields, "local_prefill_threshold": 16})
+        control = coordinator.said("control")
+        for host in RANKS:
+            settings = {
+                **shared,
+                "pool_id": host,
+                "control_address": control,
+                "listen": f"tcp://{network.address(host)}",
+                "kv_memory_bytes": 8 << 20,
+                "transport": "tcp",
+            }
+            start(host, host[:-1], settings)
+        yield Site(network, processes, coordinator.said("ready"))
+
+
+def test_pools_that_do_not_reach_each_other(site: Site, until: Any) -> None:
+    """No request waits for longer than it takes to notice; decode computes meanwhile."""
+    _, path = site.ask()
+    assert "local" not in path
+    with site.network.cut("prefill0", "decode0"), site.network.cut("prefill0", "decode1"):
+        asked = [site.ask() for _ in range(4)]
+        assert all("local" in path for _, path in asked), asked
+        assert max(took_s for took_s, _ in asked) < NOTICED_S + SLACK_S, asked
+        assert asked[-1][0] < NOTICED_S, "it is known by then"
+    until(lambda: "local" not in site.ask()[1], "the pair is used again", 30.0)
+
+
+def test_a_pool_that_the_coordinator_does_not_reach_for_a_while(site: Site, until: Any) -> None:
+    """Its streams go on elsewhere, and it comes back as it is: with model, process and cache."""
+    stream = Stream(site.url, [5] * 300, LONG)
+    stream.wait_begun()
+    pool_id = parse_path(stream.path)["decode"]
+    epoch = site.pool(pool_id)["epoch"]
+    with site.network.cut(HERE, pool_id):
+        until(lambda: not site.pool(pool_id)["serving"], "it is missed")
+    until(lambda: site.pool(pool_id)["serving"], "it is back")
+    stream.check_exact()
+    assert site.pool(pool_id)["epoch"] > epoch
+    assert all(process.popen.poll() is None for process in site.processes.values()), "given up"
+    for _ in range(4):
+        site.ask()
