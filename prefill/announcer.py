@@ -60,6 +60,22 @@ class Announcer:
                 AnnouncedAll(work.request_id, work.attempt, work.route.pool_id, work.route.epoch)
             )
 
+    def play(self, work: ChunkWork, compute: Callable[[int], None] | None = None) -> None:
+        """All that this rank announces of a chunk, in order; for who has no model to run.
+
+        Args:
+            compute: called with each layer whose KV is final from then on.
+        """
+        if self._cp_rank in work.ring:
+            self.cached(work)
+            on_layer_done = self.layer_callback(work)
+            for layer in range(self._groups[-1].stop):
+                if compute is not None:
+                    compute(layer)
+                if on_layer_done is not None:
+                    on_layer_done(layer)
+        self.chunk_done(work)
+
     def _announce(self, announcement: AnnounceBlocks) -> None:
         """A group of layers has been computed, or will have been when the device gets there."""
         self._submit(announcement)

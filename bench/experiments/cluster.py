@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from bench.experiments.pools import (
     BLOCK_SIZE,
@@ -23,12 +23,15 @@ from bench.experiments.pools import (
     MAX_MODEL_LEN,
     DecodeSetting,
     PrefillSetting,
+    Site,
     VirtualDecode,
+    VirtualPool,
     VirtualPrefill,
     calm_world,
 )
 from bench.experiments.step_time import StepTime
 from bench.experiments.workload import Arrival
+from bench.simulation.ranks import Rank
 from coordinator.config import CoordinatorConfig, ExpectedPool
 from coordinator.joining import Terms
 from coordinator.loads import Loads
@@ -37,14 +40,7 @@ from coordinator.placement import Placement
 from coordinator.records import Record, RecordEvent, as_new_token
 from coordinator.registry import Registry
 from kvcache.prefix import block_salt, hash_blocks
-from kvtransfer.events import (
-    CommitWhenRead,
-    ControlReceived,
-    PoolsChanged,
-    SourceClosed,
-    TargetCommitted,
-)
-from protocol.kv import KVLayout, RankEndpoint
+from kvtransfer.events import ControlReceived, PoolsChanged
 from protocol.messages import (
     PROTOCOL_VERSION,
     Abort,
@@ -63,7 +59,7 @@ from protocol.messages import (
     ToCoordinator,
     Tokens,
 )
-from protocol.request import SamplingParams, TransferStats
+from protocol.request import SamplingParams
 from protocol.token_ids import TokenIds
 
 
@@ -164,19 +160,15 @@ class Cluster:
         self.world = calm_world()
         self.setting = setting
         self._lengths: dict[str, int] = {}
+        site = Site(self.world, setting.steps, self._lengths)
         self.decode = {
-            f"decode{i}": VirtualDecode(
-                self.world, f"decode{i}", setting.steps, one, self._lengths, self._on_message
-            )
-            for i, one in enumerate(setting.decode)
+            name: VirtualDecode(site, name, one, partial(self._on_message, name))
+            for name, one in _named("decode", setting.decode)
         }
         self.prefill = {
-            f"prefill{i}": VirtualPrefill(
-                self.world, f"prefill{i}", setting.steps, one, self._lengths,
-                (self._on_message, self._on_commit),
-            )
-            for i, one in enumerate(setting.prefill)
-        }  # fmt: skip
+            name: VirtualPrefill(site, name, one, partial(self._on_message, name))
+            for name, one in _named("prefill", setting.prefill)
+        }
         self._registry = self._join()
         placement = Placement(self._config, self._registry)
         self._router: Router = (
@@ -192,11 +184,8 @@ class Cluster:
     # -- the gangs join, as real ones do -----------------------------------------------------------
 
     def _join(self) -> Registry:
-        specs = [ExpectedPool(pool_id, "decode", 1, 1) for pool_id in self.decode]
-        specs += [
-            ExpectedPool(pool_id, "prefill", pool.setting.cp_size, 1)
-            for pool_id, pool in self.prefill.items()
-        ]
+        pools: list[VirtualPool[Any]] = [*self.decode.values(), *self.prefill.values()]
+        specs = [pool.spec for pool in pools]
         self._config = CoordinatorConfig(
             token="virtual",
             model="virtual",
@@ -206,18 +195,19 @@ class Cluster:
         )
         terms = Terms(FINGERPRINT, BLOCK_SIZE)
         registry = Registry(specs, terms, coordinator_epoch=1, patience=Patience())
-        peers = [(spec, rank) for spec in specs for rank in range(spec.num_ranks)]
-        for spec, rank in peers:
-            hello = _hello(spec, rank)
-            registry.on_hello(_peer(spec.pool_id, rank), hello, 0.0)
-        for spec, rank in peers:
-            ready = GangReady(self._tokens_per_s(spec) if rank == 0 else 0.0)
-            registry.on_gang_ready(_peer(spec.pool_id, rank), ready, 0.0)
-        for spec, rank in peers:
-            registry.on_connected(_peer(spec.pool_id, rank), Connected(registry.version), 0.0)
-        assert len(registry.serving("decode")) == len(self.decode)
+        ranks = [(pool.spec, rank) for pool in pools for rank in pool.ranks]
+        for spec, rank in ranks:
+            registry.on_hello(rank.identity.routing_id, _hello(spec, rank), 0.0)
+        for spec, rank in ranks:
+            speed = self._tokens_per_s(spec) if rank.identity.is_leader else 0.0
+            registry.on_gang_ready(rank.identity.routing_id, GangReady(speed), 0.0)
         endpoints = tuple(pool.endpoint() for pool in registry.pools.values())
-        for pool in self.prefill.values():
+        for spec, rank in ranks:
+            registry.on_connected(rank.identity.routing_id, Connected(registry.version), 0.0)
+            rank.node.welcomed(registry.pools[spec.pool_id].epoch)
+            rank.node.pools_changed(endpoints, 0.0)
+        assert len(registry.serving("decode")) == len(self.decode)
+        for pool in pools:
             pool.on_event(PoolsChanged(endpoints))
         return registry
 
@@ -340,29 +330,17 @@ class Cluster:
             del self._records[token.request_id]
             self.gate.leave(served)
 
-    def _on_commit(self, command: CommitWhenRead) -> None:
-        """All but the last bytes have moved while the prompt was computed."""
-        seconds = self.setting.steps.handoff_s(command.num_tokens)
-        self.world.at(seconds, partial(self._hand_over, command))
 
-    def _hand_over(self, command: CommitWhenRead) -> None:
-        key = (command.request_id, command.attempt)
-        source = self._served[command.request_id].prefill_pool
-        committed = TargetCommitted(
-            *key, command.num_tokens, command.first_token_id, TransferStats()
-        )
-        self.decode[command.target_pool_id].on_event(committed)
-        self.prefill[source].on_event(SourceClosed(*key, True))
+T = TypeVar("T")
 
 
-def _peer(pool_id: str, rank: int) -> str:
-    return f"{pool_id}/{rank}"
+def _named(role: str, settings: Sequence[T]) -> list[tuple[str, T]]:
+    return [(f"{role}{index}", setting) for index, setting in enumerate(settings)]
 
 
-def _hello(spec: ExpectedPool, rank: int) -> Hello:
-    layout = KVLayout(1, 1, 1, 0, 1, BLOCK_SIZE, 1, "float32")
-    endpoint = RankEndpoint(rank, rank, 0, _peer(spec.pool_id, rank), "", layout)
+def _hello(spec: ExpectedPool, rank: Rank) -> Hello:
     return Hello(
-        PROTOCOL_VERSION, spec.role, spec.pool_id, spec.cp_size, 1, endpoint,
-        FINGERPRINT, MAX_MODEL_LEN, GangAddress("", "") if rank == 0 else None,
+        PROTOCOL_VERSION, spec.role, spec.pool_id, spec.cp_size, 1,
+        rank.identity.endpoint(rank.memory.layout), FINGERPRINT, MAX_MODEL_LEN,
+        GangAddress("", "") if rank.identity.is_leader else None,
     )  # fmt: skip

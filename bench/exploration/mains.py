@@ -182,17 +182,7 @@ class PrefillMain(Main[PrefillPlan]):
                 groups=facts.layer_groups,
             )
             for work in plan.work:
-                self._announce(announcer, work, is_in_ring=cp_rank in work.ring)
-
-    def _announce(self, announcer: Announcer, work: ChunkWork, *, is_in_ring: bool) -> None:
-        """As a rank's runner does."""
-        if is_in_ring:
-            announcer.cached(work)
-            on_layer_done = announcer.layer_callback(work)
-            if on_layer_done is not None:
-                for layer in range(self._scheduler.facts.layer_groups[-1].stop):
-                    on_layer_done(layer)
-        announcer.chunk_done(work)
+                announcer.play(work)
 
     def _tokens(self, plan: PrefillPlan) -> tuple[SampledToken, ...]:
         return tuple(

@@ -5,8 +5,9 @@ from functools import partial
 from typing import Any
 
 from bench.simulation.decoding import DecodeGang
-from bench.simulation.gangs import FINGERPRINT, MAX_MODEL_LEN, Gang, PrefillGang
-from bench.simulation.model import BLOCK_SIZE
+from bench.simulation.gangs import FINGERPRINT, MAX_MODEL_LEN, Gang
+from bench.simulation.model import BLOCK_SIZE, layout
+from bench.simulation.prefilling import PrefillGang
 from bench.simulation.ranks import Rank
 from bench.simulation.storing import SimulatedDisk, StoreGang
 from bench.simulation.world import World
@@ -94,7 +95,11 @@ class Cluster:
         spec = self.registry.pools[pool_id].spec
         kind = self._kind(spec)
         gang: Gang[Any] = kind(
-            self.world, self._everyone, spec, self._lives[pool_id], self.num_blocks[pool_id],
+            self.world, self._everyone, spec, self._lives[pool_id],
+            [
+                layout(self.num_blocks[pool_id], rank % spec.tp_size, spec.tp_size)
+                for rank in range(spec.num_ranks)
+            ],
             lambda message: self._from_leader(gang, message),
         )  # fmt: skip
         self.gangs[pool_id] = gang

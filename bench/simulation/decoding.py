@@ -1,7 +1,7 @@
 """A decode gang: executes the real node's plans over the simulated memories."""
 
-from bench.simulation.gangs import FINGERPRINT, MAX_MODEL_LEN, Gang, Key, positions_of
-from bench.simulation.model import BLOCK_SIZE, NUM_LAYERS, states, token_of
+from bench.simulation.gangs import FINGERPRINT, MAX_MODEL_LEN, CheckedGang, Key
+from bench.simulation.model import BLOCK_SIZE, NUM_LAYERS, positions_of, states, token_of
 from bench.simulation.world import World
 from decode.batch import SchedulerLimits
 from decode.scheduler import DecodeScheduler
@@ -11,7 +11,7 @@ from protocol.messages import Reserve
 from protocol.plans import DecodePlan, SampledToken, SequenceStep, StepResult, SwapBlocks
 
 
-class DecodeGang(Gang[DecodePlan]):
+class DecodeGang(CheckedGang[DecodePlan]):
     """A decode pool."""
 
     def _make_node(self, world: World) -> DecodeScheduler:

@@ -22,15 +22,15 @@ class VirtualLeader(ABC, Generic[P]):
     Args:
         world: its clock.
         node: decides.
-        turn_s: from an event to the turn that takes it in.
     """
 
-    def __init__(self, world: World, node: LeaderNode[P], turn_s: float) -> None:
+    turn_s = 0.0001  # from an event to the turn that takes it in
+
+    def __init__(self, world: World, node: LeaderNode[P]) -> None:
         self.world = world
         self.node = node
         self.is_alive = True
         self.paused_until = 0.0
-        self._turn_s = turn_s
         self._events: deque[Event] = deque()
         self._is_busy = False
 
@@ -44,7 +44,7 @@ class VirtualLeader(ABC, Generic[P]):
         if self.is_alive and not self._is_busy:
             self._is_busy = True
             pause_s = max(0.0, self.paused_until - self.world.now)
-            self.world.at(pause_s + self._turn_s, self._turn)
+            self.world.at(pause_s + self.turn_s, self._turn)
 
     def _turn(self) -> None:
         if not self.is_alive:

@@ -68,6 +68,11 @@ def _all_rows(position: int, state: int) -> int:
     return total
 
 
+def positions_of(logical: int, end: int) -> range:
+    """Of a sequence's first ``end`` tokens, those in a block."""
+    return range(logical * BLOCK_SIZE, min((logical + 1) * BLOCK_SIZE, end))
+
+
 class Memory:
     """One rank's KV, as bytes in the order of its layout."""
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Never, assert_never
 
-from bench.simulation.gangs import FINGERPRINT, Gang
+from bench.simulation.gangs import FINGERPRINT, CheckedGang
 from bench.simulation.model import BLOCK_SIZE, NUM_HEADS, NUM_LAYERS
 from bench.simulation.world import World
 from kvcache.blocks import BlockPool
@@ -37,7 +37,7 @@ class SimulatedDisk:
     num_written: int = 0
 
 
-class StoreGang(Gang[Never]):
+class StoreGang(CheckedGang[Never]):
     """A store.
 
     Args:
@@ -56,10 +56,6 @@ class StoreGang(Gang[Never]):
             index.add(name, header, world.now)
         facts = StoreFacts(BLOCK_SIZE, self._block_bytes, PACK_BLOCKS, FINGERPRINT)
         return StoreScheduler(BlockPool(memory.layout.num_blocks, BLOCK_SIZE), index, facts)
-
-    def _turn(self) -> None:
-        super()._turn()
-        self.node.check()
 
     def _execute(self, plan: Never) -> list[StepResult]:
         assert_never(plan)

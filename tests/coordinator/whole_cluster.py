@@ -47,7 +47,6 @@ from protocol.messages import (
     ToRank,
 )
 from protocol.plans import (
-    ChunkWork,
     DecodePlan,
     FailedRow,
     PrefillPlan,
@@ -384,7 +383,8 @@ class WholeCluster:
                 slot = (block.block_id, position % BLOCK_SIZE)
                 value = NAN if pool_id in self.broken else token_id
                 pool.ranks[block.cp_rank].slots[slot] = (position, value)
-            self._announce(pool, work)
+            for rank in pool.ranks:
+                rank.announcer.play(work)
             if self.is_read_at_once:
                 self.move_all()
             places = [(block.cp_rank, block.block_id) for block in work.blocks]
@@ -394,17 +394,6 @@ class WholeCluster:
             elif work.is_last:
                 rows.append(SampledToken(work.request_id, work.attempt, next_token(kv)))
         return rows
-
-    @staticmethod
-    def _announce(pool: Pool, work: ChunkWork) -> None:
-        """As the runner of each rank does."""
-        for rank in pool.ranks:
-            if rank.identity.cp_rank in work.ring:
-                rank.announcer.cached(work)
-                on_layer_done = rank.announcer.layer_callback(work)
-                if on_layer_done is not None:
-                    on_layer_done(0)
-            rank.announcer.chunk_done(work)
 
     def _obey(self, pool_id: str) -> None:
         pool = self.pools[pool_id]

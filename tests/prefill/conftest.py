@@ -144,13 +144,7 @@ class Pool:
                 block_size=facts.geometry.block_size,
                 groups=facts.layer_groups,
             )
-            if cp_rank in work.ring:
-                announcer.cached(work)
-                callback = announcer.layer_callback(work)
-                for layer in range(NUM_LAYERS if callback else 0):
-                    assert callback is not None
-                    callback(layer)
-            announcer.chunk_done(work)
+            announcer.play(work)
             self._keep(rank, work, commands)
 
     def _keep(self, rank: int, work: ChunkWork, commands: Sequence[Command]) -> None:
