@@ -6,8 +6,7 @@ The coordinator's service, both schedulers, the block accounting and the hand-of
 rank are the real ones. Prints, for each case, how many states there are, how many steps lead from
 one to another, how many steps away the farthest is, how many ends there are, how many inputs were
 given to real objects, and whether all of it has been seen. When something is wrong it tells the
-shortest way there. At last come the state tables alone, for all ranks and requests together. Exit
-status 1 when anything is wrong or unseen.
+shortest way there. Exit status 1 when anything is wrong or unseen.
 """
 
 import argparse
@@ -15,7 +14,6 @@ import logging
 import sys
 
 from bench.environment import headline
-from bench.exploration import product
 from bench.exploration.cases import Named, cases
 from bench.exploration.search import NO_LIMIT, Found, Search
 
@@ -37,18 +35,6 @@ def explore(named: Named, max_states: int) -> Found:
     return found
 
 
-def explore_tables(num_ranks: int, num_requests: int) -> bool:
-    """Explore the tables alone and print what was found; whether all is well."""
-    found = product.explore(num_ranks, num_requests)
-    print(
-        f"the tables alone, {num_ranks} ranks to {num_ranks}: a request has {found.num_states:,d} "
-        f"states in {found.num_classes:,d} classes, {num_requests} requests with room for one "
-        f"{found.num_products:,d}, {found.num_steps:,d} steps, {found.seconds:.1f} s  "
-        f"{found.problem or 'all seen'}"
-    )
-    return not found.problem
-
-
 def main() -> int:
     summary = (__doc__ or "").partition("\n")[0]
     parser = argparse.ArgumentParser(prog="bench.exploration", description=summary)
@@ -68,10 +54,6 @@ def main() -> int:
     print(headline())
     print(f"{'case':46s} {'states':>11s} {'steps':>12s} depth   ends  inputs    time")
     found = [explore(named, arguments.max_states) for named in chosen]
-    is_well = True
-    if not arguments.only:
-        num_ranks = min(arguments.prefill, arguments.decode)
-        is_well = explore_tables(num_ranks, arguments.requests)
     num_wrong = sum(bool(f.problem) for f in found)
     num_unseen = sum(not f.is_complete for f in found) - num_wrong
     print(
@@ -79,7 +61,7 @@ def main() -> int:
         f"in {sum(f.seconds for f in found):.0f} s: {num_wrong} cases wrong, {num_unseen} not seen "
         f"whole, odds of a missed state {sum(f.collision_odds for f in found):.0e}"
     )
-    return int(num_wrong + num_unseen > 0 or not is_well)
+    return int(num_wrong + num_unseen > 0)
 
 
 if __name__ == "__main__":
