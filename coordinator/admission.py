@@ -99,7 +99,7 @@ class Admission:
         if self._closed is not None:
             raise self._closed
         num_own, num_all = held
-        most, most_own = self._limits.max_requests, self._max_tenant
+        most, most_own = self._limits.max_requests, self._limits.tenant_requests(self.num_tenants())
         if num > most_own:
             raise RequestError(
                 f"{num} sequences, at most {most_own} are served at one time",
@@ -126,8 +126,3 @@ class Admission:
                 status=429,
                 retry_after_s=wait_s,
             )
-
-    @property
-    def _max_tenant(self) -> int:
-        share = self._limits.tenant_share if self.num_tenants() > 1 else 1.0
-        return max(1, math.floor(self._limits.max_requests * share))

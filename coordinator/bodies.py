@@ -73,8 +73,9 @@ class Budget:
         Raises:
             RequestError: there is no room for them now.
         """
+        most_own = self._limits.tenant_body_bytes(self._num_tenants())
         is_full = self.num_bytes + num_bytes > self._limits.max_total_body_bytes
-        if is_full or self._held[tenant] + num_bytes > self._max_tenant_bytes:
+        if is_full or self._held[tenant] + num_bytes > most_own:
             raise RequestError(
                 "the bodies of other requests take all memory that there is for them",
                 code="overloaded",
@@ -91,13 +92,6 @@ class Budget:
         if not self._held[tenant]:
             del self._held[tenant]
         self._typical_s += 0.1 * (held_s - self._typical_s)
-
-    @property
-    def _max_tenant_bytes(self) -> int:
-        """One body of the largest size always has room in a share."""
-        limits = self._limits
-        share = limits.max_tenant_body_share if self._num_tenants() > 1 else 1.0
-        return max(limits.max_body_bytes, int(share * limits.max_total_body_bytes))
 
 
 @asynccontextmanager

@@ -4,6 +4,7 @@ Everything here is resolved: "auto" has become a value in the launcher. Duration
 """
 
 import ipaddress
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -64,6 +65,16 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     upload_timeout_s: float = 3600.0
     max_upload_fields: int = 32  # beside the file
     max_upload_field_bytes: int = 64 << 10  # of all fields together
+
+    def tenant_requests(self, num_tenants: int) -> int:
+        """Sequences that one of so many tenants may have: who is alone may have all."""
+        share = self.tenant_share if num_tenants > 1 else 1.0
+        return max(1, math.floor(self.max_requests * share))
+
+    def tenant_body_bytes(self, num_tenants: int) -> int:
+        """The same of bodies; there is room for one of the largest in any case."""
+        share = self.max_tenant_body_share if num_tenants > 1 else 1.0
+        return max(self.max_body_bytes, int(share * self.max_total_body_bytes))
 
 
 class BatchLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

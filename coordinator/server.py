@@ -133,8 +133,9 @@ class Coordinator:
         self._tokenizer, self._text = tools.tokenizer, tools.identity
         self._model, self._facts = read_model(config, tools)
         settings = Settings(public(config), self._model, os.getpid(), self._text)
-        self._workers = TextWorkers(settings, config.num_text_workers, _places(config))
         self._tenants = Tenants(config.api_keys, config.secret or config.token)
+        places = config.limits.max_requests, self._max_waiting_of_one
+        self._workers = TextWorkers(settings, config.num_text_workers, places)
         self._key_file: KeyFile | None = None
         if config.api_key_file:
             self._key_file = KeyFile(Path(config.api_key_file), config.api_keys, self._tenants)
@@ -211,6 +212,10 @@ class Coordinator:
         watching.cancel()
         await jobs.stop()
         await self._door.drained(self._config.shutdown_grace_s, self._stop_now)
+
+    def _max_waiting_of_one(self) -> int:
+        """Requests of one tenant that may wait to be read: as many as may be served."""
+        return self._config.limits.tenant_requests(len(self._tenants))
 
     def _observed(self) -> float:
         """The clock of every budget for what others do."""
@@ -361,10 +366,3 @@ class Coordinator:
 def _num_at_work(service: Service, http: _HttpServer) -> int:
     """Requests, or answers that are still being sent."""
     return max(service.loads.num_active, http.connections.num_at_work)
-
-
-def _places(config: CoordinatorConfig) -> tuple[int, int]:
-    """Requests that may wait to be read: as many as there may be, and a share for each key."""
-    most = config.limits.max_requests
-    has_several = bool(config.api_key_file) or len(config.api_keys) > 1
-    return most, max(1, int(most * config.limits.tenant_share)) if has_several else most

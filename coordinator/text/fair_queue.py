@@ -4,7 +4,7 @@ A tenant that asks for much waits behind itself, and takes only its part of the 
 """
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
 T = TypeVar("T", bound=Hashable)
@@ -15,10 +15,10 @@ class FairQueue(Generic[T]):
 
     Args:
         max_items: that wait at one time; each is there once.
-        max_tenant_items: of one tenant.
+        max_tenant_items: of one tenant, at the moment.
     """
 
-    def __init__(self, max_items: int, max_tenant_items: int) -> None:
+    def __init__(self, max_items: int, max_tenant_items: Callable[[], int]) -> None:
         self._max_items = max_items
         self._max_tenant_items = max_tenant_items
         # Items as keys: thousands may wait, and any of them may leave.
@@ -32,7 +32,7 @@ class FairQueue(Generic[T]):
         """Behind the tenant's others; False when there is no place for it."""
         mine = self._waiting.get(tenant)
         num_mine = 0 if mine is None else len(mine)
-        if self._num_items >= self._max_items or num_mine >= self._max_tenant_items:
+        if self._num_items >= self._max_items or num_mine >= self._max_tenant_items():
             return False
         self._waiting.setdefault(tenant, OrderedDict())[item] = None
         self._num_items += 1

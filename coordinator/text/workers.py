@@ -12,6 +12,7 @@ import asyncio
 import logging
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from coordinator.bodies import NO_BODY, Body
@@ -68,7 +69,7 @@ class _Lane:
     name: str
     num_workers: int
     queue: FairQueue[_Job] = field(
-        default_factory=lambda: FairQueue(MAX_WAITING, MAX_TENANT_WAITING)
+        default_factory=lambda: FairQueue(MAX_WAITING, lambda: MAX_TENANT_WAITING)
     )
     waiting: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(0))
     typical_s: float = 0.01  # of a task
@@ -88,7 +89,7 @@ class TextWorkers:
         self,
         settings: Settings,
         num_workers: int,
-        places: tuple[int, int] = (MAX_WAITING, MAX_TENANT_WAITING),
+        places: tuple[int, Callable[[], int]] = (MAX_WAITING, lambda: MAX_TENANT_WAITING),
     ) -> None:
         self.counters: Counter[str] = Counter()  # tasks done, and workers lost, by how
         self._settings = settings

@@ -200,7 +200,7 @@ def test_a_panic_and_a_lack_of_memory_are_the_requests(tmp_path: Path) -> None:
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.booleans()), max_size=60))
 def test_tenants_take_turns(steps: list[tuple[str, bool]]) -> None:
-    queue: FairQueue[tuple[str, int]] = FairQueue(max_items=20, max_tenant_items=8)
+    queue: FairQueue[tuple[str, int]] = FairQueue(20, lambda: 8)
     mine: dict[str, list[int]] = {name: [] for name in "abc"}
     turns: list[str] = []
     for number, (tenant, takes) in enumerate(steps):
