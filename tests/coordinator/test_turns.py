@@ -8,9 +8,10 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.types import Message, Receive, Scope, Send
 
 from coordinator.slices import PART_HASHES, PART_TOKENS, SLICE_S, Slices, parts_of
-from coordinator.turns import TURN_S, Lane, Turns
+from coordinator.turns import TURN_S, InTurns, Lane, Turns
 from protocol.messages import CacheUpdate, NewToken, Tokens
 
 PIECE_S = 0.001
@@ -92,6 +93,32 @@ def test_callbacks_share_a_pass_as_far_as_its_time_goes() -> None:
     assert done == list(range(1000))
     assert passes.longest_s <= TURN_S + 2 * PIECE_S
     assert len(passes.began) < 600, "several fit into a pass"
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics"])
+def test_who_asks_how_we_are_waits_for_nobody(path: str) -> None:
+    order: list[str] = []
+
+    async def main() -> None:
+        clock = FakeClock()
+
+        async def app(scope: Scope, _receive: Receive, _send: Send) -> None:
+            clock.now += PIECE_S
+            order.append(scope["path"])
+
+        in_turns = InTurns(app, Turns(TURN_S, clock))
+        asked = ["/v1/completions"] * 1000 + [path]
+        scopes: list[Scope] = [{"type": "http", "path": one} for one in asked]
+        await asyncio.gather(*(in_turns(scope, receive, send) for scope in scopes))
+
+    async def receive() -> Message:
+        raise AssertionError("nobody reads")
+
+    async def send(message: Message) -> None:
+        raise AssertionError(message)
+
+    asyncio.run(main())
+    assert order.index(path) < 10 < len(order) == 1001
 
 
 def test_new_requests_do_not_keep_answers_waiting() -> None:
