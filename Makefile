@@ -41,7 +41,7 @@ check: $(READY) ## ruff, mypy --strict, import layers
 	$(BIN)/lint-imports --no-logo
 
 planted: $(READY) ## plant known bugs and show that each is caught
-	$(BIN)/python -m bench.planted
+	$(BIN)/python -m tests.planted.__main__
 
 bench: $(READY) ## the figures of docs/measurements, with machine and versions
 	$(BIN)/python -P -m bench --save docs/measurements

@@ -40,7 +40,7 @@ from bench.load.run import execute
 from bench.load.target import discover
 from modeling.embedded import CHECKPOINT
 from modeling.embedded.grammar import Document, write_document
-from modeling.tokenizer import load_tokenizer
+from modeling.text.tokenizer import load_tokenizer
 
 MAX_ANSWER_TOKENS = 40
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from modeling.attention import Piece
-from modeling.cpu_attention import CpuKernel
+from modeling.kernels.attention import Piece
+from modeling.kernels.cpu_attention import CpuKernel
 from modeling.parallel import TensorParallel, init_gang, make_tensor_parallel, open_gang_store
 
 SHAPES = ((8, 2, 64), (16, 8, 128))  # query heads, KV heads, head_dim

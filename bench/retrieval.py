@@ -25,7 +25,7 @@ from bench.environment import describe, headline
 from bench.handoff import cluster
 from modeling.embedded import CHECKPOINT
 from modeling.embedded.grammar import Document, Fact, write_document
-from modeling.tokenizer import load_tokenizer
+from modeling.text.tokenizer import load_tokenizer
 from protocol.errors import ConfigError
 
 NUM_DEPTHS = 10

@@ -24,9 +24,9 @@ import torch
 
 from bench.environment import headline
 from kvcache.pool import KVPool
-from kvtransfer.choose import open_transport
 from kvtransfer.plan import Run, plan, shared_heads
-from kvtransfer.transport import KVTransport, ReadState
+from kvtransfer.transport.choose import open_transport
+from kvtransfer.transport.interface import KVTransport, ReadState
 from protocol.kv import KVLayout, RankEndpoint
 
 NUM_LAYERS, NUM_HEADS, HEAD_DIM, BLOCK_SIZE, DTYPE = 12, 4, 64, 32, "bfloat16"

@@ -27,37 +27,37 @@ from typing import cast
 
 import uvicorn
 
-from coordinator.accepting import Acceptor
-from coordinator.api import build_app
 from coordinator.auth import Tenants
-from coordinator.bodies import Budget
+from coordinator.cluster.control import ControlPlane, Owner
+from coordinator.cluster.faulty import FaultyControlPlane
+from coordinator.cluster.joining import Terms
+from coordinator.cluster.losses import Patience
+from coordinator.cluster.registry import Registry
 from coordinator.config import CoordinatorConfig, public
-from coordinator.connection import GuardedConnection, guarded
-from coordinator.connections import Connections, max_connections
-from coordinator.control import ControlPlane, Owner
-from coordinator.core_wait import CoreWait
-from coordinator.documents_api import make_document
-from coordinator.draining import Door
-from coordinator.faulty import FaultyControlPlane
-from coordinator.frontend import Frontend
-from coordinator.garbage import collect_in_quiet
-from coordinator.http_socket import bind_http, http_url
+from coordinator.http.api import build_app
+from coordinator.http.connections.accepting import Acceptor
+from coordinator.http.connections.connection import GuardedConnection, guarded
+from coordinator.http.connections.kept import Connections, max_connections
+from coordinator.http.connections.listening import bind_http, http_url
+from coordinator.http.documents_api import make_document
+from coordinator.http.frontend import Frontend
+from coordinator.http.line_server import LineServer
 from coordinator.jobs.context import Jobs, Surroundings
-from coordinator.jobs.ingestor import Ingestor
-from coordinator.joining import Terms
+from coordinator.jobs.documents.ingestor import Ingestor
+from coordinator.jobs.documents.tiering import Tiering
 from coordinator.key_file import KeyFile
-from coordinator.lag import INTERVAL_S, LoopLag
-from coordinator.line_server import LineServer
-from coordinator.losses import Patience
-from coordinator.registry import Registry
-from coordinator.service import Service
-from coordinator.slices import Slices
+from coordinator.loop.core_wait import CoreWait
+from coordinator.loop.garbage import collect_in_quiet
+from coordinator.loop.lag import INTERVAL_S, LoopLag
+from coordinator.loop.slices import Slices
+from coordinator.loop.turns import InTurns, Turns
+from coordinator.requests.draining import Door
+from coordinator.requests.service import Service
+from coordinator.requests.traces import Traces
 from coordinator.text.tasks import Settings
+from coordinator.text.tokenizing import load_tools, read_model
 from coordinator.text.workers import TextWorkers
-from coordinator.tiering import Tiering
-from coordinator.tokenizing import load_tools, read_model
-from coordinator.traces import Traces
-from coordinator.turns import InTurns, Turns
+from coordinator.validation.bodies import Budget
 from protocol.errors import BatonError
 from protocol.open_files import max_open_files
 from protocol.sockets import AsyncRouter, open_async_context

@@ -7,7 +7,7 @@ decided by a clock, for each is a collective.
 from dataclasses import dataclass
 
 from decode.runner import DecodeRunner
-from modeling.config import ModelConfig
+from modeling.checkpoint.config import ModelConfig
 from modeling.sampling import SamplingRow
 from protocol.kv import KVLayout
 from protocol.plans import DecodePlan, NewSequence, SequenceStep

@@ -16,7 +16,7 @@ from decode.startup import warm_up
 from engine.boot import start_shard
 from engine.kv_memory import LargestStep
 from kvcache.blocks import BlockPool
-from modeling.config import ModelConfig
+from modeling.checkpoint.config import ModelConfig
 from protocol.kv import KVLayout
 from protocol.messages import GangReady
 from protocol.plans import DecodePlan, StepResult

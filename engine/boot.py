@@ -38,8 +38,8 @@ from engine.rank_config import RankConfig
 from engine.transfer_thread import TransferThread
 from kvcache.pool import KVPool
 from kvtransfer.identity import RankIdentity, TransferConfig
-from modeling.config import ModelConfig, load_config
-from modeling.dtypes import serving_dtype
+from modeling.checkpoint.config import ModelConfig, load_config
+from modeling.checkpoint.dtypes import serving_dtype
 from modeling.loader import load_model
 from modeling.model import Model
 from modeling.parallel import UnconnectedRank, make_tensor_parallel, open_gang_store

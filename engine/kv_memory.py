@@ -24,7 +24,7 @@ from engine.rank_config import RankConfig
 from kvcache import host_memory
 from kvcache.host_memory import CPU_SHARE, CUDA_SHARE
 from kvcache.pool import KVPool
-from modeling.config import ModelConfig
+from modeling.checkpoint.config import ModelConfig
 from modeling.model import Model
 from modeling.paged import PagedAttention, PagedSequence
 from protocol.errors import ConfigError

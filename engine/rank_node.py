@@ -1,8 +1,8 @@
 """A rank's part in every hand-off, and what follows. Without clock, socket, thread or torch.
 
 1. A command of the own main thread, a message of another rank, the end of a read, a change of the
-   pools or the passing of time goes into the logic (kvtransfer/handoffs.py), which answers with
-   actions.
+   pools or the passing of time goes into the logic (kvtransfer/handoff/handoffs.py), which answers
+   with actions.
 2. The actions are carried out in order, through three *ports*: ``send`` a message to another rank,
    ``read`` bytes from one, ``emit`` an event to the main thread.
 3. What this rank has to say to itself is taken in at once, when all those actions are done.
@@ -15,9 +15,9 @@ from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from kvtransfer.actions import Action, Emit, Send, StartRead, Surroundings, Warn
 from kvtransfer.events import Command, Event
-from kvtransfer.handoffs import Checksums, HandoffPolicy, Handoffs
+from kvtransfer.handoff.actions import Action, Emit, Send, StartRead, Surroundings, Warn
+from kvtransfer.handoff.handoffs import Checksums, HandoffPolicy, Handoffs
 from kvtransfer.identity import PeerName, RankIdentity
 from protocol.handoff import HandoffMessage
 from protocol.kv import KVLayout, PoolEndpoint

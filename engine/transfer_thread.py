@@ -7,8 +7,9 @@ transport and its reads, the heartbeat and the state of the hand-offs.
 4. From then on: commands of the main thread, messages of other ranks and ends of reads go into the
    rank's node (rank_node.py), whose ports are here.
 5. Requests of the coordinator are passed up. When the connection to it is lost, all of them are
-   aborted in its place, and the rank says ``Hello`` to the next one (kvtransfer/allegiance.py).
-6. What other ranks have not acknowledged is sent to them again (kvtransfer/peers.py).
+   aborted in its place, and the rank says ``Hello`` to the next one
+   (kvtransfer/links/coordinator_lease.py).
+6. What other ranks have not acknowledged is sent to them again (kvtransfer/links/peers.py).
 7. Shutdown, a refusal or an error end the thread, and with it the process: its last event is
    ``ThreadDied``.
 
@@ -26,10 +27,6 @@ import zmq
 
 from engine.rank_node import RankNode
 from kvcache.pool import KVPool
-from kvtransfer.actions import StartRead
-from kvtransfer.checksum import PoolChecksums
-from kvtransfer.choose import open_transport
-from kvtransfer.control import ControlLine
 from kvtransfer.events import (
     Command,
     ControlReceived,
@@ -42,10 +39,14 @@ from kvtransfer.events import (
     Welcomed,
 )
 from kvtransfer.faulty import FaultyControlLine, FaultyPeers, FaultyTransport
-from kvtransfer.handoffs import HandoffPolicy
+from kvtransfer.handoff.actions import StartRead
+from kvtransfer.handoff.handoffs import HandoffPolicy
 from kvtransfer.identity import PeerName, RankIdentity, TransferConfig
-from kvtransfer.peers import Peers
-from kvtransfer.transport import KVTransport, ReadHandle, ReadState
+from kvtransfer.links.control import ControlLine
+from kvtransfer.links.peers import Peers
+from kvtransfer.transport.checksum import PoolChecksums
+from kvtransfer.transport.choose import open_transport
+from kvtransfer.transport.interface import KVTransport, ReadHandle, ReadState
 from protocol.errors import BatonError, TransferError
 from protocol.failpoints import Failpoints
 from protocol.handoff import HandoffMessage

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 import zmq
 
 from kvcache.pool import KVPool
-from kvtransfer.control import ControlLine
 from kvtransfer.identity import RankIdentity, TransferConfig
-from kvtransfer.peers import Link, Peers
+from kvtransfer.links.control import ControlLine
+from kvtransfer.links.peers import Link, Peers
 from kvtransfer.plan import Run
-from kvtransfer.transport import KVTransport, ReadHandle, ReadState
+from kvtransfer.transport.interface import KVTransport, ReadHandle, ReadState
 from protocol.errors import TransferError
 from protocol.failpoints import (
     CONTROL_SEND,

@@ -7,10 +7,10 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from launcher.bench_commands import add_bench, run_bench
-from launcher.client_flags import CLIENT_COMMANDS, add_client_flags
+from launcher.cli.bench_commands import add_bench, run_bench
+from launcher.cli.client_flags import CLIENT_COMMANDS, add_client_flags
+from launcher.cli.serve_flags import EPILOG, add_serve_flags
 from launcher.config import resolve
-from launcher.serve_flags import EPILOG, add_serve_flags
 from protocol.errors import ConfigError
 from protocol.logs import configure_logging
 
@@ -78,28 +78,28 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace, argv: list[str] | None) -> int:
     if arguments.command in CLIENT_COMMANDS:
-        from launcher.job_commands import run
+        from launcher.cli.job_commands import run
 
         return run(arguments)
     if arguments.command == "serve":
-        from launcher.serve import serve
+        from launcher.cli.serve import serve
 
         config = _serve_config(arguments)
         configure_logging("launcher", config.log_level)
         return serve(config)
     if arguments.command == "config":
-        from launcher.show import asked, resolved
+        from launcher.cli.show import asked, resolved
 
         shown = (resolved if arguments.resolved else asked)(_serve_config(arguments))
         print(msgspec.json.format(msgspec.json.encode(shown), indent=2).decode())
         return 0
     if arguments.command == "doctor":
-        from launcher.doctor import doctor
+        from launcher.doctor.doctor import doctor
 
         return doctor(as_json=arguments.json, url=arguments.url)
     if arguments.command == "bench":
         return run_bench(arguments, argv)
-    from launcher.demo import demo
+    from launcher.cli.demo import demo
 
     logging.getLogger().setLevel("WARNING")
     return demo(keep=arguments.keep, num_tokens=arguments.tokens, seed=arguments.seed)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import httpx
 
-from modeling.checkpoint import read_checkpoint
-from modeling.config import is_arithmetic
+from modeling.checkpoint.config import is_arithmetic
+from modeling.checkpoint.folder import read_checkpoint
 from modeling.embedded import CHECKPOINT
 from protocol.errors import ConfigError
 

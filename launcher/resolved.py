@@ -15,8 +15,8 @@ from launcher.data_folder import DataFolder, open_data_folder
 from launcher.memory import MemoryPlan, share_out
 from launcher.models import find_model
 from launcher.topology import PoolSpec, parse_pools, store_pool, threads_per_rank
-from modeling.config import ModelConfig, load_config
-from modeling.dtypes import serving_dtype
+from modeling.checkpoint.config import ModelConfig, load_config
+from modeling.checkpoint.dtypes import serving_dtype
 from protocol.errors import ConfigError
 from protocol.kv import KVLayout
 

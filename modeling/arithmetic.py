@@ -25,9 +25,9 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from modeling.attention import AttentionKernel, Piece
-from modeling.config import ModelConfig
+from modeling.checkpoint.config import ModelConfig
 from modeling.context import AttentionContext
+from modeling.kernels.attention import AttentionKernel, Piece
 from modeling.model import Model
 from modeling.parallel import TensorParallel
 

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import torch
 
-from modeling.attention import AttentionKernel
-from modeling.checkpoint import EMBEDDING, HEAD
-from modeling.config import ModelConfig, is_arithmetic, load_config
-from modeling.dtypes import DTYPES, serving_dtype
-from modeling.linear import Linear, make_linear
+from modeling.checkpoint.config import ModelConfig, is_arithmetic, load_config
+from modeling.checkpoint.dtypes import DTYPES, serving_dtype
+from modeling.checkpoint.folder import EMBEDDING, HEAD
+from modeling.checkpoint.tensors import tied_name
+from modeling.checkpoint.weights import Part, WeightReader
+from modeling.kernels.attention import AttentionKernel
+from modeling.kernels.linear import Linear, make_linear
 from modeling.model import Model
 from modeling.parallel import TensorParallel
 from modeling.rope import channel_order
-from modeling.tensors import tied_name
 from modeling.transformer import Layer, Transformer, TransformerWeights
-from modeling.weights import Part, WeightReader
 from protocol.errors import ConfigError
 
 TORCH_DTYPES = {name: getattr(torch, name) for name in DTYPES}
@@ -37,9 +37,9 @@ def load_model(
     Args:
         path_or_name: a checkpoint folder, or ``arithmetic[:key=value,...]``.
         tp: the rank's tensor-parallel group; its size must divide the model's heads.
-        dtype: one of DTYPES, or "auto": see :func:`modeling.dtypes.serving_dtype`.
+        dtype: one of DTYPES, or "auto": see :func:`modeling.checkpoint.dtypes.serving_dtype`.
         device: "cpu" or "cuda[:index]".
-        max_model_len: as in :func:`modeling.config.load_config`.
+        max_model_len: as in :func:`modeling.checkpoint.config.load_config`.
 
     Raises:
         ConfigError: a checkpoint that is unsupported, incomplete or damaged, or a degree that does
@@ -60,10 +60,10 @@ def load_model(
 def make_kernel(device: str) -> AttentionKernel:
     """The attention of a device; imported here, so that a CPU needs nothing of CUDA's."""
     if torch.device(device).type == "cuda":
-        from modeling.cuda_attention import CudaKernel
+        from modeling.kernels.cuda_attention import CudaKernel
 
         return CudaKernel()
-    from modeling.cpu_attention import CpuKernel
+    from modeling.kernels.cpu_attention import CpuKernel
 
     return CpuKernel()
 

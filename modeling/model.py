@@ -4,9 +4,9 @@ from abc import ABC, abstractmethod
 
 import torch
 
-from modeling.attention import AttentionKernel
-from modeling.config import ModelConfig
+from modeling.checkpoint.config import ModelConfig
 from modeling.context import AttentionContext
+from modeling.kernels.attention import AttentionKernel
 from modeling.parallel import TensorParallel
 
 

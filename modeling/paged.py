@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from kvcache.pool import KVPool
-from modeling.attention import AttentionKernel, Piece
-from modeling.config import ModelConfig
+from modeling.checkpoint.config import ModelConfig
 from modeling.context import AttentionContext
+from modeling.kernels.attention import AttentionKernel, Piece
 
 
 @dataclass(frozen=True, slots=True)

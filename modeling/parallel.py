@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 import torch
 import torch.distributed as dist
 
-from modeling.native import load_native
+from modeling.kernels.native_build import load_native
 from protocol.errors import PeerError
 
 TIMEOUT_S = 60.0  # a rank that is this late is taken for dead
@@ -123,7 +123,7 @@ class GroupTensorParallel(TensorParallel):
 
 
 class SharedMemoryTensorParallel(TensorParallel):
-    """Between the processes of one host, in POSIX shared memory; see native/shared_reduce.cpp.
+    """Between the processes of one host, in POSIX shared memory; see kernels/cpp/shared_reduce.cpp.
 
     Args:
         name: of the shared memory; rank 0 creates it and the others open it after that. Whoever

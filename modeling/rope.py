@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from modeling.rope_config import RopeConfig
+from modeling.checkpoint.rope_config import RopeConfig
 
 
 class Rope:

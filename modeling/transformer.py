@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from modeling.attention import AttentionKernel
-from modeling.config import ModelConfig
+from modeling.checkpoint.config import ModelConfig
 from modeling.context import AttentionContext
-from modeling.linear import Linear
+from modeling.kernels.attention import AttentionKernel
+from modeling.kernels.linear import Linear
 from modeling.model import Model
 from modeling.parallel import TensorParallel
 from modeling.rope import Rope, rotate

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from kvcache.pool import KVPool
-from modeling.config import is_arithmetic
+from modeling.checkpoint.config import is_arithmetic
 from modeling.model import Model
 from prefill.config import PrefillConfig
 from prefill.costs import PoolCosts

@@ -6,7 +6,7 @@ import logging
 
 from engine.boot import start_shard
 from engine.kv_memory import LargestStep
-from modeling.config import ModelConfig
+from modeling.checkpoint.config import ModelConfig
 from prefill.announcer import Announcer
 from prefill.config import PrefillConfig
 from prefill.device_announcer import DeviceAnnouncer

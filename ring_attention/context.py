@@ -15,9 +15,9 @@ from collections.abc import Callable
 import torch
 
 from kvcache.pool import KVPool
-from modeling.attention import AttentionKernel
-from modeling.config import ModelConfig
+from modeling.checkpoint.config import ModelConfig
 from modeling.context import AttentionContext
+from modeling.kernels.attention import AttentionKernel
 from modeling.model import Model
 from protocol.plans import ChunkWork
 from ring_attention.comm import RingComm

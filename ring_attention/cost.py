@@ -9,7 +9,7 @@ has N ranks. Plain numbers, no torch: measuring is in measure.py.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from modeling.config import ModelConfig
+from modeling.checkpoint.config import ModelConfig
 from protocol.kv import DTYPE_BYTES
 
 # A ring of N ranks must keep this much of N single ranks' throughput, or the chunk does not ring.

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from modeling.attention import AttentionKernel, Piece
+from modeling.kernels.attention import AttentionKernel, Piece
 from ring_attention.comm import RingComm
 from ring_attention.cost import ChunkShape, CostModel
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import torch
 
-from modeling.attention import AttentionKernel, Piece
+from modeling.kernels.attention import AttentionKernel, Piece
 from ring_attention.comm import Message, Pending, RingComm
 from ring_attention.partition import Partition, Run, Shard, Sight
 

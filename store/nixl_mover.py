@@ -29,7 +29,7 @@ import numpy.typing as npt
 from nixl import nixl_agent, nixl_agent_config
 
 from kvcache.tiers.movers import FileMover, Piece, ends_early
-from kvtransfer.nixl_library import NIXL_ERRORS, route_library_log
+from kvtransfer.transport.nixl_library import NIXL_ERRORS, route_library_log
 from protocol.errors import ConfigError
 
 # The POSIX backend hands so many to the kernel at once, and the rest only when it is polled. The

@@ -21,8 +21,8 @@ from kvcache.tiers.files import PackFiles
 from kvcache.tiers.index import PackIndex
 from kvcache.tiers.jobs import DiskJob
 from kvtransfer.events import Command
-from modeling.config import load_config
-from modeling.dtypes import serving_dtype
+from modeling.checkpoint.config import load_config
+from modeling.checkpoint.dtypes import serving_dtype
 from protocol.errors import ConfigError
 from protocol.messages import GangReady
 from protocol.places import Places

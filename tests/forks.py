@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from launcher.forks import ForkedProcess, ForkServer
+from launcher.supervise.forks import ForkedProcess, ForkServer
 
 _ROOT = Path(__file__).resolve().parents[1]
 _PRELOADED = ("decode.worker", "prefill.worker", "tests.ring_attention.ring_cases")

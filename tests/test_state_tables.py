@@ -6,19 +6,19 @@ from typing import Any
 
 import pytest
 
-from bench.state_tables import TABLES, drawing, redrawn, tables
-from coordinator.records import TABLE, Record, RecordEvent, State
+from coordinator.records.records import TABLE, Record, RecordEvent, State
 from protocol.errors import IllegalTransition
 from protocol.request import SamplingParams
 from protocol.token_ids import TokenIds
 from protocol.transitions import advance
+from tests.state_tables import TABLES, drawing, redrawn, tables
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs/protocol.md"
 
 
 def test_the_document_shows_the_tables_as_they_are() -> None:
     text = DOCUMENT.read_text()
-    assert redrawn(text) == text, "run: python -m bench.state_tables --write docs/protocol.md"
+    assert redrawn(text) == text, "run: python -m tests.state_tables --write docs/protocol.md"
     for name, ways in tables().items():
         assert drawing(ways) in text, name
 

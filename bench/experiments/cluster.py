@@ -32,13 +32,13 @@ from bench.experiments.pools import (
 from bench.experiments.step_time import StepTime
 from bench.experiments.workload import Arrival
 from bench.simulation.ranks import Rank
+from coordinator.cluster.joining import Terms
+from coordinator.cluster.losses import Patience
+from coordinator.cluster.placement import Placement
+from coordinator.cluster.registry import Registry
 from coordinator.config import CoordinatorConfig, ExpectedPool
-from coordinator.joining import Terms
-from coordinator.loads import Loads
-from coordinator.losses import Patience
-from coordinator.placement import Placement
-from coordinator.records import Record, RecordEvent, as_new_token
-from coordinator.registry import Registry
+from coordinator.records.loads import Loads
+from coordinator.records.records import Record, RecordEvent, as_new_token
 from kvcache.prefix import block_salt, hash_blocks
 from kvtransfer.events import ControlReceived, PoolsChanged
 from protocol.messages import (
@@ -97,7 +97,7 @@ class Served:
 
 
 class Router(Protocol):
-    """Who takes a request; :class:`coordinator.placement.Placement` is one."""
+    """Who takes a request; :class:`coordinator.cluster.placement.Placement` is one."""
 
     def choose_decode(self, record: Record, loads: Loads, now: float) -> str | None:
         """The decode pool for a request."""

@@ -17,11 +17,11 @@ from bench.experiments.pools import BLOCK_SIZE, DecodeSetting, seeded
 from bench.experiments.report import COLOURS, VIRTUAL, NullCase, Report, Scale, Table
 from bench.experiments.step_time import MEASURED, ROOFLINE, StepTime
 from bench.experiments.workload import Arrival, Lengths, poisson, zipf_weights
-from coordinator.loads import Loads
-from coordinator.placement import Placement
-from coordinator.records import Record
-from coordinator.registry import Registry
-from coordinator.router import PrefixMap
+from coordinator.cluster.placement import Placement
+from coordinator.cluster.registry import Registry
+from coordinator.cluster.router import PrefixMap
+from coordinator.records.loads import Loads
+from coordinator.records.records import Record
 from protocol.messages import CacheUpdate
 
 NAME = "routing"
@@ -259,7 +259,7 @@ def run(scale: Scale) -> Report:
             "Zipf 1: the most popular prefix is in a quarter of the prompts; Zipf 2.5: in three "
             "quarters.",
             "Load 1 is what the workers can do when they are full and hit half of all prefixes.",
-            "Production is coordinator.placement.Placement: most cached prefix, then shortest "
+            "Production is the placement in coordinator/cluster: most cached prefix, then shortest "
             "wait. What is cached is known without delay.",
             *(f"`{steps.name}`: {steps.source}." for steps in MACHINES),
         ],

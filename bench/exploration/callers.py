@@ -20,15 +20,15 @@ from bench.exploration.inputs import (
 )
 from bench.exploration.mains import FINGERPRINT, MAX_MODEL_LEN, next_token, prompt_of
 from bench.exploration.memory import BLOCK_SIZE
+from coordinator.cluster.joining import HelloRefused, Terms
+from coordinator.cluster.losses import Patience
+from coordinator.cluster.pools import PoolState
+from coordinator.cluster.registry import Registry
 from coordinator.config import CoordinatorConfig, ExpectedPool
-from coordinator.delivery import Delivery
-from coordinator.generation import Generation
-from coordinator.joining import HelloRefused, Terms
-from coordinator.losses import Patience
-from coordinator.pools import PoolState
-from coordinator.records import Record
-from coordinator.registry import Registry
-from coordinator.service import Service
+from coordinator.records.generation import Generation
+from coordinator.records.records import Record
+from coordinator.requests.delivery import Delivery
+from coordinator.requests.service import Service
 from kvcache.prefix import block_salt, hash_blocks
 from protocol.errors import RequestError
 from protocol.kv import RankEndpoint

@@ -21,12 +21,12 @@ from bench.exploration.inputs import (
 )
 from bench.exploration.memory import Memory
 from engine.rank_node import RankNode
-from kvtransfer.actions import StartRead
 from kvtransfer.events import Command, ControlReceived, Event, PoolsChanged, SendControl
-from kvtransfer.handoffs import HandoffPolicy, Handoffs
+from kvtransfer.handoff.actions import StartRead
+from kvtransfer.handoff.handoffs import HandoffPolicy, Handoffs
+from kvtransfer.handoff.states import SourceState
 from kvtransfer.identity import PeerName, RankIdentity
 from kvtransfer.plan import Run
-from kvtransfer.states import SourceState
 from protocol.handoff import HandoffMessage
 from protocol.kv import KVLayout, RankEndpoint
 from protocol.messages import (

@@ -19,9 +19,9 @@ from typing import TypeVar, cast
 
 import msgspec
 
-from coordinator.attempts import Wait
+from coordinator.records.attempts import Wait
 from kvtransfer.events import HandoffBroken
-from kvtransfer.tombs import Tombs
+from kvtransfer.handoff.recently_ended import Tombs
 from protocol.errors import RequestError
 from protocol.handoff import FetchRefused, HandoffFailed
 from protocol.messages import RequestFailed, Tokens

@@ -11,12 +11,12 @@ from bench.simulation.prefilling import PrefillGang
 from bench.simulation.ranks import Rank
 from bench.simulation.storing import SimulatedDisk, StoreGang
 from bench.simulation.world import World
+from coordinator.cluster.joining import Terms
+from coordinator.cluster.losses import Patience
+from coordinator.cluster.pools import PoolState
+from coordinator.cluster.registry import Registry
 from coordinator.config import CoordinatorConfig, ExpectedPool
-from coordinator.joining import Terms
-from coordinator.losses import Patience
-from coordinator.pools import PoolState
-from coordinator.registry import Registry
-from coordinator.service import Service
+from coordinator.requests.service import Service
 from kvtransfer.events import ControlReceived, PoolsChanged
 from protocol.messages import (
     PROTOCOL_VERSION,

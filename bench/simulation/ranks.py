@@ -6,9 +6,9 @@ from functools import partial
 from bench.simulation.model import Memory
 from bench.simulation.world import World
 from engine.rank_node import RankNode
-from kvtransfer.actions import StartRead
 from kvtransfer.events import Command, Event
-from kvtransfer.handoffs import HandoffPolicy
+from kvtransfer.handoff.actions import StartRead
+from kvtransfer.handoff.handoffs import HandoffPolicy
 from kvtransfer.identity import PeerName, RankIdentity
 from protocol.handoff import HandoffMessage
 from protocol.kv import KVLayout

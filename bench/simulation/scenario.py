@@ -17,9 +17,9 @@ from bench.simulation.gangs import FINGERPRINT
 from bench.simulation.model import BLOCK_SIZE, VOCAB_SIZE, reference
 from bench.simulation.world import Weather, World
 from coordinator.config import ExpectedPool
-from coordinator.delivery import Delivery
-from coordinator.generation import Generation
-from coordinator.records import Record
+from coordinator.records.generation import Generation
+from coordinator.records.records import Record
+from coordinator.requests.delivery import Delivery
 from kvcache.prefix import block_salt, hash_blocks
 from protocol.errors import BatonError, RequestError
 from protocol.messages import Forget, NewToken, Pin

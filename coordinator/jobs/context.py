@@ -16,34 +16,34 @@ from pathlib import Path
 import msgspec
 
 from coordinator.config import CoordinatorConfig
-from coordinator.jobs.batch_input import Inputs
-from coordinator.jobs.batch_runner import BatchRunner, LineServer
-from coordinator.jobs.batch_table import SCHEMA as BATCH_SCHEMA
-from coordinator.jobs.batch_table import BatchTable
-from coordinator.jobs.batches import Batches
+from coordinator.jobs.batches.batches import Batches
+from coordinator.jobs.batches.input import Inputs
+from coordinator.jobs.batches.runner import BatchRunner, LineServer
+from coordinator.jobs.batches.table import SCHEMA as BATCH_SCHEMA
+from coordinator.jobs.batches.table import BatchTable
 from coordinator.jobs.database import Database
-from coordinator.jobs.document_files import DocumentFiles
-from coordinator.jobs.document_rows import SCHEMA as DOCUMENT_SCHEMA
-from coordinator.jobs.document_table import DocumentTable
-from coordinator.jobs.documents import Documents, Parts
+from coordinator.jobs.documents.document_tokens import Library
+from coordinator.jobs.documents.documents import Documents, Parts
+from coordinator.jobs.documents.files import DocumentFiles
+from coordinator.jobs.documents.identity import ModelFacts
+from coordinator.jobs.documents.ingestor import Ingestor
+from coordinator.jobs.documents.maintenance import Keeper
+from coordinator.jobs.documents.pins import PinPolicy
+from coordinator.jobs.documents.preparing import Preparing
+from coordinator.jobs.documents.rows import SCHEMA as DOCUMENT_SCHEMA
+from coordinator.jobs.documents.runner import Runner
+from coordinator.jobs.documents.table import DocumentTable
 from coordinator.jobs.files import SCHEMA as FILE_SCHEMA
 from coordinator.jobs.files import Files
 from coordinator.jobs.gate import SCHEMA as GATE_SCHEMA
 from coordinator.jobs.gate import Budget, Gate
-from coordinator.jobs.identity import ModelFacts
-from coordinator.jobs.ingestor import Ingestor
-from coordinator.jobs.keeper import Keeper
-from coordinator.jobs.library import Library
 from coordinator.jobs.marks import Marks, boot_id
-from coordinator.jobs.pins import PinPolicy
-from coordinator.jobs.preparing import Preparing
-from coordinator.jobs.questions import Questions
+from coordinator.jobs.questions.questions import Questions
 from coordinator.jobs.quotas import Quota
-from coordinator.jobs.runner import Runner
 from coordinator.jobs.storage import Storage
 from coordinator.text.tasks import Workers
-from coordinator.tokenizing import TextIdentity
-from modeling.config import ModelConfig
+from coordinator.text.tokenizing import TextIdentity
+from modeling.checkpoint.config import ModelConfig
 from protocol.errors import RequestError
 from protocol.folders import temporary_folder
 from protocol.kv import DTYPE_BYTES

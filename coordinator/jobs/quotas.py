@@ -3,7 +3,7 @@
 import sqlite3
 from dataclasses import dataclass
 
-from coordinator.jobs.states import State
+from coordinator.jobs.documents.states import State
 from protocol.errors import RequestError
 
 SCHEMA = (

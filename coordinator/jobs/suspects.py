@@ -1,7 +1,7 @@
 """Durable work that ends the process that does it. Pure; time comes as an argument.
 
 What lies on the disk is begun again after every start, so that one document which kills the
-coordinator would kill it for good. As in :mod:`coordinator.quarantine`:
+coordinator would kill it for good. As in :mod:`coordinator.requests.quarantine`:
 
 1. When a process dies, everything that it had in work at that moment may have been the cause: the
    death is counted against each, at the *position* that it had reached.

@@ -2,9 +2,9 @@
 
 import asyncio
 
-from coordinator.bodies import NO_BODY, Body
 from coordinator.text.tasks import Call, Refused, Result, Settings, Task
 from coordinator.text.worker import TextWorker
+from coordinator.validation.bodies import NO_BODY, Body
 from protocol.errors import RequestError
 
 

@@ -3,7 +3,7 @@
 import struct
 
 from coordinator.text.tasks import PackedPrompt
-from coordinator.tokenizing import Prompt
+from coordinator.text.tokenizing import Prompt
 from kvcache.prefix import HASH_BYTES
 from protocol.token_ids import TokenIds
 

@@ -10,7 +10,7 @@ import sys
 
 import msgspec
 
-from coordinator.patience import patient
+from coordinator.loop.timeouts import patient
 from coordinator.text.frames import memory_file, receive, send
 from coordinator.text.tasks import Call, Ready, Result, Settings, Stage
 from protocol.errors import BatonError

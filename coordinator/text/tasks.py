@@ -11,15 +11,15 @@ from typing import Protocol
 import msgspec
 
 from coordinator.auth import Tenant
-from coordinator.bodies import Body
 from coordinator.config import CoordinatorConfig
-from coordinator.jobs.batch import LineEdit, LineError
-from coordinator.jobs.document import Document
-from coordinator.jobs.document_table import Idempotency
-from coordinator.jobs.prompts import Attached, Opened
-from coordinator.parameters import Options
-from coordinator.tokenizing import TextIdentity
-from modeling.config import ModelConfig
+from coordinator.jobs.batches.batch import LineEdit, LineError
+from coordinator.jobs.documents.document import Document
+from coordinator.jobs.documents.table import Idempotency
+from coordinator.jobs.questions.prompts import Attached, Opened
+from coordinator.text.tokenizing import TextIdentity
+from coordinator.validation.bodies import Body
+from coordinator.validation.parameters import Options
+from modeling.checkpoint.config import ModelConfig
 from protocol.request import SamplingParams
 
 

@@ -19,21 +19,14 @@ from typing import Any
 
 import msgspec
 
-from coordinator.confinement import close_all_but, confine
-from coordinator.document_bodies import read_document
-from coordinator.jobs.batch_input import LineReader, request_of
-from coordinator.jobs.canonical import EncodedDocument, encode_document
-from coordinator.jobs.document import Document
-from coordinator.jobs.document_files import DocumentFiles
-from coordinator.jobs.document_sizes import check_size
-from coordinator.jobs.prompts import Contents, Opened
-from coordinator.json_body import parse_json
-from coordinator.parameters import check_token_ids
-from coordinator.schemas import DetokenizeBody, TokenizeBody, UnknownFields, validate
-from coordinator.text.chat_body import encode_messages, read_chat, read_messages
-from coordinator.text.completion_body import read_completion
+from coordinator.jobs.batches.input import LineReader, request_of
+from coordinator.jobs.documents.document import Document
+from coordinator.jobs.documents.files import DocumentFiles
+from coordinator.jobs.documents.sizes import check_size
+from coordinator.jobs.questions.canonical import EncodedDocument, encode_document
+from coordinator.jobs.questions.prompts import Contents, Opened
+from coordinator.text.confinement import close_all_but, confine
 from coordinator.text.frames import MEMORY_FILES, receive, send
-from coordinator.text.reading import Reading
 from coordinator.text.tasks import (
     Call,
     Encoded,
@@ -56,7 +49,14 @@ from coordinator.text.tasks import (
     Settings,
     Stage,
 )
-from coordinator.tokenizing import TextTools, load_tools
+from coordinator.text.tokenizing import TextTools, load_tools
+from coordinator.validation.chat_body import encode_messages, read_chat, read_messages
+from coordinator.validation.completion_body import read_completion
+from coordinator.validation.document_bodies import read_document
+from coordinator.validation.json_body import parse_json
+from coordinator.validation.parameters import check_token_ids
+from coordinator.validation.reading import Reading
+from coordinator.validation.schemas import DetokenizeBody, TokenizeBody, UnknownFields, validate
 from protocol.errors import RequestError
 from protocol.logs import configure_logging
 

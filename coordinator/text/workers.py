@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from coordinator.bodies import NO_BODY, Body
 from coordinator.text.fair_queue import FairQueue
 from coordinator.text.process import SILENCE_FACTOR, WorkerLost, WorkerProcess
 from coordinator.text.tasks import (
@@ -29,6 +28,7 @@ from coordinator.text.tasks import (
     Stage,
     Task,
 )
+from coordinator.validation.bodies import NO_BODY, Body
 from protocol.errors import RequestError
 
 SMALL_BYTES = 64 << 10  # a larger body waits in the lane of large ones

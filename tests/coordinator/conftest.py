@@ -22,7 +22,7 @@ import httpx
 import pytest
 
 from kvcache.prefix import block_salt, hash_blocks
-from modeling.config import ModelConfig, load_config
+from modeling.checkpoint.config import ModelConfig, load_config
 from protocol.codec import Codec
 from protocol.kv import KVLayout, RankEndpoint
 from protocol.messages import (

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.admission import MAX_RETRY_AFTER_S, Admission, Departures
 from coordinator.config import Limits
+from coordinator.requests.admission import MAX_RETRY_AFTER_S, Admission, Departures
 from protocol.errors import RequestError
 
 LIMITS = Limits(max_requests=100, tenant_share=0.75)

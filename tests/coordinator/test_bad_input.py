@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from coordinator.schemas import MAX_UNKNOWN_FIELDS, CompletionBody, UnknownFields
+from coordinator.validation.schemas import MAX_UNKNOWN_FIELDS, CompletionBody, UnknownFields
 
 OK = {"prompt": "fine", "max_tokens": 2}
 CHAT = "/v1/chat/completions"
@@ -234,7 +234,7 @@ def test_an_unknown_field_is_logged_once(post: Any, caplog: pytest.LogCaptureFix
     fields = {**OK, "frequency_pennalty": 1.0, "priority": 0, "store": True}
     assert post(json.dumps(fields).encode()).status_code == 200
     unknown = UnknownFields()
-    with caplog.at_level(logging.INFO, logger="coordinator.schemas"):
+    with caplog.at_level(logging.INFO, logger="coordinator.validation.schemas"):
         for _ in range(3):
             unknown.note(CompletionBody, fields)
         unknown.note_message({"weight"})

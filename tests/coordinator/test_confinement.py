@@ -9,8 +9,8 @@ from pathlib import Path
 import uvloop
 
 from coordinator.config import JobLimits
-from coordinator.jobs.formats import PLAIN
-from coordinator.jobs.parser_process import extract
+from coordinator.jobs.parsing.formats import PLAIN
+from coordinator.jobs.parsing.process import extract
 from coordinator.text.process import WorkerProcess
 from tests.coordinator.test_text_workers import DEADLINE_S, settings, until, worker_pids
 
@@ -48,9 +48,10 @@ def limits_of(pid: int) -> dict[str, str]:
 
 def test_a_text_worker(tmp_path: Path) -> None:
     async def work() -> None:
+        others_pids = worker_pids()  # of tests that ran here before
         worker = await WorkerProcess.started(settings(tmp_path, text_memory_bytes=MEMORY_BYTES))
         try:
-            (pid,) = worker_pids()
+            (pid,) = worker_pids() - others_pids
             assert is_confined(pid)
             files = list(files_of(pid).values())
             assert sum(file.startswith("socket:") for file in files) == 1, files
@@ -72,8 +73,9 @@ def test_a_parser(tmp_path: Path) -> None:
         os.mkfifo(source)
         writer = os.open(source, os.O_RDWR)
         limits = JobLimits(parse_memory_bytes=MEMORY_BYTES)
+        others_pids = worker_pids()
         extracting = asyncio.create_task(extract(source, text, PLAIN, limits))
-        pid = next(iter(await until(worker_pids)))
+        (pid,) = await until(lambda: worker_pids() - others_pids)
         await until(lambda: is_confined(pid))
         assert files_of(pid) == {}
         found = limits_of(pid)

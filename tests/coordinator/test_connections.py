@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.accepting import Acceptor
-from coordinator.connections import Connections, max_connections
+from coordinator.http.connections.accepting import Acceptor
+from coordinator.http.connections.kept import Connections, max_connections
 
 ENOUGH_S = 10.0
 

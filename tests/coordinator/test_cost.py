@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from coordinator.auth import Tenant
 from coordinator.config import CoordinatorConfig, ExpectedPool, Limits
-from coordinator.json_body import parse_json
 from coordinator.text.tasks import (
     Call,
     ReadChat,
@@ -27,7 +26,8 @@ from coordinator.text.tasks import (
     Task,
 )
 from coordinator.text.worker import TextWorker
-from modeling.config import load_config
+from coordinator.validation.json_body import parse_json
+from modeling.checkpoint.config import load_config
 from protocol.errors import RequestError
 
 MAX_RATIO = 3.0

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from coordinator.records import Record, State
-from coordinator.service import Service
+from coordinator.records.records import Record, State
+from coordinator.requests.service import Service
 from decode.memory import SequenceMemory
 from decode.sequence import Sequence
 from protocol.errors import IllegalTransition, RequestError

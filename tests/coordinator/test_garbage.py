@@ -2,7 +2,7 @@
 
 import gc
 
-from coordinator.garbage import MIDDLE, YOUNG, has_grown
+from coordinator.loop.garbage import MIDDLE, YOUNG, has_grown
 
 
 def test_there_is_something_to_collect_only_after_objects_have_grown_old() -> None:

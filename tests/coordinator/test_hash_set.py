@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.hash_set import HashSet
+from coordinator.cluster.hash_set import HashSet
 
 # Few bytes of few values: keys that repeat, and that are found across the border of two others.
 HASHES = st.binary(min_size=16, max_size=16) | st.lists(

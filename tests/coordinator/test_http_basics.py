@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from coordinator.parameters import mixed_seed
+from coordinator.validation.parameters import mixed_seed
 from protocol.messages import PROTOCOL_VERSION, ComputeHere, Prefill, Reserve
 
 

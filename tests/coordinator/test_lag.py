@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.core_wait import CoreWait
-from coordinator.lag import INTERVAL_S, STALL_S, TOLERANCE_S, WINDOW_S, LoopLag
+from coordinator.loop.core_wait import CoreWait
+from coordinator.loop.lag import INTERVAL_S, STALL_S, TOLERANCE_S, WINDOW_S, LoopLag
 
 LAGS_MS = st.integers(0, 60_000).filter(lambda ms: ms != STALL_S * 1000)
 LAGS = st.lists(LAGS_MS.map(lambda ms: ms / 1000), min_size=1, max_size=40)

@@ -18,10 +18,10 @@ from typing import Any
 import httpx
 import pytest
 
+from coordinator.cluster.control import Owner
 from coordinator.config import CoordinatorConfig, ExpectedPool
-from coordinator.control import Owner
 from coordinator.server import Coordinator
-from modeling.config import load_config
+from modeling.checkpoint.config import load_config
 
 DEADLINE_S = 30.0
 MAX_STEP_S = 0.15
@@ -150,7 +150,7 @@ def test_no_input_makes_a_step_long(measured: tuple[httpx.Client, Steps]) -> Non
             )
             assert reply.status_code in (200, 202, 400), (kind, reply.text[:500])
         step_s, handle = steps.longest
-        print(f"{kind}: {1000 * step_s:.1f} ms, {reply.status_code}")  # noqa: T201 - with -s
+        print(f"{kind}: {1000 * step_s:.1f} ms, {reply.status_code}")
         if step_s > MAX_STEP_S:
             long.append((kind, step_s, handle))
     assert not long

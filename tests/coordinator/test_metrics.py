@@ -8,16 +8,15 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from coordinator.lag import LoopLag
-from coordinator.metrics import (
+from coordinator.http.metrics import (
     RANK_FIGURES,
-    Histogram,
-    Metrics,
     lag_families,
     pool_families,
     render,
     request_families,
 )
+from coordinator.loop.lag import LoopLag
+from coordinator.requests.metrics import Histogram, Metrics
 from protocol.messages import BlockCounts
 
 BIG = 2**53 - 1  # a counter of bytes has more than six digits

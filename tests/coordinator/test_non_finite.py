@@ -9,11 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from coordinator.flaws import Flaws
-from coordinator.generation import Generation
-from coordinator.loads import Loads
-from coordinator.metrics import render
-from coordinator.records import Record
+from coordinator.http.metrics import render
+from coordinator.records.generation import Generation
+from coordinator.records.loads import Loads
+from coordinator.records.records import Record
+from coordinator.requests.flaws import Flaws
 from protocol.errors import RequestError
 from protocol.request import SamplingParams
 from tests.coordinator.test_failover import SMALLEST, TWO_AND_TWO, prompt_of

@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from coordinator.config import CoordinatorConfig, ExpectedPool
-from coordinator.origins import Origins
+from coordinator.http.connections.origins import Origins
 from protocol.errors import ConfigError, RequestError
 
 PAGE = "https://app.example"

@@ -10,7 +10,7 @@ import weakref
 import pytest
 import uvloop
 
-from coordinator.patience import SLICE_S, patient
+from coordinator.loop.timeouts import SLICE_S, patient
 
 
 def run(body: object) -> None:

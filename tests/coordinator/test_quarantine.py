@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.quarantine import MAX_REMEMBERED, Quarantine, fingerprint
+from coordinator.requests.quarantine import MAX_REMEMBERED, Quarantine, fingerprint
 from kvcache.prefix import hash_blocks
 from protocol.request import SamplingParams
 

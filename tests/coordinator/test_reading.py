@@ -10,13 +10,13 @@ import pytest
 
 from bench.tokenizer_file import write_tokenizer
 from coordinator.auth import Tenant
-from coordinator.bodies import Body
 from coordinator.config import CoordinatorConfig, ExpectedPool
 from coordinator.text.in_process import InProcessWorkers
 from coordinator.text.tasks import Prepared, ReadChat, ReadCompletion, Settings
-from modeling.config import load_config
+from coordinator.validation.bodies import Body
+from modeling.checkpoint.config import load_config
 from modeling.embedded import CHECKPOINT
-from modeling.tokenizer import load_tokenizer
+from modeling.text.tokenizer import load_tokenizer
 from protocol.errors import RequestError
 from protocol.token_ids import TokenIds
 

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator.config import CoordinatorConfig, ExpectedPool
-from coordinator.overdue import overdue, pools_to_ask
-from coordinator.paths import describe_path
-from coordinator.records import TABLE, Record, RecordEvent, State, as_new_token
+from coordinator.records.paths import describe_path
+from coordinator.records.records import TABLE, Record, RecordEvent, State, as_new_token
+from coordinator.requests.overdue import overdue, pools_to_ask
 from protocol.errors import IllegalTransition
 from protocol.messages import FirstToken, NewToken
 from protocol.request import FinishReason, PrefillPath, SamplingParams

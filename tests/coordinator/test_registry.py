@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coordinator.cluster.joining import HelloRefused, Terms
+from coordinator.cluster.losses import Patience
+from coordinator.cluster.pools import PoolState
+from coordinator.cluster.registry import EPOCH_BITS, Registry
 from coordinator.config import ExpectedPool
-from coordinator.joining import HelloRefused, Terms
-from coordinator.losses import Patience
-from coordinator.pools import PoolState
-from coordinator.registry import EPOCH_BITS, Registry
-from modeling.config import load_config
+from modeling.checkpoint.config import load_config
 from protocol.errors import PeerError
 from protocol.messages import (
     PROTOCOL_VERSION,

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.router import (
+from coordinator.cluster.router import (
     Candidate,
     PrefixMap,
     SessionTable,

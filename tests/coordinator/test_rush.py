@@ -2,7 +2,7 @@
 
 import pytest
 
-from coordinator.rush import MANY, WINDOW_S, Rush
+from coordinator.requests.rush import MANY, WINDOW_S, Rush
 
 
 @pytest.mark.parametrize(

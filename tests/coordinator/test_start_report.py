@@ -3,8 +3,8 @@
 import msgspec
 
 from coordinator.config import CoordinatorConfig, ExpectedPool
-from coordinator.start_report import PoolMemory, StartReport, make_report, render
-from modeling.checkpoint_facts import CheckpointFacts, StopToken
+from coordinator.http.start_report import PoolMemory, StartReport, make_report, render
+from modeling.facts import CheckpointFacts, StopToken
 
 CONFIG = CoordinatorConfig(
     token="t",

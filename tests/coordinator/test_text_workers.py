@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 
 from bench.tokenizer_file import write_tokenizer
 from coordinator.auth import Tenant
-from coordinator.bodies import Body, Budget, receive_body
 from coordinator.config import CoordinatorConfig, ExpectedPool, Limits
 from coordinator.text.fair_queue import FairQueue
 from coordinator.text.frames import memory_file
 from coordinator.text.tasks import Call, Prepared, ReadChat, ReadTokenize, Refused, Settings
 from coordinator.text.worker import TextWorker
 from coordinator.text.workers import TextWorkers
-from modeling.config import load_config
+from coordinator.validation.bodies import Body, Budget, receive_body
+from modeling.checkpoint.config import load_config
 from protocol.errors import RequestError
 
 TENANT = Tenant("t", "salt")

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from coordinator.logprobs import completion_logprobs
-from coordinator.parameters import mixed_seed
-from coordinator.tokens import ChoiceText, ShownToken, StopMatcher, TextOptions
-from modeling.tokenizer import load_tokenizer
+from coordinator.http.answers.logprobs import completion_logprobs
+from coordinator.text.tokens import ChoiceText, ShownToken, StopMatcher, TextOptions
+from coordinator.validation.parameters import mixed_seed
+from modeling.text.tokenizer import load_tokenizer
 from protocol.messages import NewToken
 from protocol.request import FinishReason, TokenLogprobs
 

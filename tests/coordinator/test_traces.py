@@ -6,9 +6,9 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.attempts import EndedAttempt
-from coordinator.records import Record
-from coordinator.traces import Trace, Traces
+from coordinator.records.attempts import EndedAttempt
+from coordinator.records.records import Record
+from coordinator.requests.traces import Trace, Traces
 from protocol.request import PrefillPath, SamplingParams
 from protocol.timeline import Event
 from protocol.token_ids import TokenIds

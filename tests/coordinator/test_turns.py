@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.types import Message, Receive, Scope, Send
 
-from coordinator.slices import PART_HASHES, PART_TOKENS, SLICE_S, Slices, parts_of
-from coordinator.turns import TURN_S, InTurns, Lane, Turns
+from coordinator.loop.slices import PART_HASHES, PART_TOKENS, SLICE_S, Slices, parts_of
+from coordinator.loop.turns import TURN_S, InTurns, Lane, Turns
 from protocol.messages import CacheUpdate, NewToken, Tokens
 
 PIECE_S = 0.001

@@ -11,23 +11,23 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from coordinator.cluster.joining import Terms
+from coordinator.cluster.losses import Patience
+from coordinator.cluster.registry import Registry
 from coordinator.config import CoordinatorConfig, ExpectedPool
-from coordinator.delivery import Delivery
-from coordinator.generation import Generation
-from coordinator.joining import Terms
-from coordinator.losses import Patience
-from coordinator.records import Record
-from coordinator.registry import Registry
-from coordinator.service import Service
-from coordinator.slices import at_once
+from coordinator.loop.slices import at_once
+from coordinator.records.generation import Generation
+from coordinator.records.records import Record
+from coordinator.requests.delivery import Delivery
+from coordinator.requests.service import Service
 from decode.batch import SchedulerLimits
 from decode.scheduler import DecodeScheduler
 from engine.rank_node import RankNode
 from kvcache.blocks import BlockPool
 from kvcache.prefix import block_salt, hash_blocks
-from kvtransfer.actions import StartRead
 from kvtransfer.events import ControlReceived, Event, PoolsChanged, SendControl
-from kvtransfer.handoffs import HandoffPolicy
+from kvtransfer.handoff.actions import StartRead
+from kvtransfer.handoff.handoffs import HandoffPolicy
 from kvtransfer.identity import PeerName, RankIdentity
 from kvtransfer.plan import Run
 from prefill.announcer import Announcer

@@ -12,9 +12,9 @@ import pytest
 import zmq
 
 from decode.config import DecodeConfig
-from launcher.forks import ForkedProcess
+from launcher.supervise.forks import ForkedProcess
 from modeling.arithmetic import expected_tokens
-from modeling.config import load_config
+from modeling.checkpoint.config import load_config
 from protocol.codec import Codec
 from protocol.errors import ConfigError
 from protocol.kv import PoolEndpoint

@@ -10,7 +10,7 @@ import pytest
 from decode.runner import sampling_row
 from decode.sequence import Sequence
 from modeling.arithmetic import ArithmeticModel, expected_tokens
-from modeling.config import load_config
+from modeling.checkpoint.config import load_config
 from protocol.messages import Reserve
 from protocol.request import SamplingParams
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from modeling.arithmetic import expected_tokens
-from modeling.config import load_config
+from modeling.checkpoint.config import load_config
 from tests.e2e.test_documents import (
     DOCUMENT,
     MODEL,

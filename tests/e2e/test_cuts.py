@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from modeling.arithmetic import expected_tokens
-from modeling.config import load_config
+from modeling.checkpoint.config import load_config
 from tests.e2e.conftest import parse_path
 from tests.e2e.test_gangs import Process, Stream
 

@@ -10,7 +10,7 @@ import pytest
 
 from modeling.embedded import CHECKPOINT
 from modeling.embedded.grammar import Document, write_document
-from modeling.tokenizer import load_tokenizer
+from modeling.text.tokenizer import load_tokenizer
 
 NUM_TOKENS = 3000
 DEMO_S = 200.0

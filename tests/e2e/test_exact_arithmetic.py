@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from modeling.arithmetic import expected_tokens
-from modeling.config import load_config
+from modeling.checkpoint.config import load_config
 
 MODEL = "arithmetic:layers=3,heads=8,kv_heads=4,vocab=512,max_len=8192"
 SHAPES = {

@@ -20,7 +20,7 @@ import httpx
 import pytest
 
 from modeling.arithmetic import expected_tokens
-from modeling.config import load_config
+from modeling.checkpoint.config import load_config
 
 MODEL = "arithmetic:layers=2,heads=2,kv_heads=2,vocab=512,max_len=4096"
 CONFIG = load_config(MODEL)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from modeling.arithmetic import expected_tokens
-from modeling.config import load_config
+from modeling.checkpoint.config import load_config
 from tests.e2e.doors import doors_of, tree
 
 MODEL = "arithmetic:layers=3,heads=4,kv_heads=2,vocab=512,max_len=4096"

@@ -6,17 +6,17 @@ import sys
 
 import msgspec
 
+from launcher.cli.serve import run_directory
 from launcher.config import ServeConfig
 from launcher.resolved import resolve_cluster
-from launcher.serve import run_directory
-from launcher.supervisor import Supervisor
+from launcher.supervise.supervisor import Supervisor
 
 
 def main() -> None:
     config = msgspec.json.decode(sys.stdin.readline(), type=ServeConfig)
     with run_directory() as run_dir, Supervisor(resolve_cluster(config), run_dir) as supervisor:
         supervisor.start()
-        print(json.dumps({"url": supervisor.url, "pids": supervisor.pids()}), flush=True)  # noqa: T201
+        print(json.dumps({"url": supervisor.url, "pids": supervisor.pids()}), flush=True)
         sys.stdin.read()
 
 

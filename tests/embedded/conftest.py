@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from kvcache.pool import KVPool
-from kvtransfer.local_transport import LocalFabric, LocalTransport
 from kvtransfer.plan import plan
-from kvtransfer.transport import ReadState
-from modeling.chat_template import ChatTemplate, encode_chat
+from kvtransfer.transport.interface import ReadState
+from kvtransfer.transport.local import LocalFabric, LocalTransport
 from modeling.embedded import CHECKPOINT
 from modeling.loader import load_model
 from modeling.paged import PagedAttention, PagedSequence
 from modeling.parallel import SingleRank
-from modeling.template_sources import load_chat_template
-from modeling.tokenizer import Tokenizer, load_tokenizer
+from modeling.text.chat_template import ChatTemplate, encode_chat
+from modeling.text.template_sources import load_chat_template
+from modeling.text.tokenizer import Tokenizer, load_tokenizer
 from protocol.kv import KVLayout, RankEndpoint
 
 BLOCK_SIZE = 16

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import pytest
 
 from engine.rank_node import RankNode
-from kvtransfer.actions import StartRead
 from kvtransfer.events import (
     CloseTarget,
     Event,
@@ -14,7 +13,8 @@ from kvtransfer.events import (
     TargetClosed,
     TargetIsOpen,
 )
-from kvtransfer.handoffs import HandoffPolicy
+from kvtransfer.handoff.actions import StartRead
+from kvtransfer.handoff.handoffs import HandoffPolicy
 from kvtransfer.identity import PeerName, RankIdentity
 from kvtransfer.plan import Run
 from protocol.handoff import Announce, HandoffMessage, ReadDone, ReadsEnded, SegmentKey

@@ -34,8 +34,8 @@ from kvtransfer.events import (
     Welcomed,
 )
 from kvtransfer.identity import RankIdentity, TransferConfig
-from kvtransfer.local_transport import LocalFabric, LocalTransport
-from kvtransfer.transport import ReadHandle
+from kvtransfer.transport.interface import ReadHandle
+from kvtransfer.transport.local import LocalFabric, LocalTransport
 from protocol.codec import Codec
 from protocol.kv import KVLayout, PoolEndpoint
 from protocol.messages import (

@@ -20,7 +20,7 @@ from bench.exploration.search import Found, Search
 from bench.exploration.snapshots import clone, freeze
 from bench.exploration.tables import Digests, PairTable, Visited
 from decode.states import SequenceEvent
-from kvtransfer.source import SourceHandoff
+from kvtransfer.handoff.source import SourceHandoff
 from prefill.scheduler import PrefillScheduler
 
 ALL = cases(3, 3, 4)

@@ -1,8 +1,7 @@
-"""Slices of the campaign on real processes, as ``python -m bench.faults`` runs it.
+"""Slices of the campaign on real processes, as ``python -m tests.campaign`` runs it.
 
-What a stage holds true is in bench/faults/stages.py, signals.py, loops.py and links.py; a campaign
-that finds a wrong token, a leaked block, a fault without effect or an end without excuse exits with
-1.
+What a stage holds true is in the files of tests/campaign; a campaign that finds a wrong token, a
+leaked block, a fault without effect or an end without excuse exits with 1.
 """
 
 import json
@@ -16,7 +15,7 @@ pytestmark = pytest.mark.cluster
 
 
 def _campaign(stages: str, *flags: str, minutes: float = 3.0) -> dict[str, Any]:
-    command = [sys.executable, "-P", "-m", "bench.faults", "--stages", stages, "--json"]
+    command = [sys.executable, "-P", "-m", "tests.campaign", "--stages", stages, "--json"]
     done = subprocess.run(
         [*command, "--minutes", str(minutes), *flags],
         stdout=subprocess.PIPE,

@@ -7,9 +7,9 @@ import torch
 
 from kvcache.pool import KVPool
 from kvtransfer.faulty import FaultyTransport
-from kvtransfer.local_transport import LocalFabric, LocalTransport
 from kvtransfer.plan import Run
-from kvtransfer.transport import ReadHandle, ReadState
+from kvtransfer.transport.interface import ReadHandle, ReadState
+from kvtransfer.transport.local import LocalFabric, LocalTransport
 from protocol.errors import TransferError
 from protocol.failpoints import Failpoints
 from protocol.kv import KVLayout, RankEndpoint

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from bench.faults.cluster import process_state
-from bench.faults.stages import SMALL, Context, failpoints
-from bench.faults.tally import Tally
-from bench.faults.workload import Mix, Workload
+from tests.campaign.cluster import process_state
+from tests.campaign.stages import SMALL, Context, failpoints
+from tests.campaign.tally import Tally
+from tests.campaign.workload import Mix, Workload
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 DEADLINE_S = 60.0

@@ -14,17 +14,17 @@ import pytest
 
 from coordinator.config import BatchLimits, CoordinatorConfig, ExpectedPool
 from coordinator.jobs.database import Database
-from coordinator.jobs.document import Document
-from coordinator.jobs.document_files import DocumentFiles
+from coordinator.jobs.documents.document import Document
+from coordinator.jobs.documents.document_tokens import Library
+from coordinator.jobs.documents.files import DocumentFiles
+from coordinator.jobs.documents.identity import ModelFacts
 from coordinator.jobs.files import BATCH, SCHEMA, Files, StoredFile
-from coordinator.jobs.identity import ModelFacts
-from coordinator.jobs.library import Library
 from coordinator.text.in_process import InProcessWorkers
 from coordinator.text.tasks import Settings
-from coordinator.tokenizing import TextIdentity
+from coordinator.text.tokenizing import TextIdentity
 from kvcache.pool import KVPool
 from kvcache.tiers.files import PackFiles
-from modeling.config import load_config
+from modeling.checkpoint.config import load_config
 from protocol.errors import RequestError
 from protocol.failpoints import ACTIONS, FAIL, KINDS
 from protocol.kv import KVLayout

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.faults.soak.memory import MIB, History, Sample, sen_slope
+from tests.campaign.soak.memory import MIB, History, Sample, sen_slope
 
 
 def _history(sizes_mib: list[float], every_s: float = 10.0) -> History:

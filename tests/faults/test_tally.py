@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.faults.oracle import MAX_TOKENS, Oracle
-from bench.faults.tally import Tally, first_lie, percentile
+from tests.campaign.oracle import MAX_TOKENS, Oracle
+from tests.campaign.tally import Tally, first_lie, percentile
 
 RIGHT = [5, 6, 7, 8, 9, 10]
 

@@ -5,7 +5,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtransfer.allegiance import Allegiance
+from kvtransfer.links.coordinator_lease import Allegiance
 from protocol.messages import (
     Abort,
     Alive,

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtransfer.delivery import (
+from kvtransfer.links.delivery import (
     ACK_DELAY_S,
     FIRST_TIMEOUT_S,
     MAX_BURST,

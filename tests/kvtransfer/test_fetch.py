@@ -10,7 +10,6 @@ import msgspec
 import pytest
 
 from engine.rank_node import RankNode
-from kvtransfer.actions import StartRead
 from kvtransfer.events import (
     AskFetch,
     CloseSource,
@@ -24,7 +23,8 @@ from kvtransfer.events import (
     TargetCommitted,
     TargetIsOpen,
 )
-from kvtransfer.handoffs import HandoffPolicy
+from kvtransfer.handoff.actions import StartRead
+from kvtransfer.handoff.handoffs import HandoffPolicy
 from kvtransfer.identity import PeerName, RankIdentity
 from kvtransfer.plan import Run
 from protocol.handoff import Confirm, Fetch, FetchRefused, HandoffMessage

@@ -17,8 +17,8 @@ from kvtransfer.events import (
     TargetCommitted,
     TargetIsOpen,
 )
+from kvtransfer.handoff.recently_ended import MAX_TOMBS, Tombs
 from kvtransfer.identity import PeerName
-from kvtransfer.tombs import MAX_TOMBS, Tombs
 from protocol.handoff import Announce, Commit, Confirm, ReadDone, ReadsEnded, SegmentKey
 from protocol.kv import BlockRef
 

@@ -18,7 +18,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvtransfer.actions import Action
 from kvtransfer.events import (
     CloseSource,
     CloseTarget,
@@ -28,10 +27,11 @@ from kvtransfer.events import (
     TargetCommitted,
     TargetIsOpen,
 )
+from kvtransfer.handoff.actions import Action
+from kvtransfer.handoff.source import SourceHandoff
+from kvtransfer.handoff.target import TargetHandoff, TargetSide
 from kvtransfer.identity import PeerName
 from kvtransfer.plan import Run, plan
-from kvtransfer.source import SourceHandoff
-from kvtransfer.target import TargetHandoff, TargetSide
 from protocol.handoff import Confirm
 from protocol.kv import KVLayout
 
@@ -228,7 +228,7 @@ def _swap_two_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         ids[0], ids[-1] = ids[-1], ids[0]
         return plan(source, target, layers, list(zip((p[0] for p in pairs), ids, strict=True)))
 
-    monkeypatch.setattr("kvtransfer.target.plan", swapped)
+    monkeypatch.setattr("kvtransfer.handoff.target.plan", swapped)
 
 
 def _read_without_validating(monkeypatch: pytest.MonkeyPatch) -> None:

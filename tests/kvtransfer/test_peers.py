@@ -15,10 +15,10 @@ import msgspec
 import pytest
 import zmq
 
-from kvtransfer.delivery import MAX_TIMEOUTS
 from kvtransfer.faulty import FaultyPeers
 from kvtransfer.identity import PeerName, RankIdentity
-from kvtransfer.peers import Peers
+from kvtransfer.links.delivery import MAX_TIMEOUTS
+from kvtransfer.links.peers import Peers
 from protocol.errors import PeerError
 from protocol.failpoints import Failpoints
 from protocol.handoff import HandoffMessage, TargetOpened

@@ -1,6 +1,6 @@
 """The two state tables of a hand-off: what they never have."""
 
-from kvtransfer.states import (
+from kvtransfer.handoff.states import (
     SOURCE_TABLE,
     TARGET_TABLE,
     SourceEvent,

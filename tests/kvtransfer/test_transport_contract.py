@@ -19,12 +19,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from kvcache.pool import KVPool
-from kvtransfer.checksum import PoolChecksums
-from kvtransfer.choose import open_transport
-from kvtransfer.local_transport import LocalFabric
 from kvtransfer.plan import Run, plan, source_runs
-from kvtransfer.tcp_wire import COUNT, NONCE_BYTES, RUN, prove_end
-from kvtransfer.transport import KVTransport, ReadHandle, ReadState
+from kvtransfer.transport.checksum import PoolChecksums
+from kvtransfer.transport.choose import open_transport
+from kvtransfer.transport.interface import KVTransport, ReadHandle, ReadState
+from kvtransfer.transport.local import LocalFabric
+from kvtransfer.transport.tcp_wire import COUNT, NONCE_BYTES, RUN, prove_end
 from protocol.errors import ConfigError, TransferError
 from protocol.kv import KVLayout, RankEndpoint
 from protocol.proof import PROOF_BYTES

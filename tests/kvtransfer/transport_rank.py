@@ -20,9 +20,9 @@ import zlib
 import msgspec
 
 from kvcache.pool import KVPool
-from kvtransfer.choose import open_transport
 from kvtransfer.plan import Run
-from kvtransfer.transport import KVTransport, ReadHandle, ReadState
+from kvtransfer.transport.choose import open_transport
+from kvtransfer.transport.interface import KVTransport, ReadHandle, ReadState
 from protocol.errors import TransferError
 from protocol.kv import KVLayout, RankEndpoint
 
@@ -85,7 +85,7 @@ class Rank:
 
 
 def say(line: str) -> None:
-    print(line, flush=True)  # noqa: T201 - the parent reads it
+    print(line, flush=True)
 
 
 def main() -> None:

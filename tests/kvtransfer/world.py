@@ -11,8 +11,6 @@ import torch
 
 from engine.rank_node import RankNode
 from kvcache.pool import KVPool
-from kvtransfer.actions import StartRead
-from kvtransfer.checksum import PoolChecksums
 from kvtransfer.events import (
     AnnounceBlocks,
     AnnouncedAll,
@@ -23,8 +21,10 @@ from kvtransfer.events import (
     SourceClosed,
     TargetClosed,
 )
-from kvtransfer.handoffs import HandoffPolicy
+from kvtransfer.handoff.actions import StartRead
+from kvtransfer.handoff.handoffs import HandoffPolicy
 from kvtransfer.identity import PeerName, RankIdentity
+from kvtransfer.transport.checksum import PoolChecksums
 from protocol.handoff import HandoffMessage, SegmentKey
 from protocol.kv import BlockRef, KVLayout, PoolEndpoint
 

@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import ray
 
-from launcher import ray_ranks
 from launcher.config import ServeConfig
-from launcher.processes import Exited, Report, StartFailed
-from launcher.ray_ranks import RayRanks
 from launcher.resolved import resolve_cluster
+from launcher.supervise import ray_ranks
+from launcher.supervise.processes import Exited, Report, StartFailed
+from launcher.supervise.ray_ranks import RayRanks
 
 DEADLINE_S = 60.0
 

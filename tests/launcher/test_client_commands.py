@@ -14,9 +14,9 @@ from rich.console import Console
 from coordinator.client import BatonConnectionError, Document
 from coordinator.client.types import TokenCounts
 from launcher.__main__ import build_parser, main
-from launcher.job_commands import run
-from launcher.job_views import IngestView
-from launcher.live_view import watch
+from launcher.cli.job_commands import run
+from launcher.cli.job_views import IngestView
+from launcher.cli.live_view import watch
 from tests.coordinator.client.fake_server import FakeServer, running
 from tests.coordinator.client.fake_state import PATH, State
 

@@ -5,9 +5,9 @@ import pytest
 
 from coordinator.client import ClusterState
 from coordinator.client.state import BlockCounts
-from launcher.cluster_health import SETTLE_S, ask, judge
-from launcher.doctor import doctor
-from launcher.findings import Finding
+from launcher.doctor.cluster_health import SETTLE_S, ask, judge
+from launcher.doctor.doctor import doctor
+from launcher.doctor.findings import Finding
 from tests.coordinator.client.fake_state import cluster_state
 
 IDLE = BlockCounts(total=100, free=70, cached=30)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from launcher.processes import FORK_SERVER, Exited, LogFiles, OutputLine, ProcessGroup
+from launcher.supervise.processes import FORK_SERVER, Exited, LogFiles, OutputLine, ProcessGroup
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="there is no fork server elsewhere")
 

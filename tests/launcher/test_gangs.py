@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.gangs import (
+from launcher.supervise.gangs import (
     COORDINATOR,
     GRACE_S,
     Action,
@@ -20,8 +20,8 @@ from launcher.gangs import (
     Start,
     Waits,
 )
-from launcher.restarts import RestartBudget, RestartPolicy
-from launcher.silence import LOOK_AFTER_S, LOOK_INTERVAL_S, WORK_SHARE, Silence, Vitals
+from launcher.supervise.restarts import RestartBudget, RestartPolicy
+from launcher.supervise.silence import LOOK_AFTER_S, LOOK_INTERVAL_S, WORK_SHARE, Silence, Vitals
 from protocol.errors import ConfigError
 
 POOLS = (("prefill0", "prefill", 2), ("decode0", "decode", 2), ("decode1", "decode", 1))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.processes import Exited, LogFiles, OutputLine, ProcessGroup
+from launcher.supervise.processes import Exited, LogFiles, OutputLine, ProcessGroup
 
 DEADLINE_S = 60.0
 CHATTY = """

@@ -8,10 +8,10 @@ import msgspec
 import pytest
 
 from launcher.__main__ import build_parser, main
+from launcher.cli.serve_flags import GROUPS
 from launcher.config import ServeConfig, child_environment, coordinator_environment
-from launcher.ranks import coordinator_config
 from launcher.resolved import resolve_cluster
-from launcher.serve_flags import GROUPS
+from launcher.supervise.ranks import coordinator_config
 
 TABLES = {"coordinator", "prefill_pool", "decode_pool", "pools", "serving"}
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from launcher.silence import Vitals
-from launcher.vitals import read_vitals
+from launcher.supervise.silence import Vitals
+from launcher.supervise.vitals import read_vitals
 
 # Libzmq's threads work for it: that is not its own work.
 _SENDING = """

@@ -18,8 +18,8 @@ from modeling.arithmetic import (
     ArithmeticModel,
     expected_tokens,
 )
-from modeling.attention import Piece
-from modeling.config import ModelConfig, load_config
+from modeling.checkpoint.config import ModelConfig, load_config
+from modeling.kernels.attention import Piece
 from modeling.paged import PagedAttention, PagedSequence
 from modeling.parallel import SingleRank, TensorParallel
 from protocol.kv import KVLayout

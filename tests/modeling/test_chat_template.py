@@ -9,9 +9,9 @@ import jinja2
 import pytest
 
 from bench.tokenizer_file import CHAT_TEMPLATE, write_tokenizer
-from modeling.chat_template import MAX_SOURCE_CHARS, ChatTemplate, encode_chat
-from modeling.template_sources import load_chat_template
-from modeling.tokenizer import load_tokenizer
+from modeling.text.chat_template import MAX_SOURCE_CHARS, ChatTemplate, encode_chat
+from modeling.text.template_sources import load_chat_template
+from modeling.text.tokenizer import load_tokenizer
 from protocol.errors import ConfigError, RequestError
 
 LLAMA3 = """{{- bos_token }}

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bench.checkpoint import write_llama
-from modeling.checkpoint_facts import CheckpointFacts, describe_checkpoint, with_facts
-from modeling.config import load_config
-from modeling.template_sources import load_chat_template
-from modeling.tensors import grouped
-from modeling.tokenizer import load_tokenizer
+from modeling.checkpoint.config import load_config
+from modeling.checkpoint.tensors import grouped
+from modeling.facts import CheckpointFacts, describe_checkpoint, with_facts
+from modeling.text.template_sources import load_chat_template
+from modeling.text.tokenizer import load_tokenizer
 from protocol.errors import ConfigError
 
 SHAPE: dict[str, Any] = {

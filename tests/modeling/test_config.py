@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from modeling.config import ModelConfig, load_config
-from modeling.rope_config import RopeConfig
+from modeling.checkpoint.config import ModelConfig, load_config
+from modeling.checkpoint.rope_config import RopeConfig
 from protocol.errors import ConfigError
 
 LLAMA: dict[str, Any] = {
@@ -255,7 +255,8 @@ def test_arithmetic() -> None:
 
 def test_what_the_coordinator_imports_is_free_of_torch() -> None:
     code = (
-        "import sys, modeling.config, modeling.tokenizer, modeling.chat_template\n"
+        "import sys, modeling.checkpoint.config, modeling.text.chat_template\n"
+        "import modeling.text.tokenizer\n"
         "sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

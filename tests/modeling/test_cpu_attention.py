@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling.attention import AttentionKernel, Piece
-from modeling.cpu_attention import CpuKernel
+from modeling.kernels.attention import AttentionKernel, Piece
+from modeling.kernels.cpu_attention import CpuKernel
 
 # Relative error of torch's own flash op against fp64, with some room.
 OUT_ERROR = {torch.float32: 1.5e-6, torch.bfloat16: 4e-3}

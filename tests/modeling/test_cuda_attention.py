@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from modeling.attention import Piece
-from modeling.cpu_attention import CpuKernel
-from modeling.cuda_attention import CudaKernel, masked_attention
+from modeling.kernels.attention import Piece
+from modeling.kernels.cpu_attention import CpuKernel
+from modeling.kernels.cuda_attention import CudaKernel, masked_attention
 
 ERROR = {torch.float32: 1e-5, torch.bfloat16: 8e-3}
 gpu = pytest.mark.gpu

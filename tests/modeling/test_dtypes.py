@@ -3,8 +3,8 @@
 import msgspec
 import pytest
 
-from modeling.config import load_config
-from modeling.dtypes import serving_dtype
+from modeling.checkpoint.config import load_config
+from modeling.checkpoint.dtypes import serving_dtype
 from protocol.errors import ConfigError
 
 ARITHMETIC = load_config("arithmetic")

@@ -8,10 +8,14 @@ import msgspec
 import pytest
 
 from coordinator.config import Limits
-from coordinator.parameters import Options, read_options
-from coordinator.schemas import ChatBody, validate
-from modeling.config import ModelConfig, load_config
-from modeling.generation_config import SamplingDefaults, parse_sampling, read_generation_config
+from coordinator.validation.parameters import Options, read_options
+from coordinator.validation.schemas import ChatBody, validate
+from modeling.checkpoint.config import ModelConfig, load_config
+from modeling.checkpoint.generation_config import (
+    SamplingDefaults,
+    parse_sampling,
+    read_generation_config,
+)
 from protocol.errors import ConfigError, RequestError
 
 QWEN3 = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.01}

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from modeling.json_fields import read_json
+from modeling.checkpoint.json_fields import read_json
 from protocol.errors import ConfigError
 
 

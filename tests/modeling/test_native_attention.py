@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling.native_attention import MIN_ROWS, NativeAttention
+from modeling.kernels.native_attention import MIN_ROWS, NativeAttention
 from tests.modeling.test_cpu_attention import check, dense, make
 
 BF16 = torch.bfloat16

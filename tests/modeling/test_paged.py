@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcache.pool import KVPool
-from modeling.config import ModelConfig, load_config
-from modeling.cpu_attention import CpuKernel
+from modeling.checkpoint.config import ModelConfig, load_config
+from modeling.kernels.cpu_attention import CpuKernel
+from modeling.kernels.partials import WINDOW_TILE
 from modeling.paged import PagedAttention, PagedSequence
-from modeling.partials import WINDOW_TILE
 from protocol.kv import KVLayout
 
 HEADS, KV_HEADS, HEAD_DIM, LAYERS = 4, 2, 32, 2

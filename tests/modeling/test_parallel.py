@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from launcher.forks import ForkedProcess
-from modeling.native import COMPILERS
+from launcher.supervise.forks import ForkedProcess
+from modeling.kernels.native_build import COMPILERS
 from modeling.parallel import SingleRank, init_gang, make_tensor_parallel, open_gang_store
 from protocol.errors import PeerError
 from tests.forks import TorchForks, end, outputs

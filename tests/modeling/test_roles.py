@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from modeling.chat_template import ChatTemplate, RenderedChat, encode_chat
-from modeling.tokenizer import load_tokenizer
+from modeling.text.chat_template import ChatTemplate, RenderedChat, encode_chat
+from modeling.text.tokenizer import load_tokenizer
 from protocol.errors import RequestError
 
 TOKENIZER = load_tokenizer("arithmetic")

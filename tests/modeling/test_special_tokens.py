@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
-from modeling.tokenizer import load_tokenizer
+from modeling.text.tokenizer import load_tokenizer
 from protocol.errors import ConfigError
 
 MARK = "\u2581"

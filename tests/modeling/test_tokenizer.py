@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from bench.tokenizer_file import write_tokenizer
-from modeling.tokenizer import Tokenizer, load_tokenizer
+from modeling.text.tokenizer import Tokenizer, load_tokenizer
 from protocol.errors import ConfigError, RequestError
 
 MARK = "\u2581"

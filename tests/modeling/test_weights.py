@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from bench.checkpoint import write_llama
-from modeling.checkpoint import read_checkpoint
-from modeling.config import load_config
+from modeling.checkpoint.config import load_config
+from modeling.checkpoint.folder import read_checkpoint
+from modeling.checkpoint.weights import Part, WeightReader
 from modeling.loader import load_model
 from modeling.parallel import SingleRank
-from modeling.weights import Part, WeightReader
 from protocol.errors import ConfigError
 
 SHAPE: dict[str, Any] = {
@@ -269,7 +269,7 @@ import sys, torch
 torch.set_num_threads(1)
 from modeling.loader import load_model
 from modeling.parallel import SingleRank
-import modeling.cpu_attention
+import modeling.kernels.cpu_attention
 
 def status(field):
     with open("/proc/self/status") as file:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.planted import Bug, load
 from protocol.errors import ConfigError
+from tests.planted.__main__ import Bug, load
 
 ROOT = Path(__file__).resolve().parents[2]
 BUGS = load(ROOT / "tests/planted/bugs.toml")

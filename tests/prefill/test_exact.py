@@ -15,7 +15,7 @@ import torch
 from kvcache.pool import KVPool
 from kvtransfer.events import AnnounceBlocks, AnnouncedAll, Command
 from modeling.arithmetic import ArithmeticModel, expected_tokens
-from modeling.config import load_config
+from modeling.checkpoint.config import load_config
 from modeling.parallel import SingleRank
 from prefill.announcer import Announcer
 from prefill.runner import PrefillRunner

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from launcher.forks import ForkedProcess
+from launcher.supervise.forks import ForkedProcess
 from modeling.arithmetic import expected_tokens
-from modeling.config import load_config
+from modeling.checkpoint.config import load_config
 from protocol.codec import Codec
 from protocol.kv import PoolEndpoint
 from protocol.messages import (

@@ -10,7 +10,7 @@ import torch
 
 from kvcache.pool import KVPool
 from modeling.arithmetic import ArithmeticModel
-from modeling.config import load_config
+from modeling.checkpoint.config import load_config
 from modeling.parallel import SingleRank
 from prefill.config import PrefillConfig
 from prefill.manifest import layer_groups

@@ -14,8 +14,8 @@ import msgspec
 import torch
 
 from kvcache.pool import KVPool
-from modeling.attention import AttentionKernel, Piece
-from modeling.config import ModelConfig
+from modeling.checkpoint.config import ModelConfig
+from modeling.kernels.attention import AttentionKernel, Piece
 from protocol.kv import KVLayout
 from protocol.plans import ChunkWork, PlacedBlock
 from ring_attention.comm import LocalRing, RingComm

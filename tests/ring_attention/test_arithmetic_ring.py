@@ -10,7 +10,7 @@ import torch
 
 from kvcache.pool import KVPool
 from modeling.arithmetic import ArithmeticModel, expected_tokens
-from modeling.config import ModelConfig, load_config
+from modeling.checkpoint.config import ModelConfig, load_config
 from modeling.parallel import SingleRank
 from protocol.kv import KVLayout
 from protocol.plans import ChunkWork, PlacedBlock

@@ -7,9 +7,9 @@ import msgspec
 import pytest
 import torch
 
-from modeling.attention import AttentionKernel
 from modeling.context import AttentionContext
-from modeling.cpu_attention import CpuKernel
+from modeling.kernels.attention import AttentionKernel
+from modeling.kernels.cpu_attention import CpuKernel
 from modeling.model import Model
 from protocol.plans import PlacedBlock
 from ring_attention.comm import RingComm

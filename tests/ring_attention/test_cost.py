@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modeling.config import ModelConfig
+from modeling.checkpoint.config import ModelConfig
 from ring_attention.cost import ChunkShape, CostModel
 
 SHAPE = ChunkShape(

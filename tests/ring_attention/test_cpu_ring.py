@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from modeling.attention import Piece
-from modeling.cpu_attention import CpuKernel
+from modeling.kernels.attention import Piece
+from modeling.kernels.cpu_attention import CpuKernel
 from tests.ring_attention.ring_cases import RingCase, Setup, attend_on_threads, relative_error
 
 KERNEL = CpuKernel(native=False)

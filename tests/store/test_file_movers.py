@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from nixl import nixl_agent, nixl_agent_config
 
 from kvcache.tiers.movers import FileMover, Piece
-from kvtransfer.nixl_library import NIXL_ERRORS
+from kvtransfer.transport.nixl_library import NIXL_ERRORS
 from protocol.errors import ConfigError
 from store import disk_io
 from store.disk_io import open_mover

@@ -19,8 +19,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from coordinator import sse
 from coordinator.errors import error_response
+from coordinator.http.answers import sse
 from protocol.errors import RequestError
 from tests.coordinator.client.fake_state import (
     BATCH_STEPS,

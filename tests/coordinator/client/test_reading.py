@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator import sse
 from coordinator.client import requests
 from coordinator.client.budget import Budget, Patience, Retry
 from coordinator.client.errors import (
@@ -24,6 +23,7 @@ from coordinator.client.reading import Reading
 from coordinator.client.requests import Call, path_of
 from coordinator.client.sse import Comment, EventParser, ServerEvent
 from coordinator.client.types import ChatChunk
+from coordinator.http.answers import sse
 from protocol.errors import ConfigError, RequestError
 
 http = httpx.Client(base_url="http://host", verify=False)

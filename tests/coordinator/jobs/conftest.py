@@ -14,15 +14,15 @@ from typing import Any
 import httpx
 import pytest
 
+from coordinator.cluster.control import ControlPlane, Owner
+from coordinator.cluster.registry import Registry
 from coordinator.config import CoordinatorConfig, ExpectedPool, JobLimits
-from coordinator.control import ControlPlane, Owner
 from coordinator.jobs.context import Jobs
-from coordinator.jobs.ingestor import SimulatedIngestor
-from coordinator.registry import Registry
+from coordinator.jobs.documents.ingestor import SimulatedIngestor
+from coordinator.requests.service import Service
 from coordinator.server import Coordinator
-from coordinator.service import Service
 from kvcache.prefix import block_salt, hash_blocks
-from modeling.config import load_config
+from modeling.checkpoint.config import load_config
 from protocol.messages import CacheUpdate
 
 DEADLINE_S = 20.0

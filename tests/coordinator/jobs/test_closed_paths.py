@@ -10,8 +10,8 @@ import httpx
 import pytest
 from fastapi.routing import APIRoute
 
-from coordinator.api import build_app
 from coordinator.auth import OPEN_PATHS, Tenants
+from coordinator.http.api import build_app
 
 KEY = "sk-alpha"
 OPEN = {"/health", "/ready", "/version"}  # as SECURITY.md has them, and "/", which is nothing

@@ -14,12 +14,12 @@ import httpx
 import pytest
 
 from coordinator.config import JobLimits, Limits
-from coordinator.document_bodies import DocumentBody, fields_of_form
-from coordinator.jobs import parse
-from coordinator.jobs.formats import HTML, MARKDOWN, PDF, PLAIN, identify, plain_name
-from coordinator.jobs.parse_html import decode_html
-from coordinator.jobs.parse_pdf import judged
-from coordinator.jobs.parser_process import ParserCrashed, extract
+from coordinator.jobs.parsing import parse
+from coordinator.jobs.parsing.formats import HTML, MARKDOWN, PDF, PLAIN, identify, plain_name
+from coordinator.jobs.parsing.html import decode_html
+from coordinator.jobs.parsing.pdf import judged
+from coordinator.jobs.parsing.process import ParserCrashed, extract
+from coordinator.validation.document_bodies import DocumentBody, fields_of_form
 from protocol.errors import RequestError
 
 LIMITS = JobLimits(parse_timeout_s=20.0, parse_memory_bytes=1 << 30)
@@ -502,7 +502,7 @@ def test_the_process_is_confined() -> None:
         *("open('/tmp/x', 'w')", "os.open('/tmp/x', os.O_WRONLY)"),
     ):
         program = (
-            "import os, socket; from coordinator.jobs import parse; "
+            "import os, socket; from coordinator.jobs.parsing import parse; "
             f"parse._confine(1 << 30, 5, 1000); {attempt}"
         )
         ended = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)

@@ -11,15 +11,15 @@ import pytest
 
 from bench.tokenizer_file import write_tokenizer
 from coordinator.config import CoordinatorConfig, ExpectedPool
-from coordinator.jobs import identity
-from coordinator.jobs.canonical import DATE, TURNS, encode_document, show
-from coordinator.jobs.document import Document
+from coordinator.jobs.documents import identity
+from coordinator.jobs.documents.document import Document
+from coordinator.jobs.questions.canonical import DATE, TURNS, encode_document, show
 from coordinator.text.tasks import Call, ReadTokenize, Refused, Settings
+from coordinator.text.tokenizing import TextIdentity, TextTools
 from coordinator.text.worker import TextWorker
-from coordinator.tokenizing import TextIdentity, TextTools
-from modeling.chat_template import ChatTemplate
-from modeling.config import load_config
-from modeling.tokenizer import ByteTokenizer, load_tokenizer
+from modeling.checkpoint.config import load_config
+from modeling.text.chat_template import ChatTemplate
+from modeling.text.tokenizer import ByteTokenizer, load_tokenizer
 
 TEXT = "Baton hands the KV cache over. " * 30
 NOW = datetime(2026, 11, 30, 12)

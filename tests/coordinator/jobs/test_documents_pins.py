@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from coordinator.config import JobLimits
-from coordinator.jobs.document import HARD, SOFT, Pin
-from coordinator.jobs.pins import Pinned, PinPolicy, read_duration, read_pin
+from coordinator.jobs.documents.document import HARD, SOFT, Pin
+from coordinator.jobs.documents.pins import Pinned, PinPolicy, read_duration, read_pin
 from protocol.errors import RequestError
 
 TEXT = "Pinned. " * 60

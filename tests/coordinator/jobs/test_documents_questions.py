@@ -7,11 +7,11 @@ from typing import Any
 import httpx
 import pytest
 
-from coordinator.jobs.canonical import apart, encode_document, joined, show
-from coordinator.jobs.questions import Attached
-from coordinator.tokenizing import TextTools
-from modeling.chat_template import ChatTemplate, encode_chat
-from modeling.tokenizer import ByteTokenizer
+from coordinator.jobs.questions.canonical import apart, encode_document, joined, show
+from coordinator.jobs.questions.questions import Attached
+from coordinator.text.tokenizing import TextTools
+from modeling.text.chat_template import ChatTemplate, encode_chat
+from modeling.text.tokenizer import ByteTokenizer
 from protocol.errors import RequestError
 
 TEXT = "Baton hands the KV cache over. " * 30

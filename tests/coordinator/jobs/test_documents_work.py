@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 
 from coordinator.config import JobLimits
 from coordinator.jobs.database import Database
-from coordinator.jobs.document import Document, stepped
-from coordinator.jobs.document_files import DocumentFiles
-from coordinator.jobs.document_rows import SCHEMA, Superseded
-from coordinator.jobs.document_table import DocumentTable
+from coordinator.jobs.documents.document import Document, stepped
+from coordinator.jobs.documents.files import DocumentFiles
+from coordinator.jobs.documents.rows import SCHEMA, Superseded
+from coordinator.jobs.documents.segments import segment_ends
+from coordinator.jobs.documents.states import DocumentEvent
+from coordinator.jobs.documents.table import DocumentTable
 from coordinator.jobs.marks import Marks, boot_id
-from coordinator.jobs.segments import segment_ends
-from coordinator.jobs.states import DocumentEvent
 from coordinator.jobs.suspects import DOCUMENT, Work
 from protocol.errors import RequestError
 

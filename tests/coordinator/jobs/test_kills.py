@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.faults.jobs.campaign import RANDOM, READY_S, Campaign, all_places
-from bench.faults.jobs.lives import Lives
 from coordinator.config import JobLimits
+from tests.campaign.jobs.campaign import RANDOM, READY_S, Campaign, all_places
+from tests.campaign.jobs.lives import Lives
 
 ROOT = Path(__file__).resolve().parents[3]
 PLACES = all_places()

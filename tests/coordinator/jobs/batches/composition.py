@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.auth import Tenant, Tenants
-from coordinator.bodies import Body
+from coordinator.cluster.control import ControlPlane
+from coordinator.cluster.registry import Registry
 from coordinator.config import BatchLimits, CoordinatorConfig, ExpectedPool, Limits
-from coordinator.control import ControlPlane
-from coordinator.frontend import Frontend
-from coordinator.jobs.batch_input import request_of
+from coordinator.http.frontend import Frontend
+from coordinator.http.line_server import LineServer
+from coordinator.jobs.batches.input import request_of
 from coordinator.jobs.context import Jobs, Surroundings
-from coordinator.jobs.ingestor import Ingestor
-from coordinator.line_server import LineServer
-from coordinator.registry import Registry
+from coordinator.jobs.documents.ingestor import Ingestor
+from coordinator.requests.service import Service
 from coordinator.server import Coordinator
-from coordinator.service import Service
+from coordinator.validation.bodies import Body
 
 BLOCK_SIZE = 16
 POOLS = (("prefill0", "prefill", 2, 1), ("decode0", "decode", 1, 1))

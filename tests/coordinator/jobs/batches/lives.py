@@ -14,16 +14,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench.faults.jobs.asked import batch_lines
 from coordinator.auth import Tenants
+from coordinator.cluster.control import Owner
 from coordinator.config import JobLimits, public
-from coordinator.control import Owner
-from coordinator.frontend import Frontend
-from coordinator.jobs.batches import BatchRequest
+from coordinator.http.frontend import Frontend
+from coordinator.http.line_server import LineServer
+from coordinator.jobs.batches.batches import BatchRequest
 from coordinator.jobs.files import BATCH, StoredFile, new_file_id
-from coordinator.line_server import LineServer
 from coordinator.text.in_process import InProcessWorkers
 from coordinator.text.tasks import Settings
+from tests.campaign.jobs.asked import batch_lines
 from tests.coordinator.conftest import FakeCluster
 from tests.coordinator.jobs.batches.composition import (
     POOLS,

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from bench.faults.jobs.asked import batch_lines
-from bench.faults.jobs.checks import result_lines
+from tests.campaign.jobs.asked import batch_lines
+from tests.campaign.jobs.checks import result_lines
 from tests.coordinator.jobs.batches import lives
 
 MAX_RUNNING = (

@@ -9,15 +9,15 @@ from typing import Any
 import msgspec
 import pytest
 
-from coordinator.jobs.batch import Batch, Line, Result, Usage
-from coordinator.jobs.batch_output import write_files
-from coordinator.jobs.batch_states import OPEN, TABLE, BatchEvent, State
-from coordinator.jobs.batch_table import SCHEMA, BatchTable
+from coordinator.jobs.batches.batch import Batch, Line, Result, Usage
+from coordinator.jobs.batches.output import write_files
+from coordinator.jobs.batches.slots import Slots
+from coordinator.jobs.batches.states import OPEN, TABLE, BatchEvent, State
+from coordinator.jobs.batches.table import SCHEMA, BatchTable
 from coordinator.jobs.database import Database
 from coordinator.jobs.files import SCHEMA as FILE_SCHEMA
 from coordinator.jobs.files import Files
 from coordinator.jobs.marks import Marks, boot_id
-from coordinator.jobs.slots import Slots
 from coordinator.jobs.suspects import BATCH, LINE, Work
 from protocol.errors import IllegalTransition
 from tests.coordinator.jobs.batches.composition import config_of

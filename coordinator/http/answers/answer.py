@@ -1,0 +1,285 @@
+"""One HTTP answer, from submitting its choices to the last byte, or to the caller's going away.
+
+1. All choices are submitted; their tokens arrive in one :class:`Delivery`.
+2. Whole: everything is gathered, then sent. Streamed: headers wait for the first token for a
+   moment, so that an early failure still is a plain error with a status; then event by event, with
+   a comment when nothing has happened for a while.
+3. ``gather`` is the same for a line of a batch, whose answer is not sent.
+4. A caller who disconnects, or reads nothing, ends the answer; in every case what still runs of it
+   is aborted, in one place.
+"""
+
+import asyncio
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+import msgspec
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from coordinator.errors import error_object, error_response
+from coordinator.http.answers import sse
+from coordinator.http.answers.sending import body_messages
+from coordinator.http.answers.shapes import ChoiceState, Header, Shape, cache_miss_of, usage_of
+from coordinator.http.connections.connection import SCOPE_ABORT
+from coordinator.http.frontend import Asker, Choice, Frontend
+from coordinator.loop.slices import Pace
+from coordinator.loop.timeouts import patient
+from coordinator.loop.turns import Lane
+from coordinator.records.paths import describe_path
+from coordinator.requests.delivery import Delivery
+from coordinator.requests.traces import Trace
+from coordinator.text.tokens import ChoiceText, Piece
+from coordinator.validation.parameters import Options
+from protocol.errors import RequestError
+from protocol.messages import NewToken
+from protocol.request import FinishReason
+
+GATHERED_TOKENS = 64  # of a whole answer, that are made JSON in one go
+
+Arrivals = list[tuple[int, Sequence[NewToken]]]
+
+
+class _ReaderGone(Exception):
+    """The caller has taken nothing for too long."""
+
+
+class Answer(Response):
+    """The answer to one request, as Starlette calls it. Used once."""
+
+    def __init__(
+        self,
+        frontend: Frontend,
+        asker: Asker,
+        options: Options,
+        choices: Sequence[Choice],
+        shape: Shape,
+    ) -> None:
+        super().__init__()
+        self._frontend = frontend
+        self._asker = asker
+        self._options = options
+        self._choices = choices
+        self._shape = shape
+        self._header = Header(asker.request_id, int(time.time()), frontend.config.model_name)
+        self._delivery = Delivery()
+        self._states: list[ChoiceState] = []
+
+    async def gather(self) -> tuple[int, dict[str, Any]]:
+        """Status and body, sent to nobody. Cancelling it ends the answer."""
+        try:
+            await self._submit()
+            return 200, await self._whole()
+        except RequestError as error:
+            return error.status, error_object(error)
+        finally:
+            self._abort()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        work = asyncio.create_task(self._answer(scope, send))
+        watcher = asyncio.create_task(_until_disconnect(receive))
+        try:
+            await asyncio.wait({work, watcher}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                await self._frontend.turns.take(Lane.ANSWERS)  # callers go away together, too
+        finally:
+            for task in (work, watcher):
+                if not task.done():
+                    task.cancel()
+            with suppress(asyncio.CancelledError):
+                await watcher
+        with suppress(asyncio.CancelledError):
+            await work
+
+    async def _answer(self, scope: Scope, send: Send) -> None:
+        try:
+            await self._submit()
+            if self._options.stream:
+                await self._send_stream(send)
+            else:
+                await self._send_whole(send)
+        except RequestError as error:  # nothing has been sent yet
+            await self._send_error(send, error)
+        except _ReaderGone:
+            abort = scope.get(SCOPE_ABORT)
+            if abort is not None:
+                abort()
+        finally:
+            self._abort()
+
+    def _abort(self) -> None:
+        for state in self._states:
+            self._frontend.service.abort(state.record)
+
+    async def _submit(self) -> None:
+        await self._frontend.turns.take(Lane.NEW)
+        trace = Trace(
+            self._asker.request_id,
+            self._asker.client_request_id,
+            self._asker.tenant.name,
+            self._header.model,
+            self._header.created,
+            len(self._choices),
+        )
+        self._frontend.service.check_room(trace.tenant, len(self._choices))
+        self._frontend.traces.add(trace)
+        tokenizer = self._frontend.tokenizer
+        skip_special = self._options.skip_special_tokens
+        for choice in self._choices:
+            record = self._frontend.service.submit(
+                choice.generation, self._delivery, choice.index, self._asker.arrived
+            )
+            stream = tokenizer.stream(
+                skip_special_tokens=skip_special, continuing=self._shape.continues_prompt
+            )
+            text = ChoiceText(stream, self._options.text)
+            self._states.append(ChoiceState(choice, record, text))
+            trace.records.append(record)
+            await self._frontend.turns.take(Lane.NEW)
+
+    async def _arrivals(self, timeout_s: float | None = None) -> Arrivals:
+        """What has come for the caller, when it is this answer's turn."""
+        arrivals = await self._delivery.take(timeout_s)
+        await self._frontend.turns.take(Lane.ANSWERS)
+        return arrivals
+
+    def _take(self, arrivals: Arrivals) -> Iterator[tuple[ChoiceState, Piece]]:
+        for index, tokens in arrivals:
+            state = self._states[index]
+            if state.text.finish_reason is not None:
+                continue  # arrived after its stop string
+            piece = state.text.push(tokens)
+            state.num_tokens += len(piece.tokens)
+            self._frontend.service.metrics.num_output_tokens += len(piece.tokens)
+            state.unsent.extend(piece.tokens)
+            if piece.finish_reason is not None:
+                state.stop_reason = piece.stop_reason
+                self._frontend.service.abort(state.record, reason=FinishReason.STOP)
+            yield state, piece
+
+    @property
+    def _is_finished(self) -> bool:
+        return all(state.text.finish_reason is not None for state in self._states)
+
+    def _path_header(self) -> tuple[bytes, bytes]:
+        paths = ", ".join(describe_path(state.record) for state in self._states)
+        return b"x-baton-path", paths.encode("latin-1", "replace")
+
+    # -- whole -------------------------------------------------------------------------------------
+
+    async def _whole(self) -> dict[str, Any]:
+        texts = [[choice.echoed] for choice in self._choices]
+        pace = Pace()
+        while not self._is_finished:
+            arrivals = await self._arrivals()
+            pace.begin()
+            for state, piece in self._take(arrivals):
+                texts[state.choice.index].append(piece.text)
+                if len(state.unsent) >= GATHERED_TOKENS:
+                    self._shape.gather(state)
+                await pace.breathe()
+        choices = []
+        for state, text in zip(self._states, texts, strict=True):
+            self._shape.gather(state)
+            choices.append(self._shape.whole_choice(state, "".join(text)))
+            await pace.breathe()
+        answer = self._shape.whole(self._header, choices, usage_of(self._states))
+        return {**answer, **cache_miss_of(self._states)}
+
+    async def _send_whole(self, send: Send) -> None:
+        body = msgspec.json.encode(await self._whole())
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            self._path_header(),
+        ]
+        await self._send(send, {"type": "http.response.start", "status": 200, "headers": headers})
+        for message in body_messages(body):
+            await self._send(send, message)
+
+    async def _send_error(self, send: Send, error: RequestError) -> None:
+        status, headers, body = error_response(error)
+        with suppress(_ReaderGone):
+            await self._send(
+                send, {"type": "http.response.start", "status": status, "headers": headers}
+            )
+            await self._send(send, {"type": "http.response.body", "body": body})
+
+    # -- streamed ----------------------------------------------------------------------------------
+
+    async def _send_stream(self, send: Send) -> None:
+        arrivals = await self._arrivals(self._frontend.config.header_wait_s)
+        headers = [*sse.HEADERS, self._path_header()]
+        await self._send(send, {"type": "http.response.start", "status": 200, "headers": headers})
+        try:
+            while True:
+                await self._send_events(send, arrivals)
+                if self._is_finished:
+                    break
+                arrivals = await self._arrivals(self._frontend.config.keep_alive_s)
+                if not arrivals:
+                    await self._send_part(send, sse.keep_alive(self._progress()))
+            tail = sse.DONE
+            if self._options.include_usage:
+                tail = sse.event(self._usage_chunk()) + tail
+        except RequestError as error:
+            tail = sse.error_event(error)
+        await self._send(send, {"type": "http.response.body", "body": tail, "more_body": False})
+
+    async def _send_events(self, send: Send, arrivals: Arrivals) -> None:
+        """In one piece, unless there are so many that others must run in between."""
+        pace, events = Pace(), []
+        for event in self._events(arrivals):
+            events.append(event)
+            if pace.is_over:
+                await self._send_part(send, b"".join(events))
+                events.clear()
+                await pace.breathe()
+        await self._send_part(send, b"".join(events))
+
+    def _events(self, arrivals: Arrivals) -> Iterator[bytes]:
+        for state, piece in self._take(arrivals):
+            shows_all = self._shape.return_token_ids or self._shape.with_logprobs
+            if piece.text or not state.is_started or (shows_all and state.unsent):
+                yield self._chunk(self._shape.content(state, piece.text))
+                state.is_started = True
+                state.unsent.clear()
+            if piece.finish_reason is not None:
+                yield self._chunk(self._shape.final(state))
+
+    def _chunk(self, choice: dict[str, Any]) -> bytes:
+        chunk = self._shape.chunk(self._header, [choice])
+        if self._options.continuous_usage:
+            chunk["usage"] = usage_of(self._states)
+        elif self._options.include_usage:
+            chunk["usage"] = None
+        return sse.event(chunk)
+
+    def _usage_chunk(self) -> dict[str, Any]:
+        chunk = self._shape.chunk(self._header, [])
+        return {**chunk, "usage": usage_of(self._states), **cache_miss_of(self._states)}
+
+    def _progress(self) -> tuple[int, int] | None:
+        records = [state.record for state in self._states]
+        done = sum(record.num_prefilled_tokens for record in records)
+        if done == 0 or any(record.num_output_tokens for record in records):
+            return None
+        return done, sum(record.num_prompt_tokens for record in records)
+
+    async def _send_part(self, send: Send, body: bytes) -> None:
+        if body:
+            await self._send(send, {"type": "http.response.body", "body": body, "more_body": True})
+
+    async def _send(self, send: Send, message: dict[str, Any]) -> None:
+        try:
+            async with patient(self._frontend.config.send_timeout_s):
+                await send(message)
+        except TimeoutError as error:
+            raise _ReaderGone from error
+
+
+async def _until_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,204 @@
+"""The HTTP surface: paths to functions. Pydantic and Starlette's types go no further than this.
+
+A request passes, from the outside in: limits and request id, authentication, then its route. What a
+route raises as ``RequestError`` becomes OpenAI's error object; so do 404 and 405.
+"""
+
+import logging
+import time
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from coordinator.auth import SCOPE_TENANT, AuthMiddleware, Tenants
+from coordinator.errors import error_response
+from coordinator.http.answers.sending import JsonBody
+from coordinator.http.batches_api import add_batches
+from coordinator.http.chat import chat
+from coordinator.http.cluster_api import describe_cluster, version_info
+from coordinator.http.completions import complete
+from coordinator.http.connections.limits import LimitsMiddleware
+from coordinator.http.connections.origins import CORS, OriginMiddleware, Origins
+from coordinator.http.documents_api import add_documents
+from coordinator.http.files_api import add_files
+from coordinator.http.frontend import Asker, Frontend
+from coordinator.http.metrics import (
+    connection_families,
+    job_families,
+    lag_families,
+    log_families,
+    pool_families,
+    render,
+    request_families,
+    text_families,
+)
+from coordinator.requests.draining import DoorMiddleware
+from coordinator.text.tasks import Json, ReadDetokenize, ReadTokenize
+from protocol.errors import RequestError
+from protocol.logs import num_dropped_lines
+
+_log = logging.getLogger(__name__)
+
+
+def build_app(frontend: Frontend, tenants: Tenants) -> FastAPI:
+    """The application that uvicorn serves."""
+    app = FastAPI(
+        title="Baton", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
+    )
+    app.add_middleware(DoorMiddleware, door=frontend.door)
+    app.add_middleware(AuthMiddleware, tenants=tenants)
+    config = frontend.config
+    origins = Origins((config.host, *config.allowed_hosts), config.cors_origins)
+    app.add_middleware(OriginMiddleware, origins=origins, tenants=tenants)
+    app.add_middleware(LimitsMiddleware, limits=config.limits)
+    if config.cors_origins:  # outermost: what is refused is told to the page as well
+        app.add_middleware(CORSMiddleware, allow_origins=config.cors_origins, **CORS)
+    app.add_exception_handler(RequestError, _on_request_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    _add_generation(app, frontend)
+    _add_text(app, frontend)
+    _add_state(app, frontend)
+    add_documents(app, frontend)
+    add_files(app, frontend)
+    add_batches(app, frontend)
+    return app
+
+
+def _add_generation(app: FastAPI, frontend: Frontend) -> None:
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        asker = Asker.of(request)
+        async with frontend.body(request) as body:
+            frontend.check_ready()
+            return await complete(frontend, asker, body)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        asker = Asker.of(request)
+        async with frontend.body(request) as body:
+            frontend.check_ready()
+            return await chat(frontend, asker, body)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        names = frontend.config.model_names
+        return {"object": "list", "data": [_model(frontend, name) for name in names]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        frontend.check_model(name)
+        return _model(frontend, name)
+
+    @app.get("/v1/requests/{request_id}/timeline")
+    async def timeline(request: Request, request_id: str) -> Response:
+        told = frontend.traces.find(request_id, request.scope[SCOPE_TENANT].name)
+        if told is None:
+            raise RequestError("no such request", code="request_not_found", status=404)
+        return JsonBody(told)
+
+
+def _model(frontend: Frontend, name: str) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": frontend.started_at,
+        "owned_by": "baton",
+        "root": frontend.config.model,
+        "parent": None,
+        "max_model_len": frontend.max_model_len,
+        "permission": [],
+    }
+
+
+def _add_text(app: FastAPI, frontend: Frontend) -> None:
+    @app.post("/tokenize")
+    async def tokenize(request: Request) -> Response:
+        return await _read(frontend, request, ReadTokenize(frontend.max_model_len))
+
+    @app.post("/detokenize")
+    async def detokenize(request: Request) -> Response:
+        return await _read(frontend, request, ReadDetokenize())
+
+
+async def _read(
+    frontend: Frontend, request: Request, task: ReadTokenize | ReadDetokenize
+) -> Response:
+    """A body for which a text worker has the whole answer."""
+    async with frontend.body(request) as body:
+        found = await frontend.workers.run(request.scope[SCOPE_TENANT].name, task, body)
+    assert isinstance(found, Json), found
+    return JsonBody(found.body)
+
+
+def _add_state(app: FastAPI, frontend: Frontend) -> None:
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}  # this loop runs: a hung one does not answer
+
+    @app.get("/ready")
+    async def ready() -> JSONResponse:
+        error = frontend.unready(time.monotonic())
+        if error is None:
+            return JSONResponse({"ready": True, "reason": "", "code": None})
+        body = {"ready": False, "reason": error.message, "code": error.code}
+        return JSONResponse(body, status_code=error.status)
+
+    @app.get("/version")
+    async def version() -> dict[str, Any]:
+        return version_info()
+
+    @app.get("/v1/cluster")
+    async def cluster() -> dict[str, Any]:
+        return describe_cluster(frontend, time.monotonic())
+
+    @app.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        service, now = frontend.service, time.monotonic()
+        body, content_type = render(
+            (
+                *service.metrics.families(),
+                *request_families(service.loads.num_active, service.num_leaked),
+                *lag_families(frontend.lag, now),
+                *text_families(frontend.workers, frontend.bodies),
+                *connection_families(frontend.connections),
+                *log_families(num_dropped_lines(), frontend.registry.pools.values()),
+                *pool_families(frontend.registry.pools.values()),
+                *([] if frontend.jobs is None else job_families(frontend.jobs.gate)),
+            ),
+            request.headers.get("accept", ""),
+        )
+        return Response(body, headers={"content-type": content_type})
+
+
+async def _on_request_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
+    return _as_response(error)
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if error.status_code == 405:
+        allow = (error.headers or {}).get("allow") or (error.headers or {}).get("Allow", "")
+        response = _as_response(
+            RequestError(
+                f"{request.method} is not offered here", code="method_not_allowed", status=405
+            )
+        )
+        response.headers["allow"] = allow
+        return response
+    if error.status_code == 404:
+        return _as_response(RequestError("no such path", code="not_found", status=404))
+    return _as_response(
+        RequestError(str(error.detail), code="invalid_request", status=error.status_code)
+    )
+
+
+def _as_response(error: RequestError) -> Response:
+    status, headers, body = error_response(error)
+    response = Response(body, status)
+    for name, value in headers:
+        response.headers[name.decode()] = value.decode()
+    return response

@@ -1,0 +1,241 @@
+"""What the HTTP routes share: the model that is served, its limits, and the way to an answer.
+
+1. ``body`` takes the bytes of a request in; a route has a text worker read them (text/workers.py).
+2. ``choices`` numbers the sequences of what the worker has made of them.
+3. ``Answer`` submits the choices and speaks to the caller.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+
+from coordinator.auth import SCOPE_TENANT, Tenant
+from coordinator.cluster.control import ControlPlane
+from coordinator.cluster.registry import Registry
+from coordinator.config import CoordinatorConfig
+from coordinator.http.connections.connection import GuardedConnection
+from coordinator.http.connections.kept import Connections
+from coordinator.http.connections.limits import SCOPE_CLIENT_REQUEST_ID, SCOPE_REQUEST_ID
+from coordinator.http.start_report import PoolMemory, StartReport, make_report
+from coordinator.jobs.batches.batches import Batches
+from coordinator.jobs.context import Jobs
+from coordinator.jobs.files import Files
+from coordinator.jobs.questions.prompts import Attached, Opened
+from coordinator.loop.lag import LoopLag
+from coordinator.loop.turns import Turns
+from coordinator.records.generation import Generation
+from coordinator.requests.draining import Door, shutting_down
+from coordinator.requests.service import Service
+from coordinator.requests.traces import Traces
+from coordinator.text.packing import unpacked
+from coordinator.text.tasks import Fields, Prepared, ReadFields
+from coordinator.text.workers import TextWorkers
+from coordinator.validation.bodies import Body, Budget, receive_body
+from coordinator.validation.parameters import check_model, mixed_seed
+from modeling.checkpoint.config import ModelConfig
+from modeling.facts import CheckpointFacts
+from modeling.text.tokenizer import Tokenizer
+from protocol.errors import RequestError
+
+MAX_SESSION_ID_CHARS = 256
+UPLOAD_BYTES = 2 << 20  # of one upload in memory: a piece that is gathered, one that is written
+LAG_MEMORY_S = 5.0  # a loop that was late is ready again after so long without being it
+
+
+@dataclass(frozen=True, slots=True)
+class Asker:
+    """Who sent a request, and its names."""
+
+    tenant: Tenant
+    request_id: str
+    client_request_id: str
+    session_id: str | None
+    arrived: float
+    priority: int = 0  # of the prefill; 0 is of somebody who waits
+
+    @staticmethod
+    def of(request: Request) -> "Asker":
+        """From the scope that the middleware has filled.
+
+        Raises:
+            RequestError: ``X-Session-ID`` is not plain text.
+        """
+        session_id = request.headers.get("x-session-id")
+        if session_id is not None and not (
+            0 < len(session_id) <= MAX_SESSION_ID_CHARS and session_id.isprintable()
+        ):
+            raise RequestError(
+                f"X-Session-ID must be 1 to {MAX_SESSION_ID_CHARS} printable characters",
+                code="invalid_value",
+                param="session_id",
+            )
+        return Asker(
+            request.scope[SCOPE_TENANT],
+            request.scope[SCOPE_REQUEST_ID],
+            request.scope[SCOPE_CLIENT_REQUEST_ID],
+            session_id,
+            time.monotonic(),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One sequence of a request; ``prompt_number`` counts its prompts."""
+
+    index: int
+    prompt_number: int
+    generation: Generation
+    echoed: str = ""
+    attached: Attached | None = None  # the document that its prompt begins with
+    prompt_json: msgspec.Raw | None = None  # its prompt's ids, if they are to be shown
+
+
+@dataclass(frozen=True, slots=True)
+class Frontend:
+    """The coordinator as its routes see it."""
+
+    config: CoordinatorConfig
+    model: ModelConfig
+    registry: Registry
+    control: ControlPlane
+    service: Service
+    tokenizer: Tokenizer  # for single tokens: a text is never encoded here
+    workers: TextWorkers
+    bodies: Budget
+    traces: Traces
+    lag: LoopLag
+    turns: Turns
+    connections: Connections[GuardedConnection]
+    door: Door
+    started_at: int  # Unix time
+    facts: CheckpointFacts
+    jobs: Jobs | None = None  # where documents are offered; these two as well
+    files: Files | None = None
+    batches: Batches | None = None
+
+    @property
+    def max_model_len(self) -> int:
+        return self.registry.max_model_len(self.config.max_model_len or self.model.max_model_len)
+
+    def report(self) -> StartReport:
+        """What is served and how, with the pools that are there."""
+        pools = (pool for pool in self.registry.pools.values() if 0 in pool.ranks)
+        memory = [PoolMemory.of(pool) for pool in pools]
+        return make_report(self.config, self.facts, memory, self.max_model_len)
+
+    def check_model(self, name: str | None) -> None:
+        """Raises RequestError when ``name`` is given and is not the model that is served."""
+        check_model(self.config, name)
+
+    @asynccontextmanager
+    async def body(self, request: Request) -> AsyncIterator[Body]:
+        """The body of a request, while the block runs.
+
+        Raises:
+            RequestError: there is no room for it, or it did not arrive.
+        """
+        declared = int(request.headers.get("content-length", "0"))
+        tenant = request.scope[SCOPE_TENANT].name
+        async with receive_body(request.stream(), declared, self.bodies, tenant) as body:
+            yield body
+
+    @asynccontextmanager
+    async def room_for_upload(self, request: Request) -> AsyncIterator[None]:
+        """What an upload has in memory while it goes to the disk, for as long as the block runs.
+
+        Raises:
+            RequestError: there is no room for it.
+        """
+        tenant, began = request.scope[SCOPE_TENANT].name, time.monotonic()
+        self.bodies.take(tenant, UPLOAD_BYTES)
+        try:
+            yield
+        finally:
+            self.bodies.give_back(tenant, UPLOAD_BYTES, time.monotonic() - began)
+
+    async def fields(self, request: Request) -> dict[str, Any]:
+        """The fields of a body that is JSON.
+
+        Raises:
+            RequestError: it is none.
+        """
+        async with self.body(request) as body:
+            found = await self.workers.run(request.scope[SCOPE_TENANT].name, ReadFields(), body)
+        assert isinstance(found, Fields), found
+        fields: dict[str, Any] = msgspec.msgpack.decode(found.fields)
+        return fields
+
+    def check_ready(self) -> None:
+        """Raises RequestError until every pool has served once."""
+        if not self.control.complete.is_set():
+            raise RequestError("the cluster is starting", code="starting", status=503)
+
+    def unready(self, now: float) -> RequestError | None:
+        """Why new work had better go elsewhere; what comes nevertheless is served if it can be."""
+        if self.door.is_closed:
+            return shutting_down()
+        if not self.control.complete.is_set() or not self.registry.serving("decode"):
+            return RequestError(self.registry.missing(), code="starting", status=503)
+        lag_s = self.lag.largest(now, LAG_MEMORY_S)
+        if lag_s > self.config.max_loop_lag_s:
+            return RequestError(
+                f"the coordinator is overloaded: its event loop was {lag_s:.1f} s late",
+                code="overloaded",
+                status=503,
+            )
+        return None
+
+    async def open_document(
+        self, tenant: Tenant, document_id: str, form: str, param: str
+    ) -> Opened:
+        """A document that a request names.
+
+        Raises:
+            RequestError: it cannot be used so, or this cluster has none.
+        """
+        jobs = jobs_of(self, param)
+        return await jobs.questions.open(tenant.name, document_id, form, param)
+
+    async def choices(self, asker: Asker, prepared: Prepared) -> list[Choice]:
+        """Every choice of a request, in OpenAI's order: ``n`` for each prompt."""
+        options = prepared.options
+        session_id = options.session_id or asker.session_id
+        choices: list[Choice] = []
+        for number, packed in enumerate(prepared.prompts):
+            prompt, sampling = unpacked(packed), prepared.samplings[number]
+            for _ in range(options.num_choices):
+                index = len(choices)
+                seed = mixed_seed(sampling.seed, index % options.num_choices)
+                generation = Generation(
+                    request_id=f"{asker.request_id}-{index}",
+                    prompt_token_ids=prompt.token_ids,
+                    block_hashes=prompt.block_hashes,
+                    sampling=msgspec.structs.replace(sampling, seed=seed),
+                    tenant=asker.tenant.name,
+                    cache_salt=prepared.salt,
+                    priority=asker.priority,
+                    session=(asker.tenant.name, session_id) if session_id else None,
+                )
+                echoed = prepared.echoed[number] if prepared.echoed else ""
+                shown = msgspec.Raw(packed.json)
+                choices.append(Choice(index, number, generation, echoed, prepared.attached, shown))
+            await asyncio.sleep(0)  # long prompts have many hashes: others run in between
+        return choices
+
+
+def jobs_of(frontend: Frontend, param: str | None = None) -> Jobs:
+    """Documents, files and batches.
+
+    Raises:
+        RequestError: this cluster offers none.
+    """
+    if frontend.jobs is None:
+        code = "unsupported_content" if param == "messages" else "unsupported_parameter"
+        raise RequestError("documents are not offered by this server", code=code, param=param)
+    return frontend.jobs

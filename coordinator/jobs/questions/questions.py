@@ -1,0 +1,88 @@
+"""A request that names a document: ``open`` finds it, which must be the caller's and usable.
+
+How its prompt is made then, and what is told of a miss, is in prompts.py.
+"""
+
+from coordinator.jobs.documents.document import TEXT, Document
+from coordinator.jobs.documents.document_tokens import model_changed
+from coordinator.jobs.documents.documents import Documents
+from coordinator.jobs.documents.identity import MODEL_CHANGED, OF_TOKENS
+from coordinator.jobs.documents.states import PENDING, USABLE, State
+from coordinator.jobs.questions.prompts import Attached, Opened
+from protocol.errors import RequestError
+
+EVICTED, EXPIRED, DAMAGED = "evicted", "expired", "damaged"
+
+
+class Questions:
+    """Makes prompts that begin with documents.
+
+    Args:
+        documents: all of them.
+    """
+
+    def __init__(self, documents: Documents) -> None:
+        self._documents = documents
+
+    async def open(self, tenant: str, document_id: str, form: str, param: str) -> Opened:
+        """A document for a question in ``form``.
+
+        Raises:
+            RequestError: it is not the tenant's (404), not ready (409), or cannot be used so (400).
+        """
+        try:
+            document = await self._documents.get(tenant, document_id)
+        except RequestError as error:
+            error.param = param
+            raise
+        _check_usable(document, param)
+        if form == TEXT and document.kind == "messages":
+            raise RequestError(
+                "this document was made of messages: ask about it in /v1/chat/completions",
+                code="document_form",
+                param=param,
+            )
+        library = self._documents.library
+        block_size = library.facts.block_size  # of what can be found now
+        document = await self._documents.keeper.check_blocks(document)
+        missing = library.mismatch(document)
+        if document.kind == "token_ids" and missing == MODEL_CHANGED:
+            raise model_changed()
+        attached = Attached(
+            document_id=document.document_id,
+            cache_salt=document.cache_salt,
+            num_promised=document.num_tokens // block_size * block_size,
+            likely=_likely(document),
+            missing=missing,
+        )
+        await self._documents.touch(document)
+        has_tokens = missing not in OF_TOKENS
+        return Opened(str(self._documents.folder), document, attached, has_tokens)
+
+
+def _likely(document: Document) -> str:
+    """Why blocks may be missing that should be there."""
+    if document.state is State.DAMAGED:
+        return DAMAGED
+    return EXPIRED if document.pin.has_expired else EVICTED
+
+
+def _check_usable(document: Document, param: str) -> None:
+    if document.state in USABLE:
+        return
+    if document.state in PENDING:
+        raise RequestError(
+            f"the document is {document.status}: wait for it with "
+            f"GET /v1/documents/{document.document_id}?wait=60",
+            code="document_not_ready",
+            param=param,
+            status=409,
+        )
+    why = ""
+    if document.state is State.FAILED and document.error is not None:
+        why = f" ({document.error.message})"
+    raise RequestError(
+        f"the document is {document.status}{why}: resume it, or ingest it again",
+        code="document_not_usable",
+        param=param,
+    )

@@ -1,0 +1,145 @@
+"""What a text worker knows while it does one task, and the last step of making a request.
+
+A reader (completion_body.py, chat_body.py) checks the fields of a body and says how each prompt is
+encoded; ``prepare`` does it, checks the tokens, and hashes their blocks.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import msgspec
+
+from coordinator.auth import Tenant
+from coordinator.config import CoordinatorConfig, Limits
+from coordinator.jobs.questions.prompts import Attached, Contents, Opened
+from coordinator.text.tasks import PackedPrompt, Prepared, Stage
+from coordinator.text.tokenizing import TextTools, as_prompt
+from coordinator.validation.parameters import (
+    Options,
+    check_model,
+    check_token_ids,
+    context_exceeded,
+    for_prompt,
+    read_options,
+)
+from coordinator.validation.schemas import GenerationBody, UnknownFields, validate
+from modeling.checkpoint.config import ModelConfig
+from protocol.errors import RequestError
+
+MAX_BYTES_PER_TOKEN = 8  # a text longer than this for each token of the context is not tokenized
+
+Encoder = Callable[[TextTools], Sequence[int]]
+Named = tuple[Opened, Contents]  # the document that a request names
+B = TypeVar("B", bound=GenerationBody)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One task. ``enter`` tells the worker's owner what it is at, and begins a stage's time."""
+
+    config: CoordinatorConfig
+    model: ModelConfig
+    tools: TextTools
+    max_model_len: int
+    enter: Callable[[Stage, int], None]
+    unknown_fields: UnknownFields
+
+    @property
+    def limits(self) -> Limits:
+        return self.config.limits
+
+    def begin(self, kind: type[B], fields: dict[str, Any]) -> B:
+        """The body that ``fields`` are, each of them checked by itself.
+
+        Raises:
+            RequestError: naming the field at fault.
+        """
+        body = validate(kind, fields)
+        self.unknown_fields.note(kind, fields)
+        self.check_model(body.model)
+        return body
+
+    def options(
+        self,
+        body: GenerationBody,
+        *,
+        default_max_tokens: int | None = None,
+        num_logprobs: int | None,
+    ) -> Options:
+        """See :func:`read_options`; of two names the newer one counts."""
+        newer = body.max_completion_tokens
+        return read_options(
+            body,
+            max_tokens=body.max_tokens if newer is None else newer,
+            default_max_tokens=default_max_tokens,
+            num_logprobs=num_logprobs,
+            model=self.model,
+            limits=self.limits,
+        )
+
+    def check_model(self, name: str | None) -> None:
+        """Raises RequestError when ``name`` is given and is not the model that is served."""
+        check_model(self.config, name)
+
+    def check_text(self, text: str, param: str) -> None:
+        """Refuse by its length a text that cannot fit, before it costs seconds to tokenize."""
+        size_bytes = len(text) if text.isascii() else len(text.encode("utf-8"))
+        if size_bytes > MAX_BYTES_PER_TOKEN * self.max_model_len:
+            at_least = size_bytes // MAX_BYTES_PER_TOKEN
+            raise context_exceeded(at_least, self.max_model_len, param)
+
+    def prepare(
+        self,
+        options: Options,
+        tenant: Tenant,
+        encoders: Sequence[Encoder],
+        param: str,
+        attached: Attached | None,
+    ) -> Prepared:
+        """The request, with every prompt of it.
+
+        Raises:
+            RequestError: a prompt is empty, too long, or not of the model's tokens.
+        """
+        most = self.limits.max_sequences
+        if len(encoders) * options.num_choices > most:
+            raise RequestError(
+                f"{len(encoders)} prompts with n {options.num_choices} each: at most {most} "
+                f"sequences are served in one request",
+                code="invalid_value",
+                param="n",
+            )
+        salt = tenant.cache_salt(options.cache_salt)
+        if attached is not None:
+            salt, attached = attached.salted(salt, is_own=options.cache_salt is not None)
+        prompts, samplings, num_tokens = [], [], 0
+        for encode in encoders:
+            token_ids = self._checked(encode(self.tools), param)
+            num_tokens += len(token_ids)
+            if num_tokens > max(self.limits.max_prompt_tokens, self.max_model_len):
+                raise RequestError(
+                    f"the prompts have more than {self.limits.max_prompt_tokens} tokens together",
+                    code="too_large",
+                    param=param,
+                )
+            samplings.append(for_prompt(options, len(token_ids), self.max_model_len))
+            prompts.append(self.packed(token_ids, salt, is_shown=options.return_token_ids))
+        return Prepared(options, prompts, samplings, salt, with_logprobs=False, attached=attached)
+
+    def packed(
+        self, token_ids: Sequence[int], salt: str, *, is_shown: bool = False
+    ) -> PackedPrompt:
+        """Tokens with the hashes of their blocks, as they travel."""
+        prompt = as_prompt(token_ids, self.config.block_size, self.model.fingerprint, salt)
+        hashes = b"".join(prompt.block_hashes)
+        shown = msgspec.json.encode(token_ids) if is_shown else b"null"
+        packed = memoryview(prompt.token_ids.packed)
+        return PackedPrompt(packed, memoryview(hashes), memoryview(shown))
+
+    def _checked(self, token_ids: Sequence[int], param: str) -> Sequence[int]:
+        if not token_ids:
+            raise RequestError("the prompt is empty", code="empty_prompt", param=param)
+        if len(token_ids) >= self.max_model_len:
+            raise context_exceeded(len(token_ids), self.max_model_len, param)
+        return check_token_ids(param, token_ids, self.model.vocab_size)

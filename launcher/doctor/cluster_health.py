@@ -1,0 +1,76 @@
+"""Is a running cluster well? Its pools, and the conservation of its blocks, judged from its state.
+
+What is judged is pure; who is asked, and how often, is in ``ask``.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from coordinator.client import ClusterState
+from coordinator.client.state import BlockCounts
+from launcher.doctor.findings import Finding
+
+SETTLE_S = 5.0  # what was given back is told with the next heartbeats; an abort has two seconds
+_POLL_S = 0.5
+
+
+class Observed(Protocol):
+    """A cluster that tells its state: the client of one that runs."""
+
+    def cluster(self) -> ClusterState: ...
+
+
+def ask(client: Observed, pause: Callable[[float], None] = time.sleep) -> list[Finding]:
+    """Look at a cluster, again for a few seconds as long as something is still held.
+
+    Raises:
+        ClientError: nobody answers there, or not as Baton does.
+    """
+    state, waited_s = client.cluster(), 0.0
+    while num_held(state) and not state.num_active_requests and waited_s < SETTLE_S:
+        pause(_POLL_S)
+        state, waited_s = client.cluster(), waited_s + _POLL_S
+    return judge(state)
+
+
+def judge(state: ClusterState) -> list[Finding]:
+    """A finding about the pools, one about requests, one about blocks."""
+    return [_pools(state), _requests(state), _blocks(state)]
+
+
+def num_held(state: ClusterState) -> int:
+    """Blocks that are neither free nor only cached."""
+    return sum(_held(counts) for pool in state.pools for counts in pool.blocks)
+
+
+def _held(counts: BlockCounts) -> int:
+    return counts.owned + counts.in_flight + counts.quarantined
+
+
+def _pools(state: ClusterState) -> Finding:
+    absent = [pool for pool in state.pools if not pool.serving]
+    found = f"{len(state.pools) - len(absent)} of {len(state.pools)} pools serve"
+    reasons = [f"{pool.pool_id} is {pool.state}: {pool.lost_reason or '?'}" for pool in absent]
+    is_well = state.ready and not absent
+    return Finding("pools", is_well, "; ".join([found, *reasons]), "" if is_well else "see its log")
+
+
+def _requests(state: ClusterState) -> Finding:
+    found = f"{state.num_active_requests} active, {state.num_leaked} ended but still held"
+    return Finding("requests", state.num_leaked == 0, found, "report this: it is a leak")
+
+
+def _blocks(state: ClusterState) -> Finding:
+    lost = [
+        f"{pool.pool_id} accounts for {total} of {counts.total}"
+        for pool in state.pools
+        for counts in pool.blocks
+        if (total := counts.free + counts.cached + _held(counts)) != counts.total
+    ]
+    if lost:
+        return Finding("blocks", False, "; ".join(lost), "report this: it is a leak")
+    total = sum(counts.total for pool in state.pools for counts in pool.blocks)
+    found = f"all {total} accounted for, {num_held(state)} held"
+    is_leak = num_held(state) > 0 and state.num_active_requests == 0
+    return Finding("blocks", not is_leak, found, "with no request: report this, it is a leak")

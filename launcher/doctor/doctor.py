@@ -1,0 +1,64 @@
+"""``baton doctor``: what this machine has, whether KV can move on it, how a cluster there is."""
+
+import sys
+
+import msgspec
+
+from bench.environment import describe
+from coordinator.client import BatonConnectionError, Client, ClientError
+from launcher.config import default_api_key, default_url
+from launcher.doctor.cluster_health import ask
+from launcher.doctor.findings import Finding
+from protocol.errors import BatonError, ConfigError
+
+
+def _check_transports() -> list[Finding]:
+    from bench.transfer import measure_transport
+
+    findings = []
+    for name in ("nixl", "tcp"):
+        try:
+            speed = measure_transport(name)
+        except (BatonError, OSError, EOFError) as error:
+            advice = "install nixl, or serve with --transport tcp" if name == "nixl" else ""
+            findings.append(Finding(f"transport {name}", False, str(error), advice))
+        else:
+            findings.append(Finding(f"transport {name}", True, f"{speed / 1e9:.1f} GB/s read"))
+    return findings
+
+
+def _check_cluster(url: str | None) -> list[Finding]:
+    """How the cluster at ``url`` is. That none is at the default one is nothing to report."""
+    address = url or default_url()
+    try:
+        with Client(address, api_key=default_api_key()) as client:
+            return ask(client)
+    except BatonConnectionError as error:
+        return [Finding("cluster", False, str(error), "set --url")] if url else []
+    except (ClientError, ConfigError) as error:
+        return [Finding("cluster", False, f"{address}: {error}", "set --url, or BATON_API_KEY")]
+
+
+def doctor(*, as_json: bool, url: str | None = None) -> int:
+    """Print the report.
+
+    Args:
+        as_json: for programs.
+        url: of a cluster that must be there; without it one is looked for at the usual place.
+
+    Returns:
+        0 when a cluster can be served from here, and the one that was looked at is well; else 1.
+    """
+    environment = describe()
+    transports, cluster = _check_transports(), _check_cluster(url)
+    findings = [*transports, *cluster]
+    if as_json:
+        report = {"environment": environment, "findings": findings}
+        sys.stdout.write(msgspec.json.encode(report).decode() + "\n")
+    else:
+        for name, value in environment.items():
+            sys.stdout.write(f"  {name:<14} {value}\n")
+        for finding in findings:
+            sys.stdout.write(finding.line() + "\n")
+    can_serve = any(finding.is_well for finding in transports)
+    return 0 if can_serve and all(finding.is_well for finding in cluster) else 1
