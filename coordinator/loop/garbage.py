@@ -17,7 +17,8 @@ from collections.abc import Callable
 # CPython's thresholds: with them, an automatic collection looks at some 2,400 objects at most. In a
 # burst most are coroutines, whose frames are looked through, and out of the caches: 4 us for each.
 YOUNG, MIDDLE, NEVER = 600, 3, 1 << 30
-LOOK_S = 5.0
+LOOK_S = 1.0
+PAUSE_S = 5.0  # between two full collections
 FEW = 200  # requests
 FEW_OBJECTS = 4_000  # that a full collection looks at; with so many it takes about 10 ms
 MAX_WAIT_S = 3600.0  # a server that always has more collects nevertheless
@@ -33,19 +34,22 @@ async def collect_in_quiet(num_active: Callable[[], int]) -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(YOUNG, MIDDLE, NEVER)
-    left = _give_back()
+    left, before = _give_back(), 0
     collected_at = time.monotonic()
     while True:
         await asyncio.sleep(LOOK_S)
-        is_overdue = time.monotonic() - collected_at > MAX_WAIT_S
-        if num_active() > FEW and not is_overdue:
-            continue
-        if has_grown() and (num_old() <= FEW_OBJECTS or is_overdue):
+        active, waited_s = num_active(), time.monotonic() - collected_at
+        is_quiet = active <= FEW
+        if has_grown() and (
+            (is_quiet and waited_s > PAUSE_S and num_old() <= FEW_OBJECTS) or waited_s > MAX_WAIT_S
+        ):
             gc.collect()
+            left = _give_back()  # with what CPython's free lists have held
             collected_at = time.monotonic()
-        # What requests were made of may be free only after the collection: a rule of its own.
-        if resident_bytes() > WORTH_IT * left:
-            left = _give_back()
+        # When a burst goes down, each second a part: all of it together would take too long a step.
+        elif FEW < active < before or (is_quiet and resident_bytes() > WORTH_IT * left):
+            _give_back()
+        before = active
 
 
 def has_grown() -> bool:

@@ -103,11 +103,13 @@ class TextWorkers:
         return sum(len(lane.queue) for lane in (self._small, self._large, self._documents))
 
     def start(self) -> None:
-        """Start the first worker; returns at once."""
+        """Start the workers for small tasks; returns at once.
+
+        A start keeps the loop waiting until the new process has a core, so none is for a burst.
+        """
         for lane in (self._small, self._large, self._documents):
-            for number in range(lane.num_workers):
-                is_first = lane is self._small and number == 0
-                serving = self._serve(lane, starts_at_once=is_first)
+            for _ in range(lane.num_workers):
+                serving = self._serve(lane, starts_at_once=lane is self._small)
                 self._serving.append(asyncio.create_task(serving))
 
     async def close(self) -> None:
