@@ -12,7 +12,8 @@ from tests.stress.client import Address, Tally, ask, ask_all, request, request_o
 PATIENCE_S = 240.0
 PLAIN_IDS = 250  # below the special ones of the arithmetic model
 OK = frozenset({"ok"})
-FULL = frozenset({"503 overloaded", "429 too_many_requests"})  # told in time, and when to come back
+# Told in time, and when to come back.
+FULL = frozenset({"503 overloaded", "503 too_many_connections", "429 too_many_requests"})
 _COMPLETIONS = "/v1/completions"
 
 

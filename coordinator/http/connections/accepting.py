@@ -75,7 +75,8 @@ class Acceptor:
     def _accept_some(self) -> None:
         until = time.monotonic() + TURN_S
         while time.monotonic() < until and len(self._opening) < MAX_OPENING:
-            if self._opening and self._connections.num_free <= len(self._opening):
+            room = self._connections.num_free + self._connections.num_idle
+            if self._opening and room <= len(self._opening):
                 return  # one of those may be idle, and go, in the next pass
             try:
                 accepted, _ = self._listener.accept()
@@ -86,7 +87,7 @@ class Acceptor:
             except OSError as error:
                 self._wait_for_room(error)
                 return
-            if self._connections.admit():
+            if self._connections.admit(len(self._opening)):
                 task = self._loop.create_task(self._open(accepted))
                 self._opening.add(task)
                 task.add_done_callback(self._opening.discard)

@@ -60,10 +60,6 @@ class GuardedConnection(HttpToolsProtocol):
         self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Thousands may go at the same moment, and each takes some 30 us to put away."""
-        self._turns.call(Lane.ANSWERS, partial(self._put_away, exc))
-
-    def _put_away(self, exc: Exception | None) -> None:
         self._stop_timer()
         self._all.closed(self)
         super().connection_lost(exc)
@@ -84,6 +80,7 @@ class GuardedConnection(HttpToolsProtocol):
         if len(self._unread) == 1:
             self._turns.call(Lane.NEW, self._read)
             if self._unread:
+                self._all.at_work(self)  # nobody knows yet whether that is a whole head
                 self.transport.pause_reading()
 
     def _read(self) -> None:
@@ -91,6 +88,8 @@ class GuardedConnection(HttpToolsProtocol):
         for data in unread:
             if self.parser is not None and not self.transport.is_closing():  # not lost meanwhile
                 self._feed(data)
+        if self._is_in_head and (self.cycle is None or self.cycle.response_complete):
+            self._all.answered(self)
         if not self.transport.is_closing() and not self.flow.read_paused:
             self.transport.resume_reading()
 

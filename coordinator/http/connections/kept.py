@@ -53,9 +53,14 @@ class Connections(Generic[C]):
     def num_free(self) -> int:
         return self.max_open - len(self._open)
 
-    def admit(self) -> bool:
-        """Whether there is room for another one, made if need be; a refusal is counted."""
-        if self.num_free > 0 or self.make_room():
+    @property
+    def num_idle(self) -> int:
+        return len(self._idle)
+
+    def admit(self, num_coming: int = 0) -> bool:
+        """Whether there is room for another one beside those that are being opened, made if need
+        be; a refusal is counted."""
+        if self.num_free > num_coming or self.make_room():
             return True
         self.num_refused += 1
         return False
