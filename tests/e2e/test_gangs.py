@@ -163,7 +163,8 @@ class Cluster:
             return False
 
         self._until(is_whole, "every pool serves", BACK_S)
-        assert self.running.client.get("/ready").status_code == 200
+        # A loop that stood still is not ready for some seconds more.
+        self._until(lambda: self.running.client.get("/ready").status_code == 200, "ready", BACK_S)
         self.check_exact()
         self._no_leaks(self.running)
         state = self.running.cluster()
