@@ -23,7 +23,7 @@ demo: $(READY) ## start a disaggregated cluster, stream from it, show what moved
 	$(BIN)/baton demo
 
 # What only computes runs on all cores; what starts clusters, or looks at the clock, by itself.
-COMPUTING := $(addprefix tests/,bench/experiments bench/report coordinator decode embedded engine \
+COMPUTING := $(addprefix tests/,bench/simulate bench/report coordinator decode embedded engine \
              exploration kvcache kvtransfer launcher modeling planted prefill protocol ring_attention \
              simulation store test_house_style.py test_state_tables.py)
 

@@ -16,7 +16,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 from bench.environment import headline
-from kvcache.tiers.movers import FileMover, Piece
+from kvcache.tiers.movers import ByteRange, FileMover
 from protocol.errors import ConfigError
 from store.disk_io import open_mover
 
@@ -36,7 +36,7 @@ def open_ways(stack: ExitStack, memory: bytearray) -> dict[str, FileMover]:
 
 
 def measure(
-    movers: dict[str, FileMover], memory: bytearray, pieces: list[Piece], num_rounds: int
+    movers: dict[str, FileMover], memory: bytearray, pieces: list[ByteRange], num_rounds: int
 ) -> tuple[Seconds, Seconds]:
     """(reading, writing): each way in turn, so that a slow moment is nobody's own."""
     content = os.urandom(len(memory))
@@ -77,7 +77,7 @@ def main() -> None:
         movers = open_ways(stack, memory)
         for piece_kib in arguments.piece_kib:
             piece = piece_kib << 10
-            pieces = [Piece(start, min(piece, size - start)) for start in range(0, size, piece)]
+            pieces = [ByteRange(start, min(piece, size - start)) for start in range(0, size, piece)]
             reading, writing = measure(movers, memory, pieces, arguments.rounds)
             print(f"{arguments.mib} MiB in pieces of {piece_kib} KiB, GB/s (median, best)")
             for name in movers:

@@ -24,7 +24,7 @@ import torch
 
 from bench.environment import headline
 from kvcache.pool import KVPool
-from kvtransfer.plan import Run, plan, shared_heads
+from kvtransfer.plan import ByteRun, plan, shared_heads
 from kvtransfer.transport.choose import open_transport
 from kvtransfer.transport.interface import KVTransport, ReadState
 from protocol.kv import KVLayout, RankEndpoint
@@ -33,7 +33,7 @@ NUM_LAYERS, NUM_HEADS, HEAD_DIM, BLOCK_SIZE, DTYPE = 12, 4, 64, 32, "bfloat16"
 READ_DEADLINE_S = 30.0
 
 Pairs = list[tuple[int, int]]
-Planner = Callable[[KVLayout, KVLayout, Pairs], list[Run]]
+Planner = Callable[[KVLayout, KVLayout, Pairs], list[ByteRun]]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Case:
     layout: str
     target_tp: int
     placement: str
-    runs: list[Run]
+    runs: list[ByteRun]
     plan_s: float
 
     @property
@@ -54,14 +54,14 @@ class Case:
 # -- the two layouts -------------------------------------------------------------------------------
 
 
-def plan_block_major(source: KVLayout, target: KVLayout, pairs: Pairs) -> list[Run]:
+def plan_block_major(source: KVLayout, target: KVLayout, pairs: Pairs) -> list[ByteRun]:
     return plan(source, target, range(NUM_LAYERS), pairs)
 
 
-def plan_head_major(source: KVLayout, target: KVLayout, pairs: Pairs) -> list[Run]:
+def plan_head_major(source: KVLayout, target: KVLayout, pairs: Pairs) -> list[ByteRun]:
     """As :func:`kvtransfer.plan.plan`, for pools of [L, K, num_blocks, 2, block_size, H]."""
     size = source.head_bytes
-    runs: list[Run] = []
+    runs: list[ByteRun] = []
     ordered = sorted(pairs)
     for layer in range(NUM_LAYERS):
         for head in shared_heads(source, target):
@@ -70,14 +70,16 @@ def plan_head_major(source: KVLayout, target: KVLayout, pairs: Pairs) -> list[Ru
             for source_block, target_block in ordered:
                 start = (source_head * source.num_blocks + source_block) * size
                 to = (target_head * target.num_blocks + target_block) * size
-                last = runs[-1] if runs else Run(-1, -1, 0)
+                last = runs[-1] if runs else ByteRun(-1, -1, 0)
                 if (start, to) == (
                     last.source_offset + last.num_bytes,
                     last.target_offset + last.num_bytes,
                 ):
-                    runs[-1] = Run(last.source_offset, last.target_offset, last.num_bytes + size)
+                    runs[-1] = ByteRun(
+                        last.source_offset, last.target_offset, last.num_bytes + size
+                    )
                 else:
-                    runs.append(Run(start, to, size))
+                    runs.append(ByteRun(start, to, size))
     return runs
 
 
@@ -164,7 +166,7 @@ def source_process(name: str, layout: KVLayout) -> Iterator[RankEndpoint]:
         process.join()
 
 
-def read_once(transport: KVTransport, runs: list[Run]) -> float:
+def read_once(transport: KVTransport, runs: list[ByteRun]) -> float:
     """Seconds from posting a read to seeing it done."""
     start = time.perf_counter()
     handle = transport.read("source", runs)

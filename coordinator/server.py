@@ -30,8 +30,8 @@ import uvicorn
 from coordinator.auth import Tenants
 from coordinator.cluster.control import ControlPlane, Owner
 from coordinator.cluster.faulty import FaultyControlPlane
-from coordinator.cluster.joining import Terms
-from coordinator.cluster.losses import Patience
+from coordinator.cluster.joining import JoinRequirements
+from coordinator.cluster.losses import Timeouts
 from coordinator.cluster.registry import Registry
 from coordinator.config import CoordinatorConfig, public
 from coordinator.http.api import build_app
@@ -42,7 +42,7 @@ from coordinator.http.connections.listening import bind_http, http_url
 from coordinator.http.documents_api import make_document
 from coordinator.http.frontend import Frontend
 from coordinator.http.line_server import LineServer
-from coordinator.jobs.context import Jobs, Surroundings
+from coordinator.jobs.context import JobDependencies, Jobs
 from coordinator.jobs.documents.ingestor import Ingestor
 from coordinator.jobs.documents.tiering import Tiering
 from coordinator.key_file import KeyFile
@@ -250,9 +250,9 @@ class Coordinator:
         config = self._config
         return Registry(
             config.pools,
-            Terms(self._model.fingerprint, config.block_size),
+            JoinRequirements(self._model.fingerprint, config.block_size),
             coordinator_epoch=config.epoch or time.time_ns() // 1_000_000,
-            patience=Patience(
+            timeouts=Timeouts(
                 silent_s=config.heartbeat_timeout_s,
                 starting_s=config.start_silence_s,
                 step_s=config.step_budget_s,
@@ -278,13 +278,13 @@ class Coordinator:
         ingestor = self._ingestor or Tiering(
             self._config, registry, service, control.send, time.monotonic
         )
-        surroundings = self._surroundings(registry, ingestor)
-        return Jobs(dataclasses.replace(surroundings, counters=control.counters))
+        dependencies = self._dependencies(registry, ingestor)
+        return Jobs(dataclasses.replace(dependencies, counters=control.counters))
 
-    def _surroundings(self, registry: Registry, ingestor: Ingestor) -> Surroundings:
+    def _dependencies(self, registry: Registry, ingestor: Ingestor) -> JobDependencies:
         config, model = self._config, self._model
         longest = partial(registry.max_model_len, config.max_model_len or model.max_model_len)
-        return Surroundings(config, model, self._text, self._workers, ingestor, longest)
+        return JobDependencies(config, model, self._text, self._workers, ingestor, longest)
 
     def _http_server(
         self,

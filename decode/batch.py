@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from decode.memory import SequenceMemory
 from decode.sequence import Key, Sequence
-from decode.states import SequenceEvent, State
+from decode.states import SequenceEvent, SequenceState
 from protocol.plans import DecodePlan, NewSequence, SequenceStep, SwapBlocks
 
 
@@ -64,7 +64,7 @@ class Batch:
 
     def leave(self, sequence: Sequence) -> None:
         """A sequence ends; the runners forget it with the next plan."""
-        if sequence.state is State.RUNNING:
+        if sequence.state is SequenceState.RUNNING:
             self.running.remove(sequence)
         else:
             self.preempted.remove(sequence)

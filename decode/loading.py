@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from decode.memory import SequenceMemory
 from decode.sequence import Key, Sequence
-from decode.states import SequenceEvent, State
+from decode.states import SequenceEvent, SequenceState
 from kvtransfer.events import (
     AskFetch,
     CloseTarget,
@@ -35,7 +35,7 @@ TargetEvent = TargetIsOpen | TargetCommitted | TargetClosed | HandoffBroken
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class LoadPart:
     """Adjacent blocks of a prefix. A pool is the target of many pieces of one request at a time, so
     each has a name of its own."""
 
@@ -52,10 +52,10 @@ class Piece:
 class _Loading:
     sequence: Sequence
     source: tuple[str, int]  # the store, at its epoch
-    pieces: list[Piece]
+    pieces: list[LoadPart]
     heard: float  # when something last arrived
     num_begun: int = 0
-    open: dict[Key, Piece] = field(default_factory=dict)
+    open: dict[Key, LoadPart] = field(default_factory=dict)
     arrived: set[int] = field(default_factory=set)
     is_closing: bool = False
 
@@ -114,12 +114,12 @@ class Loadings:
             return False
         sequence.advance(SequenceEvent.LOAD)
         first, blocks = self._memory.begin_loading(sequence)
-        pieces: list[Piece] = []
+        pieces: list[LoadPart] = []
         for start in range(0, len(blocks), self._piece_blocks):
             part = tuple(blocks[start : start + self._piece_blocks])
             logical = first + start
             hashes = tuple(sequence.block_hashes[logical : logical + len(part)])
-            pieces.append(Piece(len(pieces), logical, part, hashes))
+            pieces.append(LoadPart(len(pieces), logical, part, hashes))
         assert sequence.store is not None, "there is a store to ask"
         source = (sequence.store.pool_id, sequence.store.epoch)
         loading = _Loading(sequence, source, pieces, now)
@@ -161,7 +161,7 @@ class Loadings:
             return None
         sequence, num_blocks = loading.sequence, loading.num_blocks
         del self._loadings[sequence.key]
-        if sequence.state is State.LOADING:
+        if sequence.state is SequenceState.LOADING:
             self._memory.end_loading(sequence, num_blocks)
         return Loaded(sequence, num_blocks)
 
@@ -185,6 +185,6 @@ class Loadings:
             self._commands.append(OpenTargetBlocks(*key, piece.first_logical, piece.blocks))
 
     @staticmethod
-    def _ask(loading: _Loading, piece: Piece, key: Key) -> AskFetch:
+    def _ask(loading: _Loading, piece: LoadPart, key: Key) -> AskFetch:
         owners = (0,) * len(piece.blocks)
         return AskFetch(*key, *loading.source, piece.first_logical, owners, piece.hashes)

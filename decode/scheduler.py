@@ -11,7 +11,7 @@ The life of a request
    budget the next chunks of prompts. Out of blocks, the newest sequence goes to host memory; the
    oldest comes back first, before anybody new is admitted.
 5. While the ticket is out, the prefill pool may fetch what is cached here of the prompt
-   (serving.py); what it reads stays in place until it is seen to have read.
+   (prefix_exports.py); what it reads stays in place until it is seen to have read.
 6. The end, an abort, a broken hand-off: its blocks are given up and ``Released`` is said, after the
    last byte that could land in them has. Blocks that have arrived in full stay in the cache, so
    that the next attempt at the request goes on from there.
@@ -25,9 +25,9 @@ from decode.admission import Admission
 from decode.batch import Batch, SchedulerLimits
 from decode.loading import Loadings, TargetEvent
 from decode.memory import SequenceMemory
+from decode.prefix_exports import PrefixExports
 from decode.sequence import Sequence
-from decode.serving import Serving
-from decode.states import SequenceEvent, State
+from decode.states import SequenceEvent, SequenceState
 from decode.totals import Totals
 from kvcache.blocks import BlockPool
 from kvtransfer.events import (
@@ -75,7 +75,7 @@ class DecodeScheduler:
     def __init__(self, pool: BlockPool, limits: SchedulerLimits, model_fingerprint: str) -> None:
         self._memory = SequenceMemory(pool, limits.watermark_blocks)
         self._batch = Batch(self._memory, limits)
-        self._serving = Serving(pool)
+        self._exports = PrefixExports(pool)
         pieces = (limits.min_tokens_to_load, limits.load_piece_blocks)
         self._loadings = Loadings(self._memory, *pieces)
         self._model_fingerprint = model_fingerprint
@@ -118,14 +118,20 @@ class DecodeScheduler:
         if sequence is None:
             return
         match event:
-            case TargetIsOpen() if sequence.state is State.OPENING:
+            case TargetIsOpen() if sequence.state is SequenceState.OPENING:
                 sequence.advance(SequenceEvent.OPENED)
                 self._give_ticket(sequence)
             case TargetCommitted() if sequence.holds_handoff:
                 self._on_committed(sequence, event)
-            case TargetClosed() if sequence.state in (State.SWITCHING, State.CLOSING):
+            case TargetClosed() if sequence.state in (
+                SequenceState.SWITCHING,
+                SequenceState.CLOSING,
+            ):
                 self._end_handoff(sequence, SequenceEvent.CLOSED, event.num_whole_blocks)
-            case HandoffBroken() if sequence.state in (State.OPENING, State.RESERVED):
+            case HandoffBroken() if sequence.state in (
+                SequenceState.OPENING,
+                SequenceState.RESERVED,
+            ):
                 self._fail(sequence, "handoff_failed", event.reason)
                 self._close_handoff(sequence)
 
@@ -150,10 +156,10 @@ class DecodeScheduler:
         sequence = self._sequences.get((message.request_id, message.attempt))
         if sequence is None:
             return
-        if sequence.state in (State.QUEUED, State.LOADING):
+        if sequence.state in (SequenceState.QUEUED, SequenceState.LOADING):
             sequence.is_local = True  # no hand-off need ever be opened
-        elif sequence.state in (State.OPENING, State.RESERVED):
-            if sequence.state is State.OPENING:
+        elif sequence.state in (SequenceState.OPENING, SequenceState.RESERVED):
+            if sequence.state is SequenceState.OPENING:
                 self._give_ticket(sequence)
             sequence.is_local = True
             sequence.advance(SequenceEvent.COMPUTE_HERE)
@@ -166,7 +172,7 @@ class DecodeScheduler:
         if sequence is not None:
             sequence.is_doubtful |= message.is_doubtful
             self._give_up(sequence)
-        elif key not in self._serving:  # else it is said when the last read has ended
+        elif key not in self._exports:  # else it is said when the last read has ended
             self._ended.add(*key)
             self._send(Released(*key))
 
@@ -175,13 +181,13 @@ class DecodeScheduler:
         key = (message.request_id, message.attempt)
         sequence = self._sequences.get(key)
         if sequence is not None:
-            if sequence.has_ticket and sequence.state is not State.CLOSING:
+            if sequence.has_ticket and sequence.state is not SequenceState.CLOSING:
                 self._give_ticket(sequence)
-        elif key not in self._serving:
+        elif key not in self._exports:
             self._send(Released(*key))
 
     def _on_committed(self, sequence: Sequence, event: TargetCommitted) -> None:
-        if sequence.state is not State.RESERVED:
+        if sequence.state is not SequenceState.RESERVED:
             # Closing already: as good as closed, and all of it is here.
             self._end_handoff(sequence, SequenceEvent.COMMITTED, len(sequence.in_transfer))
         elif event.num_tokens != sequence.num_prompt_tokens:
@@ -206,11 +212,11 @@ class DecodeScheduler:
         key = (event.request_id, event.attempt)
         match event:
             case Fetch():
-                self._commands += self._serving.ask(event, self._sequences.get(key), now)
+                self._commands += self._exports.ask(event, self._sequences.get(key), now)
             case HandoffBroken():
-                self._commands += self._serving.close(key)
-            case SourceClosed() if key in self._serving:
-                self._serving.end(key)
+                self._commands += self._exports.close(key)
+            case SourceClosed() if key in self._exports:
+                self._exports.end(key)
                 self._memory.has_new_room = True
                 if key not in self._sequences:
                     self._send(Released(*key))
@@ -226,7 +232,7 @@ class DecodeScheduler:
     ) -> None:
         """Nothing can land any more: run with what is here, or be gone and leave what is whole."""
         sequence.advance(event)
-        if sequence.state is State.RUNNING:
+        if sequence.state is SequenceState.RUNNING:
             self._memory.end_transfer(sequence)
             self._memory.offer_prompt(sequence)
             self._batch.join(sequence)
@@ -238,18 +244,18 @@ class DecodeScheduler:
 
     def _close_handoff(self, sequence: Sequence) -> None:
         """Give up the blocks; those in which a byte can still land, when none can any more."""
-        if sequence.state is State.LOADING:
+        if sequence.state is SequenceState.LOADING:
             self._loadings.close(sequence.key)
-        elif sequence.state is not State.SWITCHING:  # then it is being closed already
+        elif sequence.state is not SequenceState.SWITCHING:  # then it is being closed already
             self._commands.append(CloseTarget(*sequence.key))
-        self._commands += self._serving.close(sequence.key)
+        self._commands += self._exports.close(sequence.key)
         sequence.advance(SequenceEvent.CLOSE)
         self._memory.release_quiet(sequence)
         self._num_closing += 1
 
     def _give_up(self, sequence: Sequence) -> None:
         """End a sequence wherever it stands."""
-        if sequence.state is State.CLOSING:
+        if sequence.state is SequenceState.CLOSING:
             return
         if sequence.holds_handoff:
             self._close_handoff(sequence)
@@ -258,7 +264,7 @@ class DecodeScheduler:
 
     def _end(self, sequence: Sequence) -> None:
         """A sequence without hand-off is over: finished or given up."""
-        if sequence.state is State.QUEUED:
+        if sequence.state is SequenceState.QUEUED:
             self._admission.remove(sequence)
         else:
             self._batch.leave(sequence)
@@ -270,8 +276,8 @@ class DecodeScheduler:
     def _forget(self, sequence: Sequence) -> None:
         del self._sequences[sequence.key]
         self._ended.add(*sequence.key)
-        self._commands += self._serving.close(sequence.key)
-        if sequence.key not in self._serving:  # else it is said when the last read has ended
+        self._commands += self._exports.close(sequence.key)
+        if sequence.key not in self._exports:  # else it is said when the last read has ended
             self._send(Released(*sequence.key))
 
     def _fail(self, sequence: Sequence, code: str, message: str) -> None:
@@ -286,7 +292,7 @@ class DecodeScheduler:
         """The next step's plan, or None when there is nothing to do. ``update`` must follow."""
         assert self._plan is None, "the last plan has not been updated"
         self._loadings.tick(now)
-        self._commands += self._serving.tick(now)
+        self._commands += self._exports.tick(now)
         batch = self._batch
         batch.make_room(self._num_holders - len(batch.running))
         if not batch.preempted:
@@ -329,7 +335,7 @@ class DecodeScheduler:
         loaded = self._loadings.on_event(event, now)
         if loaded is None:
             return
-        if loaded.sequence.state is State.LOADING:
+        if loaded.sequence.state is SequenceState.LOADING:
             self._grant(loaded.sequence)
         else:
             self._end_handoff(loaded.sequence, SequenceEvent.CLOSED, loaded.num_blocks)
@@ -387,7 +393,7 @@ class DecodeScheduler:
     @property
     def is_idle(self) -> bool:
         """Whether no request is here at all."""
-        return not self._sequences and not len(self._serving)
+        return not self._sequences and not len(self._exports)
 
     def check(self) -> None:
         """Assert that every block is accounted for."""
@@ -395,5 +401,5 @@ class DecodeScheduler:
 
     def load(self) -> Load:
         """What the heartbeat says."""
-        num_waiting, num_served = len(self._admission), self._serving.num_blocks_total
-        return self._totals.load(self._batch, num_waiting, num_served, self._memory.counts())
+        num_waiting, num_exported = len(self._admission), self._exports.num_blocks_total
+        return self._totals.load(self._batch, num_waiting, num_exported, self._memory.counts())

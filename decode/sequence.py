@@ -8,7 +8,7 @@ they count among its generated tokens in all that a caller can see.
 
 from dataclasses import dataclass, field
 
-from decode.states import TABLE, SequenceEvent, State
+from decode.states import TABLE, SequenceEvent, SequenceState
 from kvcache.prefix import block_salt
 from protocol.kv import BlockRef
 from protocol.messages import NewToken, Reserve
@@ -40,7 +40,7 @@ class Sequence:
     salt: str  # of its block hashes
     num_earlier_tokens: int = 0
     store: StoreHint | None = None
-    state: State = State.QUEUED
+    state: SequenceState = SequenceState.QUEUED
     has_ticket: bool = False
     is_local: bool = False  # its prompt is computed here
     block_hashes: list[bytes] = field(default_factory=list)  # of the leading full blocks
@@ -95,11 +95,11 @@ class Sequence:
     def holds_handoff(self) -> bool:
         """Whether a hand-off into its blocks was opened and has not ended."""
         return self.state in (
-            State.LOADING,
-            State.OPENING,
-            State.RESERVED,
-            State.SWITCHING,
-            State.CLOSING,
+            SequenceState.LOADING,
+            SequenceState.OPENING,
+            SequenceState.RESERVED,
+            SequenceState.SWITCHING,
+            SequenceState.CLOSING,
         )
 
     def advance(self, event: SequenceEvent) -> None:

@@ -22,7 +22,7 @@ hand-off just as well as its closure does. RUNNING covers prefill and decode ali
 import enum
 
 
-class State(enum.Enum):
+class SequenceState(enum.Enum):
     """Where a request stands."""
 
     QUEUED = "queued"
@@ -52,27 +52,27 @@ class SequenceEvent(enum.Enum):
     END = "end"
 
 
-TABLE: dict[tuple[State, SequenceEvent], State] = {
-    (State.QUEUED, SequenceEvent.LOAD): State.LOADING,
-    (State.QUEUED, SequenceEvent.GRANT): State.OPENING,
-    (State.QUEUED, SequenceEvent.GRANT_LOCAL): State.RUNNING,
-    (State.QUEUED, SequenceEvent.END): State.RELEASED,
-    (State.LOADING, SequenceEvent.GRANT): State.OPENING,
-    (State.LOADING, SequenceEvent.GRANT_LOCAL): State.RUNNING,
-    (State.LOADING, SequenceEvent.CLOSE): State.CLOSING,
-    (State.OPENING, SequenceEvent.OPENED): State.RESERVED,
-    (State.OPENING, SequenceEvent.COMPUTE_HERE): State.SWITCHING,
-    (State.OPENING, SequenceEvent.CLOSE): State.CLOSING,
-    (State.RESERVED, SequenceEvent.COMMITTED): State.RUNNING,
-    (State.RESERVED, SequenceEvent.COMPUTE_HERE): State.SWITCHING,
-    (State.RESERVED, SequenceEvent.CLOSE): State.CLOSING,
-    (State.SWITCHING, SequenceEvent.CLOSED): State.RUNNING,
-    (State.SWITCHING, SequenceEvent.COMMITTED): State.RUNNING,
-    (State.SWITCHING, SequenceEvent.CLOSE): State.CLOSING,
-    (State.RUNNING, SequenceEvent.PREEMPT): State.PREEMPTED,
-    (State.RUNNING, SequenceEvent.END): State.RELEASED,
-    (State.PREEMPTED, SequenceEvent.RESUME): State.RUNNING,
-    (State.PREEMPTED, SequenceEvent.END): State.RELEASED,
-    (State.CLOSING, SequenceEvent.CLOSED): State.RELEASED,
-    (State.CLOSING, SequenceEvent.COMMITTED): State.RELEASED,
+TABLE: dict[tuple[SequenceState, SequenceEvent], SequenceState] = {
+    (SequenceState.QUEUED, SequenceEvent.LOAD): SequenceState.LOADING,
+    (SequenceState.QUEUED, SequenceEvent.GRANT): SequenceState.OPENING,
+    (SequenceState.QUEUED, SequenceEvent.GRANT_LOCAL): SequenceState.RUNNING,
+    (SequenceState.QUEUED, SequenceEvent.END): SequenceState.RELEASED,
+    (SequenceState.LOADING, SequenceEvent.GRANT): SequenceState.OPENING,
+    (SequenceState.LOADING, SequenceEvent.GRANT_LOCAL): SequenceState.RUNNING,
+    (SequenceState.LOADING, SequenceEvent.CLOSE): SequenceState.CLOSING,
+    (SequenceState.OPENING, SequenceEvent.OPENED): SequenceState.RESERVED,
+    (SequenceState.OPENING, SequenceEvent.COMPUTE_HERE): SequenceState.SWITCHING,
+    (SequenceState.OPENING, SequenceEvent.CLOSE): SequenceState.CLOSING,
+    (SequenceState.RESERVED, SequenceEvent.COMMITTED): SequenceState.RUNNING,
+    (SequenceState.RESERVED, SequenceEvent.COMPUTE_HERE): SequenceState.SWITCHING,
+    (SequenceState.RESERVED, SequenceEvent.CLOSE): SequenceState.CLOSING,
+    (SequenceState.SWITCHING, SequenceEvent.CLOSED): SequenceState.RUNNING,
+    (SequenceState.SWITCHING, SequenceEvent.COMMITTED): SequenceState.RUNNING,
+    (SequenceState.SWITCHING, SequenceEvent.CLOSE): SequenceState.CLOSING,
+    (SequenceState.RUNNING, SequenceEvent.PREEMPT): SequenceState.PREEMPTED,
+    (SequenceState.RUNNING, SequenceEvent.END): SequenceState.RELEASED,
+    (SequenceState.PREEMPTED, SequenceEvent.RESUME): SequenceState.RUNNING,
+    (SequenceState.PREEMPTED, SequenceEvent.END): SequenceState.RELEASED,
+    (SequenceState.CLOSING, SequenceEvent.CLOSED): SequenceState.RELEASED,
+    (SequenceState.CLOSING, SequenceEvent.COMMITTED): SequenceState.RELEASED,
 }

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from kvtransfer.events import Command, Event
-from kvtransfer.handoff.actions import Action, Emit, Send, StartRead, Surroundings, Warn
+from kvtransfer.handoff.actions import Action, Emit, RankState, Send, StartRead, Warn
 from kvtransfer.handoff.handoffs import Checksums, HandoffPolicy, Handoffs
 from kvtransfer.identity import PeerName, RankIdentity
 from protocol.handoff import HandoffMessage
@@ -65,7 +65,7 @@ class RankNode:
         ports: RankPorts,
         policy: HandoffPolicy,
     ) -> None:
-        self.around = Surroundings(identity, layout)
+        self.around = RankState(identity, layout)
         self.handoffs = Handoffs(self.around, memory, policy)
         self._ports = ports
 

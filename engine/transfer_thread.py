@@ -205,7 +205,7 @@ class _Loop:
                 poller.wait(min(poll_s, self._peers.due_at - time.monotonic()))
                 waker.drain()
                 self._turn()
-                was_welcome = self._control.allegiance.was_welcome
+                was_welcome = self._control.lease.was_welcome
                 if not was_welcome and time.monotonic() > deadline:
                     raise _Stopped(f"no WELCOME within {config.hello_timeout_s:.0f} s", clean=False)
         finally:
@@ -263,11 +263,11 @@ class _Loop:
 
     def _on_welcome(self, welcome: Welcome) -> None:
         self._node.welcomed(welcome.pool_epoch)
-        if self._control.allegiance.welcomed():
+        if self._control.lease.welcomed():
             self._events.put(Welcomed(welcome))
             return
         _log.info("taken over by coordinator %d", welcome.coordinator_epoch)
-        for message in self._control.allegiance.greeting():
+        for message in self._control.lease.greeting():
             self._control.send(message)
 
     def _change_coordinator(self, reason: str) -> None:
@@ -276,7 +276,7 @@ class _Loop:
         The other pools stay connected: they are told apart by their epochs, and what was begun with
         them can be closed in order.
         """
-        level = logging.WARNING if self._control.allegiance.is_welcome else logging.DEBUG
+        level = logging.WARNING if self._control.lease.is_welcome else logging.DEBUG
         aborts = self._control.change_coordinator()
         _log.log(level, "coordinator given up, %s: %d requests end", reason, len(aborts))
         self._topology, self._reconnect_at = None, None

@@ -24,7 +24,7 @@ from protocol.kv import BlockRef
 from protocol.messages import BlockCounts
 
 
-class State(enum.StrEnum):
+class BlockState(enum.StrEnum):
     """What a block is in, as its counters say; see ``_Block.state``."""
 
     FREE = "free"
@@ -35,7 +35,7 @@ class State(enum.StrEnum):
     CACHED = "cached"
 
 
-class Event(enum.StrEnum):
+class BlockEvent(enum.StrEnum):
     """What can happen to a block."""
 
     ALLOCATE = "allocate"
@@ -50,10 +50,10 @@ class Event(enum.StrEnum):
     EVICT = "evict"
 
 
-_S, _E = State, Event
+_S, _E = BlockState, BlockEvent
 
 # (state, event) -> the states that may follow; which of them, the counters say.
-TABLE: dict[tuple[State, Event], frozenset[State]] = {
+TABLE: dict[tuple[BlockState, BlockEvent], frozenset[BlockState]] = {
     (_S.FREE, _E.ALLOCATE): frozenset({_S.OWNED}),
     (_S.FREE, _E.QUARANTINE): frozenset({_S.QUARANTINED}),
     (_S.OWNED, _E.SHARE): frozenset({_S.OWNED}),
@@ -90,17 +90,17 @@ class _Block(NamedTuple):
     block_hash: bytes | None = None
 
     @property
-    def state(self) -> State:
+    def state(self) -> BlockState:
         if self.quarantined:
-            return State.QUARANTINED
+            return BlockState.QUARANTINED
         if self.num_transfers:
-            return State.IN_FLIGHT if self.num_owners else State.DRAINING
+            return BlockState.IN_FLIGHT if self.num_owners else BlockState.DRAINING
         if self.num_owners:
-            return State.OWNED
-        return State.FREE if self.block_hash is None else State.CACHED
+            return BlockState.OWNED
+        return BlockState.FREE if self.block_hash is None else BlockState.CACHED
 
 
-def _advance(block: _Block, event: Event, block_hash: bytes | None = None) -> _Block:
+def _advance(block: _Block, event: BlockEvent, block_hash: bytes | None = None) -> _Block:
     """The block after ``event``.
 
     Raises:
@@ -108,24 +108,24 @@ def _advance(block: _Block, event: Event, block_hash: bytes | None = None) -> _B
     """
     generation, num_owners, num_transfers, quarantined, content = block
     match event:
-        case Event.ALLOCATE:
+        case BlockEvent.ALLOCATE:
             generation, num_owners = generation + 1, 1
-        case Event.SHARE:
+        case BlockEvent.SHARE:
             num_owners += 1
-        case Event.RELEASE:
+        case BlockEvent.RELEASE:
             num_owners -= 1
-        case Event.BEGIN_TRANSFER:
+        case BlockEvent.BEGIN_TRANSFER:
             num_transfers += 1
-        case Event.END_TRANSFER:
+        case BlockEvent.END_TRANSFER:
             num_transfers -= 1
-        case Event.QUARANTINE:  # what is in it is in doubt
+        case BlockEvent.QUARANTINE:  # what is in it is in doubt
             quarantined, content = True, None
-        case Event.END_QUARANTINE:
+        case BlockEvent.END_QUARANTINE:
             quarantined = False
-        case Event.SET_HASH | Event.EVICT | Event.FORGET:
+        case BlockEvent.SET_HASH | BlockEvent.EVICT | BlockEvent.FORGET:
             content = block_hash
     after = _Block(generation, num_owners, num_transfers, quarantined, content)
-    nothing_to_share = event is Event.SHARE and not block.num_owners and content is None
+    nothing_to_share = event is BlockEvent.SHARE and not block.num_owners and content is None
     if (
         after.state not in TABLE.get((block.state, event), ())
         or num_owners < 0
@@ -153,7 +153,7 @@ class BlockPool:
         self._free = FreeRuns(num_blocks)
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._by_hash: dict[bytes, int] = {}
-        self._counts: Counter[State] = Counter({State.FREE: num_blocks})
+        self._counts: Counter[BlockState] = Counter({BlockState.FREE: num_blocks})
         self._cache_events: dict[bytes, bool] = {}  # hash -> stored, or else evicted
 
     # -- owners ------------------------------------------------------------------------------------
@@ -184,11 +184,11 @@ class BlockPool:
             raise IllegalTransition(f"allocate {count} blocks, {self.num_available} available")
         while len(self._free) < count:
             oldest = next(iter(self._cached))
-            self._set(oldest, _advance(self._blocks[oldest], Event.EVICT))
+            self._set(oldest, _advance(self._blocks[oldest], BlockEvent.EVICT))
         block_ids = self._free.take(count, None if after is None else after.block_id)
         refs = []
         for block_id in block_ids:
-            block = _advance(self._blocks[block_id], Event.ALLOCATE)
+            block = _advance(self._blocks[block_id], BlockEvent.ALLOCATE)
             self._set(block_id, block)
             refs.append(BlockRef(block_id, block.generation))
         return refs
@@ -200,7 +200,7 @@ class BlockPool:
             StaleError: a ref is of an earlier generation.
             IllegalTransition: a block has no owner and no known content.
         """
-        self._apply(Event.SHARE, refs)
+        self._apply(BlockEvent.SHARE, refs)
 
     def release(self, refs: Iterable[BlockRef]) -> None:
         """Drop one owner of each. Of blocks that become cached, the last of ``refs`` is evicted
@@ -209,7 +209,7 @@ class BlockPool:
         Raises:
             StaleError, IllegalTransition: a block is not owned at that generation.
         """
-        self._apply(Event.RELEASE, list(refs)[::-1])
+        self._apply(BlockEvent.RELEASE, list(refs)[::-1])
 
     # -- transfers ---------------------------------------------------------------------------------
 
@@ -219,7 +219,7 @@ class BlockPool:
         Raises:
             StaleError, IllegalTransition: a block is not owned at that generation.
         """
-        self._apply(Event.BEGIN_TRANSFER, refs)
+        self._apply(BlockEvent.BEGIN_TRANSFER, refs)
 
     def end_transfer(self, refs: Iterable[BlockRef]) -> None:
         """Count one transfer less: it was seen to end, one way or the other.
@@ -227,7 +227,7 @@ class BlockPool:
         Raises:
             StaleError, IllegalTransition: a block has no transfer in flight at that generation.
         """
-        self._apply(Event.END_TRANSFER, refs)
+        self._apply(BlockEvent.END_TRANSFER, refs)
 
     def quarantine(self, refs: Iterable[BlockRef]) -> None:
         """Take blocks out of use and forget their content. Owners and transfers may still end.
@@ -235,7 +235,7 @@ class BlockPool:
         Raises:
             StaleError, IllegalTransition: of another generation, or quarantined already.
         """
-        self._apply(Event.QUARANTINE, refs)
+        self._apply(BlockEvent.QUARANTINE, refs)
 
     def end_quarantine(self, refs: Iterable[BlockRef]) -> None:
         """Make blocks usable again, as far as their owners and transfers allow.
@@ -243,7 +243,7 @@ class BlockPool:
         Raises:
             StaleError, IllegalTransition: a block is not quarantined at that generation.
         """
-        self._apply(Event.END_QUARANTINE, refs)
+        self._apply(BlockEvent.END_QUARANTINE, refs)
 
     # -- content -----------------------------------------------------------------------------------
 
@@ -259,7 +259,7 @@ class BlockPool:
             StaleError, IllegalTransition: the block is not owned at that generation.
         """
         block = self._checked(ref)
-        after = _advance(block, Event.SET_HASH, block_hash)
+        after = _advance(block, BlockEvent.SET_HASH, block_hash)
         known = self._by_hash.setdefault(block_hash, ref.block_id)
         if known == ref.block_id:
             self._set(ref.block_id, after)
@@ -272,7 +272,7 @@ class BlockPool:
             block_id = self._by_hash.get(block_hash)
             if block_id is not None:
                 block = self._blocks[block_id]
-                event = Event.EVICT if block.state is State.CACHED else Event.FORGET
+                event = BlockEvent.EVICT if block.state is BlockState.CACHED else BlockEvent.FORGET
                 self._set(block_id, _advance(block, event))
 
     def match(self, hashes: Sequence[bytes]) -> list[BlockRef]:
@@ -299,7 +299,7 @@ class BlockPool:
 
     # -- audit -------------------------------------------------------------------------------------
 
-    def state(self, block_id: int) -> State:
+    def state(self, block_id: int) -> BlockState:
         return self._blocks[block_id].state
 
     def counts(self) -> BlockCounts:
@@ -307,11 +307,11 @@ class BlockPool:
         counts = self._counts
         return BlockCounts(
             total=self.num_blocks,
-            free=counts[State.FREE],
-            owned=counts[State.OWNED],
-            in_flight=counts[State.IN_FLIGHT] + counts[State.DRAINING],
-            quarantined=counts[State.QUARANTINED],
-            cached=counts[State.CACHED],
+            free=counts[BlockState.FREE],
+            owned=counts[BlockState.OWNED],
+            in_flight=counts[BlockState.IN_FLIGHT] + counts[BlockState.DRAINING],
+            quarantined=counts[BlockState.QUARANTINED],
+            cached=counts[BlockState.CACHED],
         )
 
     def check(self) -> None:
@@ -320,8 +320,8 @@ class BlockPool:
         assert counted == +self._counts, (counted, self._counts)
         assert sum(counted.values()) == self.num_blocks
         free = [i for first, length in self._free.runs() for i in range(first, first + length)]
-        assert free == self._in_state(State.FREE), "free runs"
-        assert sorted(self._cached) == self._in_state(State.CACHED), "cached order"
+        assert free == self._in_state(BlockState.FREE), "free runs"
+        assert sorted(self._cached) == self._in_state(BlockState.CACHED), "cached order"
         hashed = {
             block.block_hash: block_id
             for block_id, block in enumerate(self._blocks)
@@ -329,12 +329,12 @@ class BlockPool:
         }
         assert hashed == self._by_hash, "hash index"
 
-    def _in_state(self, state: State) -> list[int]:
+    def _in_state(self, state: BlockState) -> list[int]:
         return [block_id for block_id, block in enumerate(self._blocks) if block.state is state]
 
     # -- the one way in ----------------------------------------------------------------------------
 
-    def _apply(self, event: Event, refs: Iterable[BlockRef]) -> None:
+    def _apply(self, event: BlockEvent, refs: Iterable[BlockRef]) -> None:
         """Work out every change first, so that a refusal leaves nothing half done."""
         changed: dict[int, _Block] = {}
         for ref in refs:
@@ -362,11 +362,11 @@ class BlockPool:
             return
         self._counts[left] -= 1
         self._counts[entered] += 1
-        if left is State.CACHED:
+        if left is BlockState.CACHED:
             del self._cached[block_id]
-        if entered is State.CACHED:
+        if entered is BlockState.CACHED:
             self._cached[block_id] = None
-        elif entered is State.FREE:
+        elif entered is BlockState.FREE:
             self._free.add(block_id)
 
     def _index(self, block_id: int, before: bytes | None, after: bytes | None) -> None:

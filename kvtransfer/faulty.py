@@ -17,8 +17,9 @@ from kvcache.pool import KVPool
 from kvtransfer.identity import RankIdentity, TransferConfig
 from kvtransfer.links.control import ControlLine
 from kvtransfer.links.peers import Link, Peers
-from kvtransfer.plan import Run
+from kvtransfer.plan import ByteRun
 from kvtransfer.transport.interface import KVTransport, ReadHandle, ReadState
+from protocol.crash_points import exit_here
 from protocol.errors import TransferError
 from protocol.failpoints import (
     CONTROL_SEND,
@@ -37,7 +38,6 @@ from protocol.failpoints import (
 from protocol.frames import Frame, Numbered
 from protocol.kv import RankEndpoint
 from protocol.messages import ToCoordinator
-from protocol.places import exit_here
 from protocol.sockets import Poller
 
 _CORRUPTED_BYTES = 64
@@ -122,7 +122,7 @@ class FaultyControlLine(ControlLine):
 class _FaultyRead(ReadHandle):
     """A read with something wrong: ``inner`` is the real one, None until it is posted."""
 
-    def __init__(self, incarnation: str, runs: Sequence[Run], fault: Fault) -> None:
+    def __init__(self, incarnation: str, runs: Sequence[ByteRun], fault: Fault) -> None:
         super().__init__(incarnation, runs)
         self.fault = fault
         self.runs = tuple(runs)
@@ -159,7 +159,7 @@ class FaultyTransport(KVTransport):
     def close(self) -> None:
         self._inner.close()
 
-    def read(self, incarnation: str, runs: Sequence[Run]) -> ReadHandle:
+    def read(self, incarnation: str, runs: Sequence[ByteRun]) -> ReadHandle:
         fault = self._failpoints.reach(TRANSFER_READ)
         if fault is None:
             return self._inner.read(incarnation, runs)
@@ -192,7 +192,7 @@ class FaultyTransport(KVTransport):
             self._corrupt(read.runs[0])
         return state
 
-    def _corrupt(self, run: Run) -> None:
+    def _corrupt(self, run: ByteRun) -> None:
         assert self._pool is not None, "start() comes first"
         end = run.target_offset + min(run.num_bytes, _CORRUPTED_BYTES)
         self._pool.bytes[run.target_offset + 2 : end : 4] ^= _FLIP

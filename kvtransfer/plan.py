@@ -13,7 +13,7 @@ from protocol.errors import TransferError, VersionError
 from protocol.kv import KVLayout
 
 
-class Run(msgspec.Struct, frozen=True, array_like=True, gc=False):
+class ByteRun(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Bytes that lie in one piece on both sides; offsets are from each side's pool base."""
 
     source_offset: int
@@ -23,7 +23,7 @@ class Run(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 def plan(
     source: KVLayout, target: KVLayout, layers: range, pairs: Sequence[tuple[int, int]]
-) -> list[Run]:
+) -> list[ByteRun]:
     """The runs that this target rank reads from this source rank.
 
     In the order of (layer, source block), whatever the order of ``pairs``; runs that are adjacent
@@ -52,7 +52,7 @@ def plan(
     target_head = heads.start - target.first_kv_head
     layer = layers[0]
     of_one_layer = _join(
-        Run(
+        ByteRun(
             source.offset(layer, source_block, source_head),
             target.offset(layer, target_block, target_head),
             len(heads) * source.head_bytes,
@@ -68,7 +68,7 @@ def plan(
         for other in layers
     ]
     spans = [(run.source_offset, run.target_offset, run.num_bytes) for run in of_one_layer]
-    runs = [Run(s + ds, t + dt, n) for ds, dt in shifts for s, t, n in spans]
+    runs = [ByteRun(s + ds, t + dt, n) for ds, dt in shifts for s, t, n in spans]
     if len(layers) > 1 and _is_adjacent(runs[len(spans) - 1], runs[len(spans)]):
         return _join(runs)  # the end of one layer and the beginning of the next
     return runs
@@ -76,7 +76,7 @@ def plan(
 
 def source_runs(
     source: KVLayout, target: KVLayout, layers: range, block_ids: Iterable[int]
-) -> list[Run]:
+) -> list[ByteRun]:
     """What :func:`plan` would read of these source blocks, for a source that does not know where
     they go: same source bytes in the same order, target offsets meaningless.
 
@@ -111,20 +111,22 @@ def peers(num_kv_heads: int, own_tp_rank: int, own_tp_size: int, other_tp_size: 
     return range(first // other, (first + own - 1) // other + 1)
 
 
-def _is_adjacent(run: Run, after: Run) -> bool:
+def _is_adjacent(run: ByteRun, after: ByteRun) -> bool:
     return (
         after.source_offset == run.source_offset + run.num_bytes
         and after.target_offset == run.target_offset + run.num_bytes
     )
 
 
-def _join(runs: Iterable[Run]) -> list[Run]:
+def _join(runs: Iterable[ByteRun]) -> list[ByteRun]:
     """Join neighbours in the list that are adjacent on both sides."""
-    joined: list[Run] = []
+    joined: list[ByteRun] = []
     for run in runs:
         if joined and _is_adjacent(joined[-1], run):
             last = joined[-1]
-            joined[-1] = Run(last.source_offset, last.target_offset, last.num_bytes + run.num_bytes)
+            joined[-1] = ByteRun(
+                last.source_offset, last.target_offset, last.num_bytes + run.num_bytes
+            )
         else:
             joined.append(run)
     return joined

@@ -8,10 +8,10 @@ from collections import OrderedDict
 from itertools import islice
 
 from prefill.request import Request
-from prefill.states import State
+from prefill.states import RequestState
 
 NUM_LOOKED_AT = 8  # waiting requests that one step considers
-BEGUN = (State.FETCHING, State.RUNNING)
+BEGUN = (RequestState.FETCHING, RequestState.RUNNING)
 
 _Line = OrderedDict[int, Request]  # by number of arrival, in that order
 
@@ -46,7 +46,7 @@ class Backlog:
 
     def fetching_since(self, moment: float) -> list[Request]:
         """Those whose fetch began then, or before."""
-        fetching = (r for r in self._begun.values() if r.state is State.FETCHING)
+        fetching = (r for r in self._begun.values() if r.state is RequestState.FETCHING)
         return [request for request in fetching if request.admitted <= moment]
 
     def add(self, request: Request) -> None:
@@ -57,13 +57,13 @@ class Backlog:
         self.num_waiting += 1
         self._waiting_tokens += request.num_tokens
 
-    def moved(self, request: Request, before: State) -> None:
+    def moved(self, request: Request, before: RequestState) -> None:
         """It is in another state than before."""
-        if before is State.WAITING:
+        if before is RequestState.WAITING:
             self._remove_waiting(request)
         if before in BEGUN and request.state not in BEGUN:
             del self._begun[request.number]
-        if request.state is State.WAITING:
+        if request.state is RequestState.WAITING:
             self.add(request)
         if request.state in BEGUN and before not in BEGUN:
             self._begun[request.number] = request
@@ -75,7 +75,7 @@ class Backlog:
         other can be among the first NUM_LOOKED_AT of any order that prefers old to new. Beyond, of
         each priority the oldest, which decides whether those that run may overtake.
         """
-        found = {n: r for n, r in self._begun.items() if r.state is State.RUNNING}
+        found = {n: r for n, r in self._begun.items() if r.state is RequestState.RUNNING}
         num_found = 0
         for priority in sorted(self._waiting):
             num_wanted = NUM_LOOKED_AT if num_found < NUM_LOOKED_AT else 1

@@ -15,7 +15,7 @@ from functools import partial
 
 from prefill.blocks import PoolBlocks, owned, placed
 from prefill.facts import PoolFacts
-from prefill.placement import ChunkCosts, Placement, placements
+from prefill.placement import ChunkCosts, RingPlacement, placements
 from prefill.request import Request
 from protocol.messages import BlockCounts
 from protocol.plans import PlacedBlock
@@ -31,7 +31,7 @@ class RequestMemory:
         self._blocks = PoolBlocks(geometry.cp_size, facts.num_blocks, geometry.block_size)
         self._coming: set[bytes] = set()  # hashes of blocks that admitted requests will fill
 
-    def place(self, request: Request, load_s: Sequence[float]) -> Placement | None:
+    def place(self, request: Request, load_s: Sequence[float]) -> RingPlacement | None:
         """The best placement that there are blocks for; its cached prefix is shared from now on.
 
         Args:
@@ -60,7 +60,7 @@ class RequestMemory:
                 return option
         return None
 
-    def grant(self, request: Request, placement: Placement) -> None:
+    def grant(self, request: Request, placement: RingPlacement) -> None:
         """Give it all blocks that are not cached."""
         new = self._blocks.allocate(placement.owners)
         request.blocks += placed(placement.num_cached_blocks, new)

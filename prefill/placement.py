@@ -70,7 +70,7 @@ class Geometry:
 
 
 @dataclass(frozen=True)
-class Placement:
+class RingPlacement:
     """One way to compute a prompt."""
 
     geometry: Geometry
@@ -128,7 +128,7 @@ def placements(
     cached_owners: Sequence[int],
     load_s: Sequence[float],
     num_fetched_blocks: int = 0,
-) -> list[Placement]:
+) -> list[RingPlacement]:
     """Every way worth considering, the best first.
 
     Rings that the cost model finds worth taking come first; the others follow in case that only
@@ -141,7 +141,7 @@ def placements(
         num_fetched_blocks: that come from elsewhere after all that is cached, to any ranks.
     """
     cuts = iter((len(cached_owners),)) if num_fetched_blocks else _cuts(cached_owners)
-    ranked: list[tuple[bool, float, int, Placement]] = []
+    ranked: list[tuple[bool, float, int, RingPlacement]] = []
     for cut in cuts:
         owners = frozenset(cached_owners[:cut])
         cached = (cut + num_fetched_blocks) * geometry.block_size
@@ -153,7 +153,7 @@ def placements(
             ring = tuple(sorted((*owners, *others[: size - len(owners)])))
             total_s = _total_s(geometry, costs, cached, num_tokens, size)
             finish_s = max(load_s[rank] for rank in ring) + total_s
-            placement = Placement(
+            placement = RingPlacement(
                 geometry, num_tokens, cut, ring, finish_s, total_s, num_fetched_blocks
             )
             ranked.append((size not in wanted, finish_s, size, placement))
@@ -165,7 +165,7 @@ def fits_ever(geometry: Geometry, num_tokens: int, num_blocks: int) -> bool:
     """Whether a prompt can be computed in an empty pool of ``num_blocks`` on each cp rank."""
     for size in geometry.ring_sizes:
         ring = tuple(range(size))
-        demand = Placement(geometry, num_tokens, 0, ring, 0.0, 0.0).demand
+        demand = RingPlacement(geometry, num_tokens, 0, ring, 0.0, 0.0).demand
         if max(demand.values()) <= num_blocks:
             return True
     return False

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from kvtransfer.events import AskFetch, CommitWhenRead, OpenTargetBlocks
 from prefill.blocks import Owned, ref_of
 from prefill.manifest import CACHED_CHUNK
-from prefill.placement import Placement
-from prefill.states import TABLE, RequestEvent, State
+from prefill.placement import RingPlacement
+from prefill.states import TABLE, RequestEvent, RequestState
 from protocol.handoff import SegmentKey
 from protocol.messages import Prefill, Progress
 from protocol.plans import HandoffRoute, PlacedBlock
@@ -23,12 +23,12 @@ class Request:
     message: Prefill
     arrived: float
     number: int  # in the order of arrival
-    state: State = State.WAITING
+    state: RequestState = RequestState.WAITING
     block_hashes: list[bytes] = field(default_factory=list)  # of its full blocks
 
     # from its admission on
     admitted: float = 0.0
-    placement: Placement | None = None
+    placement: RingPlacement | None = None
     blocks: tuple[PlacedBlock, ...] = ()  # of the whole prompt, in logical order
     may_fetch: bool = True  # it has not failed before
     num_chunks_done: int = 0
@@ -44,7 +44,7 @@ class Request:
         return len(self.message.prompt_token_ids)
 
     @property
-    def placed(self) -> Placement:
+    def placed(self) -> RingPlacement:
         """Its placement, once it is admitted."""
         assert self.placement is not None, f"{self.key} is not admitted"
         return self.placement

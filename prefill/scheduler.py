@@ -36,9 +36,9 @@ from prefill.backlog import Backlog
 from prefill.facts import PoolFacts
 from prefill.manifest import segment_keys
 from prefill.memory import RequestMemory
-from prefill.placement import ChunkCosts, Placement
+from prefill.placement import ChunkCosts, RingPlacement
 from prefill.request import Key, Request
-from prefill.states import RequestEvent, State
+from prefill.states import RequestEvent, RequestState
 from prefill.step import StepTime, load_s, service_order
 from protocol.ended import ByAttempt, EndedAttempts
 from protocol.kv import PoolEndpoint
@@ -55,8 +55,8 @@ from protocol.messages import (
 from protocol.plans import ChunkWork, FailedRow, PrefillPlan, SampledToken, StepResult, outcomes
 from protocol.request import NoToken, no_token_message
 
-_COMPUTED_HERE = (State.RUNNING, State.HANDING_OVER)
-_WITHOUT_SOURCE = (State.WAITING, State.FETCHING, State.RETURNING)
+_COMPUTED_HERE = (RequestState.RUNNING, RequestState.HANDING_OVER)
+_WITHOUT_SOURCE = (RequestState.WAITING, RequestState.FETCHING, RequestState.RETURNING)
 
 
 class PrefillScheduler:
@@ -151,7 +151,7 @@ class PrefillScheduler:
         for request in service_order(self._backlog.candidates(), self._last_served, chunk_tokens):
             if time.is_full:
                 break
-            if request.state is State.RUNNING:
+            if request.state is RequestState.RUNNING:
                 if not time.take(request.placed, request.num_chunks_done, request.priority):
                     continue
             elif self._memory.is_prefix_coming(request):
@@ -194,7 +194,7 @@ class PrefillScheduler:
         rows = outcomes(results)
         for work in plan.work:
             request = self._requests.get((work.request_id, work.attempt))
-            if request is None or request.state is not State.RUNNING:
+            if request is None or request.state is not RequestState.RUNNING:
                 continue
             if isinstance(row := rows.get(request.key), FailedRow):
                 self._came_to_nothing(request, row.why)
@@ -242,7 +242,7 @@ class PrefillScheduler:
         request.advance(event)
         self._backlog.moved(request, before)
 
-    def _admit(self, request: Request, placement: Placement, now: float) -> None:
+    def _admit(self, request: Request, placement: RingPlacement, now: float) -> None:
         self._memory.grant(request, placement)
         request.admitted = now
         self.num_cached_tokens += placement.num_cached_blocks * self.facts.geometry.block_size
@@ -300,7 +300,7 @@ class PrefillScheduler:
 
     # -- what its decode pool has of it ------------------------------------------------------------
 
-    def _fetch(self, request: Request, placement: Placement, now: float) -> None:
+    def _fetch(self, request: Request, placement: RingPlacement, now: float) -> None:
         """Admit it, and have a part of its prefix read from its decode pool first."""
         self._admit(request, placement, now)
         self._advance(request, RequestEvent.FETCH)
@@ -312,18 +312,18 @@ class PrefillScheduler:
         if request is None:
             return
         match event:
-            case TargetIsOpen() if request.state is State.FETCHING:
+            case TargetIsOpen() if request.state is RequestState.FETCHING:
                 self._commands.append(request.ask_fetch())
-            case TargetCommitted() if request.state is State.FETCHING:
+            case TargetCommitted() if request.state is RequestState.FETCHING:
                 self._advance(request, RequestEvent.FETCHED)
                 self._memory.end_transfer(request)
                 self._memory.offer(request, request.fetched_blocks)
                 num_blocks = len(request.fetched_blocks)
                 self.num_fetched_tokens += num_blocks * self.facts.geometry.block_size
-            case TargetClosed() if request.state is State.RETURNING:
+            case TargetClosed() if request.state is RequestState.RETURNING:
                 self._advance(request, RequestEvent.CLOSED)
                 self._memory.give_back(request)
-            case TargetClosed() if request.state is State.CLOSING:
+            case TargetClosed() if request.state is RequestState.CLOSING:
                 self._advance(request, RequestEvent.CLOSED)
                 self._release(request)
 
@@ -333,7 +333,7 @@ class PrefillScheduler:
             return
         if event.side == "source":
             self._fail(request, "handoff_failed", event.reason)
-        elif request.state is State.FETCHING:
+        elif request.state is RequestState.FETCHING:
             self._give_up_fetch(request)
 
     def _give_up_late_fetches(self, now: float) -> None:
@@ -352,13 +352,13 @@ class PrefillScheduler:
 
     def _end(self, request: Request) -> None:
         """Give a request up, from whatever state."""
-        if request.state is State.WAITING:
+        if request.state is RequestState.WAITING:
             self._advance(request, RequestEvent.DROP)
             self._release(request)
-        elif request.state is not State.CLOSING:
-            if request.state is State.FETCHING:
+        elif request.state is not RequestState.CLOSING:
+            if request.state is RequestState.FETCHING:
                 self._commands.append(CloseTarget(*request.key))
-            elif request.state is not State.RETURNING:  # its target is being closed already
+            elif request.state is not RequestState.RETURNING:  # its target is being closed already
                 self._commands.append(CloseSource(*request.key))
             self._stop(request)
 
@@ -373,7 +373,7 @@ class PrefillScheduler:
         self._memory.expect_no_more(request)
 
     def _fail(self, request: Request, code: str, message: str) -> None:
-        if request.state is not State.CLOSING:
+        if request.state is not RequestState.CLOSING:
             self._tell(RequestFailed(*request.key, code, message))
         self._end(request)
 
@@ -381,10 +381,10 @@ class PrefillScheduler:
         request = self._requests.get((event.request_id, event.attempt))
         if request is None or request.state in _WITHOUT_SOURCE:
             return
-        if not (event.committed or request.state is State.CLOSING):
+        if not (event.committed or request.state is RequestState.CLOSING):
             message = "the hand-off was closed before it was complete"
             self._tell(RequestFailed(*request.key, "handoff_failed", message))
-        if request.state is State.RUNNING:
+        if request.state is RequestState.RUNNING:
             self._stop(request)
         self._advance(request, RequestEvent.CLOSED)
         self._release(request)

@@ -18,7 +18,7 @@ them any more, gives them back and is WAITING once again.
 import enum
 
 
-class State(enum.Enum):
+class RequestState(enum.Enum):
     """Where a request stands."""
 
     WAITING = "waiting"
@@ -43,18 +43,18 @@ class RequestEvent(enum.Enum):
     DROP = "drop"
 
 
-TABLE: dict[tuple[State, RequestEvent], State] = {
-    (State.WAITING, RequestEvent.ADMIT): State.RUNNING,
-    (State.WAITING, RequestEvent.FETCH): State.FETCHING,
-    (State.WAITING, RequestEvent.DROP): State.RELEASED,
-    (State.FETCHING, RequestEvent.FETCHED): State.RUNNING,
-    (State.FETCHING, RequestEvent.GIVE_UP): State.RETURNING,
-    (State.FETCHING, RequestEvent.CLOSE): State.CLOSING,
-    (State.RETURNING, RequestEvent.CLOSED): State.WAITING,
-    (State.RETURNING, RequestEvent.CLOSE): State.CLOSING,
-    (State.RUNNING, RequestEvent.COMPUTED): State.HANDING_OVER,
-    (State.RUNNING, RequestEvent.CLOSE): State.CLOSING,
-    (State.HANDING_OVER, RequestEvent.CLOSED): State.RELEASED,
-    (State.HANDING_OVER, RequestEvent.CLOSE): State.CLOSING,
-    (State.CLOSING, RequestEvent.CLOSED): State.RELEASED,
+TABLE: dict[tuple[RequestState, RequestEvent], RequestState] = {
+    (RequestState.WAITING, RequestEvent.ADMIT): RequestState.RUNNING,
+    (RequestState.WAITING, RequestEvent.FETCH): RequestState.FETCHING,
+    (RequestState.WAITING, RequestEvent.DROP): RequestState.RELEASED,
+    (RequestState.FETCHING, RequestEvent.FETCHED): RequestState.RUNNING,
+    (RequestState.FETCHING, RequestEvent.GIVE_UP): RequestState.RETURNING,
+    (RequestState.FETCHING, RequestEvent.CLOSE): RequestState.CLOSING,
+    (RequestState.RETURNING, RequestEvent.CLOSED): RequestState.WAITING,
+    (RequestState.RETURNING, RequestEvent.CLOSE): RequestState.CLOSING,
+    (RequestState.RUNNING, RequestEvent.COMPUTED): RequestState.HANDING_OVER,
+    (RequestState.RUNNING, RequestEvent.CLOSE): RequestState.CLOSING,
+    (RequestState.HANDING_OVER, RequestEvent.CLOSED): RequestState.RELEASED,
+    (RequestState.HANDING_OVER, RequestEvent.CLOSE): RequestState.CLOSING,
+    (RequestState.CLOSING, RequestEvent.CLOSED): RequestState.RELEASED,
 }

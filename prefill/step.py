@@ -9,9 +9,9 @@ work as long as it does not become longer than its longest item or its target, w
 from collections.abc import Container, Sequence
 
 from prefill.backlog import NUM_LOOKED_AT
-from prefill.placement import ChunkCosts, Placement
+from prefill.placement import ChunkCosts, RingPlacement
 from prefill.request import Key, Request
-from prefill.states import State
+from prefill.states import RequestState
 
 
 def service_order(
@@ -35,7 +35,7 @@ def service_order(
             chunk_tokens,
         )
     ]
-    waiting = [request.key for request in order if request.state is State.WAITING]
+    waiting = [request.key for request in order if request.state is RequestState.WAITING]
     passed_over = set(waiting[NUM_LOOKED_AT:])
     return [request for request in order if request.key not in passed_over]
 
@@ -79,7 +79,7 @@ class StepTime:
         """Whether no rank has time left."""
         return not self._is_empty and min(self._finish_s) >= self._limit_s
 
-    def take(self, placement: Placement, chunk_index: int, priority: int) -> bool:
+    def take(self, placement: RingPlacement, chunk_index: int, priority: int) -> bool:
         """Take in a chunk if it fits; the first always does.
 
         A rank reaches an item when it and all others of the ring are done with what comes before.

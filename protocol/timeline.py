@@ -9,7 +9,7 @@ import enum
 import msgspec
 
 
-class Event(enum.StrEnum):
+class TimelineEvent(enum.StrEnum):
     """In the order of a request's life."""
 
     ARRIVED = "arrived"
@@ -27,13 +27,13 @@ class Event(enum.StrEnum):
 class TimeLine(msgspec.Struct):
     """The events of one request so far. Only its owner, the coordinator, writes it."""
 
-    times: dict[Event, float] = {}
+    times: dict[TimelineEvent, float] = {}
 
-    def mark(self, event: Event, now: float) -> None:
+    def mark(self, event: TimelineEvent, now: float) -> None:
         """Record the first time that ``event`` is seen; later ones change nothing."""
         self.times.setdefault(event, now)
 
-    def between(self, start: Event, end: Event) -> float | None:
+    def between(self, start: TimelineEvent, end: TimelineEvent) -> float | None:
         """Seconds from ``start`` to ``end``, or None when one of them has not been seen."""
         if start not in self.times or end not in self.times:
             return None

@@ -22,7 +22,7 @@ from modeling.model import Model
 from protocol.plans import ChunkWork
 from ring_attention.comm import RingComm
 from ring_attention.partition import Partition, Shard
-from ring_attention.ring import Heads, PieceTable, RingBuffers, RingLoop
+from ring_attention.ring import AttentionTiles, HeadShape, RingBuffers, RingLoop
 
 
 class RingAttention(AttentionContext):
@@ -65,7 +65,7 @@ class RingAttention(AttentionContext):
         self._on_layer_done = on_layer_done
         self._buffers = RingBuffers(pool.device) if buffers is None else buffers
         layout = pool.layout
-        self._heads = Heads(
+        self._heads = HeadShape(
             num_heads=config.num_heads // layout.tp_size,
             num_kv_heads=layout.num_kv_heads,
             head_dim=layout.head_dim,
@@ -136,7 +136,7 @@ class RingAttention(AttentionContext):
         if window not in self._loops:
             partition = Partition(self.work, self.pool.layout.block_size, window)
             self._loops[window] = RingLoop(
-                PieceTable(partition),
+                AttentionTiles(partition),
                 self.cp_rank,
                 self._heads,
                 self._comm,

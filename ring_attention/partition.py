@@ -47,7 +47,7 @@ def deal_zigzag(num_blocks: int, ring_size: int) -> tuple[tuple[int, ...], ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class TokenRun:
     """Consecutive tokens of the chunk, all of one rank."""
 
     start: int  # position of the first
@@ -64,10 +64,10 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class Sight:
+class VisibleKeys:
     """The keys that one run sees of one shard: those with index ``[first_key, end_key)``."""
 
-    run: Run
+    run: TokenRun
     first_key: int
     end_key: int
     causal: bool
@@ -81,7 +81,7 @@ class Shard:
     cp_rank: int
     block_ids: tuple[int, ...]  # in logical order; the cached ones come first
     key_spans: tuple[tuple[int, int], ...]  # positions [start, end) of its keys, ascending
-    runs: tuple[Run, ...]
+    runs: tuple[TokenRun, ...]
 
     @cached_property
     def _keys_before_span(self) -> tuple[int, ...]:
@@ -127,7 +127,7 @@ class Partition:
         )
         held = sum(len(shard.block_ids) for shard in self.shards)
         assert held == len(work.blocks) - oldest // block_size, "a block's owner is not in the ring"
-        self._sights: dict[tuple[int, int], tuple[Sight, ...]] = {}
+        self._sights: dict[tuple[int, int], tuple[VisibleKeys, ...]] = {}
 
     def _shard(self, cp_rank: int, blocks: Sequence[PlacedBlock], block_size: int) -> Shard:
         own = [block for block in blocks if block.cp_rank == cp_rank]
@@ -146,7 +146,7 @@ class Partition:
     def size(self) -> int:
         return len(self.ring)
 
-    def sights(self, q_index: int, k_index: int) -> tuple[Sight, ...]:
+    def visible_keys(self, q_index: int, k_index: int) -> tuple[VisibleKeys, ...]:
         """What the tokens of one rank see of another's keys; nothing empty is among them.
 
         A rank sees of its own keys each run's diagonal first, so that no row is ever without keys
@@ -157,13 +157,13 @@ class Partition:
             self._sights[key] = tuple(self._find_sights(*key))
         return self._sights[key]
 
-    def _find_sights(self, q_index: int, k_index: int) -> Iterator[Sight]:
+    def _find_sights(self, q_index: int, k_index: int) -> Iterator[VisibleKeys]:
         shard = self.shards[k_index]
         for run in self.shards[q_index].runs:
             before = shard.num_keys_before(run.start)
             if q_index == k_index:
                 cut = None if self.window is None or run.num_tokens <= self.window else self.window
-                yield Sight(run, before, before + run.num_tokens, True, cut)
+                yield VisibleKeys(run, before, before + run.num_tokens, True, cut)
             oldest, cut = 0, None
             if self.window is not None:
                 oldest = shard.num_keys_before(run.start - self.window + 1)
@@ -171,17 +171,17 @@ class Partition:
                 if shard.num_keys_before(run.end - self.window) > oldest:
                     cut = self.window
             if oldest < before:
-                yield Sight(run, oldest, before, False, cut)
+                yield VisibleKeys(run, oldest, before, False, cut)
 
     def kv_hops(self, index: int) -> int:
         """How many ranks on a rank's keys must travel until all that see any of them had them."""
         others = ((hop, (index + hop) % self.size) for hop in range(1, self.size))
-        return max((hop for hop, other in others if self.sights(other, index)), default=0)
+        return max((hop for hop, other in others if self.visible_keys(other, index)), default=0)
 
     def q_hops(self, index: int) -> int:
         """How many ranks on a rank's queries must travel until they met all keys that they see."""
         others = ((hop, (index + hop) % self.size) for hop in range(1, self.size))
-        return max((hop for hop, other in others if self.sights(index, other)), default=0)
+        return max((hop for hop, other in others if self.visible_keys(index, other)), default=0)
 
 
 def _join(spans: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
@@ -195,11 +195,11 @@ def _join(spans: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
     return tuple(joined)
 
 
-def _cut_runs(spans: Iterable[tuple[int, int]], limit: int | None) -> Iterator[Run]:
+def _cut_runs(spans: Iterable[tuple[int, int]], limit: int | None) -> Iterator[TokenRun]:
     offset = 0
     for start, end in spans:
         step = end - start if limit is None else limit
         for first in range(start, end, step):
-            run = Run(first, min(step, end - first), offset)
+            run = TokenRun(first, min(step, end - first), offset)
             offset += run.num_tokens
             yield run

@@ -25,7 +25,7 @@ import torch
 
 from modeling.kernels.attention import AttentionKernel, Piece
 from ring_attention.comm import Message, Pending, RingComm
-from ring_attention.partition import Partition, Run, Shard, Sight
+from ring_attention.partition import Partition, Shard, TokenRun, VisibleKeys
 
 Shape = tuple[int, ...]
 
@@ -56,12 +56,12 @@ class RingBuffers:
 class PlacedPiece:
     """One kernel call: a run's rows against a slice of a shard's keys."""
 
-    run: Run
+    run: TokenRun
     keys: slice
     piece: Piece
 
 
-class PieceTable:
+class AttentionTiles:
     """The kernel calls of a partition, with the tensors that they need; made once per chunk."""
 
     def __init__(self, partition: Partition) -> None:
@@ -73,17 +73,17 @@ class PieceTable:
         """What the tokens at one ring index compute with the keys at another."""
         key = (q_index, k_index)
         if key not in self._pieces:
-            sights = self.partition.sights(*key)
-            self._pieces[key] = tuple(self._place(sight, k_index) for sight in sights)
+            visible = self.partition.visible_keys(*key)
+            self._pieces[key] = tuple(self._place(keys, k_index) for keys in visible)
         return self._pieces[key]
 
-    def _place(self, sight: Sight, k_index: int) -> PlacedPiece:
+    def _place(self, visible: VisibleKeys, k_index: int) -> PlacedPiece:
         if k_index not in self._positions:
             self._positions[k_index] = key_positions(self.partition.shards[k_index])
-        keys = slice(sight.first_key, sight.end_key)
+        keys = slice(visible.first_key, visible.end_key)
         positions_S = self._positions[k_index][keys]
-        piece = Piece(sight.causal, sight.run.start, positions_S, sight.window)
-        return PlacedPiece(sight.run, keys, piece)
+        piece = Piece(visible.causal, visible.run.start, positions_S, visible.window)
+        return PlacedPiece(visible.run, keys, piece)
 
 
 def key_positions(shard: Shard) -> torch.Tensor:
@@ -93,7 +93,7 @@ def key_positions(shard: Shard) -> torch.Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Lap:
+class RingSchedule:
     """Once round the ring, as all of its ranks know it beforehand."""
 
     ring: tuple[int, ...]  # cp ranks
@@ -104,7 +104,7 @@ class Lap:
 
 
 def circulate(
-    comm: RingComm | None, lap: Lap, own: torch.Tensor | None, buffers: RingBuffers
+    comm: RingComm | None, schedule: RingSchedule, own: torch.Tensor | None, buffers: RingBuffers
 ) -> Iterator[tuple[int, torch.Tensor | None]]:
     """Send every rank's message round, and yield what comes by, this rank's own first.
 
@@ -120,19 +120,19 @@ def circulate(
     Raises:
         PeerError: a neighbour did not do its part in time.
     """
-    size = len(lap.ring)
-    left, right = lap.ring[lap.index - 1], lap.ring[(lap.index + 1) % size]
+    size = len(schedule.ring)
+    left, right = schedule.ring[schedule.index - 1], schedule.ring[(schedule.index + 1) % size]
     held = own
     for step in range(size):
-        origin, following = (lap.index - step) % size, (lap.index - step - 1) % size
+        origin, following = (schedule.index - step) % size, (schedule.index - step - 1) % size
         sends: list[Message] = []
         receives: list[Message] = []
-        if lap.hops[origin] > step:
+        if schedule.hops[origin] > step:
             assert held is not None
             sends.append((right, held))
         arriving = None
-        if step + 1 < size and lap.hops[following] > step:
-            arriving = buffers.take(f"lap {step % 2}", lap.shapes[following], lap.dtype)
+        if step + 1 < size and schedule.hops[following] > step:
+            arriving = buffers.take(f"lap {step % 2}", schedule.shapes[following], schedule.dtype)
             receives.append((left, arriving))
         pending = _exchange(comm, sends, receives)
         yield step, held
@@ -151,7 +151,7 @@ def _exchange(
 
 
 @dataclass(frozen=True, slots=True)
-class Heads:
+class HeadShape:
     """The sizes of this rank's tensors, the same on every rank of its ring."""
 
     num_heads: int  # N
@@ -181,9 +181,9 @@ class RingLoop:
 
     def __init__(
         self,
-        table: PieceTable,
+        table: AttentionTiles,
         cp_rank: int,
-        heads: Heads,
+        heads: HeadShape,
         comm: RingComm | None,
         kernel: AttentionKernel,
         buffers: RingBuffers,
@@ -197,14 +197,14 @@ class RingLoop:
         self.ring = partition.ring
         self.index = self.ring.index(cp_rank)
         shards = partition.shards
-        self._kv_lap = Lap(
+        self._kv_lap = RingSchedule(
             self.ring,
             self.index,
             tuple(partition.kv_hops(index) for index in range(partition.size)),
             tuple(heads.kv_shape(len(shard.block_ids)) for shard in shards),
             heads.dtype,
         )
-        self._q_lap = Lap(
+        self._q_lap = RingSchedule(
             self.ring,
             self.index,
             tuple(partition.q_hops(index) for index in range(partition.size)),

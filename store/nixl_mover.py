@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 from nixl import nixl_agent, nixl_agent_config
 
-from kvcache.tiers.movers import FileMover, Piece, ends_early
+from kvcache.tiers.movers import ByteRange, FileMover, ends_early
 from kvtransfer.transport.nixl_library import NIXL_ERRORS, route_library_log
 from protocol.errors import ConfigError
 
@@ -71,17 +71,17 @@ class NixlMover(FileMover):
         while self._idle:
             self._idle.pop().close()
 
-    def _read(self, file: int, offset: int, pieces: Sequence[Piece]) -> None:
+    def _read(self, file: int, offset: int, pieces: Sequence[ByteRange]) -> None:
         if os.fstat(file).st_size < offset + _size(pieces):
             raise ends_early()
         self._move("READ", file, offset, pieces)
 
-    def _write(self, file: int, offset: int, pieces: Sequence[Piece]) -> None:
+    def _write(self, file: int, offset: int, pieces: Sequence[ByteRange]) -> None:
         # NIXL's errors have no errno, and a full disk is not like any other: it is noticed here.
         os.posix_fallocate(file, offset, _size(pieces))
         self._move("WRITE", file, offset, pieces)
 
-    def _move(self, operation: str, file: int, offset: int, pieces: Sequence[Piece]) -> None:
+    def _move(self, operation: str, file: int, offset: int, pieces: Sequence[ByteRange]) -> None:
         try:
             agent = self._take()
         except _FAILURES as error:
@@ -128,7 +128,7 @@ class _Agent:
         region = (self._base_address, memory.nbytes, 0, "")
         self._memory = self._nixl.register_memory([region], "DRAM", backends=self._backends)
 
-    def move(self, operation: str, file: int, offset: int, pieces: Sequence[Piece]) -> None:
+    def move(self, operation: str, file: int, offset: int, pieces: Sequence[ByteRange]) -> None:
         """Returns when it is done; raises one of ``_FAILURES``, and must be closed then."""
         in_memory = np.zeros((len(pieces), 3), dtype=np.uint64)
         in_memory[:, :2] = pieces
@@ -179,5 +179,5 @@ class _Agent:
         del self._nixl
 
 
-def _size(pieces: Sequence[Piece]) -> int:
+def _size(pieces: Sequence[ByteRange]) -> int:
     return sum(num_bytes for _, num_bytes in pieces)

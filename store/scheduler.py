@@ -1,6 +1,6 @@
 """What a store does next: KV comes in, goes to disk, comes up again and is lent. Pure.
 
-The life of a deposit
+The life of an offload
 1. ``Reserve``, exactly as a decode pool gets it, or ``Collect``, queues it. When there is room it
    gets blocks for what is not on disk, the hand-off is opened, and then the ``Ticket`` is given: a
    prefill pool hands its KV over while it computes. For a ``Collect`` the pool that has the KV is
@@ -10,7 +10,7 @@ The life of a deposit
 3. What arrived in full of a hand-off that broke, or was aborted, is kept as well: the next attempt
    goes on from there.
 
-Whoever wants KV asks for it by hash (loans.py): a decode pool before it computes a prompt, a
+Whoever wants KV asks for it by hash (onboardings.py): a decode pool before it computes a prompt, a
 prefill pool that goes on where another one ended.
 """
 
@@ -54,9 +54,9 @@ from protocol.messages import (
     cache_updates,
 )
 from protocol.plans import StepResult
-from store.deposit import Deposit
-from store.loans import Loans
-from store.states import State, StoreEvent
+from store.offload import Offload
+from store.onboarding import Onboardings
+from store.states import StoreEvent, StoreState
 from store.writing import Key, WriteBehind
 
 HOST, DISK = "cpu", "disk"
@@ -94,14 +94,14 @@ class StoreScheduler:
         self._index = index
         self._facts = facts
         self._writing = WriteBehind(pool, index, facts.block_bytes, facts.pack_blocks)
-        self._loans = Loans(pool, index, self._writing)
-        self._deposits: dict[Key, Deposit] = {}  # in order of arrival
+        self._onboardings = Onboardings(pool, index, self._writing)
+        self._offloads: dict[Key, Offload] = {}  # in order of arrival
         self._ended = EndedAttempts()
         self._commands: list[Command] = []
         for update in cache_updates(index.hashes, DISK):
             self._send(update)
         if damaged:
-            self._loans.num_damaged += len(damaged)
+            self._onboardings.num_damaged += len(damaged)
             self._send(CacheUpdate(tier=DISK, damaged=damaged))
 
     # -- in ----------------------------------------------------------------------------------------
@@ -116,16 +116,16 @@ class StoreScheduler:
             case HandoffBroken(side="target"):
                 self._on_broken(event)
             case Fetch():
-                self._loans.ask(event, self._wanted(event), now)
+                self._onboardings.ask(event, self._wanted(event), now)
             case SourceClosed():
-                self._loans.on_closed((event.request_id, event.attempt))
+                self._onboardings.on_closed((event.request_id, event.attempt))
                 self._say_released((event.request_id, event.attempt))
             case HandoffBroken(side="source"):
-                self._loans.close((event.request_id, event.attempt))
+                self._onboardings.close((event.request_id, event.attempt))
             case PackWritten():
                 self._on_written(event, now)
             case PackRead():
-                self._loans.on_read(event)
+                self._onboardings.on_read(event)
 
     def _on_message(self, message: ToRank) -> None:
         match message:
@@ -143,140 +143,140 @@ class StoreScheduler:
     def _on_deposit(self, message: Reserve | Collect) -> None:
         """Queue it. A duplicate changes nothing; a newer attempt ends the older ones."""
         key = (message.request_id, message.attempt)
-        others = [d for d in self._deposits.values() if d.key[0] == message.request_id]
+        others = [d for d in self._offloads.values() if d.key[0] == message.request_id]
         if self._ended.covers(*key) or any(other.key[1] >= key[1] for other in others):
             return
         for other in others:
             self._give_up(other)
         facts = self._facts
-        deposit = Deposit.of(message, facts.block_size, facts.model_fingerprint)
-        self._deposits[key] = deposit
-        if deposit.num_blocks - self._num_known(deposit) > self._pool.num_blocks:
+        offload = Offload.of(message, facts.block_size, facts.model_fingerprint)
+        self._offloads[key] = offload
+        if offload.num_blocks - self._num_known(offload) > self._pool.num_blocks:
             room = self._pool.num_blocks * facts.block_size
             text = f"more than the {room} tokens of the store's memory at a time"
-            self._fail(deposit, "kv_capacity_exceeded", text)
+            self._fail(offload, "kv_capacity_exceeded", text)
 
     def _wanted(self, event: Fetch) -> tuple[bytes, ...]:
         """The hashes that are asked for; a pool that has none means those of its own hand-off."""
-        deposit = self._deposits.get((event.request_id, event.attempt))
-        if event.block_hashes or deposit is None:
+        offload = self._offloads.get((event.request_id, event.attempt))
+        if event.block_hashes or offload is None:
             return event.block_hashes
-        return deposit.hashes[event.first_logical : event.first_logical + len(event.owners)]
+        return offload.hashes[event.first_logical : event.first_logical + len(event.owners)]
 
     def _on_abort(self, message: Abort) -> None:
         key = (message.request_id, message.attempt)
-        deposit = self._deposits.get(key)
-        self._loans.close(key)
-        if deposit is not None:
-            deposit.is_doubtful |= message.is_doubtful
-            self._give_up(deposit)
+        offload = self._offloads.get(key)
+        self._onboardings.close(key)
+        if offload is not None:
+            offload.is_doubtful |= message.is_doubtful
+            self._give_up(offload)
         else:
             self._ended.add(*key)
             self._say_released(key)
 
     def _on_ask(self, key: Key) -> None:
         """Say again what may have been lost on its way; a ticket is a sign of life, too."""
-        deposit = self._deposits.get(key)
-        if deposit is None:
+        offload = self._offloads.get(key)
+        if offload is None:
             self._say_released(key)
-        elif deposit.source is None and deposit.state in (State.RESERVED, State.STORING):
-            self._give_ticket(deposit)
+        elif offload.source is None and offload.state in (StoreState.RESERVED, StoreState.STORING):
+            self._give_ticket(offload)
 
     # -- hand-offs into the store ------------------------------------------------------------------
 
     def _on_target(self, event: TargetIsOpen | TargetCommitted | TargetClosed, now: float) -> None:
-        deposit = self._deposits.get((event.request_id, event.attempt))
-        if deposit is None or not deposit.holds_handoff:
+        offload = self._offloads.get((event.request_id, event.attempt))
+        if offload is None or not offload.holds_handoff:
             return
         match event:
-            case TargetIsOpen() if deposit.state is State.OPENING:
-                deposit.advance(StoreEvent.OPENED)
-                if deposit.source is None:
-                    self._give_ticket(deposit)
+            case TargetIsOpen() if offload.state is StoreState.OPENING:
+                offload.advance(StoreEvent.OPENED)
+                if offload.source is None:
+                    self._give_ticket(offload)
                 else:
-                    self._commands.append(deposit.ask())
-            case TargetCommitted() if deposit.state is State.RESERVED:
-                self._on_committed(deposit, event, now)
-            case TargetCommitted() if deposit.state is State.CLOSING:
-                deposit.advance(StoreEvent.COMMITTED)
-                self._end_transfer(deposit, len(deposit.blocks), now)
-                self._forget(deposit)
-            case TargetClosed() if deposit.state is State.CLOSING:
-                deposit.advance(StoreEvent.CLOSED)
-                self._end_transfer(deposit, event.num_whole_blocks, now)
-                self._forget(deposit)
+                    self._commands.append(offload.ask())
+            case TargetCommitted() if offload.state is StoreState.RESERVED:
+                self._on_committed(offload, event, now)
+            case TargetCommitted() if offload.state is StoreState.CLOSING:
+                offload.advance(StoreEvent.COMMITTED)
+                self._end_transfer(offload, len(offload.blocks), now)
+                self._forget(offload)
+            case TargetClosed() if offload.state is StoreState.CLOSING:
+                offload.advance(StoreEvent.CLOSED)
+                self._end_transfer(offload, event.num_whole_blocks, now)
+                self._forget(offload)
 
-    def _give_ticket(self, deposit: Deposit) -> None:
-        self._send(Ticket(*deposit.key, deposit.first * self._facts.block_size))
+    def _give_ticket(self, offload: Offload) -> None:
+        self._send(Ticket(*offload.key, offload.first * self._facts.block_size))
 
-    def _on_committed(self, deposit: Deposit, event: TargetCommitted, now: float) -> None:
-        deposit.advance(StoreEvent.COMMITTED)
-        if deposit.source is None:
-            self._send(Committed(*deposit.key, event.stats))
-        error = self._end_transfer(deposit, len(deposit.blocks), now, waits=True)
+    def _on_committed(self, offload: Offload, event: TargetCommitted, now: float) -> None:
+        offload.advance(StoreEvent.COMMITTED)
+        if offload.source is None:
+            self._send(Committed(*offload.key, event.stats))
+        error = self._end_transfer(offload, len(offload.blocks), now, waits=True)
         if error:
-            self._fail(deposit, STORAGE_FULL, error)
-        elif not self._writing.is_waiting(deposit.key):
-            self._stored(deposit)
+            self._fail(offload, STORAGE_FULL, error)
+        elif not self._writing.is_waiting(offload.key):
+            self._stored(offload)
 
     def _end_transfer(
-        self, deposit: Deposit, num_whole: int, now: float, *, waits: bool = False
+        self, offload: Offload, num_whole: int, now: float, *, waits: bool = False
     ) -> str:
         """No byte lands in its blocks any more: the leading whole ones are kept."""
-        self._pool.end_transfer(deposit.blocks)
-        num_kept = min(num_whole, len(deposit.hashes) - deposit.first)
-        if deposit.is_doubtful:
+        self._pool.end_transfer(offload.blocks)
+        num_kept = min(num_whole, len(offload.hashes) - offload.first)
+        if offload.is_doubtful:
             num_kept = 0
-        self._pool.release(deposit.blocks[num_kept:])
-        kept, deposit.blocks = deposit.blocks[:num_kept], []
-        key = deposit.key if waits else None
-        error = self._writing.keep(key, deposit.chain(num_kept), kept, now)
+        self._pool.release(offload.blocks[num_kept:])
+        kept, offload.blocks = offload.blocks[:num_kept], []
+        key = offload.key if waits else None
+        error = self._writing.keep(key, offload.chain(num_kept), kept, now)
         if waits:  # others may be writing what was known when blocks were granted
-            self._writing.wait(deposit.key, deposit.hashes)
+            self._writing.wait(offload.key, offload.hashes)
         return error
 
     def _on_broken(self, event: HandoffBroken) -> None:
-        deposit = self._deposits.get((event.request_id, event.attempt))
-        if deposit is not None and deposit.state in (State.OPENING, State.RESERVED):
-            self._fail(deposit, "handoff_failed", event.reason)
+        offload = self._offloads.get((event.request_id, event.attempt))
+        if offload is not None and offload.state in (StoreState.OPENING, StoreState.RESERVED):
+            self._fail(offload, "handoff_failed", event.reason)
 
     def _on_written(self, done: PackWritten, now: float) -> None:
         ready, failed = self._writing.on_written(done, now)
         for key in ready:
-            self._stored(self._deposits[key])
+            self._stored(self._offloads[key])
         for key in failed:
-            self._fail(self._deposits[key], STORAGE_FULL, f"not written to disk: {done.error}")
+            self._fail(self._offloads[key], STORAGE_FULL, f"not written to disk: {done.error}")
 
-    def _stored(self, deposit: Deposit) -> None:
+    def _stored(self, offload: Offload) -> None:
         """Every full block of it is durable."""
-        deposit.advance(StoreEvent.STORED)
-        num_tokens = len(deposit.hashes) * self._facts.block_size
-        self._send(Stored(*deposit.key, num_tokens))
-        self._forget(deposit)
+        offload.advance(StoreEvent.STORED)
+        num_tokens = len(offload.hashes) * self._facts.block_size
+        self._send(Stored(*offload.key, num_tokens))
+        self._forget(offload)
 
     # -- the ways out ------------------------------------------------------------------------------
 
-    def _fail(self, deposit: Deposit, code: str, message: str) -> None:
-        self._send(RequestFailed(*deposit.key, code, message))
-        self._give_up(deposit)
+    def _fail(self, offload: Offload, code: str, message: str) -> None:
+        self._send(RequestFailed(*offload.key, code, message))
+        self._give_up(offload)
 
-    def _give_up(self, deposit: Deposit) -> None:
-        if deposit.state in (State.OPENING, State.RESERVED):
-            deposit.advance(StoreEvent.CLOSE)
-            self._commands.append(CloseTarget(*deposit.key))
-        elif deposit.state is not State.CLOSING:
-            deposit.advance(StoreEvent.END)
-            self._writing.forget(deposit.key)
-            self._forget(deposit)
+    def _give_up(self, offload: Offload) -> None:
+        if offload.state in (StoreState.OPENING, StoreState.RESERVED):
+            offload.advance(StoreEvent.CLOSE)
+            self._commands.append(CloseTarget(*offload.key))
+        elif offload.state is not StoreState.CLOSING:
+            offload.advance(StoreEvent.END)
+            self._writing.forget(offload.key)
+            self._forget(offload)
 
-    def _forget(self, deposit: Deposit) -> None:
-        self._index.pin(_owner(deposit), (), "hard")
-        del self._deposits[deposit.key]
-        self._ended.add(*deposit.key)
-        self._say_released(deposit.key)
+    def _forget(self, offload: Offload) -> None:
+        self._index.pin(_owner(offload), (), "hard")
+        del self._offloads[offload.key]
+        self._ended.add(*offload.key)
+        self._say_released(offload.key)
 
     def _say_released(self, key: Key) -> None:
-        if key not in self._deposits and key not in self._loans:
+        if key not in self._offloads and key not in self._onboardings:
             self._send(Released(*key))
 
     def _send(self, message: ToCoordinator) -> None:
@@ -285,41 +285,41 @@ class StoreScheduler:
     # -- out ---------------------------------------------------------------------------------------
 
     def schedule(self, now: float) -> None:
-        """Grant blocks, in the order of arrival, to those for whom there is room; then loans."""
-        for deposit in list(self._deposits.values()):
-            if deposit.state is State.QUEUED and not self._grant(deposit):
+        """Grant blocks to offloads in order of arrival while there is room, then to onboardings."""
+        for offload in list(self._offloads.values()):
+            if offload.state is StoreState.QUEUED and not self._grant(offload):
                 break
-        self._loans.go_on(now)
-        self._loans.tick(now)
+        self._onboardings.go_on(now)
+        self._onboardings.tick(now)
 
     def update(self, plan: Never, results: Iterable[StepResult], now: float) -> None:
         """Never called: a store computes nothing, so that ``schedule`` has no plan."""
         raise AssertionError(plan, results, now)
 
-    def _num_known(self, deposit: Deposit) -> int:
+    def _num_known(self, offload: Offload) -> int:
         num_known = 0
-        while num_known < deposit.max_first and self._writing.covers(deposit.hashes[num_known]):
+        while num_known < offload.max_first and self._writing.covers(offload.hashes[num_known]):
             num_known += 1
         return num_known
 
-    def _grant(self, deposit: Deposit) -> bool:
-        first = self._num_known(deposit)
-        num_new = deposit.num_blocks - first
+    def _grant(self, offload: Offload) -> bool:
+        first = self._num_known(offload)
+        num_new = offload.num_blocks - first
         if not self._pool.can_allocate(num_new):
             return False
-        deposit.first = first
+        offload.first = first
         # What it goes on from must not be given up before it is there.
-        self._index.pin(_owner(deposit), deposit.hashes[:first], "hard")
+        self._index.pin(_owner(offload), offload.hashes[:first], "hard")
         if num_new == 0:  # a Collect of what is here
-            deposit.advance(StoreEvent.KNOWN)
-            self._writing.wait(deposit.key, deposit.hashes)
-            if not self._writing.is_waiting(deposit.key):
-                self._stored(deposit)
+            offload.advance(StoreEvent.KNOWN)
+            self._writing.wait(offload.key, offload.hashes)
+            if not self._writing.is_waiting(offload.key):
+                self._stored(offload)
             return True
-        deposit.advance(StoreEvent.GRANT)
-        deposit.blocks = self._pool.allocate(num_new)
-        self._pool.begin_transfer(deposit.blocks)
-        self._commands.append(deposit.open())
+        offload.advance(StoreEvent.GRANT)
+        offload.blocks = self._pool.allocate(num_new)
+        self._pool.begin_transfer(offload.blocks)
+        self._commands.append(offload.open())
         return True
 
     def take_commands(self) -> list[Command]:
@@ -331,13 +331,13 @@ class StoreScheduler:
             if stored or evicted:
                 self._send(CacheUpdate(stored, evicted, tier, damaged))
         self._commands += self._writing.take_jobs()
-        self._commands += self._loans.take_commands()
+        self._commands += self._onboardings.take_commands()
         commands, self._commands = self._commands, []
         return commands
 
     @property
     def is_idle(self) -> bool:
-        return not (self._deposits or len(self._loans) or len(self._writing))
+        return not (self._offloads or len(self._onboardings) or len(self._writing))
 
     def check(self) -> None:
         """Assert that every block is accounted for."""
@@ -345,23 +345,23 @@ class StoreScheduler:
 
     def load(self) -> Load:
         """What the heartbeat says."""
-        num_queued = sum(deposit.state is State.QUEUED for deposit in self._deposits.values())
+        num_queued = sum(offload.state is StoreState.QUEUED for offload in self._offloads.values())
         return Load(
             num_waiting=num_queued,
-            num_running=len(self._deposits) - num_queued,
+            num_running=len(self._offloads) - num_queued,
             blocks=(self._pool.counts(),),
             counters={
                 "store_disk_bytes": self._index.num_bytes,
                 "store_disk_quota_bytes": self._index.quota_bytes,
                 "store_packs": len(self._index),
                 "store_packs_evicted": self._index.num_evicted,
-                "store_packs_damaged": self._loans.num_damaged,
+                "store_packs_damaged": self._onboardings.num_damaged,
                 "store_written_bytes": self._writing.num_written_bytes,
-                "store_loaded_blocks": self._loans.num_loaded_blocks,
-                "store_lent_blocks": self._loans.num_lent_blocks,
+                "store_loaded_blocks": self._onboardings.num_loaded_blocks,
+                "store_lent_blocks": self._onboardings.num_lent_blocks,
             },
         )
 
 
-def _owner(deposit: Deposit) -> str:
-    return f"deposit {deposit.key}"
+def _owner(offload: Offload) -> str:
+    return f"offload {offload.key}"

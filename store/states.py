@@ -1,23 +1,22 @@
-"""The states of what a store takes in, a *deposit*, and of what it gives out, a *loan*.
+"""The states of what a store takes in, an *offload*, and of what it gives out, a *onboarding*.
 
 ::
 
-    deposit  QUEUED --grant--> OPENING --opened--> RESERVED --committed--> STORING --stored--> GONE
+    offload  QUEUED --grant--> OPENING --opened--> RESERVED --committed--> STORING --stored--> GONE
              QUEUED --known--> STORING       QUEUED, STORING --end--> GONE
              OPENING, RESERVED --close--> CLOSING --closed or committed--> GONE
 
-    loan     QUEUED --load--> LOADING --loaded--> SERVING --closed--> GONE
+    onboarding     QUEUED --load--> LOADING --loaded--> SERVING --closed--> GONE
              QUEUED, LOADING --end--> GONE
 
-A deposit has no block of its own from STORING on: what it brought is the store's, and being written
-behind it. A loan in LOADING that is not wanted any more ends when the disk has answered, for bytes
-land until then.
+From STORING on, an offload owns no block: the blocks are the store's and are written behind it. An
+onboarding that is given up in LOADING ends only when the disk has answered: until then bytes land.
 """
 
 import enum
 
 
-class State(enum.Enum):
+class StoreState(enum.Enum):
     QUEUED = "queued"  # waits for room in the store's memory
     OPENING = "opening"
     RESERVED = "reserved"  # a peer may write into its blocks
@@ -41,24 +40,24 @@ class StoreEvent(enum.Enum):
     END = "end"
 
 
-DEPOSIT: dict[tuple[State, StoreEvent], State] = {
-    (State.QUEUED, StoreEvent.GRANT): State.OPENING,
-    (State.QUEUED, StoreEvent.KNOWN): State.STORING,
-    (State.QUEUED, StoreEvent.END): State.GONE,
-    (State.OPENING, StoreEvent.OPENED): State.RESERVED,
-    (State.OPENING, StoreEvent.CLOSE): State.CLOSING,
-    (State.RESERVED, StoreEvent.COMMITTED): State.STORING,
-    (State.RESERVED, StoreEvent.CLOSE): State.CLOSING,
-    (State.STORING, StoreEvent.STORED): State.GONE,
-    (State.STORING, StoreEvent.END): State.GONE,
-    (State.CLOSING, StoreEvent.CLOSED): State.GONE,
-    (State.CLOSING, StoreEvent.COMMITTED): State.GONE,
+OFFLOAD: dict[tuple[StoreState, StoreEvent], StoreState] = {
+    (StoreState.QUEUED, StoreEvent.GRANT): StoreState.OPENING,
+    (StoreState.QUEUED, StoreEvent.KNOWN): StoreState.STORING,
+    (StoreState.QUEUED, StoreEvent.END): StoreState.GONE,
+    (StoreState.OPENING, StoreEvent.OPENED): StoreState.RESERVED,
+    (StoreState.OPENING, StoreEvent.CLOSE): StoreState.CLOSING,
+    (StoreState.RESERVED, StoreEvent.COMMITTED): StoreState.STORING,
+    (StoreState.RESERVED, StoreEvent.CLOSE): StoreState.CLOSING,
+    (StoreState.STORING, StoreEvent.STORED): StoreState.GONE,
+    (StoreState.STORING, StoreEvent.END): StoreState.GONE,
+    (StoreState.CLOSING, StoreEvent.CLOSED): StoreState.GONE,
+    (StoreState.CLOSING, StoreEvent.COMMITTED): StoreState.GONE,
 }
 
-LOAN: dict[tuple[State, StoreEvent], State] = {
-    (State.QUEUED, StoreEvent.LOAD): State.LOADING,
-    (State.QUEUED, StoreEvent.END): State.GONE,
-    (State.LOADING, StoreEvent.LOADED): State.SERVING,
-    (State.LOADING, StoreEvent.END): State.GONE,
-    (State.SERVING, StoreEvent.CLOSED): State.GONE,
+ONBOARDING: dict[tuple[StoreState, StoreEvent], StoreState] = {
+    (StoreState.QUEUED, StoreEvent.LOAD): StoreState.LOADING,
+    (StoreState.QUEUED, StoreEvent.END): StoreState.GONE,
+    (StoreState.LOADING, StoreEvent.LOADED): StoreState.SERVING,
+    (StoreState.LOADING, StoreEvent.END): StoreState.GONE,
+    (StoreState.SERVING, StoreEvent.CLOSED): StoreState.GONE,
 }

@@ -23,9 +23,9 @@ from kvcache.tiers.jobs import DiskJob
 from kvtransfer.events import Command
 from modeling.checkpoint.config import load_config
 from modeling.checkpoint.dtypes import serving_dtype
+from protocol.crash_points import CrashPoints
 from protocol.errors import ConfigError
 from protocol.messages import GangReady
-from protocol.places import Places
 from store.config import StoreConfig
 from store.disk import Disk
 from store.disk_io import open_mover
@@ -47,10 +47,10 @@ def serve(config: StoreConfig) -> None:
     layout = plan_layout(config, model, dtype, config.kv_memory_bytes)
     check_free(layout.num_bytes, torch.device("cpu"))
     pool = KVPool(layout, torch.device("cpu"))
-    places = Places(config.failpoints)
+    crash_points = CrashPoints(config.failpoints)
     mover = open_mover(config.disk_io, pool.view())
     try:
-        files = PackFiles(Path(config.folder), pool, model.fingerprint, mover, places)
+        files = PackFiles(Path(config.folder), pool, model.fingerprint, mover, crash_points)
     except OSError as error:
         raise ConfigError(f"--data-dir: {config.folder}: {error.strerror}") from error
     index = PackIndex(config.disk_quota_bytes)
@@ -86,4 +86,4 @@ def serve(config: StoreConfig) -> None:
             for command in scheduler.take_commands():  # what is on disk, before it is asked for
                 submit(command)
             process.tell(GangReady())
-            process.lead(scheduler, assert_never, submit=submit, counters=places.hits)
+            process.lead(scheduler, assert_never, submit=submit, counters=crash_points.hits)

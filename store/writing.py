@@ -1,7 +1,7 @@
 """Write-behind: what a store has taken in goes to disk, and who waits for that. Pure.
 
 The life of a write
-1. ``keep`` takes blocks over from their deposit, names them by their hashes, so that they can be
+1. ``keep`` takes blocks over from their offload, names them by their hashes, so that they can be
    lent from now on, and makes one job of each ``pack_blocks`` of them. Packs of less value make
    room.
 2. ``on_written``: they are durable. The store lets go of the blocks; they stay in its memory until
@@ -9,7 +9,7 @@ The life of a write
 3. A disk that is full gives up what is worth least, once; after that the write has failed, and all
    who wait for it learn it.
 
-Who brings what another deposit is writing already waits for that write.
+Who brings what another offload is writing already waits for that write.
 """
 
 from collections.abc import Sequence
@@ -75,7 +75,7 @@ class WriteBehind:
         return block_hash in self._index or block_hash in self._writing
 
     def keep(self, key: Key | None, chain: Chain, blocks: Sequence[BlockRef], now: float) -> str:
-        """Take over ``blocks``, which their deposit owns, and write what is not there yet.
+        """Take over ``blocks``, which their offload owns, and write what is not there yet.
 
         Args:
             key: who waits for it.

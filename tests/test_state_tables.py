@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from coordinator.records.records import TABLE, Record, RecordEvent, State
+from coordinator.records.records import TABLE, Record, RecordEvent, RecordState
 from protocol.errors import IllegalTransition
 from protocol.request import SamplingParams
 from protocol.token_ids import TokenIds
@@ -23,8 +23,10 @@ def test_the_document_shows_the_tables_as_they_are() -> None:
         assert drawing(ways) in text, name
 
 
-@pytest.mark.parametrize(("state", "event"), list(itertools.product(State, RecordEvent)))
-def test_a_record_takes_only_the_events_of_its_table(state: State, event: RecordEvent) -> None:
+@pytest.mark.parametrize(("state", "event"), list(itertools.product(RecordState, RecordEvent)))
+def test_a_record_takes_only_the_events_of_its_table(
+    state: RecordState, event: RecordEvent
+) -> None:
     record = Record(
         "r", 1, TokenIds.of((1, 2)), SamplingParams(max_tokens=1), "tenant", state=state
     )

@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 from coordinator.cluster.control import ControlPlane, Owner
 from coordinator.cluster.registry import Registry
+from protocol.crash_points import exit_here
 from protocol.failpoints import (
     CONTROL_SEND,
     DELAY,
@@ -27,7 +28,6 @@ from protocol.failpoints import (
     kind_of,
 )
 from protocol.messages import ToRank
-from protocol.places import exit_here
 from protocol.sockets import AsyncRouter
 
 

@@ -14,7 +14,7 @@ class HelloRefused(PeerError):
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class JoinRequirements:
     """What every rank of the cluster must agree to."""
 
     model_fingerprint: str  # of the model that the coordinator tokenizes for

@@ -21,7 +21,7 @@ class Displaced:
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class Timeouts:
     """For how long what is allowed; in seconds."""
 
     silent_s: float = 4.0  # a rank of a ready pool

@@ -20,7 +20,7 @@ from coordinator.cluster.router import (
 )
 from coordinator.config import CoordinatorConfig
 from coordinator.records.loads import Loads
-from coordinator.records.records import Record, State
+from coordinator.records.records import Record, RecordState
 from protocol.messages import CacheUpdate
 
 STORE_TIERS = ("cpu", "disk")
@@ -89,7 +89,7 @@ class Placement:
     def store_hint(self, record: Record) -> tuple[str, int, int] | None:
         """(store, its epoch, tokens of the prompt that it has), if its decode pool has fewer."""
         store = self.store()
-        if store is None or record.is_deposit:
+        if store is None or record.is_offload:
             return None
         num_blocks = self.num_stored_blocks(record.block_hashes, STORE_TIERS)
         if num_blocks <= self._prefixes.num_cached_blocks(record.decode_pool, record.block_hashes):
@@ -109,7 +109,7 @@ class Placement:
         Args:
             loads: what the pools have to do for all others.
         """
-        if record.is_deposit:
+        if record.is_offload:
             store = self.store()  # which is no use without somebody who computes
             is_served = store is not None and bool(self._registry.serving("prefill"))
             return store.pool_id if store is not None and is_served else None
@@ -140,7 +140,7 @@ class Placement:
         num_cached = record.num_target_cached_tokens or 0
         threshold = self._config.local_prefill_threshold
         is_short = computes_here(record.num_attempt_tokens, num_cached, threshold)
-        if is_short and not record.is_deposit:
+        if is_short and not record.is_offload:
             return None
         target = self._registry.pools[record.decode_pool]
         reaching = [
@@ -169,7 +169,7 @@ class Placement:
     def can_avoid(self, record: Record, pool_id: str) -> bool:
         """Whether another pool that serves could do for it what this one did."""
         roles = [self._registry.pools[pool_id].spec.role]
-        if "prefill" in roles and not record.is_deposit:
+        if "prefill" in roles and not record.is_offload:
             roles.append("decode")  # which can compute a prompt as well
         others = (pool.pool_id for role in roles for pool in self._registry.serving(role))
         return any(other not in (pool_id, *record.flawed) for other in others)
@@ -190,10 +190,10 @@ class Placement:
 def computed_by(record: Record, pool_id: str) -> bool:
     """Whether the pool was computing it, as far as is known: it may be what has killed the pool."""
     if pool_id == record.decode_pool:
-        return record.state in (State.COMPUTING, State.DECODING)
+        return record.state in (RecordState.COMPUTING, RecordState.DECODING)
     return (
         pool_id == record.prefill_pool
-        and record.state is State.PREFILLING
+        and record.state is RecordState.PREFILLING
         and record.is_prefill_begun
         and record.path is None
     )
@@ -206,4 +206,4 @@ def needs(record: Record, pool_id: str) -> bool:
     if pool_id != record.prefill_pool:
         return False
     # The first token of the attempt may have been lost with the pool although all was committed.
-    return record.state is State.PREFILLING or record.path is None
+    return record.state is RecordState.PREFILLING or record.path is None

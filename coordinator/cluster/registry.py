@@ -21,8 +21,8 @@ A pool's epoch has the coordinator's in its high bits, so it rises over coordina
 
 from collections.abc import Iterable
 
-from coordinator.cluster.joining import HelloRefused, Terms
-from coordinator.cluster.losses import Displaced, Loss, Patience
+from coordinator.cluster.joining import HelloRefused, JoinRequirements
+from coordinator.cluster.losses import Displaced, Loss, Timeouts
 from coordinator.cluster.pools import Pool, PoolState, Rank
 from coordinator.config import ExpectedPool
 from protocol.errors import PeerError
@@ -49,27 +49,27 @@ class Registry:
 
     Args:
         pools: what the cluster consists of.
-        terms: what every rank must agree to.
+        requirements: what every rank must agree to.
         coordinator_epoch: higher each time the coordinator starts.
-        patience: with ranks and gangs.
+        timeouts: with ranks and gangs.
         rejoining: pools that run already, under an earlier coordinator.
     """
 
     def __init__(
         self,
         pools: Iterable[ExpectedPool],
-        terms: Terms,
+        requirements: JoinRequirements,
         *,
         coordinator_epoch: int,
-        patience: Patience,
+        timeouts: Timeouts,
         rejoining: Iterable[str] = (),
     ) -> None:
         first_epoch = (coordinator_epoch << EPOCH_BITS) + 1
         self.pools = {spec.pool_id: Pool(spec, first_epoch) for spec in pools}
         self.version = 0
         self.coordinator_epoch = coordinator_epoch
-        self._terms = terms
-        self._patience = patience
+        self._requirements = requirements
+        self._timeouts = timeouts
         self._peers: dict[str, tuple[Pool, Rank]] = {}
         self._last_check: float | None = None
         self._is_due = False  # a topology, held back for a gang that is expected
@@ -215,7 +215,7 @@ class Registry:
         last = now if self._last_check is None else self._last_check
         pause_s = now - last - CHECK_INTERVAL_S
         self._last_check = now
-        if pause_s > self._patience.silent_s / 2:
+        if pause_s > self._timeouts.silent_s / 2:
             for _, rank in self._peers.values():
                 rank.last_seen += pause_s
             for pool in self.pools.values():
@@ -226,23 +226,23 @@ class Registry:
 
     def _overdue(self, pool: Pool, now: float) -> Loss | None:
         is_ready = pool.state is PoolState.READY
-        patience = self._patience
+        timeouts = self._timeouts
         for number, rank in pool.ranks.items():
             silent_s = now - rank.last_seen
-            if silent_s > (patience.silent_s if is_ready else patience.starting_s):
+            if silent_s > (timeouts.silent_s if is_ready else timeouts.starting_s):
                 reason = f"rank {number} was silent for {silent_s:.1f} s"
                 return Loss(pool.pool_id, reason, is_over=not is_ready)
         if is_ready:
             ages = {n: r.heartbeat.step_age_s for n, r in pool.ranks.items() if r.heartbeat}
             oldest = max(ages, key=lambda number: ages[number], default=0)
-            if ages and ages[oldest] > patience.step_s:
+            if ages and ages[oldest] > timeouts.step_s:
                 reason = f"rank {oldest} has been in one step for {ages[oldest]:.1f} s"
                 return Loss(pool.pool_id, reason, is_over=True)
         elif pool.is_awaited:
             if pool.awaited_until is None:
-                pool.awaited_until = now + patience.rejoin_s
+                pool.awaited_until = now + timeouts.rejoin_s
             elif now > pool.awaited_until:
-                reason = f"it did not come back within {patience.rejoin_s:.0f} s"
+                reason = f"it did not come back within {timeouts.rejoin_s:.0f} s"
                 return Loss(pool.pool_id, reason, is_over=True)
         return None
 
@@ -291,8 +291,8 @@ class Registry:
     def _check_hello(self, hello: Hello) -> Pool:
         pool = self.pools.get(hello.pool_id)
         others = (rank.hello for _, rank in self._peers.values())
-        self._terms.check(hello, None if pool is None else pool.spec, others)
-        assert pool is not None, "the terms ask for a pool that exists"
+        self._requirements.check(hello, None if pool is None else pool.spec, others)
+        assert pool is not None, "the requirements ask for a pool that exists"
         if hello.gang_start < pool.gang_start or hello.endpoint.incarnation in pool.ended:
             raise HelloRefused(f"this gang of {pool.pool_id} was lost: {pool.reason}")
         return pool
@@ -305,10 +305,10 @@ class Registry:
         return [(rank.peer, welcome) for rank in pool.ranks.values()]
 
     def _is_held(self) -> bool:
-        patience, now = self._patience, self._last_check or 0.0
+        timeouts, now = self._timeouts, self._last_check or 0.0
         return any(
             pool.awaited_until is None
-            or now < pool.awaited_until - patience.rejoin_s + patience.hold_s
+            or now < pool.awaited_until - timeouts.rejoin_s + timeouts.hold_s
             for pool in self.pools.values()
             if pool.is_awaited and pool.holds_others
         )

@@ -24,7 +24,7 @@ from coordinator.http.connections.limits import LimitsMiddleware
 from coordinator.http.connections.origins import CORS, OriginMiddleware, Origins
 from coordinator.http.documents_api import add_documents
 from coordinator.http.files_api import add_files
-from coordinator.http.frontend import Asker, Frontend
+from coordinator.http.frontend import Frontend, RequestContext
 from coordinator.http.metrics import (
     connection_families,
     job_families,
@@ -70,17 +70,17 @@ def build_app(frontend: Frontend, tenants: Tenants) -> FastAPI:
 def _add_generation(app: FastAPI, frontend: Frontend) -> None:
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        asker = Asker.of(request)
+        context = RequestContext.of(request)
         async with frontend.body(request) as body:
             frontend.check_ready()
-            return await complete(frontend, asker, body)
+            return await complete(frontend, context, body)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        asker = Asker.of(request)
+        context = RequestContext.of(request)
         async with frontend.body(request) as body:
             frontend.check_ready()
-            return await chat(frontend, asker, body)
+            return await chat(frontend, context, body)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

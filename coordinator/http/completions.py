@@ -3,19 +3,19 @@ rest."""
 
 from coordinator.http.answers.answer import Answer
 from coordinator.http.answers.shapes import CompletionShape
-from coordinator.http.frontend import Asker, Frontend
+from coordinator.http.frontend import Frontend, RequestContext
 from coordinator.jobs.documents.document import TEXT
 from coordinator.text.tasks import NeedsDocument, Prepared, ReadCompletion
 from coordinator.validation.bodies import Body
 
 
-async def complete(frontend: Frontend, asker: Asker, body: Body) -> Answer:
+async def complete(frontend: Frontend, context: RequestContext, body: Body) -> Answer:
     """The answer to a completion request.
 
     Raises:
         RequestError: the request cannot be served as it is.
     """
-    workers, tenant = frontend.workers, asker.tenant
+    workers, tenant = frontend.workers, context.tenant
     task = ReadCompletion(frontend.max_model_len, tenant)
     found = await workers.run(tenant.name, task, body)
     if isinstance(found, NeedsDocument):
@@ -28,4 +28,4 @@ async def complete(frontend: Frontend, asker: Asker, body: Body) -> Answer:
         with_logprobs=found.with_logprobs,
         bytes_of=frontend.tokenizer.token_bytes,
     )
-    return Answer(frontend, asker, found.options, await frontend.choices(asker, found), shape)
+    return Answer(frontend, context, found.options, await frontend.choices(context, found), shape)

@@ -66,10 +66,10 @@ class EventStream(Response):
     async def _stream(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": sse.HEADERS})
         while True:
-            if self._documents.table.bell.is_closed:  # no [DONE]: there may be more to come
+            if self._documents.table.changes.is_closed:  # no [DONE]: there may be more to come
                 await self._send(send, sse.error_event(shutting_down()), is_last=True)
                 return
-            news = self._documents.table.bell.ticket(self._document_id)
+            news = self._documents.table.changes.ticket(self._document_id)
             events, may_come = await self._documents.events(self._document_id, self._last)
             if events:
                 self._last = events[-1].sequence

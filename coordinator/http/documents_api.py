@@ -65,7 +65,7 @@ def _add_making(app: FastAPI, frontend: Frontend, documents: Documents) -> None:
         assert frontend.jobs is not None, "the route exists only with jobs"
         limits, min_free_bytes = frontend.config.limits, frontend.jobs.min_free_bytes
         await asyncio.to_thread(check_space, documents.folder, 0, min_free_bytes=min_free_bytes)
-        await documents.keeper.wait_recovered()
+        await documents.maintenance.wait_recovered()
         async with (
             frontend.room_for_upload(request),
             receive_upload(request, documents.folder, limits, min_free_bytes) as upload,
@@ -185,7 +185,7 @@ def _add_looking(app: FastAPI, frontend: Frontend, documents: Documents) -> None
                 document = await documents.wait(tenant, document_id, wait_s)
         else:
             document = await documents.get(tenant, document_id)
-        return await _whole(documents, await documents.keeper.check_blocks(document))
+        return await _whole(documents, await documents.maintenance.check_blocks(document))
 
     @app.get("/v1/documents/{document_id}/events")
     async def events(request: Request, document_id: str) -> Response:

@@ -49,7 +49,7 @@ LAG_MEMORY_S = 5.0  # a loop that was late is ready again after so long without 
 
 
 @dataclass(frozen=True, slots=True)
-class Asker:
+class RequestContext:
     """Who sent a request, and its names."""
 
     tenant: Tenant
@@ -60,7 +60,7 @@ class Asker:
     priority: int = 0  # of the prefill; 0 is of somebody who waits
 
     @staticmethod
-    def of(request: Request) -> "Asker":
+    def of(request: Request) -> "RequestContext":
         """From the scope that the middleware has filled.
 
         Raises:
@@ -75,7 +75,7 @@ class Asker:
                 code="invalid_value",
                 param="session_id",
             )
-        return Asker(
+        return RequestContext(
             request.scope[SCOPE_TENANT],
             request.scope[SCOPE_REQUEST_ID],
             request.scope[SCOPE_CLIENT_REQUEST_ID],
@@ -202,10 +202,10 @@ class Frontend:
         jobs = jobs_of(self, param)
         return await jobs.questions.open(tenant.name, document_id, form, param)
 
-    async def choices(self, asker: Asker, prepared: Prepared) -> list[Choice]:
+    async def choices(self, context: RequestContext, prepared: Prepared) -> list[Choice]:
         """Every choice of a request, in OpenAI's order: ``n`` for each prompt."""
         options = prepared.options
-        session_id = options.session_id or asker.session_id
+        session_id = options.session_id or context.session_id
         choices: list[Choice] = []
         for number, packed in enumerate(prepared.prompts):
             prompt, sampling = unpacked(packed), prepared.samplings[number]
@@ -213,14 +213,14 @@ class Frontend:
                 index = len(choices)
                 seed = mixed_seed(sampling.seed, index % options.num_choices)
                 generation = Generation(
-                    request_id=f"{asker.request_id}-{index}",
+                    request_id=f"{context.request_id}-{index}",
                     prompt_token_ids=prompt.token_ids,
                     block_hashes=prompt.block_hashes,
                     sampling=msgspec.structs.replace(sampling, seed=seed),
-                    tenant=asker.tenant.name,
+                    tenant=context.tenant.name,
                     cache_salt=prepared.salt,
-                    priority=asker.priority,
-                    session=(asker.tenant.name, session_id) if session_id else None,
+                    priority=context.priority,
+                    session=(context.tenant.name, session_id) if session_id else None,
                 )
                 echoed = prepared.echoed[number] if prepared.echoed else ""
                 shown = msgspec.Raw(packed.json)

@@ -10,7 +10,7 @@ from coordinator.errors import error_object, internal_error
 from coordinator.http.answers.answer import Answer
 from coordinator.http.chat import chat
 from coordinator.http.completions import complete
-from coordinator.http.frontend import Asker, Frontend
+from coordinator.http.frontend import Frontend, RequestContext
 from coordinator.jobs.documents.tiering import BACKGROUND
 from coordinator.validation.bodies import Body
 from protocol.errors import RequestError
@@ -63,8 +63,8 @@ class LineServer:
         self._frontend.check_ready()
         if url in _MAKERS:
             now = time.monotonic()
-            asker = Asker(tenant, request_id, request_id, None, now, priority=BACKGROUND)
-            answer: Answer = await _MAKERS[url](self._frontend, asker, body)
+            context = RequestContext(tenant, request_id, request_id, None, now, priority=BACKGROUND)
+            answer: Answer = await _MAKERS[url](self._frontend, context, body)
             return await answer.gather()
         if self._create_document is None:
             raise RequestError(f"{url} is not offered here", code="not_found", status=404)

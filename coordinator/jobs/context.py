@@ -22,12 +22,12 @@ from coordinator.jobs.batches.runner import BatchRunner, LineServer
 from coordinator.jobs.batches.table import SCHEMA as BATCH_SCHEMA
 from coordinator.jobs.batches.table import BatchTable
 from coordinator.jobs.database import Database
-from coordinator.jobs.documents.document_tokens import Library
+from coordinator.jobs.documents.document_tokens import DocumentTokens
 from coordinator.jobs.documents.documents import Documents, Parts
 from coordinator.jobs.documents.files import DocumentFiles
 from coordinator.jobs.documents.identity import ModelFacts
 from coordinator.jobs.documents.ingestor import Ingestor
-from coordinator.jobs.documents.maintenance import Keeper
+from coordinator.jobs.documents.maintenance import Maintenance
 from coordinator.jobs.documents.pins import PinPolicy
 from coordinator.jobs.documents.preparing import Preparing
 from coordinator.jobs.documents.rows import SCHEMA as DOCUMENT_SCHEMA
@@ -44,10 +44,10 @@ from coordinator.jobs.storage import Storage
 from coordinator.text.tasks import Workers
 from coordinator.text.tokenizing import TextIdentity
 from modeling.checkpoint.config import ModelConfig
+from protocol.crash_points import CrashPoints
 from protocol.errors import RequestError
 from protocol.folders import temporary_folder
 from protocol.kv import DTYPE_BYTES
-from protocol.places import Places
 
 _log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ ROOM_TO_ASK = 1  # tokens that must fit behind a document
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
+class JobDependencies:
     """What the jobs find in a coordinator."""
 
     config: CoordinatorConfig
@@ -79,43 +79,43 @@ class Jobs:
         ConfigError: the data folder cannot be used.
     """
 
-    def __init__(self, surroundings: Surroundings) -> None:
-        config = surroundings.config
+    def __init__(self, dependencies: JobDependencies) -> None:
+        config = dependencies.config
         self._leftovers = contextlib.ExitStack()
-        self._workers = surroundings.workers
+        self._workers = dependencies.workers
         if config.data_dir:
             self.folder = Path(config.data_dir)
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         else:
             self.folder = self._leftovers.enter_context(temporary_folder("baton-jobs-"))
-        self.min_free_bytes = surroundings.min_free_bytes or config.batches.min_free_bytes
+        self.min_free_bytes = dependencies.min_free_bytes or config.batches.min_free_bytes
         secret = config.secret if config.data_dir else ""
         self.storage = Storage(self.folder, secret, self.min_free_bytes)
         path = self.folder / DATABASE_NAME if config.data_dir else None
         if path is not None:
             path.touch(mode=0o600, exist_ok=True)  # it holds the tenants' salts
-        places = Places(config.failpoints, surroundings.counters)
+        crash_points = CrashPoints(config.failpoints, dependencies.counters)
         schema = (*DOCUMENT_SCHEMA, *FILE_SCHEMA, *BATCH_SCHEMA, *GATE_SCHEMA)
-        self.database = Database(path, schema, places, self.storage.ballast)
+        self.database = Database(path, schema, crash_points, self.storage.ballast)
         self._leftovers.callback(self.database.close)
         self.storage.refusal = self.database.refusal
-        self.gate = self._gate(surroundings)
-        clock = surroundings.clock
-        self._quota = _quota(surroundings)
+        self.gate = self._gate(dependencies)
+        clock = dependencies.clock
+        self._quota = _quota(dependencies)
         self.files = Files(
-            *(self.database, self.folder / "files", config.batches, clock, places),
+            *(self.database, self.folder / "files", config.batches, clock, crash_points),
             check_quota=self._quota.check,
         )
-        inputs = Inputs(self.folder / "batches", places)
+        inputs = Inputs(self.folder / "batches", crash_points)
         table = BatchTable(self.database, clock)
         self.batches = Batches(table, self.files, inputs, config.batches, self.gate)
         self._batch_runner: BatchRunner | None = None
-        self.documents = self._documents(surroundings, places)
+        self.documents = self._documents(dependencies, crash_points)
         self.questions = Questions(self.documents)
         self._tasks: list[asyncio.Task[None]] = []
 
-    def _gate(self, surroundings: Surroundings) -> Gate:
-        config = surroundings.config
+    def _gate(self, dependencies: JobDependencies) -> Gate:
+        config = dependencies.config
         max_deaths = config.jobs.max_crashes
         # Some of the starts are left for what is not our doing.
         most = max(max_deaths, config.restart_budget - SPARE_STARTS)
@@ -123,14 +123,14 @@ class Jobs:
             self.database,
             Marks(self.folder / "marks", boot_id()),
             Budget(max_deaths, most if config.restart_budget else 0, config.restart_window_s),
-            surroundings.clock,
+            dependencies.clock,
         )
         self._leftovers.callback(gate.close)
         return gate
 
-    def _documents(self, surroundings: Surroundings, places: Places) -> Documents:
-        config, model, ingestor = surroundings.config, surroundings.model, surroundings.ingestor
-        limits, max_model_len = config.jobs, surroundings.max_model_len
+    def _documents(self, dependencies: JobDependencies, crash_points: CrashPoints) -> Documents:
+        config, model, ingestor = dependencies.config, dependencies.model, dependencies.ingestor
+        limits, max_model_len = config.jobs, dependencies.max_model_len
 
         def max_tokens() -> int:
             return min(ingestor.max_tokens(), max_model_len() - ROOM_TO_ASK)
@@ -140,27 +140,27 @@ class Jobs:
             fingerprint=model.fingerprint,
             block_size=config.block_size,
             kv_dtype=config.kv_dtype or model.dtype,
-            text=surroundings.text,
+            text=dependencies.text,
         )
         num_prefill_pools = sum(pool.role == "prefill" for pool in config.pools)
-        files = DocumentFiles(self.folder / "documents", places)
-        library = Library(files, surroundings.workers, facts)
+        files = DocumentFiles(self.folder / "documents", crash_points)
+        tokens = DocumentTokens(files, dependencies.workers, facts)
         policy = PinPolicy(limits, self._quota.bytes_per_token)
-        table = DocumentTable(self.database, limits, surroundings.clock, self._quota)
-        preparing = Preparing(table, files, library, limits, max_tokens, places)
+        table = DocumentTable(self.database, limits, dependencies.clock, self._quota)
+        preparing = Preparing(table, files, tokens, limits, max_tokens, crash_points)
         max_running = limits.max_running or max(1, num_prefill_pools)
         limits = msgspec.structs.replace(limits, max_running=max_running)
         runner = Runner(table, preparing, ingestor, policy, limits, self.gate)
-        keeper = Keeper(table, files, library, ingestor, runner, self.gate)
+        maintenance = Maintenance(table, files, tokens, ingestor, runner, self.gate)
         return Documents(
             Parts(
                 table=table,
                 files=files,
-                library=library,
+                tokens=tokens,
                 ingestor=ingestor,
                 policy=policy,
                 runner=runner,
-                keeper=keeper,
+                maintenance=maintenance,
                 gate=self.gate,
                 limits=limits,
                 max_tokens=max_tokens,
@@ -183,7 +183,7 @@ class Jobs:
         await self._recover()
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.documents.runner.run())
-            tasks.create_task(self.documents.keeper.run())
+            tasks.create_task(self.documents.maintenance.run())
 
     async def _recover(self) -> None:
         documents = self.documents
@@ -192,9 +192,9 @@ class Jobs:
                 await self.files.recover()
                 await documents.table.claim()
                 await self.gate.recover()
-                await documents.keeper.recover()
+                await documents.maintenance.recover()
                 await documents.runner.recover()
-                await documents.keeper.tell_pins()
+                await documents.maintenance.tell_pins()
                 return
             except RequestError as error:  # a full disk: requests are served nevertheless
                 _log.error("documents wait: %s", error)
@@ -209,7 +209,7 @@ class Jobs:
 
     async def stop(self) -> None:
         """Abort what runs; it goes on when the next process starts. Who waits is told."""
-        self.documents.table.bell.close()
+        self.documents.table.changes.close()
         for task in self._tasks:
             task.cancel()
         if self._tasks:
@@ -222,8 +222,8 @@ class Jobs:
         self._leftovers.close()
 
 
-def _quota(surroundings: Surroundings) -> Quota:
-    config, model = surroundings.config, surroundings.model
+def _quota(dependencies: JobDependencies) -> Quota:
+    config, model = dependencies.config, dependencies.model
     max_bytes = config.jobs.tenant_quota_bytes
     if not max_bytes and (config.api_keys or config.api_key_file):
         max_bytes = config.jobs.disk_quota_bytes // 2

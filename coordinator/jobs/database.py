@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from coordinator.jobs.ballast import Ballast
+from protocol.crash_points import CrashPoints
 from protocol.errors import ConfigError, RequestError
 from protocol.failpoints import COMMIT_AFTER, COMMIT_BEFORE
-from protocol.places import Places
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class Database:
     Args:
         path: its file; None keeps it in memory.
         schema: statements that make what is not there yet.
-        places: told of every commit.
+        crash_points: told of every commit.
         ballast: given up for what must be written on a full disk.
 
     Raises:
@@ -46,12 +46,12 @@ class Database:
         self,
         path: Path | None,
         schema: Sequence[str],
-        places: Places | None = None,
+        crash_points: CrashPoints | None = None,
         ballast: Ballast | None = None,
     ) -> None:
         self._path = path
         self._schema = schema
-        self._places = Places() if places is None else places
+        self._crash_points = CrashPoints() if crash_points is None else crash_points
         self._ballast = ballast
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="database")
         self._opened: sqlite3.Connection | None = None
@@ -133,7 +133,7 @@ class Database:
         try:
             connection.execute("BEGIN IMMEDIATE")
             result = work(connection)
-            self._places.reach(COMMIT_BEFORE, kind)
+            self._crash_points.reach(COMMIT_BEFORE, kind)
             connection.execute("COMMIT")
         except BaseException as error:
             if connection.in_transaction:
@@ -141,7 +141,7 @@ class Database:
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # a failpoint's
                 raise insufficient_storage("the disk is full") from error
             raise
-        self._places.reach(COMMIT_AFTER, kind)
+        self._crash_points.reach(COMMIT_AFTER, kind)
         return result
 
 

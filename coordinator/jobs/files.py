@@ -19,9 +19,9 @@ import msgspec
 from coordinator.config import BatchLimits
 from coordinator.jobs.database import Database
 from coordinator.jobs.space import told_when_full
+from protocol.crash_points import CrashPoints
 from protocol.errors import RequestError
 from protocol.failpoints import FILE_REMOVED, FILE_RENAMED, FILE_WRITE
-from protocol.places import Places
 
 ID_PREFIX = "file-"
 BATCH, BATCH_OUTPUT = "batch", "batch_output"
@@ -82,7 +82,7 @@ class Files:
         folder: for their bytes alone; made if it is not there.
         limits: how many there may be.
         clock: Unix time.
-        places: told of what becomes durable.
+        crash_points: told of what becomes durable.
         check_quota: whether a tenant may keep so many bytes more; raises if not.
     """
 
@@ -92,11 +92,11 @@ class Files:
         folder: Path,
         limits: BatchLimits,
         clock: Callable[[], float],
-        places: Places | None = None,
+        crash_points: CrashPoints | None = None,
         check_quota: CheckQuota = lambda _connection, _tenant, _num_bytes: None,
     ) -> None:
         self._check_quota = check_quota
-        self.places = Places() if places is None else places
+        self.crash_points = CrashPoints() if crash_points is None else crash_points
         self.folder = folder
         self.limits = limits
         self.clock = clock
@@ -213,14 +213,14 @@ class Files:
 
     def move_durably(self, source: Path, target: Path, kind: str) -> None:
         """Give a synced file its name, so that it has it after a crash, too. Blocks."""
-        self.places.reach(FILE_WRITE, kind)
+        self.crash_points.reach(FILE_WRITE, kind)
         source.replace(target)
-        self.places.reach(FILE_RENAMED, kind)
+        self.crash_points.reach(FILE_RENAMED, kind)
         sync_folder(target.parent)
 
     def _remove(self, name: str) -> None:
         self.path(name).unlink(missing_ok=True)
-        self.places.reach(FILE_REMOVED, "upload")
+        self.crash_points.reach(FILE_REMOVED, "upload")
 
     def _is_expired(self, file: StoredFile) -> bool:
         return file.expires_at is not None and file.expires_at <= self.clock()

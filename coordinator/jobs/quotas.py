@@ -3,7 +3,7 @@
 import sqlite3
 from dataclasses import dataclass
 
-from coordinator.jobs.documents.states import State
+from coordinator.jobs.documents.states import DocumentState
 from protocol.errors import RequestError
 
 SCHEMA = (
@@ -14,7 +14,9 @@ SCHEMA = (
     ) WITHOUT ROWID""",
     "CREATE INDEX IF NOT EXISTS document_sizes_by_tenant ON document_sizes (tenant, num_bytes)",
 )
-_KEPT = ", ".join(f"'{s.value}'" for s in (State.PREFILLING, State.STORING, State.READY))
+_KEPT = ", ".join(
+    f"'{s.value}'" for s in (DocumentState.PREFILLING, DocumentState.STORING, DocumentState.READY)
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ class Generation:
     tenant: str
     cache_salt: str = ""
     session: SessionKey | None = None
-    is_deposit: bool = False  # computed for a store: there is no answer
+    is_offload: bool = False  # computed for a store: there is no answer
     priority: int = 0  # of its prefill; the lower go first
     chunk_tokens: int = 0  # of its prefill's chunks at most; 0: as configured
     ring_size: int = 0  # of its prefill; 0: the pool's choice

@@ -25,7 +25,7 @@ from protocol.token_ids import TokenIds
 from protocol.transitions import advance
 
 
-class State(enum.Enum):
+class RecordState(enum.Enum):
     NEW = "new"
     RESERVING = "reserving"  # the decode pool has been asked for blocks
     PREFILLING = "prefilling"  # a prefill pool computes the prompt
@@ -47,26 +47,29 @@ class RecordEvent(enum.Enum):
     ALL_RELEASED = "all_released"
 
 
-TABLE: dict[tuple[State, RecordEvent], State] = {
-    (State.NEW, RecordEvent.RESERVE): State.RESERVING,
-    (State.NEW, RecordEvent.END): State.ENDING,
-    (State.RESERVING, RecordEvent.SEND_PREFILL): State.PREFILLING,
-    (State.RESERVING, RecordEvent.COMPUTE_HERE): State.COMPUTING,
-    (State.RESERVING, RecordEvent.END): State.ENDING,
-    (State.PREFILLING, RecordEvent.TOKEN): State.PREFILLING,  # the first one; the KV is on its way
-    (State.PREFILLING, RecordEvent.COMMIT): State.DECODING,
-    (State.PREFILLING, RecordEvent.END): State.ENDING,
-    (State.COMPUTING, RecordEvent.TOKEN): State.DECODING,
-    (State.COMPUTING, RecordEvent.END): State.ENDING,
-    (State.DECODING, RecordEvent.TOKEN): State.DECODING,
-    (State.DECODING, RecordEvent.END): State.ENDING,
-    (State.RESERVING, RecordEvent.LOSE): State.WAITING,
-    (State.PREFILLING, RecordEvent.LOSE): State.WAITING,
-    (State.COMPUTING, RecordEvent.LOSE): State.WAITING,
-    (State.DECODING, RecordEvent.LOSE): State.WAITING,
-    (State.WAITING, RecordEvent.RESERVE): State.RESERVING,
-    (State.WAITING, RecordEvent.END): State.ENDING,
-    (State.ENDING, RecordEvent.ALL_RELEASED): State.GONE,
+TABLE: dict[tuple[RecordState, RecordEvent], RecordState] = {
+    (RecordState.NEW, RecordEvent.RESERVE): RecordState.RESERVING,
+    (RecordState.NEW, RecordEvent.END): RecordState.ENDING,
+    (RecordState.RESERVING, RecordEvent.SEND_PREFILL): RecordState.PREFILLING,
+    (RecordState.RESERVING, RecordEvent.COMPUTE_HERE): RecordState.COMPUTING,
+    (RecordState.RESERVING, RecordEvent.END): RecordState.ENDING,
+    (
+        RecordState.PREFILLING,
+        RecordEvent.TOKEN,
+    ): RecordState.PREFILLING,  # the first one; the KV is on its way
+    (RecordState.PREFILLING, RecordEvent.COMMIT): RecordState.DECODING,
+    (RecordState.PREFILLING, RecordEvent.END): RecordState.ENDING,
+    (RecordState.COMPUTING, RecordEvent.TOKEN): RecordState.DECODING,
+    (RecordState.COMPUTING, RecordEvent.END): RecordState.ENDING,
+    (RecordState.DECODING, RecordEvent.TOKEN): RecordState.DECODING,
+    (RecordState.DECODING, RecordEvent.END): RecordState.ENDING,
+    (RecordState.RESERVING, RecordEvent.LOSE): RecordState.WAITING,
+    (RecordState.PREFILLING, RecordEvent.LOSE): RecordState.WAITING,
+    (RecordState.COMPUTING, RecordEvent.LOSE): RecordState.WAITING,
+    (RecordState.DECODING, RecordEvent.LOSE): RecordState.WAITING,
+    (RecordState.WAITING, RecordEvent.RESERVE): RecordState.RESERVING,
+    (RecordState.WAITING, RecordEvent.END): RecordState.ENDING,
+    (RecordState.ENDING, RecordEvent.ALL_RELEASED): RecordState.GONE,
 }
 
 
@@ -88,12 +91,12 @@ class Record:
     block_hashes: tuple[bytes, ...] = ()
     session: SessionKey | None = None
     fingerprint: bytes = b""  # of what was asked for
-    is_deposit: bool = False  # for a store, which takes the place of its decode pool
+    is_offload: bool = False  # for a store, which takes the place of its decode pool
     priority: int = 0
     chunk_tokens: int = 0
     ring_size: int = 0
     timeline: TimeLine = field(default_factory=TimeLine)
-    state: State = State.NEW
+    state: RecordState = RecordState.NEW
     decode_pool: str = ""
     num_target_cached_tokens: int | None = None  # told with the ticket
     num_loaded_tokens: int = 0  # of those, brought up from a store
@@ -146,7 +149,7 @@ class Record:
             block_hashes=generation.block_hashes,
             session=generation.session,
             fingerprint=fingerprint,
-            is_deposit=generation.is_deposit,
+            is_offload=generation.is_offload,
             priority=generation.priority,
             chunk_tokens=generation.chunk_tokens,
             ring_size=generation.ring_size,
@@ -211,7 +214,7 @@ class Record:
 
     def share(self) -> Share:
         """What it adds to the load of the cluster."""
-        if self.state in (State.NEW, State.GONE):
+        if self.state in (RecordState.NEW, RecordState.GONE):
             return NO_SHARE
         if not self.is_active:
             return Share(tenant=self.tenant)
@@ -314,12 +317,12 @@ class Record:
         is_computed = self.num_prefilled_tokens >= self.num_attempt_tokens
         is_released = (self.prefill_pool, self.attempt) not in self.holders
         return (self.path is None and (is_computed or is_released)) or (
-            self.state is State.PREFILLING and is_released
+            self.state is RecordState.PREFILLING and is_released
         )
 
     @property
     def is_active(self) -> bool:
-        return self.state not in (State.ENDING, State.GONE)
+        return self.state not in (RecordState.ENDING, RecordState.GONE)
 
     @property
     def num_computed_tokens(self) -> int | None:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from coordinator.config import CoordinatorConfig
 from coordinator.records.attempts import Wait
-from coordinator.records.records import Record, State
+from coordinator.records.records import Record, RecordState
 from coordinator.requests.quarantine import Quarantine
 from protocol.errors import RequestError
 
@@ -101,7 +101,7 @@ class Failover:
     def go_on_with(self, record: Record) -> None:
         """The same for one of them, if it still waits."""
         wait = record.wait
-        if wait is None or record.state is not State.WAITING:
+        if wait is None or record.state is not RecordState.WAITING:
             return
         now = self._clock()
         if self._is_due(record, wait, now) and self._start(record):

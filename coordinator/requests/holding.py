@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from itertools import takewhile
 
-from coordinator.records.records import Record, RecordEvent, State
+from coordinator.records.records import Record, RecordEvent, RecordState
 from protocol.messages import Abort, ToRank
-from protocol.timeline import Event
+from protocol.timeline import TimelineEvent
 
 LEAK_AFTER_S = 30.0
 
@@ -65,10 +65,10 @@ class Holding:
                 self._send(pool_id, Abort(record.request_id, attempt))
 
     def _forget_if_released(self, record: Record) -> None:
-        if record.state is State.ENDING and not record.holders:
+        if record.state is RecordState.ENDING and not record.holders:
             now = self._clock()
             record.advance(RecordEvent.ALL_RELEASED)
-            record.timeline.mark(Event.RELEASED, now)
+            record.timeline.mark(TimelineEvent.RELEASED, now)
             del self.records[record.request_id], self._ending[record.request_id]
             self._on_gone(now)
             self.tell_gone(record)

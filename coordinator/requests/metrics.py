@@ -8,7 +8,7 @@ from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 
 from coordinator.records.records import Record
 from protocol.request import FinishReason
-from protocol.timeline import Event
+from protocol.timeline import TimelineEvent
 
 BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
@@ -50,19 +50,19 @@ class Metrics:
         self._total = Histogram()
 
     def observe(self, record: Record) -> None:
-        """Count a request that has just ended; deposits only by how they end."""
-        ended = "stored" if record.is_deposit else record.finish_reason or FinishReason.ERROR
+        """Count a request that has just ended; offloads only by how they end."""
+        ended = "stored" if record.is_offload else record.finish_reason or FinishReason.ERROR
         outcome = record.error_code or str(ended)
         self._outcomes[outcome] += 1
         self._lost_attempts.update(ended.reason for ended in record.lost)
-        if record.is_deposit:
+        if record.is_offload:
             return
         self._num_prompt_tokens["cached"] += record.num_cached_tokens
         self._num_prompt_tokens["computed"] += record.num_computed_tokens or 0
-        first = record.timeline.between(Event.ARRIVED, Event.FIRST_TOKEN)
+        first = record.timeline.between(TimelineEvent.ARRIVED, TimelineEvent.FIRST_TOKEN)
         if first is not None:
             self._first_token.observe(first)
-        total = record.timeline.between(Event.ARRIVED, Event.FINISHED)
+        total = record.timeline.between(TimelineEvent.ARRIVED, TimelineEvent.FINISHED)
         if total is not None:
             self._total.observe(total)
         if record.stats is not None:

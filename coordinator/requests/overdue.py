@@ -6,7 +6,7 @@ is silent about it is asked how it stands, and what cannot come any more costs a
 """
 
 from coordinator.config import CoordinatorConfig
-from coordinator.records.records import Record, State
+from coordinator.records.records import Record, RecordState
 from protocol.errors import RequestError
 
 
@@ -21,9 +21,9 @@ def overdue(
         now: on the clock of the record.
         is_cut: its two pools do not reach each other at the moment.
     """
-    if record.state is State.WAITING or not record.is_active:
+    if record.state is RecordState.WAITING or not record.is_active:
         return None
-    if is_cut and record.state is State.PREFILLING:
+    if is_cut and record.state is RecordState.PREFILLING:
         text = f"{record.prefill_pool} and {record.decode_pool} do not reach each other"
         return RequestError(text, code="handoff_failed", status=503)
     if not record.lacks_a_message:
@@ -32,7 +32,7 @@ def overdue(
         record.stalled_since = now
     elif now - record.stalled_since > config.stall_timeout_s:
         return _stalled("a message about this request was lost")
-    is_handing_over = record.state is State.PREFILLING and record.path is not None
+    is_handing_over = record.state is RecordState.PREFILLING and record.path is not None
     if is_handing_over and now - record.prefilled_at > config.handoff_timeout_s:
         return _stalled("its KV was not handed over in time")
     return None
@@ -40,7 +40,7 @@ def overdue(
 
 def pools_to_ask(record: Record, config: CoordinatorConfig, now: float) -> list[str]:
     """Pools that work on it, when none has said anything of it for a while."""
-    if record.state is State.WAITING or not record.is_active:
+    if record.state is RecordState.WAITING or not record.is_active:
         return []
     if now - record.heard_at <= config.stall_timeout_s:
         return []

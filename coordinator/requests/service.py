@@ -22,7 +22,7 @@ from coordinator.errors import no_workers, quarantined
 from coordinator.loop.slices import at_once
 from coordinator.records.generation import Generation
 from coordinator.records.loads import Loads
-from coordinator.records.records import Record, RecordEvent, State, as_new_token
+from coordinator.records.records import Record, RecordEvent, RecordState, as_new_token
 from coordinator.requests.admission import Admission
 from coordinator.requests.delivery import Delivery, StoreListener
 from coordinator.requests.draining import shutting_down
@@ -51,7 +51,7 @@ from protocol.messages import (
     ToRank,
 )
 from protocol.request import FinishReason
-from protocol.timeline import Event
+from protocol.timeline import TimelineEvent
 
 _OfOneRequest = Ticket | Progress | FirstToken | Committed | Stored | RequestFailed | Released
 
@@ -126,8 +126,8 @@ class Service:
         if self._failover.quarantine.is_refused(print_, self._observed()):
             raise quarantined()
         record = Record.of(generation, print_, self.loads)
-        record.timeline.mark(Event.ARRIVED, arrived)
-        record.timeline.mark(Event.TOKENIZED, now)
+        record.timeline.mark(TimelineEvent.ARRIVED, arrived)
+        record.timeline.mark(TimelineEvent.TOKENIZED, now)
         if not self._start(record):
             raise no_workers("decode")
         self._records[record.request_id] = record
@@ -272,8 +272,8 @@ class Service:
 
     def _place_prefill(self, record: Record) -> None:
         pool_id = self._placement.choose_prefill(record, self.loads)
-        record.timeline.mark(Event.PREFILL_SENT, self._clock())
-        if pool_id is None and record.is_deposit:
+        record.timeline.mark(TimelineEvent.PREFILL_SENT, self._clock())
+        if pool_id is None and record.is_offload:
             self._lose(record, no_workers("prefill"), pause=True)
             return
         if pool_id is None:
@@ -291,7 +291,7 @@ class Service:
         self._failover.lose(record, error, home=home, pause=pause)
         if record.is_active:
             record.ended_at = self._observed()
-            record.timeline.mark(Event.RETRIED, self._clock())
+            record.timeline.mark(TimelineEvent.RETRIED, self._clock())
             self.holding.tell_pools(record)
 
     def _on_failed(self, record: Record, pool_id: str, message: RequestFailed) -> None:
@@ -316,17 +316,17 @@ class Service:
         return record if record is not None and record.attempt == attempt else None
 
     def _on_decode(self, record: Record, message: ToCoordinator) -> None:
-        if isinstance(message, Ticket) and record.state is State.RESERVING:
+        if isinstance(message, Ticket) and record.state is RecordState.RESERVING:
             record.grant(message.num_cached_tokens, message.num_loaded_tokens)
-            record.timeline.mark(Event.RESERVED, self._clock())
+            record.timeline.mark(TimelineEvent.RESERVED, self._clock())
             self._place_prefill(record)
-        elif isinstance(message, Ticket) and record.state is State.COMPUTING:
+        elif isinstance(message, Ticket) and record.state is RecordState.COMPUTING:
             # It was asked, and is not computing yet: it may not have been told to.
             self._send(record.decode_pool, ComputeHere(record.request_id, record.attempt))
-        elif isinstance(message, Committed) and record.state is State.PREFILLING:
+        elif isinstance(message, Committed) and record.state is RecordState.PREFILLING:
             record.advance(RecordEvent.COMMIT)
             record.stats = message.stats
-            record.timeline.mark(Event.COMMITTED, self._clock())
+            record.timeline.mark(TimelineEvent.COMMITTED, self._clock())
         elif isinstance(message, Stored):
             record.finish_reason = FinishReason.LENGTH
             delivery, choice = self._deliveries[record.request_id]
@@ -341,15 +341,15 @@ class Service:
             record.path = message.path
             record.prefilled_at = self._observed()
             record.progress(record.num_attempt_tokens)
-            if not record.is_deposit:  # a store needs no answer
+            if not record.is_offload:  # a store needs no answer
                 self._take_token(record, as_new_token(message))
 
     def _on_token(self, pool_id: str, token: NewToken) -> None:
         record = self._find(token.request_id, token.attempt)
         if record is not None and record.is_active and pool_id == record.decode_pool:
             record.heard_at = self._observed()
-            record.timeline.mark(Event.FIRST_DECODE, self._clock())
-            if record.state is State.PREFILLING:
+            record.timeline.mark(TimelineEvent.FIRST_DECODE, self._clock())
+            if record.state is RecordState.PREFILLING:
                 record.advance(RecordEvent.COMMIT)  # what it told us of that was lost
             self._take_token(record, token)
 
@@ -359,7 +359,7 @@ class Service:
         if not ready:
             return
         record.stalled_since = None
-        record.timeline.mark(Event.FIRST_TOKEN, self._clock())
+        record.timeline.mark(TimelineEvent.FIRST_TOKEN, self._clock())
         delivery, choice = self._deliveries[record.request_id]
         delivery.put(choice, ready)
         if self._failover.on_tokens(record):
@@ -392,7 +392,7 @@ class Service:
     def _end(self, record: Record, *, tell_pools: bool) -> None:
         record.advance(RecordEvent.END)
         record.ended_at = self._observed()
-        record.timeline.mark(Event.FINISHED, self._clock())
+        record.timeline.mark(TimelineEvent.FINISHED, self._clock())
         record.forget_tokens()
         self._deliveries.pop(record.request_id)
         self._failover.forget(record)

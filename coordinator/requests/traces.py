@@ -15,7 +15,7 @@ import msgspec
 
 from coordinator.records.paths import describe_path
 from coordinator.records.records import Record
-from protocol.timeline import Event
+from protocol.timeline import TimelineEvent
 
 MAX_TRACES = 1024
 MAX_SEQUENCES = 8192  # of all traces together: each takes some 3 KB, and 1 when it has ended
@@ -65,7 +65,7 @@ class Trace:
 
 
 def _describe(record: Record) -> dict[str, Any]:
-    arrived = record.timeline.times.get(Event.ARRIVED, 0.0)
+    arrived = record.timeline.times.get(TimelineEvent.ARRIVED, 0.0)
     return {
         "request_id": record.request_id,
         "attempt": record.attempt,
@@ -81,7 +81,7 @@ def _describe(record: Record) -> dict[str, Any]:
         "prefill_pool": record.prefill_pool or None,
         "events": {
             event.value: round(record.timeline.times[event] - arrived, 6)
-            for event in Event
+            for event in TimelineEvent
             if event in record.timeline.times
         },
         "prefill": None if record.path is None else _builtins(record.path),

@@ -33,7 +33,7 @@ class ShownToken:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TextDelta:
     """What some new tokens of one choice add for its caller."""
 
     text: str
@@ -126,11 +126,11 @@ class ChoiceText:
         self._num_chars = 0  # of the text so far, what is held back included
         self.finish_reason: FinishReason | None = None
 
-    def push(self, tokens: Sequence[NewToken]) -> Piece:
+    def push(self, tokens: Sequence[NewToken]) -> TextDelta:
         """What ``tokens`` add. After a stop string the rest is dropped, and so is what follows."""
         if self._options.is_empty and tokens:
             self.finish_reason = FinishReason.LENGTH
-            return Piece("", (), self.finish_reason)
+            return TextDelta("", (), self.finish_reason)
         text, taken = [], []
         stop_reason: int | str | None = None
         for token in tokens:
@@ -140,7 +140,7 @@ class ChoiceText:
             taken.append(ShownToken(token, self._num_chars))
             shown, stop_reason = self._take(token)
             text.append(shown)
-        return Piece("".join(text), tuple(taken), self.finish_reason, stop_reason)
+        return TextDelta("".join(text), tuple(taken), self.finish_reason, stop_reason)
 
     def _take(self, token: NewToken) -> tuple[str, int | str | None]:
         ends_by_token = token.finish_reason is FinishReason.STOP

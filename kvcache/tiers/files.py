@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from kvcache.pool import KVPool
-from kvcache.tiers.movers import FileMover, Piece, VectoredMover
+from kvcache.tiers.movers import ByteRange, FileMover, VectoredMover
 from kvcache.tiers.pack import (
     SUFFIX,
     UNFINISHED,
@@ -22,8 +22,8 @@ from kvcache.tiers.pack import (
     encode_header,
     read_header,
 )
+from protocol.crash_points import CrashPoints
 from protocol.failpoints import PACK_DELETED, PACK_RENAMED, PACK_SYNCED, PACK_WRITTEN
-from protocol.places import Places
 
 
 class PackFiles:
@@ -34,7 +34,7 @@ class PackFiles:
         pool: the store's memory, on the host, with all heads.
         model_fingerprint: packs of other models are left alone.
         mover: of the pool's memory; vectored if none is given. Whoever gives one closes it.
-        places: told of what becomes durable.
+        crash_points: told of what becomes durable.
     """
 
     def __init__(
@@ -43,9 +43,9 @@ class PackFiles:
         pool: KVPool,
         model_fingerprint: str,
         mover: FileMover | None = None,
-        places: Places | None = None,
+        crash_points: CrashPoints | None = None,
     ) -> None:
-        self._places = Places() if places is None else places
+        self._crash_points = CrashPoints() if crash_points is None else crash_points
         self.folder = folder
         self.shape = KVShape.of(pool.layout)
         self.block_bytes = pool.layout.num_layers * pool.layout.block_bytes
@@ -98,11 +98,11 @@ class PackFiles:
             with part.open("wb", buffering=0) as file:
                 start = _write_all(file.fileno(), encode_header(header))
                 self._mover.write(file.fileno(), start, self._pieces(block_ids))
-                self._places.reach(PACK_WRITTEN)
+                self._crash_points.reach(PACK_WRITTEN)
                 os.fsync(file.fileno())
-            self._places.reach(PACK_SYNCED)
+            self._crash_points.reach(PACK_SYNCED)
             part.rename(pack)
-            self._places.reach(PACK_RENAMED)
+            self._crash_points.reach(PACK_RENAMED)
             _sync_folder(self.folder)
         except OSError:
             part.unlink(missing_ok=True)
@@ -133,7 +133,7 @@ class PackFiles:
     def delete(self, name: str) -> None:
         """Idempotent."""
         self._path(name).unlink(missing_ok=True)
-        self._places.reach(PACK_DELETED)
+        self._crash_points.reach(PACK_DELETED)
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}{SUFFIX}"
@@ -145,10 +145,10 @@ class PackFiles:
             value = zlib.crc32(self._memory[offset : offset + num_bytes], value)
         return value
 
-    def _pieces(self, block_ids: Sequence[int]) -> list[Piece]:
+    def _pieces(self, block_ids: Sequence[int]) -> list[ByteRange]:
         """Where these blocks lie in memory, in the order in which a pack has them."""
         return [
-            Piece(self._layout.offset(layer, block_id, 0), self._layout.block_bytes)
+            ByteRange(self._layout.offset(layer, block_id, 0), self._layout.block_bytes)
             for block_id in block_ids
             for layer in range(self.shape.num_layers)
         ]

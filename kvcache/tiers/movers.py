@@ -17,7 +17,7 @@ from typing import NamedTuple, final
 _MAX_VECTOR = 1024  # IOV_MAX of Linux
 
 
-class Piece(NamedTuple):
+class ByteRange(NamedTuple):
     """Bytes that lie in one piece in memory; ``offset`` is from the memory's first byte."""
 
     offset: int
@@ -40,7 +40,7 @@ class FileMover(ABC):
         self._memory = memory
 
     @final
-    def read(self, file: int, offset: int, pieces: Sequence[Piece]) -> None:
+    def read(self, file: int, offset: int, pieces: Sequence[ByteRange]) -> None:
         """Fill ``pieces`` with what lies in ``file`` from ``offset`` on.
 
         Raises:
@@ -51,7 +51,7 @@ class FileMover(ABC):
             self._read(file, offset, pieces)
 
     @final
-    def write(self, file: int, offset: int, pieces: Sequence[Piece]) -> None:
+    def write(self, file: int, offset: int, pieces: Sequence[ByteRange]) -> None:
         """Lay ``pieces`` end to end into ``file`` from ``offset`` on.
 
         Raises:
@@ -66,12 +66,12 @@ class FileMover(ABC):
         """Give back what it holds; no call is under way, and none comes any more. Idempotent."""
 
     @abstractmethod
-    def _read(self, file: int, offset: int, pieces: Sequence[Piece]) -> None: ...
+    def _read(self, file: int, offset: int, pieces: Sequence[ByteRange]) -> None: ...
 
     @abstractmethod
-    def _write(self, file: int, offset: int, pieces: Sequence[Piece]) -> None: ...
+    def _write(self, file: int, offset: int, pieces: Sequence[ByteRange]) -> None: ...
 
-    def _check(self, pieces: Sequence[Piece]) -> None:
+    def _check(self, pieces: Sequence[ByteRange]) -> None:
         size = self._memory.nbytes
         for offset, num_bytes in pieces:
             assert 0 <= offset <= offset + num_bytes <= size, (offset, num_bytes, size)
@@ -85,7 +85,7 @@ def ends_early() -> OSError:
 class VectoredMover(FileMover):
     """``preadv`` and ``pwritev``: no copy on the way, and up to 1024 pieces in one call."""
 
-    def _read(self, file: int, offset: int, pieces: Sequence[Piece]) -> None:
+    def _read(self, file: int, offset: int, pieces: Sequence[ByteRange]) -> None:
         for views in self._vectors(pieces):
             while views:
                 num_bytes = os.preadv(file, views, offset)
@@ -94,7 +94,7 @@ class VectoredMover(FileMover):
                 offset += num_bytes
                 views = _after(views, num_bytes)
 
-    def _write(self, file: int, offset: int, pieces: Sequence[Piece]) -> None:
+    def _write(self, file: int, offset: int, pieces: Sequence[ByteRange]) -> None:
         for views in self._vectors(pieces):
             while views:
                 num_bytes = os.pwritev(file, views, offset)
@@ -104,7 +104,7 @@ class VectoredMover(FileMover):
     def close(self) -> None:
         pass  # it holds nothing
 
-    def _vectors(self, pieces: Sequence[Piece]) -> Iterator[list[memoryview]]:
+    def _vectors(self, pieces: Sequence[ByteRange]) -> Iterator[list[memoryview]]:
         for start in range(0, len(pieces), _MAX_VECTOR):
             yield [
                 self._memory[offset : offset + num_bytes]

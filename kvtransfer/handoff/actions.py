@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from kvtransfer.events import Event
 from kvtransfer.identity import PeerName, RankIdentity
-from kvtransfer.plan import Run
+from kvtransfer.plan import ByteRun
 from protocol.handoff import HandoffMessage
 from protocol.kv import KVLayout, PoolEndpoint, RankEndpoint
 
@@ -37,7 +37,7 @@ class StartRead:
 
     read_id: int
     incarnation: str
-    runs: tuple[Run, ...]
+    runs: tuple[ByteRun, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ Action = Send | Emit | StartRead | Warn
 
 
 @dataclass(slots=True)
-class Surroundings:
+class RankState:
     """What the sides of one rank know in common. Only the thread changes it.
 
     ``counters`` counts what was dropped, for the heartbeat.

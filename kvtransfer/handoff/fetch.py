@@ -13,7 +13,7 @@ from kvtransfer.events import (
     AskFetch,
     CommitWhenRead,
 )
-from kvtransfer.handoff.actions import Action, Emit, Send, Surroundings
+from kvtransfer.handoff.actions import Action, Emit, RankState, Send
 from kvtransfer.handoff.leader import LeaderSide
 from kvtransfer.handoff.source import SourceSide
 from kvtransfer.identity import PeerName
@@ -32,7 +32,7 @@ class Fetches:
         leader: commits it, or learns that it is refused.
     """
 
-    def __init__(self, around: Surroundings, source: SourceSide, leader: LeaderSide) -> None:
+    def __init__(self, around: RankState, source: SourceSide, leader: LeaderSide) -> None:
         self._around = around
         self._source = source
         self._leader = leader

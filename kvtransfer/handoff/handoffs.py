@@ -14,13 +14,13 @@ from kvtransfer.events import (
     CommitWhenRead,
     OpenTargetBlocks,
 )
-from kvtransfer.handoff.actions import Action, Surroundings
+from kvtransfer.handoff.actions import Action, RankState
 from kvtransfer.handoff.fetch import Fetches
 from kvtransfer.handoff.leader import LeaderSide
 from kvtransfer.handoff.source import SourceSide
 from kvtransfer.handoff.target import TargetSide
 from kvtransfer.identity import PeerName
-from kvtransfer.plan import Run
+from kvtransfer.plan import ByteRun
 from protocol.handoff import (
     Announce,
     Close,
@@ -47,11 +47,11 @@ FromRank = TargetOpened | SourceDone | TargetReady | HandoffFailed | Closed
 class Checksums(Protocol):
     """A rank's KV memory, as far as hand-offs look into it."""
 
-    def source_checksum(self, runs: Sequence[Run]) -> int:
+    def source_checksum(self, runs: Sequence[ByteRun]) -> int:
         """The sum of what a target is to read here."""
         ...
 
-    def target_checksum(self, runs: Sequence[Run]) -> int:
+    def target_checksum(self, runs: Sequence[ByteRun]) -> int:
         """The sum of what was read into here."""
         ...
 
@@ -80,7 +80,7 @@ class Handoffs:
         policy: how they are done.
     """
 
-    def __init__(self, around: Surroundings, memory: Checksums, policy: HandoffPolicy) -> None:
+    def __init__(self, around: RankState, memory: Checksums, policy: HandoffPolicy) -> None:
         self.around = around
         self.source = SourceSide(around, memory.source_checksum, policy.checksum, policy.lease_s)
         self.target = TargetSide(

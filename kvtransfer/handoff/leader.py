@@ -21,8 +21,8 @@ from kvtransfer.events import (
     TargetCommitted,
     TargetIsOpen,
 )
-from kvtransfer.handoff.actions import Action, Emit, Key, Send, Surroundings
-from kvtransfer.handoff.recently_ended import Tombs
+from kvtransfer.handoff.actions import Action, Emit, Key, RankState, Send
+from kvtransfer.handoff.recently_ended import RecentlyEnded
 from kvtransfer.identity import PeerName
 from protocol.handoff import (
     Close,
@@ -57,11 +57,11 @@ class _Gathering:
 class LeaderSide:
     """The leader's view of its pool's hand-offs, as source and as target."""
 
-    def __init__(self, around: Surroundings) -> None:
+    def __init__(self, around: RankState) -> None:
         self._around = around
         self._gatherings: dict[tuple[str, Key], _Gathering] = {}
-        self._committed = Tombs()  # as source
-        self._over = {SOURCE: Tombs(), TARGET: Tombs()}
+        self._committed = RecentlyEnded()  # as source
+        self._over = {SOURCE: RecentlyEnded(), TARGET: RecentlyEnded()}
         self._world_size = around.identity.world_size
 
     @property

@@ -7,7 +7,7 @@ from kvtransfer.handoff.actions import Key
 MAX_TOMBS = 4_096
 
 
-class Tombs:
+class RecentlyEnded:
     """The last ``MAX_TOMBS`` closed hand-offs of one side of a rank."""
 
     def __init__(self) -> None:

@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from kvtransfer.events import AnnounceBlocks, AnnouncedAll
-from kvtransfer.handoff.actions import Action, Key, Send, Surroundings, Warn
-from kvtransfer.handoff.recently_ended import Tombs
+from kvtransfer.handoff.actions import Action, Key, RankState, Send, Warn
+from kvtransfer.handoff.recently_ended import RecentlyEnded
 from kvtransfer.handoff.states import SOURCE_TABLE, SourceEvent, SourceState
 from kvtransfer.identity import PeerName
-from kvtransfer.plan import Run, shared_heads, source_runs
+from kvtransfer.plan import ByteRun, shared_heads, source_runs
 from protocol.handoff import (
     Announce,
     Close,
@@ -69,8 +69,8 @@ class SourceSide:
 
     def __init__(
         self,
-        around: Surroundings,
-        checksum: Callable[[Sequence[Run]], int],
+        around: RankState,
+        checksum: Callable[[Sequence[ByteRun]], int],
         policy: str,
         lease_s: float,
     ) -> None:
@@ -79,8 +79,8 @@ class SourceSide:
         self._policy = policy
         self._lease_s = lease_s
         self._handoffs: dict[Key, SourceHandoff] = {}
-        self._tombs = Tombs()
-        self._all_read = Tombs()  # of them, those that ended because all was read
+        self._recently_ended = RecentlyEnded()
+        self._all_read = RecentlyEnded()  # of them, those that ended because all was read
         self._num_announced = 0
 
     @property
@@ -141,7 +141,7 @@ class SourceSide:
         known = self._handoffs.get(key)
         if known is not None:
             return known if known.state is SourceState.ANNOUNCING else None
-        if key in self._tombs:
+        if key in self._recently_ended:
             return None
         handoff = SourceHandoff(key, command.target_pool_id, command.target_epoch)
         self._handoffs[key] = handoff
@@ -210,7 +210,9 @@ class SourceSide:
         key = (message.request_id, message.attempt)
         handoff = self._handoffs.get(key)
         if handoff is None:
-            self._tombs.add(key)  # its announcements may still be on their way to this thread
+            self._recently_ended.add(
+                key
+            )  # its announcements may still be on their way to this thread
             return [self._closed(key)]
         if handoff.state is not SourceState.CLOSING:
             self._advance(handoff, SourceEvent.CLOSE)
@@ -262,7 +264,7 @@ class SourceSide:
             self._advance(handoff, SourceEvent.READS_ENDED)
             actions = [self._closed(handoff.key)]
         del self._handoffs[handoff.key]
-        self._tombs.add(handoff.key)
+        self._recently_ended.add(handoff.key)
         return actions
 
     def _is_lost(self, handoff: SourceHandoff) -> bool:

@@ -16,12 +16,12 @@
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from kvtransfer.handoff.actions import Action, Key, Send, StartRead, Surroundings
-from kvtransfer.handoff.recently_ended import Tombs
+from kvtransfer.handoff.actions import Action, Key, RankState, Send, StartRead
+from kvtransfer.handoff.recently_ended import RecentlyEnded
 from kvtransfer.handoff.states import TARGET_TABLE, TargetEvent, TargetState
 from kvtransfer.handoff.target_handoff import Read, TargetHandoff, layer_head_bits
 from kvtransfer.identity import PeerName
-from kvtransfer.plan import Run, plan, shared_heads
+from kvtransfer.plan import ByteRun, plan, shared_heads
 from protocol.errors import PeerError
 from protocol.handoff import (
     Announce,
@@ -51,8 +51,8 @@ class TargetSide:
 
     def __init__(
         self,
-        around: Surroundings,
-        checksum: Callable[[Sequence[Run]], int],
+        around: RankState,
+        checksum: Callable[[Sequence[ByteRun]], int],
         transport_name: str,
         max_reads: int,
     ) -> None:
@@ -61,7 +61,7 @@ class TargetSide:
         self._transport_name = transport_name
         self._max_reads = max_reads
         self._handoffs: dict[Key, TargetHandoff] = {}
-        self._tombs = Tombs()
+        self._recently_ended = RecentlyEnded()
         self._waiting: deque[Read] = deque()
         self._reads: dict[int, Read] = {}  # in flight
         self._num_reads = 0
@@ -75,7 +75,7 @@ class TargetSide:
     def on_open(self, message: OpenTarget) -> list[Action]:
         """Our leader expects a hand-off into these blocks."""
         key = (message.request_id, message.attempt)
-        if key in self._tombs or message.target_epoch != self._around.epoch:
+        if key in self._recently_ended or message.target_epoch != self._around.epoch:
             return self._around.drop("stale_open")
         owners = enumerate(message.owners, message.first_logical)
         cp_rank = self._around.identity.cp_rank
@@ -91,7 +91,7 @@ class TargetSide:
         key = (message.request_id, message.attempt)
         handoff = self._handoffs.get(key)
         if handoff is None:
-            if key not in self._tombs:
+            if key not in self._recently_ended:
                 return self._around.drop("unknown_handoff")
             # It was closed while this was on its way: the source must not wait for a read.
             return [self._reads_ended(key, sender)]
@@ -187,7 +187,7 @@ class TargetSide:
         key = (message.request_id, message.attempt)
         handoff = self._handoffs.get(key)
         if handoff is None:
-            self._tombs.add(key)
+            self._recently_ended.add(key)
             return [self._closed(key)]
         if handoff.state is TargetState.CLOSING:
             return []
@@ -325,7 +325,7 @@ class TargetSide:
 
     def _forget(self, handoff: TargetHandoff) -> None:
         del self._handoffs[handoff.key]
-        self._tombs.add(handoff.key)
+        self._recently_ended.add(handoff.key)
 
     def _reads_ended(self, key: Key, source: PeerName) -> Send:
         identity = self._around.identity

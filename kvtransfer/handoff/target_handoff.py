@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from kvtransfer.handoff.actions import Key
 from kvtransfer.handoff.states import TargetState
 from kvtransfer.identity import PeerName
-from kvtransfer.plan import Run
+from kvtransfer.plan import ByteRun
 from protocol.handoff import Announce, Commit, SegmentKey
 from protocol.kv import BlockRef, KVLayout
 from protocol.request import TransferStats
@@ -28,7 +28,7 @@ class Read:
     source: PeerName
     incarnation: str  # the source's at the epoch that announced
     announce: Announce
-    runs: tuple[Run, ...]
+    runs: tuple[ByteRun, ...]
     layer_heads: int  # of each of its blocks: layers times heads
     bits: int  # the same, one bit for each layer and local head
 

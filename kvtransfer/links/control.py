@@ -15,7 +15,7 @@ import zmq
 
 from kvtransfer.events import ReportStatus
 from kvtransfer.identity import RankIdentity, TransferConfig
-from kvtransfer.links.coordinator_lease import RETURN_S, Allegiance
+from kvtransfer.links.coordinator_lease import RETURN_S, CoordinatorLease
 from kvtransfer.links.peers import is_milestone
 from protocol.codec import Codec
 from protocol.errors import VersionError
@@ -58,7 +58,7 @@ class ControlLine:
         counters: Counter[str],
         poller: Poller,
     ) -> None:
-        self.allegiance = Allegiance(config.coordinator_timeout_s, counters)
+        self.lease = CoordinatorLease(config.coordinator_timeout_s, counters)
         self._context = context
         self._identity = identity
         self._config = config
@@ -109,8 +109,8 @@ class ControlLine:
         assert self._hello is not None, "there was a HELLO"
         self._close_line()
         self._dealer = self._open_line()
-        aborts = self.allegiance.end(time.monotonic())
-        self.send(msgspec.structs.replace(self._hello, coordinator_epoch=self.allegiance.epoch))
+        aborts = self.lease.end(time.monotonic())
+        self.send(msgspec.structs.replace(self._hello, coordinator_epoch=self.lease.epoch))
         return aborts
 
     def send(self, message: ToCoordinator) -> None:
@@ -120,7 +120,7 @@ class ControlLine:
         Raises:
             PeerError: the coordinator has not read for so long that the queue is full.
         """
-        if self.allegiance.may_say(message):
+        if self.lease.may_say(message):
             self._dealer.send(_OUT.encode(message))
 
     def receive(self) -> Iterator[ToRank]:
@@ -134,12 +134,12 @@ class ControlLine:
                 if is_milestone(self._counters["dropped_undecodable"]):
                     _log.warning("from the coordinator: %s", error)
                 continue
-            if self.allegiance.obeys(message):
+            if self.lease.obeys(message):
                 yield message
 
     def is_over(self, now: float) -> bool:
         """Whether the coordinator is gone. Ask many times a second."""
-        return self.allegiance.is_over(now, is_up=self._dealer.is_up)
+        return self.lease.is_over(now, is_up=self._dealer.is_up)
 
     def tell_cut_off(self, pools: tuple[str, ...]) -> None:
         """Other pools that this rank does not reach, from now on; the next heartbeat is due."""

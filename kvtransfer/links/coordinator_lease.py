@@ -1,6 +1,6 @@
 """Which coordinator a rank obeys, and what it owes it. Pure.
 
-The life of an allegiance
+The life of an lease
 1. ``Hello`` is said on a new line. Until ``Welcome`` comes on that line, nothing else is told and
    nothing is obeyed.
 2. ``Welcome`` of an epoch that is not lower than any seen before begins it. A gang that has formed
@@ -9,7 +9,7 @@ The life of an allegiance
 4. The connection keeps it: libzmq's threads, at both ends, hold it up as long as the processes
    live, whatever these are busy with. A coordinator that says nothing for a minute is obeyed when
    it goes on. When the connection is down and does not come back at once, or the coordinator does
-   not know this rank, the allegiance ends: everything that was asked for is aborted in the
+   not know this rank, the lease ends: everything that was asked for is aborted in the
    coordinator's place, and the rank introduces itself on a new line. It does not matter who listens
    there: the same coordinator after a pause, or the next one, at a higher epoch.
 """
@@ -42,7 +42,7 @@ PAUSE_S = 0.5  # the transfer thread looks many times a second: a longer gap is 
 _OPENS = (Reserve, Prefill, Collect)  # a request is asked for by these, until Released
 
 
-class Allegiance:
+class CoordinatorLease:
     """A rank's relation to its coordinator, and to the next one.
 
     Args:

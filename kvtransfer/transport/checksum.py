@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Sequence
 
 from kvcache.pool import KVPool
-from kvtransfer.plan import Run
+from kvtransfer.plan import ByteRun
 
 
 class PoolChecksums:
@@ -17,11 +17,11 @@ class PoolChecksums:
     def __init__(self, pool: KVPool) -> None:
         self._pool = pool
 
-    def source_checksum(self, runs: Sequence[Run]) -> int:
+    def source_checksum(self, runs: Sequence[ByteRun]) -> int:
         """CRC-32 of the runs in the source's own pool; see :func:`kvtransfer.plan.source_runs`."""
         return self._checksum([(run.source_offset, run.num_bytes) for run in runs])
 
-    def target_checksum(self, runs: Sequence[Run]) -> int:
+    def target_checksum(self, runs: Sequence[ByteRun]) -> int:
         """CRC-32 of the runs in the target's own pool, after the read is DONE."""
         return self._checksum([(run.target_offset, run.num_bytes) for run in runs])
 

@@ -19,7 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from kvcache.pool import KVPool
-from kvtransfer.plan import Run
+from kvtransfer.plan import ByteRun
 from protocol.errors import TransferError
 from protocol.kv import RankEndpoint
 
@@ -35,7 +35,7 @@ class ReadState(enum.Enum):
 class ReadHandle:
     """One posted read; opaque to its owner but for its size."""
 
-    def __init__(self, incarnation: str, runs: Sequence[Run]) -> None:
+    def __init__(self, incarnation: str, runs: Sequence[ByteRun]) -> None:
         self.incarnation = incarnation
         self.num_descriptors = len(runs)
         self.num_bytes = sum(run.num_bytes for run in runs)
@@ -79,7 +79,7 @@ class KVTransport(ABC):
         """
 
     @abstractmethod
-    def read(self, incarnation: str, runs: Sequence[Run]) -> ReadHandle:
+    def read(self, incarnation: str, runs: Sequence[ByteRun]) -> ReadHandle:
         """Post a read of all ``runs`` and return without waiting. Zero runs are fine: DONE.
 
         Args:
@@ -109,7 +109,7 @@ class KVTransport(ABC):
         """
 
 
-def check_runs(runs: Sequence[Run], source_bytes: int, target_bytes: int) -> None:
+def check_runs(runs: Sequence[ByteRun], source_bytes: int, target_bytes: int) -> None:
     """Refuse runs that leave either pool; offsets may come from a peer.
 
     Raises:

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Sequence
 
 from kvcache.pool import KVPool
-from kvtransfer.plan import Run
+from kvtransfer.plan import ByteRun
 from kvtransfer.transport.interface import KVTransport, ReadHandle, ReadState, check_runs
 from protocol.errors import TransferError
 from protocol.kv import RankEndpoint
@@ -55,7 +55,7 @@ class LocalFabric:
 
 
 class _LocalRead(ReadHandle):
-    def __init__(self, incarnation: str, runs: Sequence[Run]) -> None:
+    def __init__(self, incarnation: str, runs: Sequence[ByteRun]) -> None:
         super().__init__(incarnation, runs)
         self.runs = tuple(runs)
         self.state = ReadState.IN_FLIGHT if runs else ReadState.DONE
@@ -90,7 +90,7 @@ class LocalTransport(KVTransport):
     def disconnect(self, incarnation: str) -> None:
         self._peers.discard(incarnation)
 
-    def read(self, incarnation: str, runs: Sequence[Run]) -> ReadHandle:
+    def read(self, incarnation: str, runs: Sequence[ByteRun]) -> ReadHandle:
         assert self._pool is not None, "start() comes first"
         source = self._fabric.pool(incarnation)
         if incarnation not in self._peers or source is None:

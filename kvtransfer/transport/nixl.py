@@ -23,7 +23,7 @@ import numpy.typing as npt
 from nixl import nixl_agent, nixl_agent_config
 
 from kvcache.pool import KVPool
-from kvtransfer.plan import Run
+from kvtransfer.plan import ByteRun
 from kvtransfer.transport.interface import KVTransport, ReadHandle, ReadState, check_runs
 from kvtransfer.transport.nixl_library import NIXL_ERRORS, guard_wakeups, route_library_log
 from protocol.errors import ConfigError, TransferError
@@ -59,7 +59,7 @@ _Pieces = npt.NDArray[np.int64]  # [n, 3]: source offset, target offset, bytes
 
 
 class _NixlRead(ReadHandle):
-    def __init__(self, incarnation: str, runs: Sequence[Run]) -> None:
+    def __init__(self, incarnation: str, runs: Sequence[ByteRun]) -> None:
         super().__init__(incarnation, runs)
         self.state = ReadState.IN_FLIGHT
         self.waiting: deque[_Pieces] = deque()
@@ -182,7 +182,7 @@ class NixlTransport(KVTransport):
 
     # -- reads -------------------------------------------------------------------------------------
 
-    def read(self, incarnation: str, runs: Sequence[Run]) -> ReadHandle:
+    def read(self, incarnation: str, runs: Sequence[ByteRun]) -> ReadHandle:
         assert self._pool is not None, "start() comes first"
         peer = self._peers.get(incarnation)
         if peer is None:
@@ -280,7 +280,7 @@ class NixlTransport(KVTransport):
             _log.debug("deregistering: %s", error)
 
 
-def _cut(runs: Sequence[Run], post_bytes: int) -> Iterator[_Pieces]:
+def _cut(runs: Sequence[ByteRun], post_bytes: int) -> Iterator[_Pieces]:
     """Posts of at most ``post_bytes``, in order; a longer run is cut into several pieces."""
     post: list[tuple[int, int, int]] = []
     room = post_bytes

@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 
 from kvcache.pool import KVPool
-from kvtransfer.plan import Run
+from kvtransfer.plan import ByteRun
 from kvtransfer.transport.interface import KVTransport, ReadHandle, ReadState, check_runs
 from kvtransfer.transport.tcp_source import TcpSource
 from kvtransfer.transport.tcp_wire import (
@@ -48,7 +48,7 @@ class _Metadata(msgspec.Struct, frozen=True, array_like=True):
 
 
 class _TcpRead(ReadHandle):
-    def __init__(self, incarnation: str, runs: Sequence[Run]) -> None:
+    def __init__(self, incarnation: str, runs: Sequence[ByteRun]) -> None:
         super().__init__(incarnation, runs)
         self.state = ReadState.IN_FLIGHT
         self.receiving: Cursor | None = None
@@ -152,7 +152,7 @@ class TcpTransport(KVTransport):
 
     # -- reads -------------------------------------------------------------------------------------
 
-    def read(self, incarnation: str, runs: Sequence[Run]) -> ReadHandle:
+    def read(self, incarnation: str, runs: Sequence[ByteRun]) -> ReadHandle:
         peer = self._peers.get(incarnation)
         if peer is None:
             raise TransferError(f"{incarnation} is not connected")

@@ -73,7 +73,7 @@ def _without_secrets(argv: list[str]) -> list[str]:
 
 
 def _experiment(arguments: argparse.Namespace, _command: str) -> int:
-    from bench.experiments.command import complaint, run
+    from bench.simulate.command import complaint, run
 
     wrong = complaint(arguments)
     if wrong:

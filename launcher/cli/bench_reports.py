@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from bench.load.compare import Comparison
     from bench.load.driver import Target
     from bench.load.record import Manifest
-    from bench.load.report.runs import Run
     from bench.load.watch import OnSample
+    from bench.report.runs import Run
 
 FORMATS = ("vllm", "aiperf")
 TARGET_HELP = "[NAME=]URL, or [NAME=]'local:FLAGS of baton serve' for a cluster of its own"
@@ -76,8 +76,8 @@ def _add_compare(kinds: Any) -> None:  # noqa: ANN401
 def _report(arguments: argparse.Namespace, _command: str) -> int:
     from rich.console import Console
 
-    from bench.load.report.files import REPORT_FILE, write_report
-    from bench.load.report.terminal import show
+    from bench.report.files import REPORT_FILE, write_report
+    from bench.report.terminal import show
 
     console = Console()
     runs = _runs_of(arguments)
@@ -98,8 +98,8 @@ def _wants_pngs(arguments: argparse.Namespace, console: "Console") -> bool:
 
 
 def _runs_of(arguments: argparse.Namespace) -> "Sequence[Run]":
-    from bench.load.report.runs import Run, load_runs
-    from bench.load.report.sample import sample_runs
+    from bench.report.runs import Run, load_runs
+    from bench.report.sample import sample_runs
 
     if arguments.example == bool(arguments.folders):
         raise ConfigError("name folders of runs, or give --example")
@@ -137,7 +137,7 @@ def _export(arguments: argparse.Namespace, _command: str) -> int:
     from bench.load.interchange.aiperf import export_aiperf
     from bench.load.interchange.vllm import export_vllm
     from bench.load.record import read_run
-    from bench.load.report.runs import slo_of
+    from bench.report.runs import slo_of
 
     manifest, records = read_run(arguments.path)
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -164,10 +164,10 @@ def _compare(arguments: argparse.Namespace, command: str) -> int:
     from bench.load.alternation import alternate, conclusion
     from bench.load.compare import parse_gate
     from bench.load.record import write_run
-    from bench.load.report.files import write_report
-    from bench.load.report.runs import load_runs, write_comparison
-    from bench.load.report.terminal import show
     from bench.load.samples import ClusterSample
+    from bench.report.files import write_report
+    from bench.report.runs import load_runs, write_comparison
+    from bench.report.terminal import show
 
     gates = [parse_gate(text) for text in arguments.gate]
     console = Console()

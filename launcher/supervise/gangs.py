@@ -99,7 +99,7 @@ class Gang:
 
 
 @dataclass(frozen=True, slots=True)
-class Waits:
+class RestartTimeouts:
     """How long what may take, in seconds."""
 
     start_s: float  # a gang, until it serves
@@ -122,7 +122,7 @@ class Gangs:
         self,
         pools: Iterable[tuple[str, str, int]],
         policy: RestartPolicy,
-        waits: Waits,
+        waits: RestartTimeouts,
         now: float,
     ) -> None:
         names = [*pools, (COORDINATOR, COORDINATOR, 1)]

@@ -34,9 +34,9 @@ from launcher.supervise.gangs import (
     Gangs,
     Kill,
     Look,
+    RestartTimeouts,
     Say,
     Start,
-    Waits,
 )
 from launcher.supervise.processes import (
     FORK_SERVER,
@@ -125,7 +125,7 @@ class Supervisor:
             self._ranks.start(pool, 1, self._control_address)
         said = self._wait_for("ready", time.monotonic() + serve.ready_timeout_s)
         self.report = msgspec.json.decode(str(said["report"]), type=StartReport)
-        waits = Waits(
+        waits = RestartTimeouts(
             serve.ready_timeout_s,
             COORDINATOR_START_S,
             serve.coordinator_silence_s,

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from coordinator.records.records import Record, State
+from coordinator.records.records import Record, RecordState
 from coordinator.requests.service import Service
 from decode.memory import SequenceMemory
 from decode.sequence import Sequence
@@ -77,7 +77,7 @@ def test_a_prefill_pool_is_lost_after_each_number_of_blocks(num_blocks: int) -> 
     record = cluster.records["a"]
 
     def is_far_enough() -> bool:
-        is_reserved = record.state is State.PREFILLING
+        is_reserved = record.state is RecordState.PREFILLING
         return is_reserved and cluster.num_arrived(("a", 1)) >= num_blocks
 
     run_until(cluster, is_far_enough)
@@ -85,7 +85,7 @@ def test_a_prefill_pool_is_lost_after_each_number_of_blocks(num_blocks: int) -> 
     num_kept = min(cluster.num_arrived(("a", 1)), 43 // 4)
     assert num_blocks <= num_kept <= num_blocks + 3, "a segment may be of several blocks"
     cluster.kill_pool(victim)
-    assert record.state is State.WAITING, "its decode pool is still closing the hand-off"
+    assert record.state is RecordState.WAITING, "its decode pool is still closing the hand-off"
     cluster.settle()
     assert cluster.tokens("a") == reference(prompt_of(43), 5)
     assert record.attempt == 2 and record.decode_pool == home
@@ -101,7 +101,7 @@ def test_a_finished_request_is_given_up_with_the_pool_that_was_to_hand_it_over()
     cluster = WholeCluster(TWO_AND_TWO)
     cluster.submit("a", prompt_of(20), 1)
     record = cluster.records["a"]
-    run_until(cluster, lambda: record.state is State.ENDING)
+    run_until(cluster, lambda: record.state is RecordState.ENDING)
     home = record.decode_pool
     assert record.holders == {(record.prefill_pool, 1), (home, 1)}
     cluster.kill_pool(record.prefill_pool)
@@ -117,12 +117,12 @@ def test_it_waits_for_a_pool_and_goes_on_when_one_serves() -> None:
     run_until(cluster, lambda: record.num_output_tokens == 3)
     cluster.kill_pool("decode0")
     cluster.sweep(20.0)
-    assert record.state is State.WAITING
+    assert record.state is RecordState.WAITING
     with pytest.raises(RequestError) as caught:
         cluster.submit("b", prompt_of(3), 3)
     assert caught.value.code == "no_workers"
     cluster.start_pool("decode0")
-    assert record.state is State.RESERVING
+    assert record.state is RecordState.RESERVING
     cluster.settle()
     assert cluster.tokens("a") == reference(prompt_of(12), 9)
     assert record.lost[0].num_output_tokens == 3
@@ -147,7 +147,7 @@ def test_attempts_are_bounded() -> None:
     cluster.submit("a", prompt_of(12), 30)
     record = cluster.records["a"]
     for attempt in (1, 2, 3):
-        run_until(cluster, lambda: record.state is State.DECODING)
+        run_until(cluster, lambda: record.state is RecordState.DECODING)
         assert record.attempt == attempt
         victim = record.decode_pool
         cluster.kill_pool(victim)
@@ -162,7 +162,7 @@ def test_an_abort_while_it_waits_frees_what_is_left() -> None:
     record = cluster.records["a"]
     run_until(cluster, lambda: record.num_prefilled_tokens > 8)
     cluster.kill_pool(record.prefill_pool)
-    assert record.state is State.WAITING
+    assert record.state is RecordState.WAITING
     cluster.abort("a")
     cluster.settle()
     assert cluster.tokens("a") == []

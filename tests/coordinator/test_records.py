@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from coordinator.config import CoordinatorConfig, ExpectedPool
 from coordinator.records.paths import describe_path
-from coordinator.records.records import TABLE, Record, RecordEvent, State, as_new_token
+from coordinator.records.records import TABLE, Record, RecordEvent, RecordState, as_new_token
 from coordinator.requests.overdue import overdue, pools_to_ask
 from protocol.errors import IllegalTransition
 from protocol.messages import FirstToken, NewToken
@@ -40,8 +40,8 @@ def test_nothing_is_accepted_after_the_end() -> None:
     assert not mine.accept(NewToken("r", 1, 0, 5))
 
 
-@pytest.mark.parametrize(("state", "step"), list(itertools.product(State, RecordEvent)))
-def test_the_table_is_closed(state: State, step: RecordEvent) -> None:
+@pytest.mark.parametrize(("state", "step"), list(itertools.product(RecordState, RecordEvent)))
+def test_the_table_is_closed(state: RecordState, step: RecordEvent) -> None:
     mine = record()
     mine.state = state
     if (state, step) in TABLE:
@@ -54,14 +54,14 @@ def test_the_table_is_closed(state: State, step: RecordEvent) -> None:
 
 
 def test_every_state_leads_to_gone() -> None:
-    for start in State:
+    for start in RecordState:
         reached, frontier = {start}, [start]
         while frontier:
             state = frontier.pop()
             new = {after for (before, _), after in TABLE.items() if before is state} - reached
             reached |= new
             frontier += new
-        assert State.GONE in reached
+        assert RecordState.GONE in reached
 
 
 def test_paths_and_pending_work() -> None:
@@ -96,7 +96,7 @@ def test_an_attempt_after_tokens_that_the_caller_has() -> None:
     mine.accept(NewToken("r", 1, 0, 10))
     mine.accept(NewToken("r", 1, 2, 12))
     mine.lose_attempt("worker_lost")
-    assert (mine.state, mine.attempt) == (State.WAITING, 2)
+    assert (mine.state, mine.attempt) == (RecordState.WAITING, 2)
     assert not mine.has_gap, "what had come early may come otherwise now"
     reserve = mine.reserve()
     assert (reserve.attempt, reserve.prompt_token_ids) == (2, (1, 2, 3, 10))

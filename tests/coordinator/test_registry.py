@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.cluster.joining import HelloRefused, Terms
-from coordinator.cluster.losses import Patience
+from coordinator.cluster.joining import HelloRefused, JoinRequirements
+from coordinator.cluster.losses import Timeouts
 from coordinator.cluster.pools import PoolState
 from coordinator.cluster.registry import EPOCH_BITS, Registry
 from coordinator.config import ExpectedPool
@@ -39,9 +39,9 @@ FIRST_EPOCH = (COORDINATOR << EPOCH_BITS) + 1
 def registry(*rejoining: str, epoch: int = COORDINATOR) -> Registry:
     return Registry(
         [ExpectedPool(*pool) for pool in POOLS],
-        Terms(CONFIG.fingerprint, 16),
+        JoinRequirements(CONFIG.fingerprint, 16),
         coordinator_epoch=epoch,
-        patience=Patience(silent_s=5.0, starting_s=20.0, step_s=30.0, rejoin_s=10.0),
+        timeouts=Timeouts(silent_s=5.0, starting_s=20.0, step_s=30.0, rejoin_s=10.0),
         rejoining=rejoining,
     )
 

@@ -10,7 +10,7 @@ from coordinator.records.attempts import EndedAttempt
 from coordinator.records.records import Record
 from coordinator.requests.traces import Trace, Traces
 from protocol.request import PrefillPath, SamplingParams
-from protocol.timeline import Event
+from protocol.timeline import TimelineEvent
 from protocol.token_ids import TokenIds
 
 
@@ -55,8 +55,8 @@ def test_the_latest_are_kept_as_far_as_there_is_room(
 
 def record(request_id: str) -> Record:
     made = Record(request_id, 1, TokenIds.of((1, 2, 3)), SamplingParams(max_tokens=4), "tenant")
-    made.timeline.mark(Event.ARRIVED, 5.0)
-    made.timeline.mark(Event.RELEASED, 6.5)
+    made.timeline.mark(TimelineEvent.ARRIVED, 5.0)
+    made.timeline.mark(TimelineEvent.RELEASED, 6.5)
     made.lost.append(EndedAttempt(1, "decode0", "", 2, "worker_lost"))
     made.path = PrefillPath("prefill0", 2, 1, 16, 48, 48)
     return made

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from coordinator.cluster.joining import Terms
-from coordinator.cluster.losses import Patience
+from coordinator.cluster.joining import JoinRequirements
+from coordinator.cluster.losses import Timeouts
 from coordinator.cluster.registry import Registry
 from coordinator.config import CoordinatorConfig, ExpectedPool
 from coordinator.loop.slices import at_once
@@ -29,7 +29,7 @@ from kvtransfer.events import ControlReceived, Event, PoolsChanged, SendControl
 from kvtransfer.handoff.actions import StartRead
 from kvtransfer.handoff.handoffs import HandoffPolicy
 from kvtransfer.identity import PeerName, RankIdentity
-from kvtransfer.plan import Run
+from kvtransfer.plan import ByteRun
 from prefill.announcer import Announcer
 from prefill.facts import PoolFacts
 from prefill.manifest import layer_groups
@@ -97,7 +97,7 @@ class Rank:
             groups=GROUPS,
         )
 
-    def source_checksum(self, runs: Sequence[Run]) -> int:
+    def source_checksum(self, runs: Sequence[ByteRun]) -> int:
         raise AssertionError(f"nothing is summed here: {runs}")
 
     target_checksum = source_checksum
@@ -223,9 +223,9 @@ class WholeCluster:
         self.now = 0.0
         self.registry = Registry(
             self.config.pools,
-            Terms(FINGERPRINT, BLOCK_SIZE),
+            JoinRequirements(FINGERPRINT, BLOCK_SIZE),
             coordinator_epoch=1,
-            patience=Patience(),
+            timeouts=Timeouts(),
         )
         self.slices: deque[Iterator[None]] = deque()
         spread = self.slices.append if in_slices else at_once

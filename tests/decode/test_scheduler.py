@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from decode.states import TABLE, State
+from decode.states import TABLE, SequenceState
 from kvtransfer.events import ControlReceived
 from protocol.request import FinishReason
 
@@ -314,7 +314,7 @@ def test_tokens_reach_the_coordinator_before_the_release(make_cluster: MakeClust
 
 
 def test_every_state_but_the_last_can_be_left() -> None:
-    assert set(State) - {state for state, _ in TABLE} == {State.RELEASED}
+    assert set(SequenceState) - {state for state, _ in TABLE} == {SequenceState.RELEASED}
 
 
 # -- attempts --------------------------------------------------------------------------------------
@@ -465,10 +465,10 @@ def test_asked_how_it_stands(make_cluster: MakeCluster) -> None:
     cluster.assert_empty()
 
 
-ABORTS: dict[State, Callable[[Any], tuple[str, int]]] = {}
+ABORTS: dict[SequenceState, Callable[[Any], tuple[str, int]]] = {}
 
 
-def _in_state(state: State) -> Callable[[Any], Any]:
+def _in_state(state: SequenceState) -> Callable[[Any], Any]:
     def keep(reach: Callable[[Any], tuple[str, int]]) -> Any:
         ABORTS[state] = reach
         return reach
@@ -476,40 +476,40 @@ def _in_state(state: State) -> Callable[[Any], Any]:
     return keep
 
 
-@_in_state(State.QUEUED)
+@_in_state(SequenceState.QUEUED)
 def _queued(cluster: Any) -> tuple[str, int]:
     return cluster.reserve("a", prompt_of(9), max_tokens=5)
 
 
-@_in_state(State.LOADING)
+@_in_state(SequenceState.LOADING)
 def _loading(cluster: Any) -> tuple[str, int]:
     key = cluster.reserve_stored("a", prompt_of(9), max_tokens=5, num_store_tokens=8)
     cluster.step()
     return key
 
 
-@_in_state(State.OPENING)
+@_in_state(SequenceState.OPENING)
 def _opening(cluster: Any) -> tuple[str, int]:
     key = _queued(cluster)
     cluster.step()
     return key
 
 
-@_in_state(State.RESERVED)
+@_in_state(SequenceState.RESERVED)
 def _reserved(cluster: Any) -> tuple[str, int]:
     key = _opening(cluster)
     cluster.open(key)
     return key
 
 
-@_in_state(State.SWITCHING)
+@_in_state(SequenceState.SWITCHING)
 def _switching(cluster: Any) -> tuple[str, int]:
     key = _reserved(cluster)
     cluster.compute_here(key)
     return key
 
 
-@_in_state(State.RUNNING)
+@_in_state(SequenceState.RUNNING)
 def _running(cluster: Any) -> tuple[str, int]:
     key = _reserved(cluster)
     cluster.commit(key)
@@ -517,7 +517,7 @@ def _running(cluster: Any) -> tuple[str, int]:
     return key
 
 
-@_in_state(State.PREEMPTED)
+@_in_state(SequenceState.PREEMPTED)
 def _preempted(cluster: Any) -> tuple[str, int]:
     older = cluster.reserve("older", prompt_of(9, seed=1), max_tokens=28)
     cluster.compute_here(older)
@@ -525,7 +525,7 @@ def _preempted(cluster: Any) -> tuple[str, int]:
     cluster.compute_here(key)
     for _ in range(60):
         cluster.step()
-        if cluster.scheduler._sequences[key].state is State.PREEMPTED:
+        if cluster.scheduler._sequences[key].state is SequenceState.PREEMPTED:
             break
     cluster.abort(older)
     cluster.num_released.pop(older)
@@ -533,7 +533,7 @@ def _preempted(cluster: Any) -> tuple[str, int]:
     return key
 
 
-@_in_state(State.CLOSING)
+@_in_state(SequenceState.CLOSING)
 def _closing(cluster: Any) -> tuple[str, int]:
     key = _reserved(cluster)
     cluster.break_handoff(key)
@@ -541,12 +541,12 @@ def _closing(cluster: Any) -> tuple[str, int]:
 
 
 def test_aborts_are_tried_in_every_state() -> None:
-    assert set(ABORTS) == set(State) - {State.RELEASED}
+    assert set(ABORTS) == set(SequenceState) - {SequenceState.RELEASED}
 
 
 @pytest.mark.parametrize("state", ABORTS)
 def test_an_abort_frees_everything_by_the_next_step(
-    make_cluster: MakeCluster, state: State
+    make_cluster: MakeCluster, state: SequenceState
 ) -> None:
     cluster = make_cluster(num_blocks=9, block_size=4, watermark_blocks=0)
     key = ABORTS[state](cluster)

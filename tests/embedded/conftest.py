@@ -23,7 +23,7 @@ NUM_BLOCKS = 256
 MAX_ANSWER_TOKENS = 40
 
 
-class Asker:
+class RequestContext:
     """Prefill in a source pool, every block read by a transport, decode in a target pool."""
 
     def __init__(self) -> None:
@@ -104,5 +104,5 @@ class Asker:
 
 
 @pytest.fixture(scope="session")
-def asker() -> Asker:
-    return Asker()
+def context() -> RequestContext:
+    return RequestContext()

@@ -33,8 +33,8 @@ FACTS = (
 )
 
 
-def new_document(asker: Any, seed: object, num_tokens: int = 1500) -> Document:
-    return write_document(Random(f"test/{seed}"), num_tokens, asker.count)
+def new_document(context: Any, seed: object, num_tokens: int = 1500) -> Document:
+    return write_document(Random(f"test/{seed}"), num_tokens, context.count)
 
 
 def test_the_checkpoint_is_small_and_ordinary() -> None:
@@ -63,11 +63,11 @@ def test_the_checkpoint_is_small_and_ordinary() -> None:
         ("How do you do?", UNKNOWN),
     ],
 )
-def test_it_tells_facts_from_their_neighbours(asker: Any, question: str, answer: str) -> None:
-    assert asker.ask(f"{FACTS}\n\n{question}") == answer
+def test_it_tells_facts_from_their_neighbours(context: Any, question: str, answer: str) -> None:
+    assert context.ask(f"{FACTS}\n\n{question}") == answer
 
 
-def test_a_later_turn_does_not_mistake_an_answer_for_a_fact(asker: Any) -> None:
+def test_a_later_turn_does_not_mistake_an_answer_for_a_fact(context: Any) -> None:
     turns = [
         (f"{FACTS}\n\nWho is the harbour master of Veldt?", "The answer is Ana Torv."),
         ("Who is the harbour inspector of Veldt?", UNKNOWN),
@@ -79,38 +79,38 @@ def test_a_later_turn_does_not_mistake_an_answer_for_a_fact(asker: Any) -> None:
     messages = []
     for question, answer in turns:
         messages.append({"role": "user", "content": question})
-        prompt = asker.prompt(messages)
-        asker.prefill(prompt)
-        asker.move(prompt)
-        assert asker.decode(prompt) == answer
+        prompt = context.prompt(messages)
+        context.prefill(prompt)
+        context.move(prompt)
+        assert context.decode(prompt) == answer
         messages.append({"role": "assistant", "content": answer})
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_it_answers_about_documents_that_nobody_has_seen(asker: Any, seed: int) -> None:
-    document = new_document(asker, seed)
+def test_it_answers_about_documents_that_nobody_has_seen(context: Any, seed: int) -> None:
+    document = new_document(context, seed)
     random = Random(seed)
     for index, fact in enumerate(document.facts[:8] + document.absent[:4]):
         question = fact.question(random, paraphrase=index % 2 == 1)
-        assert asker.ask(f"{document.text}\n\n{question}") == fact.answer, question
+        assert context.ask(f"{document.text}\n\n{question}") == fact.answer, question
 
 
-def test_one_corrupted_block_of_the_fact_flips_the_answer(asker: Any) -> None:
-    document = new_document(asker, "corrupted")
+def test_one_corrupted_block_of_the_fact_flips_the_answer(context: Any) -> None:
+    document = new_document(context, "corrupted")
     fact = document.facts[len(document.facts) // 2]
     question = fact.question(Random(0), paraphrase=False)
-    prompt = asker.prompt([{"role": "user", "content": f"{document.text}\n\n{question}"}])
-    value = asker.tokenizer.encode(f" {fact.value}", add_special_tokens=False)
+    prompt = context.prompt([{"role": "user", "content": f"{document.text}\n\n{question}"}])
+    value = context.tokenizer.encode(f" {fact.value}", add_special_tokens=False)
     starts = [i for i in range(len(prompt)) if prompt[i : i + len(value)] == value]
     assert len(starts) == 1
-    size = asker.target.layout.block_size
+    size = context.target.layout.block_size
     holding, elsewhere = starts[0] // size, starts[0] // size + 4
-    asker.prefill(prompt)
+    context.prefill(prompt)
     for block, is_flipped in ((None, False), (elsewhere, False), (holding, True)):
-        asker.move(prompt)
+        context.move(prompt)
         if block is not None:
-            asker.target.tensor[:, block] = asker.target.tensor[:, 0]  # another block's bytes
-        assert (asker.decode(prompt) != fact.answer) is is_flipped
+            context.target.tensor[:, block] = context.target.tensor[:, 0]  # another block's bytes
+        assert (context.decode(prompt) != fact.answer) is is_flipped
 
 
 def test_words_have_one_meaning_and_one_token() -> None:
@@ -126,8 +126,8 @@ def test_words_have_one_meaning_and_one_token() -> None:
         assert SPACE + word in vocabulary.ids
 
 
-def test_no_two_facts_of_a_document_can_be_confused(asker: Any) -> None:
-    document = new_document(asker, "facts", 6000)
+def test_no_two_facts_of_a_document_can_be_confused(context: Any) -> None:
+    document = new_document(context, "facts", 6000)
     keys = [(fact.role, fact.place) for fact in document.facts]
     assert len(keys) == len(set(keys))
     assert len({fact.value for fact in document.facts}) == len(keys)
@@ -137,7 +137,7 @@ def test_no_two_facts_of_a_document_can_be_confused(asker: Any) -> None:
         assert (fact.role, fact.place) not in stated
         assert fact.role in roles and fact.place in places
     assert 6000 <= document.num_tokens < 6100
-    assert new_document(asker, "facts", 6000) == document
+    assert new_document(context, "facts", 6000) == document
 
 
 def distances(first: int, last: int) -> Floats:

@@ -16,7 +16,7 @@ from kvtransfer.events import (
 from kvtransfer.handoff.actions import StartRead
 from kvtransfer.handoff.handoffs import HandoffPolicy
 from kvtransfer.identity import PeerName, RankIdentity
-from kvtransfer.plan import Run
+from kvtransfer.plan import ByteRun
 from protocol.handoff import Announce, HandoffMessage, ReadDone, ReadsEnded, SegmentKey
 from protocol.kv import BlockRef, KVLayout, PoolEndpoint
 
@@ -26,7 +26,7 @@ SOURCE = RankIdentity("prefill", "p", 0, 1, 1, "p0")
 EPOCHS = {"p": 5, "d": 8}
 
 
-class Surroundings:
+class Rank:
     """A rank of a decode pool of so many, and whatever goes through its ports."""
 
     def __init__(self, num_ranks: int = 1, read: bool | None = None) -> None:
@@ -46,7 +46,7 @@ class Surroundings:
         ]
         self.node.pools_changed(pools, 0.0)
 
-    def source_checksum(self, runs: Sequence[Run]) -> int:
+    def source_checksum(self, runs: Sequence[ByteRun]) -> int:
         raise AssertionError(runs)
 
     target_checksum = source_checksum
@@ -79,7 +79,7 @@ class Surroundings:
 
 
 def test_what_a_rank_says_to_itself_goes_through_no_port_and_is_taken_in_at_once() -> None:
-    alone = Surroundings()
+    alone = Rank()
     alone.open()
     assert alone.events == [TargetIsOpen(*KEY)] and alone.sent == []
     alone.node.command(CloseTarget(*KEY), 0.0)
@@ -87,14 +87,14 @@ def test_what_a_rank_says_to_itself_goes_through_no_port_and_is_taken_in_at_once
 
 
 def test_the_other_ranks_of_its_pool_are_sent_to() -> None:
-    leader = Surroundings(num_ranks=3)
+    leader = Rank(num_ranks=3)
     leader.open()
     assert [peer for peer, _ in leader.sent] == [PeerName("d", 1), PeerName("d", 2)]
     assert leader.events == [], "two have not said that they expect it"
 
 
 def test_a_read_that_is_in_flight_is_waited_for() -> None:
-    target = Surroundings()
+    target = Rank()
     target.open()
     target.announce(0)
     target.announce(1)
@@ -111,7 +111,7 @@ def test_a_read_that_is_in_flight_is_waited_for() -> None:
 
 
 def test_a_read_that_has_ended_when_it_is_posted_is_not_waited_for() -> None:
-    target = Surroundings(read=True)
+    target = Rank(read=True)
     target.open()
     target.announce(0)
     target.announce(1)
@@ -120,7 +120,7 @@ def test_a_read_that_has_ended_when_it_is_posted_is_not_waited_for() -> None:
 
 
 def test_a_read_that_cannot_be_posted_breaks_its_hand_off() -> None:
-    target = Surroundings(read=False)
+    target = Rank(read=False)
     target.open()
     target.announce(0)
     [_, broken] = target.events
@@ -130,7 +130,7 @@ def test_a_read_that_cannot_be_posted_breaks_its_hand_off() -> None:
 
 @pytest.mark.parametrize("pool_id", ["p", "q"])
 def test_what_nobody_has_the_right_to_say_is_dropped_and_counted(pool_id: str) -> None:
-    target = Surroundings()
+    target = Rank()
     done = ReadDone(
         *KEY,
         target_pool_id="x",

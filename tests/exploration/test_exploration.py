@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 
 import decode.states
-from bench.exploration.automata import Network
-from bench.exploration.callers import Calls
-from bench.exploration.cases import SILENT, Named, cases
-from bench.exploration.clusters import Case, Cluster
-from bench.exploration.inputs import DONE, ReadEnds
-from bench.exploration.leaders import Leader, rank_of
-from bench.exploration.ranks import Rank
-from bench.exploration.search import Found, Search
-from bench.exploration.snapshots import clone, freeze
-from bench.exploration.tables import Digests, PairTable, Visited
 from decode.states import SequenceEvent
 from kvtransfer.handoff.source import SourceHandoff
 from prefill.scheduler import PrefillScheduler
+from tests.exploration.automata import Network
+from tests.exploration.callers import Calls
+from tests.exploration.cases import SILENT, Named, cases
+from tests.exploration.clusters import Case, Cluster
+from tests.exploration.inputs import DONE, ReadEnds
+from tests.exploration.leaders import Leader, rank_of
+from tests.exploration.ranks import Rank
+from tests.exploration.search import Found, Search
+from tests.exploration.snapshots import clone, freeze
+from tests.exploration.tables import Digests, PairTable, Visited
 
 ALL = cases(3, 3, 4)
 QUICK = [named for named in ALL if named.is_quick]
@@ -113,14 +113,14 @@ def _said(node: Any, links: Any) -> Any:
     ],
 )
 def test_it_finds_as_many_states_as_a_search_without_tables(case: Case) -> None:
-    case = replace(case, hurries=False)
+    case = replace(case, reduces_order=False)
     found = Search(case).run()
     assert (found.num_states, found.num_steps) == in_the_plain_way(case)
 
 
 def test_what_is_done_at_once_hides_no_end() -> None:
     named = next(named for named in QUICK if named.name == "2 ranks to 2")
-    slow = Search(replace(named.case, hurries=False)).run()
+    slow = Search(replace(named.case, reduces_order=False)).run()
     quick = searched(named)[1]
     assert slow.is_complete and quick.is_complete
     assert quick.num_states < slow.num_states and quick.num_ends == slow.num_ends
@@ -157,7 +157,7 @@ def test_an_end_that_is_none_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_step_that_is_refused_is_wrong(remove_way: Any) -> None:
-    remove_way(decode.states.TABLE, (decode.states.State.RESERVED, SequenceEvent.CLOSE))
+    remove_way(decode.states.TABLE, (decode.states.SequenceState.RESERVED, SequenceEvent.CLOSE))
     found = Search(Case()).run()
     assert found.problem == "IllegalTransition: r0: close while reserved"
     assert found.trace[-1] == "decode/0 takes from coordinator: Abort r0 1"

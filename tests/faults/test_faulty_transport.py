@@ -7,7 +7,7 @@ import torch
 
 from kvcache.pool import KVPool
 from kvtransfer.faulty import FaultyTransport
-from kvtransfer.plan import Run
+from kvtransfer.plan import ByteRun
 from kvtransfer.transport.interface import ReadHandle, ReadState
 from kvtransfer.transport.local import LocalFabric, LocalTransport
 from protocol.errors import TransferError
@@ -15,7 +15,7 @@ from protocol.failpoints import Failpoints
 from protocol.kv import KVLayout, RankEndpoint
 
 LAYOUT = KVLayout(2, 4, 2, 0, 1, 8, 16, "float32")
-RUN = Run(0, LAYOUT.block_bytes, LAYOUT.block_bytes)
+RUN = ByteRun(0, LAYOUT.block_bytes, LAYOUT.block_bytes)
 
 
 def _pair(text: str) -> tuple[KVPool, KVPool, FaultyTransport]:

@@ -15,7 +15,7 @@ import pytest
 from coordinator.config import BatchLimits, CoordinatorConfig, ExpectedPool
 from coordinator.jobs.database import Database
 from coordinator.jobs.documents.document import Document
-from coordinator.jobs.documents.document_tokens import Library
+from coordinator.jobs.documents.document_tokens import DocumentTokens
 from coordinator.jobs.documents.files import DocumentFiles
 from coordinator.jobs.documents.identity import ModelFacts
 from coordinator.jobs.files import BATCH, SCHEMA, Files, StoredFile
@@ -25,40 +25,41 @@ from coordinator.text.tokenizing import TextIdentity
 from kvcache.pool import KVPool
 from kvcache.tiers.files import PackFiles
 from modeling.checkpoint.config import load_config
+from protocol.crash_points import EXIT_FAILPOINT, CrashPoints
 from protocol.errors import RequestError
 from protocol.failpoints import ACTIONS, FAIL, KINDS
 from protocol.kv import KVLayout
-from protocol.places import EXIT_FAILPOINT, Places
 
 
 def test_without_failpoints_a_place_does_nothing() -> None:
-    places = Places()
-    assert not places
-    places.reach("jobs.commit.before", "file_added")
-    assert not places.hits
+    crash_points = CrashPoints()
+    assert not crash_points
+    crash_points.reach("jobs.commit.before", "file_added")
+    assert not crash_points.hits
 
 
 def test_a_full_disk_a_delay_and_their_counts() -> None:
     hits: Counter[str] = Counter()
-    places = Places("jobs.file.write.text:fail@1,jobs.parse:delay=0.02", hits)
-    places.reach("jobs.file.write", "tokens")
+    crash_points = CrashPoints("jobs.file.write.text:fail@1,jobs.parse:delay=0.02", hits)
+    crash_points.reach("jobs.file.write", "tokens")
     with pytest.raises(OSError, match=r"jobs\.file\.write") as caught:
-        places.reach("jobs.file.write", "text")
+        crash_points.reach("jobs.file.write", "text")
     assert caught.value.errno == errno.ENOSPC
     started = time.monotonic()
-    places.reach("jobs.parse")
-    asyncio.run(places.pass_by("jobs.parse"))
+    crash_points.reach("jobs.parse")
+    asyncio.run(crash_points.pass_by("jobs.parse"))
     assert time.monotonic() - started >= 0.04
     assert hits == {"failpoint:jobs.file.write.text:fail": 1, "failpoint:jobs.parse:delay": 2}
 
 
 def test_a_place_ends_the_process_as_a_kill_does() -> None:
     script = (
-        "import atexit; from protocol.places import Places; atexit.register(print, 'no')\n"
-        "places = Places('jobs.commit.after.line_answered:exit@2')\n"
-        "places.reach('jobs.commit.after', 'line_claimed')\n"
-        "places.reach('jobs.commit.after', 'line_answered'); print('once', flush=True)\n"
-        "places.reach('jobs.commit.after', 'line_answered'); print('twice')\n"
+        "import atexit\n"
+        "from protocol.crash_points import CrashPoints; atexit.register(print, 'no')\n"
+        "crash_points = CrashPoints('jobs.commit.after.line_answered:exit@2')\n"
+        "crash_points.reach('jobs.commit.after', 'line_claimed')\n"
+        "crash_points.reach('jobs.commit.after', 'line_answered'); print('once', flush=True)\n"
+        "crash_points.reach('jobs.commit.after', 'line_answered'); print('twice')\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
     assert (done.returncode, done.stdout) == (EXIT_FAILPOINT, b"once\n")
@@ -67,8 +68,8 @@ def test_a_place_ends_the_process_as_a_kill_does() -> None:
 
 def test_a_full_disk_at_a_commit_changes_nothing() -> None:
     async def run() -> None:
-        places = Places("jobs.commit.before.file_added:fail@1")
-        database = Database(None, ("CREATE TABLE item (name TEXT)",), places)
+        crash_points = CrashPoints("jobs.commit.before.file_added:fail@1")
+        database = Database(None, ("CREATE TABLE item (name TEXT)",), crash_points)
 
         def add(connection: sqlite3.Connection) -> None:
             connection.execute("INSERT INTO item VALUES ('a')")
@@ -88,9 +89,9 @@ def test_a_full_disk_at_a_commit_changes_nothing() -> None:
 @pytest.mark.parametrize("place", ["jobs.file.write.upload", "jobs.commit.before.file_added"])
 def test_an_upload_that_a_full_disk_refuses_leaves_nothing(tmp_path: Path, place: str) -> None:
     async def run() -> None:
-        places = Places(f"{place}:fail")
-        database = Database(None, SCHEMA, places)
-        files = Files(database, tmp_path / "files", BatchLimits(), lambda: 1.0, places)
+        crash_points = CrashPoints(f"{place}:fail")
+        database = Database(None, SCHEMA, crash_points)
+        files = Files(database, tmp_path / "files", BatchLimits(), lambda: 1.0, crash_points)
         (arrived := tmp_path / "arrived").write_bytes(b"abc")
         with pytest.raises(RequestError) as caught:
             await files.add(StoredFile("file-a", "t", BATCH, "in", 3, 1), arrived)
@@ -102,7 +103,7 @@ def test_an_upload_that_a_full_disk_refuses_leaves_nothing(tmp_path: Path, place
 
 
 def test_a_source_that_a_full_disk_refuses_is_told(tmp_path: Path) -> None:
-    files = DocumentFiles(tmp_path / "documents", Places("jobs.file.write:fail"))
+    files = DocumentFiles(tmp_path / "documents", CrashPoints("jobs.file.write:fail"))
     (arrived := tmp_path / "arrived").write_bytes(b"abc")
     with pytest.raises(RequestError, match="disk is full"):
         files.adopt("doc_a", arrived)
@@ -115,17 +116,17 @@ def test_who_stops_an_encoding_finds_it_ended(tmp_path: Path) -> None:
     """Else the tokens of a document that is deleted would be written when it is gone."""
 
     async def run() -> None:
-        places = Places("jobs.file.write.tokens:delay=0.2")
-        files = DocumentFiles(tmp_path, places)
+        crash_points = CrashPoints("jobs.file.write.tokens:delay=0.2")
+        files = DocumentFiles(tmp_path, crash_points)
         files.write("doc_a", "text", b"A text.")
         config = CoordinatorConfig("t", "arithmetic", (ExpectedPool("d", "decode", 1, 1),))
         workers = InProcessWorkers(Settings(config, load_config("arithmetic"), os.getpid()))
         facts = ModelFacts("arithmetic", "f", 4, "float32", TextIdentity("", ""))
-        library = Library(files, workers, facts)
+        tokens = DocumentTokens(files, workers, facts)
         document = Document("doc_a", "t", "salt", 0.0, "text", form="text")
-        encoding = asyncio.create_task(library.encode(document, 100))
+        encoding = asyncio.create_task(tokens.encode(document, 100))
         async with asyncio.timeout(20):
-            while not places.hits:  # noqa: ASYNC110 - a thread's doing
+            while not crash_points.hits:  # noqa: ASYNC110 - a thread's doing
                 await asyncio.sleep(0.001)
             encoding.cancel()
             await asyncio.wait({encoding})
@@ -141,7 +142,7 @@ def test_a_pack_that_fails_leaves_no_trace(tmp_path: Path, place: str) -> None:
         assert place == "pack.deleted"
         return
     pool = KVPool(KVLayout(3, 8, 2, 0, 1, 4, 8, "float32"))
-    files = PackFiles(tmp_path, pool, "model", places=Places(f"{place}:fail@1"))
+    files = PackFiles(tmp_path, pool, "model", crash_points=CrashPoints(f"{place}:fail@1"))
     with pytest.raises(OSError, match=place):
         files.write(0, b"", (b"a" * 16,), [0])
     assert list(tmp_path.iterdir()) == []

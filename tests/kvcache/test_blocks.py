@@ -11,7 +11,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from kvcache.blocks import BlockPool, State
+from kvcache.blocks import BlockPool, BlockState
 from protocol.errors import IllegalTransition, StaleError
 from protocol.kv import BlockRef
 
@@ -143,13 +143,13 @@ def test_a_block_is_free_only_after_both_lifetimes() -> None:
     refs = pool.allocate(1)
     pool.begin_transfer(refs)
     pool.release(refs)
-    assert pool.state(0) is State.DRAINING
+    assert pool.state(0) is BlockState.DRAINING
     assert pool.counts().in_flight == 1
     assert not pool.can_allocate(1)
     with pytest.raises(IllegalTransition):
         pool.share(refs)  # nobody knows what is in it
     pool.end_transfer(refs)
-    assert pool.state(0) is State.FREE
+    assert pool.state(0) is BlockState.FREE
     assert pool.allocate(1) == [BlockRef(0, 2)]
 
 
@@ -160,9 +160,9 @@ def test_a_prefix_can_be_shared_while_it_is_still_read() -> None:
     pool.begin_transfer(refs)
     pool.release(refs)
     pool.share(pool.match([b"a"]))
-    assert pool.state(0) is State.IN_FLIGHT
+    assert pool.state(0) is BlockState.IN_FLIGHT
     pool.end_transfer(refs)
-    assert pool.state(0) is State.OWNED
+    assert pool.state(0) is BlockState.OWNED
 
 
 def test_a_refusal_changes_nothing() -> None:
@@ -232,10 +232,10 @@ def test_what_is_forgotten_is_found_no_more_and_stays_with_its_owners() -> None:
     assert all(pool.find(bytes([number])) is None for number in range(4))
     assert pool.take_cache_events()[1] == tuple(bytes([number]) for number in range(4))
     assert [pool.state(ref.block_id) for ref in (owned, moving, draining, cached)] == [
-        State.OWNED,
-        State.IN_FLIGHT,
-        State.DRAINING,
-        State.FREE,
+        BlockState.OWNED,
+        BlockState.IN_FLIGHT,
+        BlockState.DRAINING,
+        BlockState.FREE,
     ]
     pool.end_transfer([moving, draining])
     pool.release([owned, moving])

@@ -5,7 +5,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtransfer.links.coordinator_lease import Allegiance
+from kvtransfer.links.coordinator_lease import CoordinatorLease
 from protocol.messages import (
     Abort,
     Alive,
@@ -28,8 +28,8 @@ GANG = GangAddress("", "")
 SAMPLING = SamplingParams(max_tokens=1)
 
 
-def welcomed(epoch: int = 1, now: float = 0.0) -> Allegiance:
-    mine = Allegiance(2.5, Counter())
+def welcomed(epoch: int = 1, now: float = 0.0) -> CoordinatorLease:
+    mine = CoordinatorLease(2.5, Counter())
     assert not mine.is_over(now, is_up=True)
     assert mine.obeys(Welcome(epoch, 1, GANG))
     assert mine.welcomed()
@@ -37,7 +37,7 @@ def welcomed(epoch: int = 1, now: float = 0.0) -> Allegiance:
     return mine
 
 
-def look(mine: Allegiance, start: float, end: float, *, is_up: bool = False) -> float | None:
+def look(mine: CoordinatorLease, start: float, end: float, *, is_up: bool = False) -> float | None:
     """Look each 100 ms at a line that is down; when it was over, or None."""
     for step in range(int((end - start) * 10) + 1):
         if mine.is_over(start + step / 10, is_up=is_up):
@@ -70,7 +70,7 @@ def test_a_line_that_does_not_come_back_is_over() -> None:
 
 def test_a_line_that_broke_before_its_welcome_is_over_at_once() -> None:
     """Its HELLO may be lost, and is said once."""
-    mine = Allegiance(2.5, Counter())
+    mine = CoordinatorLease(2.5, Counter())
     assert not mine.is_over(0.0, is_up=True)
     assert mine.is_over(0.02, is_up=False)
 
@@ -83,7 +83,7 @@ def test_a_line_that_cannot_be_connected_is_tried_anew() -> None:
 
 def test_a_line_that_is_up_waits_for_its_welcome() -> None:
     """For the rest of its gang, or for a coordinator that is busy."""
-    mine = Allegiance(2.5, Counter())
+    mine = CoordinatorLease(2.5, Counter())
     assert look(mine, 0.0, 100.0, is_up=True) is None
 
 
@@ -126,7 +126,7 @@ def test_nothing_is_obeyed_or_said_before_the_welcome() -> None:
 
 def test_a_coordinator_of_yesterday_is_refused() -> None:
     counters: Counter[str] = Counter()
-    mine = Allegiance(2.5, counters)
+    mine = CoordinatorLease(2.5, counters)
     mine.obeys(Welcome(7, 1, GANG))
     mine.obeys(Alive(7))
     mine.end(1.0)

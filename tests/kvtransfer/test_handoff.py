@@ -17,7 +17,7 @@ from kvtransfer.events import (
     TargetCommitted,
     TargetIsOpen,
 )
-from kvtransfer.handoff.recently_ended import MAX_TOMBS, Tombs
+from kvtransfer.handoff.recently_ended import MAX_TOMBS, RecentlyEnded
 from kvtransfer.identity import PeerName
 from protocol.handoff import Announce, Commit, Confirm, ReadDone, ReadsEnded, SegmentKey
 from protocol.kv import BlockRef
@@ -520,12 +520,12 @@ def test_what_comes_after_the_close_is_dropped(build: Any) -> None:
 
 
 def test_tombs_are_bounded() -> None:
-    tombs = Tombs()
+    recently_ended = RecentlyEnded()
     for number in range(MAX_TOMBS + 10):
-        tombs.add(("r", number))
-    assert ("r", 9) not in tombs
-    assert ("r", 10) in tombs
-    assert ("r", MAX_TOMBS + 9) in tombs
+        recently_ended.add(("r", number))
+    assert ("r", 9) not in recently_ended
+    assert ("r", 10) in recently_ended
+    assert ("r", MAX_TOMBS + 9) in recently_ended
 
 
 # -- what is whole when it is closed ---------------------------------------------------------------

@@ -31,7 +31,7 @@ from kvtransfer.handoff.actions import Action
 from kvtransfer.handoff.source import SourceHandoff
 from kvtransfer.handoff.target import TargetHandoff, TargetSide
 from kvtransfer.identity import PeerName
-from kvtransfer.plan import Run, plan
+from kvtransfer.plan import ByteRun, plan
 from protocol.handoff import Confirm
 from protocol.kv import KVLayout
 
@@ -223,7 +223,7 @@ def _close_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 def _swap_two_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     def swapped(
         source: KVLayout, target: KVLayout, layers: range, pairs: list[tuple[int, int]]
-    ) -> list[Run]:
+    ) -> list[ByteRun]:
         ids = [pair[1] for pair in pairs]
         ids[0], ids[-1] = ids[-1], ids[0]
         return plan(source, target, layers, list(zip((p[0] for p in pairs), ids, strict=True)))

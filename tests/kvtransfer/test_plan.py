@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 
-from kvtransfer.plan import Run, peers, plan, source_runs
+from kvtransfer.plan import ByteRun, peers, plan, source_runs
 from protocol.errors import TransferError, VersionError
 from protocol.kv import KVLayout
 
@@ -48,7 +48,7 @@ def _move(source: Side, target: Side, layers: range, blocks: Owners, to: Owners)
                     _apply(runs, source_pool, target_pool)
 
 
-def _apply(runs: list[Run], source: Pool, target: Pool) -> None:
+def _apply(runs: list[ByteRun], source: Pool, target: Pool) -> None:
     read, written = source.view(np.uint8).ravel(), target.view(np.uint8).ravel()
     for run in runs:
         piece = read[run.source_offset : run.source_offset + run.num_bytes]
@@ -134,7 +134,7 @@ def test_order_joins_and_who_meets_whom(
             assert _bytes_in_order(runs) == _bytes_in_order(alone)
 
 
-def _bytes_in_order(runs: list[Run]) -> list[int]:
+def _bytes_in_order(runs: list[ByteRun]) -> list[int]:
     return [run.source_offset + i for run in runs for i in range(run.num_bytes)]
 
 
@@ -145,7 +145,7 @@ def test_descriptors() -> None:
     assert len(plan(whole, whole, range(3), pairs)) == 3  # equal heads: a run of blocks is one
     assert len(plan(whole, half, range(3), pairs)) == 24  # split heads: one per layer and block
     everything = [(i, i) for i in range(10)]
-    assert plan(whole, whole, range(3), everything) == [Run(0, 0, whole.num_bytes)]
+    assert plan(whole, whole, range(3), everything) == [ByteRun(0, 0, whole.num_bytes)]
     assert plan(whole, whole, range(3), []) == []
 
 

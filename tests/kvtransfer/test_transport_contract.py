@@ -19,7 +19,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from kvcache.pool import KVPool
-from kvtransfer.plan import Run, plan, source_runs
+from kvtransfer.plan import ByteRun, plan, source_runs
 from kvtransfer.transport.checksum import PoolChecksums
 from kvtransfer.transport.choose import open_transport
 from kvtransfer.transport.interface import KVTransport, ReadHandle, ReadState
@@ -162,7 +162,7 @@ def test_any_runs(cluster: Cluster, data: st.DataObject) -> None:
     cuts = sorted(data.draw(st.lists(st.integers(0, size), unique=True, max_size=40)))
     pieces = [(one, other - one) for one, other in itertools.pairwise(cuts)]
     runs = [
-        Run(data.draw(st.integers(0, size - num_bytes)), start, num_bytes)
+        ByteRun(data.draw(st.integers(0, size - num_bytes)), start, num_bytes)
         for start, num_bytes in data.draw(st.permutations(pieces))
     ]
     expected = target.pool.bytes.clone()
@@ -178,20 +178,22 @@ def test_any_runs(cluster: Cluster, data: st.DataObject) -> None:
 def test_many_runs_and_a_read_longer_than_a_post(cluster: Cluster) -> None:
     source, target = cluster.pair(KVLayout(1, 5000, 2, 0, 1, 16, 64, "bfloat16"))  # 40 MB
     head_bytes = source.pool.layout.head_bytes
-    every_other = [Run(i * head_bytes, i * head_bytes, head_bytes) for i in range(1, 10000, 2)]
+    every_other = [ByteRun(i * head_bytes, i * head_bytes, head_bytes) for i in range(1, 10000, 2)]
     handle = target.transport.read(source.incarnation, every_other)
     assert cluster.finish(target, handle) == [ReadState.DONE]
     mine, theirs = target.pool.bytes.view(-1, head_bytes), source.pool.bytes.view(-1, head_bytes)
     assert torch.equal(mine[1::2], theirs[1::2])
     assert not torch.equal(mine[0], theirs[0])
-    handle = target.transport.read(source.incarnation, [Run(0, 0, source.pool.layout.num_bytes)])
+    handle = target.transport.read(
+        source.incarnation, [ByteRun(0, 0, source.pool.layout.num_bytes)]
+    )
     assert cluster.finish(target, handle) == [ReadState.DONE]
     assert torch.equal(mine, theirs)
 
 
 def test_several_reads_at_once_and_none_at_all(cluster: Cluster) -> None:
     source, target = cluster.pair()
-    runs = [[Run(i * 64, i * 64, 64)] for i in range(50)]
+    runs = [[ByteRun(i * 64, i * 64, 64)] for i in range(50)]
     handles = [target.transport.read(source.incarnation, run) for run in runs]
     nothing = target.transport.read(source.incarnation, [])
     assert target.transport.poll(nothing) is ReadState.DONE
@@ -204,7 +206,7 @@ def test_several_reads_at_once_and_none_at_all(cluster: Cluster) -> None:
 
 def test_a_final_state_is_final(cluster: Cluster) -> None:
     source, target = cluster.pair()
-    handle = target.transport.read(source.incarnation, [Run(0, 0, 1024)])
+    handle = target.transport.read(source.incarnation, [ByteRun(0, 0, 1024)])
     assert cluster.finish(target, handle) == [ReadState.DONE]
     landed = target.pool.bytes.clone()
     source.pool.bytes.zero_()
@@ -216,14 +218,14 @@ def test_a_final_state_is_final(cluster: Cluster) -> None:
 def test_unknown_and_disconnected_peers_are_refused(cluster: Cluster) -> None:
     source, target = cluster.pair()
     with pytest.raises(TransferError):
-        source.transport.read(target.incarnation, [Run(0, 0, 64)])  # the other way is not open
+        source.transport.read(target.incarnation, [ByteRun(0, 0, 64)])  # the other way is not open
     target.transport.connect(source.endpoint)
     target.transport.disconnect(source.incarnation)
     target.transport.disconnect(source.incarnation)
     with pytest.raises(TransferError):
-        target.transport.read(source.incarnation, [Run(0, 0, 64)])
+        target.transport.read(source.incarnation, [ByteRun(0, 0, 64)])
     target.transport.connect(source.endpoint)
-    handle = target.transport.read(source.incarnation, [Run(0, 0, 64)])
+    handle = target.transport.read(source.incarnation, [ByteRun(0, 0, 64)])
     assert cluster.finish(target, handle) == [ReadState.DONE]
 
 
@@ -235,9 +237,9 @@ def test_runs_outside_the_pools_are_refused(cluster: Cluster, run: tuple[int, in
     source, target = cluster.pair()
     before = target.pool.bytes.clone()
     size = target.pool.layout.num_bytes
-    bad = Run(run[0], run[1], size if run[2] == "all" else run[2])  # type: ignore[arg-type]
+    bad = ByteRun(run[0], run[1], size if run[2] == "all" else run[2])  # type: ignore[arg-type]
     with pytest.raises(TransferError):
-        target.transport.read(source.incarnation, [Run(0, 0, 64), bad])
+        target.transport.read(source.incarnation, [ByteRun(0, 0, 64), bad])
     assert torch.equal(target.pool.bytes, before)
 
 
@@ -253,7 +255,7 @@ def test_unacceptable_endpoints_are_refused(cluster: Cluster) -> None:
         with pytest.raises(TransferError):
             target.transport.connect(msgspec.structs.replace(source.endpoint, **change))
     target.transport.connect(source.endpoint)
-    handle = target.transport.read(source.incarnation, [Run(0, 0, 64)])
+    handle = target.transport.read(source.incarnation, [ByteRun(0, 0, 64)])
     assert cluster.finish(target, handle) == [ReadState.DONE]
 
 
@@ -264,10 +266,10 @@ def test_a_source_that_closes_is_gone(cluster: Cluster) -> None:
     source.transport.close()
     cluster.ranks.remove(source)
     if cluster.name == "tcp":  # which learns of it only when it listens
-        handle = target.transport.read(source.incarnation, [Run(0, 0, 64)])
+        handle = target.transport.read(source.incarnation, [ByteRun(0, 0, 64)])
         assert cluster.finish(target, handle) == [ReadState.FAILED]
     with pytest.raises(TransferError):
-        target.transport.read(source.incarnation, [Run(0, 0, 64)])
+        target.transport.read(source.incarnation, [ByteRun(0, 0, 64)])
     assert torch.equal(target.pool.bytes, before)
 
 
@@ -276,7 +278,7 @@ def test_held_bytes_land_after_a_disconnect() -> None:
     source, target = cluster.pair()
     before = target.pool.bytes.clone()
     cluster.fabric.hold()
-    handle = target.transport.read(source.incarnation, [Run(0, 0, 64)])
+    handle = target.transport.read(source.incarnation, [ByteRun(0, 0, 64)])
     target.transport.disconnect(source.incarnation)
     target.transport.progress()
     assert target.transport.poll(handle) is ReadState.IN_FLIGHT
@@ -365,7 +367,7 @@ def test_a_wrong_token_reads_nothing(tcp: Cluster) -> None:
     source, target = tcp.rank(_layout(), token="another"), tcp.rank(_layout())
     before = target.pool.bytes.clone()
     target.transport.connect(source.endpoint)
-    handle = target.transport.read(source.incarnation, [Run(0, 0, 64)])
+    handle = target.transport.read(source.incarnation, [ByteRun(0, 0, 64)])
     assert tcp.finish(target, handle) == [ReadState.FAILED]
     assert torch.equal(target.pool.bytes, before)
 
@@ -378,7 +380,7 @@ def test_who_only_listens_at_a_source_s_port_gives_nothing(tcp: Cluster) -> None
         metadata = msgspec.msgpack.encode(impostor.getsockname())
         endpoint = msgspec.structs.replace(source.endpoint, agent_metadata=metadata)
         target.transport.connect(endpoint)
-        handle = target.transport.read(source.incarnation, [Run(0, 0, 64)])
+        handle = target.transport.read(source.incarnation, [ByteRun(0, 0, 64)])
         with impostor.accept()[0] as channel:
             channel.sendall(bytes(NONCE_BYTES + PROOF_BYTES + 64))
             assert tcp.finish(target, handle) == [ReadState.FAILED]
@@ -404,7 +406,9 @@ def test_a_source_smaller_than_it_says(tcp: Cluster) -> None:
     before = target.pool.bytes.clone()
     target.transport.connect(msgspec.structs.replace(source.endpoint, layout=target.pool.layout))
     size = source.pool.layout.num_bytes
-    handle = target.transport.read(source.incarnation, [Run(0, 0, 64), Run(size - 1, 64, 64)])
+    handle = target.transport.read(
+        source.incarnation, [ByteRun(0, 0, 64), ByteRun(size - 1, 64, 64)]
+    )
     assert tcp.finish(target, handle) == [ReadState.FAILED]
     assert torch.equal(target.pool.bytes, before)
 
@@ -443,7 +447,7 @@ class Process:
         assert self.endpoint  # it has said it before it obeys
         assert self.ask("connect", source.endpoint) == "ok"
 
-    def read(self, source: "Process", runs: list[Run]) -> str:
+    def read(self, source: "Process", runs: list[ByteRun]) -> str:
         return self.ask("read", source.incarnation, msgspec.msgpack.encode(runs).hex())
 
     def signal(self, number: signal.Signals) -> None:
@@ -457,8 +461,8 @@ class Process:
 BLOCK_BYTES = 2 * 32 * 64 * 2 * 4
 NUM_BLOCKS = 512
 NUM_BYTES = 2 * NUM_BLOCKS * BLOCK_BYTES  # 32 MiB in each of two layers
-ALL = [Run(0, 0, NUM_BYTES)]
-SPLIT = [Run(i * 2 * BLOCK_BYTES, i * 2 * BLOCK_BYTES, BLOCK_BYTES) for i in range(NUM_BLOCKS)]
+ALL = [ByteRun(0, 0, NUM_BYTES)]
+SPLIT = [ByteRun(i * 2 * BLOCK_BYTES, i * 2 * BLOCK_BYTES, BLOCK_BYTES) for i in range(NUM_BLOCKS)]
 
 
 @pytest.fixture

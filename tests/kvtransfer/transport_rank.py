@@ -20,7 +20,7 @@ import zlib
 import msgspec
 
 from kvcache.pool import KVPool
-from kvtransfer.plan import Run
+from kvtransfer.plan import ByteRun
 from kvtransfer.transport.choose import open_transport
 from kvtransfer.transport.interface import KVTransport, ReadHandle, ReadState
 from protocol.errors import TransferError
@@ -64,7 +64,7 @@ class Rank:
         return "ok"
 
     def do_read(self, incarnation: str, encoded: str) -> str:
-        runs = msgspec.msgpack.decode(bytes.fromhex(encoded), type=list[Run])
+        runs = msgspec.msgpack.decode(bytes.fromhex(encoded), type=list[ByteRun])
         self.reads[self.num_reads] = self.transport.read(incarnation, runs)
         self.num_reads += 1
         return f"reading {self.num_reads - 1}"

@@ -16,9 +16,9 @@ from launcher.supervise.gangs import (
     Kill,
     Look,
     Phase,
+    RestartTimeouts,
     Say,
     Start,
-    Waits,
 )
 from launcher.supervise.restarts import RestartBudget, RestartPolicy
 from launcher.supervise.silence import LOOK_AFTER_S, LOOK_INTERVAL_S, WORK_SHARE, Silence, Vitals
@@ -26,7 +26,7 @@ from protocol.errors import ConfigError
 
 POOLS = (("prefill0", "prefill", 2), ("decode0", "decode", 2), ("decode1", "decode", 1))
 POLICY = RestartPolicy(max_restarts=2, window_s=100.0, backoff_s=1.0)
-WAITS = Waits(
+WAITS = RestartTimeouts(
     start_s=60.0, coordinator_start_s=30.0, coordinator_silent_s=5.0, coordinator_stall_s=60.0
 )
 IDLE = Vitals(cpu_s=1.0, is_running=False)

@@ -53,7 +53,7 @@ class Bug:
         """What should fail; the quickest first."""
         found = []
         if self.seeds:
-            simulate = ["bench.simulation", "--seeds", str(self.seeds), "--workers", "1"]
+            simulate = ["tests.simulation", "--seeds", str(self.seeds), "--workers", "1"]
             found.append([sys.executable, "-m", *simulate])
         if self.tests:
             found.append(
@@ -94,7 +94,7 @@ def catch(bug: Bug, source: Path) -> str:
             except subprocess.TimeoutExpired:
                 code = 1  # it hangs: that is seen as well
             if code == 1:
-                return "simulation" if "bench.simulation" in command else " ".join(bug.tests)
+                return "simulation" if "tests.simulation" in command else " ".join(bug.tests)
     return ""
 
 

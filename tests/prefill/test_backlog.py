@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from prefill.backlog import BEGUN, Backlog
 from prefill.request import Request
-from prefill.states import RequestEvent, State
+from prefill.states import RequestEvent, RequestState
 from prefill.step import service_order
 from protocol.errors import IllegalTransition
 from protocol.messages import Prefill
@@ -60,16 +60,16 @@ def test_a_step_sees_of_few_what_it_would_see_of_all(
         with contextlib.suppress(IllegalTransition):
             request.advance(event)
             backlog.moved(request, before)
-    waiting = [request for request in requests if request.state is State.WAITING]
+    waiting = [request for request in requests if request.state is RequestState.WAITING]
     begun = [request for request in requests if request.state in BEGUN]
     assert backlog.num_waiting == len(waiting)
     assert sorted(request.number for request in backlog.begun) == [r.number for r in begun]
     assert backlog.num_pending_tokens == sum(r.num_left_tokens for r in (*waiting, *begun))
-    unfinished = [r for r in requests if r.state in (State.WAITING, State.RUNNING)]
+    unfinished = [r for r in requests if r.state in (RequestState.WAITING, RequestState.RUNNING)]
     served = {
         request.key
         for request in unfinished
-        if serves and request.state is State.RUNNING and request.num_tokens > CHUNK_TOKENS
+        if serves and request.state is RequestState.RUNNING and request.num_tokens > CHUNK_TOKENS
     }
     of_few = service_order(backlog.candidates(), served, CHUNK_TOKENS)
     of_all = service_order(unfinished, served, CHUNK_TOKENS)

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from kvtransfer.events import ControlReceived, HandoffBroken
-from prefill.states import State
+from prefill.states import RequestState
 from protocol.handoff import SegmentKey
 from protocol.messages import (
     Ask,
@@ -470,22 +470,22 @@ def _closing(pool: Any, prompt: Callable) -> None:
 
 
 REACH = {
-    State.WAITING: _waiting,
-    State.FETCHING: _fetching,
-    State.RETURNING: _returning,
-    State.RUNNING: _running,
-    State.HANDING_OVER: _handing_over,
-    State.CLOSING: _closing,
+    RequestState.WAITING: _waiting,
+    RequestState.FETCHING: _fetching,
+    RequestState.RETURNING: _returning,
+    RequestState.RUNNING: _running,
+    RequestState.HANDING_OVER: _handing_over,
+    RequestState.CLOSING: _closing,
 }
 
 
 def test_aborts_are_tried_in_every_state() -> None:
-    assert set(REACH) == set(State) - {State.RELEASED}
+    assert set(REACH) == set(RequestState) - {RequestState.RELEASED}
 
 
 @pytest.mark.parametrize("state", REACH)
 def test_an_abort_frees_everything_by_the_next_chunk(
-    make_pool: Callable, prompt: Callable, state: State
+    make_pool: Callable, prompt: Callable, state: RequestState
 ) -> None:
     pool = make_pool(2, chunk_tokens=8, fetch_from=1)
     REACH[state](pool, prompt)

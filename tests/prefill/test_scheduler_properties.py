@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kvtransfer.events import HandoffBroken
 from prefill.blocks import ref_of
-from prefill.placement import Geometry, Placement, fits_ever
+from prefill.placement import Geometry, RingPlacement, fits_ever
 from protocol.messages import FirstToken, Prefill, Released, RequestFailed
 from protocol.plans import PrefillPlan
 
@@ -242,7 +242,7 @@ def test_chunks_cover_the_prompt_and_are_dealt_evenly(
     assert geometry.ring_sizes[0] == 1 and geometry.ring_sizes[-1] == cp_size
     ring_size = min(ring_size, cp_size)
     cached = min(cached, (num_tokens - 1) // BLOCK_SIZE)
-    placement = Placement(geometry, num_tokens, cached, tuple(range(ring_size)), 0.0, 0.0)
+    placement = RingPlacement(geometry, num_tokens, cached, tuple(range(ring_size)), 0.0, 0.0)
     assert placement.chunks[0].start == cached * BLOCK_SIZE
     assert placement.chunks[-1].stop == num_tokens
     for before, after in zip(placement.chunks, placement.chunks[1:], strict=False):

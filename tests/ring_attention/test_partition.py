@@ -74,7 +74,7 @@ def test_every_visible_pair_is_seen_once(
     for q_index in range(partition.size):
         for k_index, shard in enumerate(partition.shards):
             keys = positions(shard)
-            for sight in partition.sights(q_index, k_index):
+            for sight in partition.visible_keys(q_index, k_index):
                 assert sight.first_key < sight.end_key
                 for query in range(sight.run.start, sight.run.end):
                     for key in keys[sight.first_key : sight.end_key]:
@@ -98,8 +98,8 @@ def test_messages_travel_as_far_as_needed_and_no_further(
     partition = Partition(*work_and_block_size, window)
     for index in range(partition.size):
         others = [(index + hop) % partition.size for hop in range(1, partition.size)]
-        keys_met = [bool(partition.sights(other, index)) for other in others]
-        queries_met = [bool(partition.sights(index, other)) for other in others]
+        keys_met = [bool(partition.visible_keys(other, index)) for other in others]
+        queries_met = [bool(partition.visible_keys(index, other)) for other in others]
         for hops, met in (
             (partition.kv_hops(index), keys_met),
             (partition.q_hops(index), queries_met),
@@ -116,9 +116,9 @@ def test_a_rank_sees_its_runs_and_its_diagonal_first() -> None:
     assert [(run.start, run.end) for run in rank1.runs] == [(12, 20)]
     assert rank0.key_spans == ((0, 4), (8, 12), (20, 22)) and rank0.num_keys == 10
     assert rank0.num_tokens == 6
-    own = [(s.first_key, s.end_key, s.causal) for s in partition.sights(0, 0)]
+    own = [(s.first_key, s.end_key, s.causal) for s in partition.visible_keys(0, 0)]
     assert own == [(4, 8, True), (0, 4, False), (8, 10, True), (0, 8, False)]
-    assert [(s.first_key, s.end_key) for s in partition.sights(0, 1)] == [(0, 4), (0, 12)]
+    assert [(s.first_key, s.end_key) for s in partition.visible_keys(0, 1)] == [(0, 4), (0, 12)]
 
 
 def test_a_window_leaves_out_what_nobody_sees() -> None:

@@ -1,10 +1,12 @@
 """Clusters on virtual time: no seed may give a wrong token, leak a block or hang."""
 
+import functools
+
 import pytest
 
-from bench.simulation.model import BLOCK_SIZE, Memory, layout, reference, states, token_of
-from bench.simulation.scenario import WEATHERS, run
-from bench.simulation.world import Weather, World
+from tests.simulation.model import BLOCK_SIZE, Memory, layout, reference, states, token_of
+from tests.simulation.scenario import FAULT_MODELS, run
+from tests.simulation.world import EventLoop, FaultModel
 
 NUM_QUICK = 210
 NUM_THOROUGH = 20_000
@@ -22,7 +24,7 @@ def assert_right(seeds: range) -> None:
         outcome = run(seed)
         assert not outcome.problems, (
             f"{outcome.problems}; look with: "
-            f"python -m bench.simulation --from {seed} --seeds 1 --trace"
+            f"python -m tests.simulation --from {seed} --seeds 1 --trace"
         )
         faults |= outcome.faults.keys()
         num_tokens += outcome.num_tokens
@@ -47,17 +49,17 @@ def test_a_seed_is_the_same_each_time() -> None:
     assert run(11).num_tokens != run(18).num_tokens
 
 
-def test_every_weather_has_its_turn() -> None:
-    assert len(set(WEATHERS)) == len(WEATHERS) == 7
+def test_every_fault_model_has_its_turn() -> None:
+    assert len(set(FAULT_MODELS)) == len(FAULT_MODELS) == 7
 
 
 def test_a_link_keeps_its_order_and_links_overtake_each_other() -> None:
-    world = World(0, Weather(late=0.3, late_s=1.0))
+    loop = EventLoop(0, FaultModel(late=0.3, late_s=1.0))
     arrived: list[tuple[str, int]] = []
     for number in range(50):
         for link in "ab":
-            world.send(link, lambda link=link, number=number: arrived.append((link, number)))
-    assert world.run_until(lambda: len(arrived) == 100, 10.0)
+            loop.send(link, functools.partial(arrived.append, (link, number)))
+    assert loop.run_until(lambda: len(arrived) == 100, 10.0)
     for link in "ab":
         assert [number for name, number in arrived if name == link] == list(range(50))
     assert [name for name, _ in arrived] != ["a", "b"] * 50

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from nixl import nixl_agent, nixl_agent_config
 
-from kvcache.tiers.movers import FileMover, Piece
+from kvcache.tiers.movers import ByteRange, FileMover
 from kvtransfer.transport.nixl_library import NIXL_ERRORS
 from protocol.errors import ConfigError
 from store import disk_io
@@ -38,7 +38,7 @@ class Way:
     def scramble(self, seed: int) -> None:
         self.memory[:] = Random(seed).randbytes(MEMORY_BYTES)
 
-    def bytes_of(self, pieces: list[Piece]) -> bytes:
+    def bytes_of(self, pieces: list[ByteRange]) -> bytes:
         return b"".join(self.memory[offset : offset + size] for offset, size in pieces)
 
 
@@ -78,7 +78,7 @@ def _num_descriptors() -> int:
 
 
 @st.composite
-def plans(draw: st.DrawFn) -> list[Piece]:
+def plans(draw: st.DrawFn) -> list[ByteRange]:
     """Pieces that do not overlap, of odd sizes, in any order; often more than one post or call."""
     count = draw(st.sampled_from([1, 2, 63, 64, 65, 200, 1025, 2100]))
     sizes = [draw(st.sampled_from([1, 5, 64, 4096]))] * count
@@ -89,7 +89,7 @@ def plans(draw: st.DrawFn) -> list[Piece]:
         offset += random.choice([0, 0, 3])
         if offset + size > MEMORY_BYTES:
             break
-        pieces.append(Piece(offset, size))
+        pieces.append(ByteRange(offset, size))
         offset += size
     random.shuffle(pieces)
     return pieces
@@ -97,7 +97,7 @@ def plans(draw: st.DrawFn) -> list[Piece]:
 
 @settings(max_examples=25, deadline=None)
 @given(plan=plans(), offset=st.sampled_from([0, 1, 4096, 70_001]), seed=st.integers(0, 99))
-def test_what_was_written_is_read(way: Way, plan: list[Piece], offset: int, seed: int) -> None:
+def test_what_was_written_is_read(way: Way, plan: list[ByteRange], offset: int, seed: int) -> None:
     way.scramble(seed)
     written = way.bytes_of(plan)
     before = bytes(way.memory)
@@ -122,7 +122,7 @@ def test_no_pieces_are_fine(way: Way, file: int) -> None:
 
 
 def test_pieces_outside_of_the_memory(way: Way, file: int) -> None:
-    for piece in (Piece(-1, 10), Piece(MEMORY_BYTES - 1, 2)):
+    for piece in (ByteRange(-1, 10), ByteRange(MEMORY_BYTES - 1, 2)):
         with pytest.raises(AssertionError):
             way.mover.write(file, 0, [piece])
     assert _content(file) == b""
@@ -131,8 +131,8 @@ def test_pieces_outside_of_the_memory(way: Way, file: int) -> None:
 def test_a_file_that_ends_early(way: Way, file: int) -> None:
     os.write(file, b"x" * 1000)
     with pytest.raises(OSError, match="ends early"):
-        way.mover.read(file, 0, [Piece(0, 600), Piece(5000, 401)])
-    way.mover.read(file, 0, [Piece(0, 600), Piece(5000, 400)])
+        way.mover.read(file, 0, [ByteRange(0, 600), ByteRange(5000, 401)])
+    way.mover.read(file, 0, [ByteRange(0, 600), ByteRange(5000, 400)])
     assert way.memory[5000:5400] == b"x" * 400
 
 
@@ -141,7 +141,7 @@ def test_a_file_of_another_mode(way: Way, tmp_path: Path) -> None:
     for flags, move in ((os.O_WRONLY, way.mover.read), (os.O_RDONLY, way.mover.write)):
         file = os.open(tmp_path / "file", flags)
         with pytest.raises(OSError):
-            move(file, 0, [Piece(0, 100)])
+            move(file, 0, [ByteRange(0, 100)])
         os.close(file)
     assert (tmp_path / "file").read_bytes() == b"x" * 1000
 
@@ -153,7 +153,7 @@ def test_a_descriptor_that_is_another_file_now(way: Way, tmp_path: Path) -> None
         (tmp_path / str(round_)).write_bytes(bytes([round_]) * (3000 - 100 * round_))
         file = os.open(tmp_path / str(round_), os.O_RDONLY)
         numbers.add(file)
-        way.mover.read(file, 0, [Piece(0, 3000 - 100 * round_)])
+        way.mover.read(file, 0, [ByteRange(0, 3000 - 100 * round_)])
         os.close(file)
         assert set(way.memory[: 3000 - 100 * round_]) == {round_}
     assert len(numbers) == 1
@@ -165,7 +165,7 @@ def test_many_threads(way: Way, tmp_path: Path) -> None:
     share = MEMORY_BYTES // 8
 
     def back_and_forth(thread: int) -> None:
-        pieces = [Piece(thread * share + 512 * n, 512) for n in range(share // 512)]
+        pieces = [ByteRange(thread * share + 512 * n, 512) for n in range(share // 512)]
         with (tmp_path / str(thread)).open("w+b", buffering=0) as file:
             for offset in range(10):
                 way.mover.write(file.fileno(), offset, pieces)
@@ -192,13 +192,13 @@ def test_nothing_is_kept(way: Way, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     def use(way: Way) -> None:
         with (tmp_path / "file").open("w+b", buffering=0) as file:
-            way.mover.write(file.fileno(), 7, [Piece(0, 100), Piece(200, 100)])
-            way.mover.read(file.fileno(), 0, [Piece(0, 100)])
+            way.mover.write(file.fileno(), 7, [ByteRange(0, 100), ByteRange(200, 100)])
+            way.mover.read(file.fileno(), 0, [ByteRange(0, 100)])
 
     def fail(way: Way) -> None:
         with (tmp_path / "file").open("wb") as file, pytest.raises(OSError):
             os.ftruncate(file.fileno(), 100)
-            way.mover.read(file.fileno(), 0, [Piece(0, 100)])
+            way.mover.read(file.fileno(), 0, [ByteRange(0, 100)])
 
     monkeypatch.setattr(nixl_agent, "register_memory", count_in)
     monkeypatch.setattr(nixl_agent, "deregister_memory", count_out)
@@ -224,7 +224,7 @@ def test_nothing_is_kept(way: Way, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_the_file_system_says_why(way: Way, tmp_path: Path) -> None:
     """A full disk is told from others by its number. No file is as long as that."""
     with (tmp_path / "file").open("wb", buffering=0) as file, pytest.raises(OSError) as caught:
-        way.mover.write(file.fileno(), 1 << 62, [Piece(0, 100)])
+        way.mover.write(file.fileno(), 1 << 62, [ByteRange(0, 100)])
     assert caught.value.errno == errno.EFBIG
 
 

@@ -1,4 +1,4 @@
-"""A store's scheduler with a disk that lives in memory: deposits, loans, and all the ways out."""
+"""A store's scheduler with a disk that lives in memory: offloads, onboardings, all the ways out."""
 
 from collections.abc import Callable
 
@@ -41,7 +41,7 @@ from protocol.messages import (
     ToCoordinator,
 )
 from protocol.request import SamplingParams, TransferStats
-from store.loans import LOAN_TIMEOUT_S
+from store.onboarding import ONBOARDING_TIMEOUT_S
 from store.scheduler import StoreFacts, StoreScheduler
 
 BLOCK_SIZE, BLOCK_BYTES, PACK_BLOCKS = 4, 100, 2
@@ -109,7 +109,7 @@ class Store:
         self.jobs.remove(job)
         self.tell(PackRead(job.number, error))
 
-    def deposit(self, name: str, prompt: tuple[int, ...]) -> None:
+    def offload(self, name: str, prompt: tuple[int, ...]) -> None:
         """From its Reserve to its Released."""
         key = self.reserve(name, prompt)
         self.tell(TargetIsOpen(*key))
@@ -179,7 +179,7 @@ def test_a_deposit_from_reserve_to_stored(make_store: MakeStore) -> None:
 
 def test_what_is_durable_is_not_asked_for_again(make_store: MakeStore) -> None:
     store = make_store()
-    store.deposit("a", PROMPT)
+    store.offload("a", PROMPT)
     longer = (*PROMPT, *range(100, 110))
     key = store.reserve("b", longer)
     assert store.last(OpenTargetBlocks).first_logical == 4
@@ -253,12 +253,12 @@ def test_what_had_arrived_of_a_broken_handoff_is_kept(make_store: MakeStore) -> 
 
 def test_a_loan_from_memory_and_from_disk(make_store: MakeStore) -> None:
     store = make_store()
-    store.deposit("d", PROMPT)
+    store.offload("d", PROMPT)
     hashes = hashes_of(PROMPT)
     for is_warm in (True, False):
         if not is_warm:
             store.fill_memory()
-        key = store.lend(f"loan {is_warm}", hashes)
+        key = store.lend(f"onboarding {is_warm}", hashes)
         if not is_warm:
             assert [job.indices for job in store.jobs] == [(0, 1), (0, 1)]
             store.read()
@@ -273,9 +273,9 @@ def test_a_loan_from_memory_and_from_disk(make_store: MakeStore) -> None:
 
 def test_a_damaged_pack_is_given_up(make_store: MakeStore) -> None:
     store = make_store()
-    store.deposit("d", PROMPT)
+    store.offload("d", PROMPT)
     store.fill_memory()
-    store.lend("loan", hashes_of(PROMPT))
+    store.lend("onboarding", hashes_of(PROMPT))
     store.read(error="block 1 is damaged")
     store.read()
     assert isinstance(store.commands[-1], FetchRefused)
@@ -293,9 +293,9 @@ def test_a_damaged_pack_is_given_up(make_store: MakeStore) -> None:
 
 def test_a_loan_that_nobody_ends_is_closed(make_store: MakeStore) -> None:
     store = make_store()
-    store.deposit("d", PROMPT)
-    key = store.lend("loan", hashes_of(PROMPT))
-    store.now = LOAN_TIMEOUT_S + 1
+    store.offload("d", PROMPT)
+    key = store.lend("onboarding", hashes_of(PROMPT))
+    store.now = ONBOARDING_TIMEOUT_S + 1
     store.turn()
     assert store.last(CloseSource) == CloseSource(*key)
     store.tell(SourceClosed(*key, committed=False))
@@ -304,23 +304,23 @@ def test_a_loan_that_nobody_ends_is_closed(make_store: MakeStore) -> None:
 
 def test_a_loan_waits_for_room(make_store: MakeStore) -> None:
     store = make_store()
-    store.deposit("d", PROMPT)
+    store.offload("d", PROMPT)
     held = store.pool.allocate(store.pool.num_available)
-    store.lend("loan", hashes_of(PROMPT))
+    store.lend("onboarding", hashes_of(PROMPT))
     assert not store.jobs
     store.pool.release(held)
     store.turn()
     assert len(store.jobs) == 2
     store.read(), store.read()
-    store.tell(SourceClosed("loan", 1, committed=True))
+    store.tell(SourceClosed("onboarding", 1, committed=True))
     store.assert_quiet()
 
 
 def test_a_full_disk_gives_up_what_is_worth_least(make_store: MakeStore) -> None:
     store = make_store(quota_blocks=4)
-    store.deposit("old", PROMPT[:8])
+    store.offload("old", PROMPT[:8])
     other = tuple(range(50, 58))
-    store.deposit("other", other)
+    store.offload("other", other)
     store.now = 1.0
     third = tuple(range(80, 88))
     key = store.reserve("third", third)
@@ -337,7 +337,7 @@ def test_a_full_disk_gives_up_what_is_worth_least(make_store: MakeStore) -> None
 
 def test_what_is_pinned_leaves_no_room(make_store: MakeStore) -> None:
     store = make_store(quota_blocks=2)
-    store.deposit("old", PROMPT[:8])
+    store.offload("old", PROMPT[:8])
     store.tell(ControlReceived(Pin("doc", hashes_of(PROMPT[:8]), "hard")))
     key = store.reserve("new", tuple(range(50, 58)))
     store.tell(TargetIsOpen(*key))
@@ -384,12 +384,12 @@ def test_more_than_the_memory_is_refused(make_store: MakeStore) -> None:
 
 def test_blocks_are_not_reused_while_they_are_lent(make_store: MakeStore) -> None:
     store = make_store(num_blocks=5)
-    store.deposit("d", PROMPT[:16])
-    store.lend("loan", hashes_of(PROMPT[:16]))
+    store.offload("d", PROMPT[:16])
+    store.lend("onboarding", hashes_of(PROMPT[:16]))
     lent: tuple[BlockRef, ...] = store.last(Serve).blocks
-    store.tell(HandoffBroken("loan", 1, "source", "decode0 is gone"))
+    store.tell(HandoffBroken("onboarding", 1, "source", "decode0 is gone"))
     store.reserve("next", tuple(range(50, 62)))
     assert all(command.request_id != "next" for command in store.commands), "there is no room"
-    store.tell(SourceClosed("loan", 1, committed=False))
+    store.tell(SourceClosed("onboarding", 1, committed=False))
     opened = store.last(OpenTargetBlocks)
     assert opened.request_id == "next" and len(lent) == 4

@@ -24,14 +24,14 @@ from coordinator.http.answers import sse
 from coordinator.http.answers.sending import body_messages
 from coordinator.http.answers.shapes import ChoiceState, Header, Shape, cache_miss_of, usage_of
 from coordinator.http.connections.connection import SCOPE_ABORT
-from coordinator.http.frontend import Asker, Choice, Frontend
+from coordinator.http.frontend import Choice, Frontend, RequestContext
 from coordinator.loop.slices import Pace
 from coordinator.loop.timeouts import patient
 from coordinator.loop.turns import Lane
 from coordinator.records.paths import describe_path
 from coordinator.requests.delivery import Delivery
 from coordinator.requests.traces import Trace
-from coordinator.text.tokens import ChoiceText, Piece
+from coordinator.text.tokens import ChoiceText, TextDelta
 from coordinator.validation.parameters import Options
 from protocol.errors import RequestError
 from protocol.messages import NewToken
@@ -52,18 +52,18 @@ class Answer(Response):
     def __init__(
         self,
         frontend: Frontend,
-        asker: Asker,
+        context: RequestContext,
         options: Options,
         choices: Sequence[Choice],
         shape: Shape,
     ) -> None:
         super().__init__()
         self._frontend = frontend
-        self._asker = asker
+        self._context = context
         self._options = options
         self._choices = choices
         self._shape = shape
-        self._header = Header(asker.request_id, int(time.time()), frontend.config.model_name)
+        self._header = Header(context.request_id, int(time.time()), frontend.config.model_name)
         self._delivery = Delivery()
         self._states: list[ChoiceState] = []
 
@@ -116,9 +116,9 @@ class Answer(Response):
     async def _submit(self) -> None:
         await self._frontend.turns.take(Lane.NEW)
         trace = Trace(
-            self._asker.request_id,
-            self._asker.client_request_id,
-            self._asker.tenant.name,
+            self._context.request_id,
+            self._context.client_request_id,
+            self._context.tenant.name,
             self._header.model,
             self._header.created,
             len(self._choices),
@@ -129,7 +129,7 @@ class Answer(Response):
         skip_special = self._options.skip_special_tokens
         for choice in self._choices:
             record = self._frontend.service.submit(
-                choice.generation, self._delivery, choice.index, self._asker.arrived
+                choice.generation, self._delivery, choice.index, self._context.arrived
             )
             stream = tokenizer.stream(
                 skip_special_tokens=skip_special, continuing=self._shape.continues_prompt
@@ -145,7 +145,7 @@ class Answer(Response):
         await self._frontend.turns.take(Lane.ANSWERS)
         return arrivals
 
-    def _take(self, arrivals: Arrivals) -> Iterator[tuple[ChoiceState, Piece]]:
+    def _take(self, arrivals: Arrivals) -> Iterator[tuple[ChoiceState, TextDelta]]:
         for index, tokens in arrivals:
             state = self._states[index]
             if state.text.finish_reason is not None:

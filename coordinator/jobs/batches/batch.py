@@ -8,17 +8,17 @@ from typing import Any
 
 import msgspec
 
-from coordinator.jobs.batches.states import TABLE, BatchEvent, State
+from coordinator.jobs.batches.states import TABLE, BatchEvent, BatchState
 from protocol.transitions import advance
 
 DOCUMENTS = "/v1/documents"
 ENDPOINTS = ("/v1/completions", "/v1/chat/completions", DOCUMENTS)
 # When a state was entered; callers read it under this name.
-TIMES: dict[State, str] = {
-    state: f"{state.value}_at" for state in State if state is not State.VALIDATING
+TIMES: dict[BatchState, str] = {
+    state: f"{state.value}_at" for state in BatchState if state is not BatchState.VALIDATING
 }
 # What OpenAI's clients do not know, and see as something else.
-SHOWN = {State.EXPIRING: State.FINALIZING, State.SET_ASIDE: State.FAILED}
+SHOWN = {BatchState.EXPIRING: BatchState.FINALIZING, BatchState.SET_ASIDE: BatchState.FAILED}
 
 
 class LineError(msgspec.Struct, frozen=True):
@@ -62,7 +62,7 @@ class Batch(msgspec.Struct, frozen=True):
     error_file_id: str
     output_ttl_s: int
     metadata: dict[str, str] | None = None
-    state: State = State.VALIDATING
+    state: BatchState = BatchState.VALIDATING
     times: dict[str, int] = {}
     num_lines: int = 0
     num_completed: int = 0
@@ -175,7 +175,7 @@ def answered(
 
 def unanswered(batch: Batch, number: int, custom_id: str) -> bytes:
     """The line of the error file for a request that was not answered before the end."""
-    what = "expired" if batch.state is State.EXPIRING else "cancelled"
+    what = "expired" if batch.state is BatchState.EXPIRING else "cancelled"
     error = {
         "code": f"batch_{what}",
         "message": f"the batch was {what} before this request was answered",

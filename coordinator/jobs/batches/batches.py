@@ -15,7 +15,7 @@ from coordinator.config import BatchLimits
 from coordinator.jobs import suspects
 from coordinator.jobs.batches.batch import ENDPOINTS, TIMES, Batch
 from coordinator.jobs.batches.input import Inputs
-from coordinator.jobs.batches.states import RUNNING, BatchEvent, State
+from coordinator.jobs.batches.states import RUNNING, BatchEvent, BatchState
 from coordinator.jobs.batches.table import BatchTable
 from coordinator.jobs.files import BATCH, Files, StoredFile, new_file_id
 from coordinator.jobs.gate import Gate
@@ -133,7 +133,7 @@ class Batches:
         batch = await self.table.change(batch_id, work)
         if was_running:
             self._on_change(batch_id)
-        elif batch.state not in (State.CANCELLING, State.CANCELLED):
+        elif batch.state not in (BatchState.CANCELLING, BatchState.CANCELLED):
             raise RequestError(
                 f"the batch is {batch.state.value}: only one that is running is cancelled",
                 code="not_cancellable",
@@ -149,7 +149,7 @@ class Batches:
         """
         batch = await self.get(tenant, batch_id)
         try:
-            if batch.state is State.SET_ASIDE:
+            if batch.state is BatchState.SET_ASIDE:
                 await self.gate.retry(Name(suspects.BATCH, batch_id))
                 now = self.table.clock()
                 batch = await self.table.change(
@@ -215,9 +215,9 @@ def line_key(batch_id: str, number: int | str) -> str:
 
 def _way_back(batch: Batch) -> BatchEvent:
     """Where a batch was when it was set aside: in an end, or at its beginning."""
-    if TIMES[State.CANCELLING] in batch.times:
+    if TIMES[BatchState.CANCELLING] in batch.times:
         return BatchEvent.CANCEL
-    if TIMES[State.EXPIRING] in batch.times:
+    if TIMES[BatchState.EXPIRING] in batch.times:
         return BatchEvent.EXPIRE
     return BatchEvent.WRITE_AGAIN if batch.num_lines else BatchEvent.VALIDATE_AGAIN
 

@@ -17,9 +17,9 @@ from coordinator.jobs.batches.batch import DOCUMENTS, Line, LineEdit, LineError
 from coordinator.jobs.files import sync_folder
 from coordinator.validation.bodies import Body
 from coordinator.validation.json_body import parse_json
+from protocol.crash_points import CrashPoints
 from protocol.errors import RequestError
 from protocol.failpoints import FILE_REMOVED, FILE_RENAMED
-from protocol.places import Places
 
 CUSTOM = "custom:"  # a document_id that begins so names a line of the same batch
 MAX_CUSTOM_ID_CHARS = 512
@@ -32,11 +32,11 @@ class Inputs:
 
     Args:
         folder: for them alone; made if it is not there.
-        places: told of what becomes durable.
+        crash_points: told of what becomes durable.
     """
 
-    def __init__(self, folder: Path, places: Places | None = None) -> None:
-        self._places = Places() if places is None else places
+    def __init__(self, folder: Path, crash_points: CrashPoints | None = None) -> None:
+        self._crash_points = CrashPoints() if crash_points is None else crash_points
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._found = {path.name for path in folder.iterdir()}
@@ -44,12 +44,12 @@ class Inputs:
     def add(self, batch_id: str, source: Path) -> None:
         """Keep a file, on the same disk, as the input of a batch until ``remove``."""
         os.link(source, self._path(batch_id))
-        self._places.reach(FILE_RENAMED, "input")
+        self._crash_points.reach(FILE_RENAMED, "input")
         sync_folder(self.folder)
 
     def remove(self, batch_id: str) -> None:
         self._path(batch_id).unlink(missing_ok=True)
-        self._places.reach(FILE_REMOVED, "input")
+        self._crash_points.reach(FILE_REMOVED, "input")
 
     def recover(self, batch_ids: Collection[str]) -> None:
         """Remove what an earlier process has left, but for the inputs of these batches."""

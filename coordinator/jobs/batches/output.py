@@ -28,10 +28,10 @@ async def write_files(batch: Batch, table: BatchTable, files: Files) -> list[Sto
         after = 0
         while rows := await table.rows(batch.batch_id, after):
             await asyncio.to_thread(_write, batch, rows, output, errors)
-            await files.places.pass_by(RESULT_APPEND)
+            await files.crash_points.pass_by(RESULT_APPEND)
             after = rows[-1].number
         sizes = [await asyncio.to_thread(_sync, file) for file in (output, errors)]
-    await files.places.pass_by(RESULT_DONE)
+    await files.crash_points.pass_by(RESULT_DONE)
     written = []
     for name, path, size in zip(names, paths, sizes, strict=True):
         if size:

@@ -32,7 +32,7 @@ from coordinator.jobs.batches.batch import (
 from coordinator.jobs.batches.batches import Batches, line_key
 from coordinator.jobs.batches.output import write_files
 from coordinator.jobs.batches.slots import Slots
-from coordinator.jobs.batches.states import OPEN, RUNNING, BatchEvent, State
+from coordinator.jobs.batches.states import OPEN, RUNNING, BatchEvent, BatchState
 from coordinator.jobs.gate import refusal
 from coordinator.jobs.suspects import BATCH, LINE, Name, Work
 from coordinator.text.tasks import Lines, ReadLines, Workers
@@ -44,7 +44,9 @@ TICK_S = 1.0
 TRY_AGAIN = frozenset({429, 503, 507})  # there may be room later
 MAX_DOCUMENTS = 8  # of one batch that are waited for; making them is not this runner's work
 
-ENDED = frozenset({State.COMPLETED, State.EXPIRED, State.CANCELLED, State.SET_ASIDE})
+ENDED = frozenset(
+    {BatchState.COMPLETED, BatchState.EXPIRED, BatchState.CANCELLED, BatchState.SET_ASIDE}
+)
 VALIDATION, FILES = 0, 1  # positions of a batch's work, for the gate
 
 T = TypeVar("T")
@@ -194,13 +196,13 @@ class BatchRunner:
         batch = await self._table.find(batch_id)
         if batch is None or batch.state in ENDED:
             return False
-        if batch.state is State.VALIDATING:
+        if batch.state is BatchState.VALIDATING:
             work = Work(BATCH, batch_id, VALIDATION)
             async with self._validating, self._gate.work(work):
                 await self._validate(batch)
-        elif batch.state is State.IN_PROGRESS:
+        elif batch.state is BatchState.IN_PROGRESS:
             await self._answer_lines(batch)
-        elif batch.state is State.FAILED:
+        elif batch.state is BatchState.FAILED:
             await asyncio.to_thread(self._batches.inputs.remove, batch_id)
             return False
         else:
@@ -224,7 +226,7 @@ class BatchRunner:
         now = self._table.clock()
 
         def work(found: Batch) -> Batch:
-            if found.state is not State.VALIDATING:
+            if found.state is not BatchState.VALIDATING:
                 return found  # cancelled meanwhile
             return found.stepped(BatchEvent.VALID, now, num_lines=len(lines))
 
@@ -247,7 +249,7 @@ class BatchRunner:
         try:
             # Another state may have been entered before there was something to interrupt.
             found = await self._table.find(batch.batch_id)
-            if found is None or found.state is not State.IN_PROGRESS:
+            if found is None or found.state is not BatchState.IN_PROGRESS:
                 answering.cancel()
             await asyncio.wait({answering})
             if answering.cancelled():
@@ -260,7 +262,9 @@ class BatchRunner:
 
         def work(found: Batch) -> Batch:
             return (
-                found.stepped(BatchEvent.DONE, now) if found.state is State.IN_PROGRESS else found
+                found.stepped(BatchEvent.DONE, now)
+                if found.state is BatchState.IN_PROGRESS
+                else found
             )
 
         await self._table.change(batch.batch_id, work)
@@ -311,7 +315,7 @@ class BatchRunner:
 
     async def _answer(self, batch: Batch, claim: Claim) -> None:
         result = await self._result(batch, claim)
-        await self._batches.files.places.pass_by(RESULT_ANSWERED)
+        await self._batches.files.crash_points.pass_by(RESULT_ANSWERED)
         await self._patiently(
             lambda: self._table.record(batch.batch_id, claim.line.number, result),
             "a batch's answer cannot be kept",

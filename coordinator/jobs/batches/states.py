@@ -9,7 +9,7 @@ have died of is set aside, until somebody has it tried again.
 import enum
 
 
-class State(enum.Enum):
+class BatchState(enum.Enum):
     VALIDATING = "validating"
     IN_PROGRESS = "in_progress"
     FINALIZING = "finalizing"
@@ -34,22 +34,28 @@ class BatchEvent(enum.Enum):
     WRITE_AGAIN = "write_again"
 
 
-RUNNING = frozenset({State.VALIDATING, State.IN_PROGRESS})
-WRITING = frozenset({State.FINALIZING, State.EXPIRING, State.CANCELLING})
+RUNNING = frozenset({BatchState.VALIDATING, BatchState.IN_PROGRESS})
+WRITING = frozenset({BatchState.FINALIZING, BatchState.EXPIRING, BatchState.CANCELLING})
 OPEN = RUNNING | WRITING  # something is still to be done
 
-TABLE: dict[tuple[State, BatchEvent], State] = {
-    (State.VALIDATING, BatchEvent.VALID): State.IN_PROGRESS,
-    (State.VALIDATING, BatchEvent.REFUSE): State.FAILED,
-    (State.IN_PROGRESS, BatchEvent.DONE): State.FINALIZING,
-    **{(state, BatchEvent.EXPIRE): State.EXPIRING for state in State if state in RUNNING},
-    **{(state, BatchEvent.CANCEL): State.CANCELLING for state in State if state in RUNNING},
-    **{(state, BatchEvent.SET_ASIDE): State.SET_ASIDE for state in State if state in OPEN},
-    (State.SET_ASIDE, BatchEvent.VALIDATE_AGAIN): State.VALIDATING,
-    (State.SET_ASIDE, BatchEvent.WRITE_AGAIN): State.FINALIZING,
-    (State.SET_ASIDE, BatchEvent.CANCEL): State.CANCELLING,
-    (State.SET_ASIDE, BatchEvent.EXPIRE): State.EXPIRING,
-    (State.FINALIZING, BatchEvent.WRITTEN): State.COMPLETED,
-    (State.EXPIRING, BatchEvent.WRITTEN): State.EXPIRED,
-    (State.CANCELLING, BatchEvent.WRITTEN): State.CANCELLED,
+TABLE: dict[tuple[BatchState, BatchEvent], BatchState] = {
+    (BatchState.VALIDATING, BatchEvent.VALID): BatchState.IN_PROGRESS,
+    (BatchState.VALIDATING, BatchEvent.REFUSE): BatchState.FAILED,
+    (BatchState.IN_PROGRESS, BatchEvent.DONE): BatchState.FINALIZING,
+    **{(state, BatchEvent.EXPIRE): BatchState.EXPIRING for state in BatchState if state in RUNNING},
+    **{
+        (state, BatchEvent.CANCEL): BatchState.CANCELLING
+        for state in BatchState
+        if state in RUNNING
+    },
+    **{
+        (state, BatchEvent.SET_ASIDE): BatchState.SET_ASIDE for state in BatchState if state in OPEN
+    },
+    (BatchState.SET_ASIDE, BatchEvent.VALIDATE_AGAIN): BatchState.VALIDATING,
+    (BatchState.SET_ASIDE, BatchEvent.WRITE_AGAIN): BatchState.FINALIZING,
+    (BatchState.SET_ASIDE, BatchEvent.CANCEL): BatchState.CANCELLING,
+    (BatchState.SET_ASIDE, BatchEvent.EXPIRE): BatchState.EXPIRING,
+    (BatchState.FINALIZING, BatchEvent.WRITTEN): BatchState.COMPLETED,
+    (BatchState.EXPIRING, BatchEvent.WRITTEN): BatchState.EXPIRED,
+    (BatchState.CANCELLING, BatchEvent.WRITTEN): BatchState.CANCELLED,
 }

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import msgspec
 
 from coordinator.jobs.batches.batch import DOCUMENTS, Batch, Claim, Line, LineError, Result
-from coordinator.jobs.batches.states import OPEN, BatchEvent, State
+from coordinator.jobs.batches.states import OPEN, BatchEvent, BatchState
 from coordinator.jobs.database import Database
 from coordinator.jobs.files import StoredFile, insert_file
 from coordinator.requests.admission import Departures, Queue
@@ -239,7 +239,7 @@ class BatchTable:
 
         def work(connection: sqlite3.Connection) -> None:
             batch = _find(connection, batch_id)
-            if batch is None or batch.state is not State.IN_PROGRESS:
+            if batch is None or batch.state is not BatchState.IN_PROGRESS:
                 return
             done = connection.execute(
                 "UPDATE batch_line SET is_done = 1 WHERE batch_id = ? AND line = ? AND is_done = 0",
@@ -302,7 +302,7 @@ class BatchTable:
         now = self.clock()
 
         def work(batch: Batch) -> Batch:
-            if batch.state is not State.VALIDATING:
+            if batch.state is not BatchState.VALIDATING:
                 return batch
             return batch.stepped(BatchEvent.REFUSE, now, errors=tuple(errors))
 
@@ -358,10 +358,10 @@ def _counted(batch: Batch, result: Result) -> Batch:
 
 
 def _reopened(batch: Batch, num_failed: int) -> Batch:
-    if batch.state is not State.IN_PROGRESS:
+    if batch.state is not BatchState.IN_PROGRESS:
         raise IllegalTransition(f"lines of a batch that is {batch.state.value}")
     return msgspec.structs.replace(batch, num_failed=batch.num_failed - num_failed)
 
 
 def _openness(batch: Batch) -> int:
-    return 2 if batch.state is State.SET_ASIDE else int(batch.state in OPEN)
+    return 2 if batch.state is BatchState.SET_ASIDE else int(batch.state in OPEN)

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from coordinator.jobs.documents.states import TABLE, DocumentEvent, State
+from coordinator.jobs.documents.states import TABLE, DocumentEvent, DocumentState
 from protocol.errors import RequestError
 from protocol.transitions import advance
 
@@ -96,7 +96,7 @@ class Document(msgspec.Struct, frozen=True, omit_defaults=True):
 
     model: str = ""
     fingerprint: str = ""  # of the model whose tokens they are
-    status: str = State.QUEUED.value
+    status: str = DocumentState.QUEUED.value
     attempt: int = 0  # counted before the work begins
     num_parse_crashes: int = 0
     num_tokens: int = 0  # 0 before they are known
@@ -116,8 +116,8 @@ class Document(msgspec.Struct, frozen=True, omit_defaults=True):
     shown: str = ""  # digest of the template's text up to the document's end; of form chat
 
     @property
-    def state(self) -> State:
-        return State(self.status)
+    def state(self) -> DocumentState:
+        return DocumentState(self.status)
 
     @property
     def num_blocks(self) -> int:
@@ -140,7 +140,7 @@ class Document(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class DocumentNotice:
     """Something to tell about a document; numbered when it is written."""
 
     kind: str  # "state", "progress", "warning" or "expired"
@@ -152,17 +152,17 @@ class Change:
     """A document's next value, and what is told of it."""
 
     document: Document
-    events: tuple[Event, ...] = ()
+    events: tuple[DocumentNotice, ...] = ()
 
 
-def state_event(document: Document) -> Event:
+def state_event(document: Document) -> DocumentNotice:
     """Says where the document is now."""
     data: dict[str, Any] = {"status": document.status, "attempt": document.attempt}
-    if document.state is State.FAILED and document.error is not None:
+    if document.state is DocumentState.FAILED and document.error is not None:
         data["error"] = describe_failure(document.error)
-    if document.state is State.PREFILLING:
+    if document.state is DocumentState.PREFILLING:
         data["resumed_from_token"] = document.num_resumed_tokens
-    return Event("state", data)
+    return DocumentNotice("state", data)
 
 
 def stepped(document: Document, event: DocumentEvent, **changes: Any) -> Change:  # noqa: ANN401 - any field
@@ -202,7 +202,7 @@ def describe(
     """The document as its owner sees it."""
     done = document.num_done if live is None else max(live.num_done, document.num_done)
     rate = live.tokens_per_s if live is not None else _mean_rate(document)
-    is_running = document.state is State.PREFILLING
+    is_running = document.state is DocumentState.PREFILLING
     return {
         "id": document.document_id,
         "object": "document",

@@ -29,7 +29,7 @@ class Encoding:
     varies_with: tuple[str, ...] = ()
 
 
-class Library:
+class DocumentTokens:
     """All documents' tokens.
 
     Args:

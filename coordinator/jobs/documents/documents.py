@@ -2,7 +2,7 @@
 
 1. ``create`` puts the source on the disk, then the document into the database, and only then
    answers: what has been acknowledged is not lost.
-2. The runner makes it ready; the keeper watches over pins, deadlines and evicted blocks.
+2. The runner makes it ready; the maintenance watches over pins, deadlines and evicted blocks.
 3. ``delete`` takes it out of the database at once, and its KV and files afterwards.
 """
 
@@ -25,17 +25,17 @@ from coordinator.jobs.documents.document import (
     describe,
     stepped,
 )
-from coordinator.jobs.documents.document_tokens import Library
+from coordinator.jobs.documents.document_tokens import DocumentTokens
 from coordinator.jobs.documents.events import WrittenEvent
 from coordinator.jobs.documents.files import TEXT, DocumentFiles
 from coordinator.jobs.documents.identity import MISMATCHED, explain
 from coordinator.jobs.documents.ingestor import Ingestor, IngestRequest
-from coordinator.jobs.documents.maintenance import Keeper
+from coordinator.jobs.documents.maintenance import Maintenance
 from coordinator.jobs.documents.pins import Pinned, PinPolicy
 from coordinator.jobs.documents.rows import not_found
 from coordinator.jobs.documents.runner import Runner
 from coordinator.jobs.documents.sizes import check_size
-from coordinator.jobs.documents.states import FINAL, PENDING, DocumentEvent, State
+from coordinator.jobs.documents.states import FINAL, PENDING, DocumentEvent, DocumentState
 from coordinator.jobs.documents.table import DocumentTable, Idempotency
 from coordinator.jobs.documents.watchers import Watchers
 from coordinator.jobs.gate import Gate
@@ -74,11 +74,11 @@ class Parts:
 
     table: DocumentTable
     files: DocumentFiles
-    library: Library
+    tokens: DocumentTokens
     ingestor: Ingestor
     policy: PinPolicy
     runner: Runner
-    keeper: Keeper
+    maintenance: Maintenance
     gate: Gate
     limits: JobLimits
     max_tokens: Callable[[], int]  # of a document that can be asked about
@@ -95,9 +95,9 @@ class Documents:
     def __init__(self, parts: Parts) -> None:
         self.limits = parts.limits
         self.tiers = parts.ingestor.tiers
-        self.library = parts.library
+        self.tokens = parts.tokens
         self.runner = parts.runner
-        self.keeper = parts.keeper
+        self.maintenance = parts.maintenance
         self.watchers = Watchers(parts.limits)
         self.table = parts.table
         self.folder = parts.files.folder
@@ -125,7 +125,7 @@ class Documents:
         Raises:
             RequestError: it cannot be accepted.
         """
-        await self.keeper.wait_recovered()
+        await self.maintenance.wait_recovered()
         size_bytes = await asyncio.to_thread(lambda: source.size_bytes)
         check_space(self._files.folder, 3 * size_bytes, min_free_bytes=self.min_free_bytes)
         self._check_size(source, size_bytes)
@@ -158,12 +158,12 @@ class Documents:
             check_size(size_bytes // MAX_BYTES_PER_TOKEN, max_tokens)
 
     def _with_tokens(self, document: Document, prompt: Prompt) -> Document:
-        self.library.keep(document.document_id, prompt)
+        self.tokens.keep(document.document_id, prompt)
         return msgspec.structs.replace(
             document,
             num_tokens=len(prompt.token_ids),
-            block_size=self.library.facts.block_size,
-            kv_dtype=self.library.facts.kv_dtype,
+            block_size=self.tokens.facts.block_size,
+            kv_dtype=self.tokens.facts.kv_dtype,
             first_hash=prompt.block_hashes[0].hex() if prompt.block_hashes else "",
         )
 
@@ -194,9 +194,9 @@ class Documents:
         """The document when nothing is to be done for it any more, or after a time."""
         deadline = time.monotonic() + min(seconds, self.limits.max_wait_s)
         while True:
-            if self.table.bell.is_closed:
+            if self.table.changes.is_closed:
                 raise shutting_down()
-            news = self.table.bell.ticket(document_id)
+            news = self.table.changes.ticket(document_id)
             document = await self.get(tenant, document_id)
             left_s = deadline - time.monotonic()
             if document.state not in PENDING or left_s <= 0:
@@ -216,8 +216,8 @@ class Documents:
     async def describe(self, document: Document) -> dict[str, Any]:
         """All about a document, with where its blocks lie."""
         residency: list[dict[str, Any]] = []
-        if self.library.is_current(document) and document.num_blocks:
-            prompt = await self.library.prompt(document)
+        if self.tokens.is_current(document) and document.num_blocks:
+            prompt = await self.tokens.prompt(document)
             residency = [
                 {
                     "tier": place.tier,
@@ -232,10 +232,10 @@ class Documents:
         """What the database knows of a document, and how it stands if it is being made."""
         live = self.runner.live(document.document_id)
         told = describe(document, self.limits.segment_tokens, live)
-        reason = self.library.mismatch(document)
-        if reason is None or document.state is not State.READY:
+        reason = self.tokens.mismatch(document)
+        if reason is None or document.state is not DocumentState.READY:
             return told
-        message = explain(document, reason, self.library.facts)
+        message = explain(document, reason, self.tokens.facts)
         return {**told, "status": MISMATCHED, "mismatch": {"reason": reason, "message": message}}
 
     async def events(
@@ -286,9 +286,9 @@ class Documents:
             RequestError: ``not_rewarmable``: it is neither.
         """
         document = await self.get(tenant, document_id)
-        if document.state is not State.READY or not self.library.is_current(document):
+        if document.state is not DocumentState.READY or not self.tokens.is_current(document):
             return await self._queue(tenant, document_id, DocumentEvent.REWARM, "not_rewarmable")
-        prompt = await self.library.prompt(document)
+        prompt = await self.tokens.prompt(document)
         await self._ingestor.warm(
             IngestRequest(
                 document_id,
@@ -347,7 +347,7 @@ class Documents:
 
         document = await self.table.change(document_id, work, check)
         if pin is not None and document.state not in PENDING:
-            await self.keeper.tell_pin(document)
+            await self.maintenance.tell_pin(document)
         return document
 
     async def touch(self, document: Document) -> None:
@@ -364,7 +364,7 @@ class Documents:
         await self.get(tenant, document_id)
         await self.table.delete(document_id)
         await self._let_go(document_id)
-        self.keeper.wake()
+        self.maintenance.wake()
 
     async def _let_go(self, document_id: str) -> None:
         await self.runner.abort(document_id)

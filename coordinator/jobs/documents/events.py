@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from coordinator.jobs.documents.document import Event
+from coordinator.jobs.documents.document import DocumentNotice
 
 SCHEMA = (
     """CREATE TABLE IF NOT EXISTS document_events (
@@ -48,7 +48,7 @@ class WrittenEvent:
 def append(
     connection: sqlite3.Connection,
     document_id: str,
-    events: Sequence[Event],
+    events: Sequence[DocumentNotice],
     now: float,
     max_events: int,
 ) -> None:
@@ -80,7 +80,7 @@ def read(
     return [WrittenEvent(n, at, kind, msgspec.json.decode(data)) for n, at, kind, data in rows]
 
 
-class Bell:
+class ChangeNotifier:
     """Wakes whoever waits for news of a document."""
 
     def __init__(self) -> None:
@@ -96,7 +96,7 @@ class Bell:
         """Set at the next news. Take it before looking, so that nothing falls in between."""
         return self._waiting.setdefault(document_id, asyncio.Event())
 
-    def ring(self, document_id: str) -> None:
+    def notify(self, document_id: str) -> None:
         waiting = self._waiting.pop(document_id, None)
         if waiting is not None:
             waiting.set()
@@ -105,4 +105,4 @@ class Bell:
         """There will be no more news: wakes everybody."""
         self.is_closed = True
         for document_id in list(self._waiting):
-            self.ring(document_id)
+            self.notify(document_id)

@@ -20,9 +20,9 @@ from pathlib import Path
 
 from coordinator.jobs.database import insufficient_storage
 from coordinator.jobs.space import DISK_FULL, told_when_full
+from protocol.crash_points import CrashPoints
 from protocol.errors import RequestError
 from protocol.failpoints import FILE_REMOVED, FILE_RENAMED, FILE_WRITE
-from protocol.places import Places
 from protocol.token_ids import TokenIds
 
 SOURCE, TEXT, TOKENS = "source", "text", "tokens"
@@ -36,11 +36,11 @@ class DocumentFiles:
 
     Args:
         folder: made if it is not there, readable for nobody else.
-        places: told of what becomes durable.
+        crash_points: told of what becomes durable.
     """
 
-    def __init__(self, folder: Path, places: Places | None = None) -> None:
-        self._places = Places() if places is None else places
+    def __init__(self, folder: Path, crash_points: CrashPoints | None = None) -> None:
+        self._crash_points = CrashPoints() if crash_points is None else crash_points
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
@@ -72,9 +72,9 @@ class DocumentFiles:
             self.adopt(document_id, new)
 
     def _name(self, new: Path, path: Path, kind: str) -> None:
-        self._places.reach(FILE_WRITE, kind)
+        self._crash_points.reach(FILE_WRITE, kind)
         new.replace(path)
-        self._places.reach(FILE_RENAMED, kind)
+        self._crash_points.reach(FILE_RENAMED, kind)
         _sync_folder(self.folder)
 
     def has(self, document_id: str, kind: str) -> bool:
@@ -121,7 +121,7 @@ class DocumentFiles:
         for kind in kinds or (SOURCE, TEXT, TOKENS):
             with contextlib.suppress(FileNotFoundError):
                 self.path(document_id, kind).unlink()
-                self._places.reach(FILE_REMOVED, kind)
+                self._crash_points.reach(FILE_REMOVED, kind)
 
     def sweep(self, known: Collection[str]) -> int:
         """Remove what belongs to no known document; how many files that were."""

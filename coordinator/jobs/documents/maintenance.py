@@ -15,14 +15,14 @@ from contextlib import contextmanager
 
 import msgspec
 
-from coordinator.jobs.documents.document import Change, Document, Event, Pin, stepped
-from coordinator.jobs.documents.document_tokens import Library
+from coordinator.jobs.documents.document import Change, Document, DocumentNotice, Pin, stepped
+from coordinator.jobs.documents.document_tokens import DocumentTokens
 from coordinator.jobs.documents.files import DocumentFiles
 from coordinator.jobs.documents.identity import DTYPE_CHANGED
 from coordinator.jobs.documents.ingestor import Ingestor
 from coordinator.jobs.documents.runner import Runner
 from coordinator.jobs.documents.segments import READING
-from coordinator.jobs.documents.states import PENDING, USABLE, DocumentEvent, State
+from coordinator.jobs.documents.states import PENDING, USABLE, DocumentEvent, DocumentState
 from coordinator.jobs.documents.table import DocumentTable
 from coordinator.jobs.gate import Gate
 from coordinator.jobs.suspects import DOCUMENT, Work
@@ -36,13 +36,13 @@ NUM_LOOKED_AT = 8  # ready documents at each tick
 _log = logging.getLogger(__name__)
 
 
-class Keeper:
+class Maintenance:
     """See the module's docstring.
 
     Args:
         table: of the documents.
         files: of the documents.
-        library: has their hashes.
+        tokens: has their hashes.
         ingestor: has their blocks.
         runner: is told of a document that has expired.
         gate: that reading a document's tokens again goes through.
@@ -52,14 +52,14 @@ class Keeper:
         self,
         table: DocumentTable,
         files: DocumentFiles,
-        library: Library,
+        tokens: DocumentTokens,
         ingestor: Ingestor,
         runner: Runner,
         gate: Gate,
     ) -> None:
         self._table = table
         self._files = files
-        self._library = library
+        self._tokens = tokens
         self._ingestor = ingestor
         self._runner = runner
         self._gate = gate
@@ -120,10 +120,10 @@ class Keeper:
 
     async def tell_pin(self, document: Document) -> None:
         """The ingestor keeps what the document's pin says, from now on."""
-        if not document.pin.is_set or not self._library.is_current(document):
+        if not document.pin.is_set or not self._tokens.is_current(document):
             self._ingestor.unpin(document.document_id)
             return
-        prompt = await self._library.prompt(document)
+        prompt = await self._tokens.prompt(document)
         self._ingestor.pin(document.document_id, prompt.block_hashes, document.pin.mode)
 
     async def _expire(self) -> None:
@@ -145,7 +145,7 @@ class Keeper:
 
     async def _look(self) -> None:
         ready = await self._table.with_states(
-            frozenset({State.READY}), limit=NUM_LOOKED_AT, after=self._last_seen or " "
+            frozenset({DocumentState.READY}), limit=NUM_LOOKED_AT, after=self._last_seen or " "
         )
         self._last_seen = ready[-1].document_id if len(ready) == NUM_LOOKED_AT else ""
         for document in ready:
@@ -156,7 +156,7 @@ class Keeper:
     ) -> None:
         """Tokens that are not at hand are read, or made again: what dies of it is set aside."""
         with _contained(document):
-            if self._library.is_at_hand(document):
+            if self._tokens.is_at_hand(document):
                 await work(document)
                 return
             async with self._gate.work(Work(DOCUMENT, document.document_id, READING)):
@@ -168,18 +168,18 @@ class Keeper:
         What was made otherwise than the model is served now is left as it is: its blocks cannot be
         seen, and may be there when it is served as before.
         """
-        if document.state is not State.READY or not self._ingestor.is_ready:
+        if document.state is not DocumentState.READY or not self._ingestor.is_ready:
             return document
-        reason = self._library.mismatch(document)
+        reason = self._tokens.mismatch(document)
         if reason not in (None, DTYPE_CHANGED):
             return document
-        prompt = await self._library.prompt(document)
+        prompt = await self._tokens.prompt(document)
         num_stored = self._ingestor.num_stored_blocks(prompt.block_hashes)
         if num_stored >= len(prompt.block_hashes):
             return document if reason is None else await self._adopt(document)
         if reason is not None:
             return document
-        missed = (len(prompt.block_hashes) - num_stored) * self._library.facts.block_size
+        missed = (len(prompt.block_hashes) - num_stored) * self._tokens.facts.block_size
         if self._ingestor.has_damaged(prompt.block_hashes[num_stored:]):
             _log.error("%s: %d tokens are damaged on the disk", document.document_id, missed)
             return await self._evict(document, "damaged", missed_tokens=missed)
@@ -189,7 +189,7 @@ class Keeper:
 
     async def _adopt(self, document: Document) -> Document:
         """All of it is stored in the dtype that is served, too: it was made in that one before."""
-        dtype = self._library.facts.kv_dtype
+        dtype = self._tokens.facts.kv_dtype
 
         def work(found: Document) -> Change:
             return Change(msgspec.structs.replace(found, kv_dtype=dtype))
@@ -197,7 +197,7 @@ class Keeper:
         return await self._change(document.document_id, work) or document
 
     async def _evict(self, document: Document, reason: str, **more: int) -> Document:
-        warning = Event("warning", {"code": reason, "message": "its KV has gone", **more})
+        warning = DocumentNotice("warning", {"code": reason, "message": "its KV has gone", **more})
 
         def work(found: Document) -> Change:
             change = stepped(
@@ -217,22 +217,22 @@ class Keeper:
         self._ingestor.unpin(document.document_id)
         await self._forget_blocks(document)
         await asyncio.to_thread(self._files.remove, document.document_id)
-        self._library.forget(document.document_id)
+        self._tokens.forget(document.document_id)
         await self._table.finish_deletion(document.document_id)
 
     async def _forget_blocks(self, document: Document) -> None:
         """Chained hashes: what it shares with another document is a common beginning."""
-        if not document.first_hash or not self._library.has_tokens(document):
+        if not document.first_hash or not self._tokens.has_tokens(document):
             return
         try:
-            hashes = (await self._library.prompt(document)).block_hashes
+            hashes = (await self._tokens.prompt(document)).block_hashes
         except RequestError as error:  # without its tokens nobody can name its blocks
             _log.warning("%s: %s", document.document_id, error)
             return
         num_shared = 0
         for other in await self._table.sharing(document.first_hash):
-            if self._library.has_tokens(other):
-                theirs = (await self._library.prompt(other)).block_hashes
+            if self._tokens.has_tokens(other):
+                theirs = (await self._tokens.prompt(other)).block_hashes
                 num_shared = max(num_shared, _num_common(hashes, theirs))
         await self._ingestor.forget(hashes[num_shared:])
 
@@ -262,7 +262,7 @@ def _without_pin(document: Document, now: float) -> Change:
     if not 0 < document.pin.expires_at <= now:  # it was extended meanwhile
         return Change(document)
     pin = Pin(tier=document.pin.tier, has_expired=True)
-    event = Event("expired", {"pin": document.pin.describe()})
+    event = DocumentNotice("expired", {"pin": document.pin.describe()})
     return Change(msgspec.structs.replace(document, pin=pin), (event,))
 
 

@@ -10,14 +10,14 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from coordinator.config import JobLimits
-from coordinator.jobs.documents.document import Change, Document, Event
-from coordinator.jobs.documents.document_tokens import Library
+from coordinator.jobs.documents.document import Change, Document, DocumentNotice
+from coordinator.jobs.documents.document_tokens import DocumentTokens
 from coordinator.jobs.documents.files import SOURCE, TEXT, DocumentFiles
 from coordinator.jobs.documents.sizes import check_size
 from coordinator.jobs.documents.table import DocumentTable
 from coordinator.jobs.parsing.process import ParserCrashed, extract
+from protocol.crash_points import CrashPoints
 from protocol.errors import RequestError
-from protocol.places import Places
 
 _log = logging.getLogger(__name__)
 
@@ -28,23 +28,23 @@ class Preparing:
     Args:
         table: of the documents.
         files: of the documents.
-        library: encodes.
+        tokens: encodes.
         limits: of the process that reads files.
         max_tokens: of the largest document that can be asked about now.
-        places: told of what becomes durable.
+        crash_points: told of what becomes durable.
     """
 
     def __init__(
         self,
         table: DocumentTable,
         files: DocumentFiles,
-        library: Library,
+        tokens: DocumentTokens,
         limits: JobLimits,
         max_tokens: Callable[[], int],
-        places: Places,
+        crash_points: CrashPoints,
     ) -> None:
-        self.library = library
-        self.places = places
+        self.tokens = tokens
+        self.crash_points = crash_points
         self._table = table
         self._files = files
         self._limits = limits
@@ -56,19 +56,19 @@ class Preparing:
         Raises:
             RequestError: it has none that can be computed.
         """
-        if self.library.is_current(document):
+        if self.tokens.is_current(document):
             check_size(document.num_tokens, self._max_tokens())
             return document
         if document.kind == "file" and not self._files.has(document.document_id, TEXT):
             await self._parse(document)
-        if document.num_tokens and not self.library.has_tokens(document):
+        if document.num_tokens and not self.tokens.has_tokens(document):
             # Whoever dies before the record says whose the tokens are that are written next must
             # not find them under the name of those before.
             document = await self._table.change(document.document_id, _without_tokens)
-        encoding = await self.library.encode(document, self._max_tokens())
+        encoding = await self.tokens.encode(document, self._max_tokens())
         prompt = encoding.prompt
         self._files.remove(document.document_id, SOURCE)
-        facts = self.library.facts
+        facts = self.tokens.facts
         values = {
             "model": facts.name,
             "fingerprint": facts.fingerprint,
@@ -93,7 +93,7 @@ class Preparing:
             try:
                 text = self._files.path(document_id, TEXT)
                 warnings = await extract(
-                    *(source, text, document.media_type, self._limits, self.places),
+                    *(source, text, document.media_type, self._limits, self.crash_points),
                     charset=document.charset,
                 )
                 if warnings:
@@ -118,22 +118,26 @@ def _without_tokens(document: Document) -> Change:
     return Change(msgspec.structs.replace(document, num_tokens=0, first_hash=""))
 
 
-def _varies(what: str) -> Event:
+def _varies(what: str) -> DocumentNotice:
     message = (
         f"the model's chat template shows the text up to the document's end otherwise depending on "
         f"{what}: a question for which it differs from that of the ingestion is computed from the "
         f"document's text, and says prefix_changed"
     )
-    return Event("warning", {"code": "varying_prefix", "message": message})
+    return DocumentNotice("warning", {"code": "varying_prefix", "message": message})
 
 
 def _doubted(warnings: Sequence[str]) -> Callable[[Document], Change]:
-    events = tuple(Event("warning", {"code": "doubtful_text", "message": m}) for m in warnings)
+    events = tuple(
+        DocumentNotice("warning", {"code": "doubtful_text", "message": m}) for m in warnings
+    )
     return lambda document: Change(document, events)
 
 
 def _crashed(how: str) -> Callable[[Document], Change]:
-    warning = Event("warning", {"code": "parser_crashed", "message": f"the parser died: {how}"})
+    warning = DocumentNotice(
+        "warning", {"code": "parser_crashed", "message": f"the parser died: {how}"}
+    )
 
     def work(document: Document) -> Change:
         number = document.num_parse_crashes + 1

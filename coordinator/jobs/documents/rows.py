@@ -10,7 +10,7 @@ from coordinator.jobs import quotas
 from coordinator.jobs.documents import events
 from coordinator.jobs.documents.document import HARD, NO_PIN, Document
 from coordinator.jobs.documents.pins import Pinned
-from coordinator.jobs.documents.states import FINAL, State
+from coordinator.jobs.documents.states import FINAL, DocumentState
 from coordinator.jobs.files import SCHEMA as FILE_SCHEMA
 from protocol.errors import BatonError, RequestError
 
@@ -72,7 +72,7 @@ def check_owner(connection: sqlite3.Connection, epoch: int) -> None:
         raise Superseded(f"process {newest} works with this database, we are {epoch}")
 
 
-def named(states: frozenset[State]) -> str:
+def named(states: frozenset[DocumentState]) -> str:
     """A list of states in SQL."""
     return ", ".join(sorted(f"'{state.value}'" for state in states))
 

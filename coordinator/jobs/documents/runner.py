@@ -20,7 +20,14 @@ from typing import Any
 
 from coordinator.config import JobLimits
 from coordinator.jobs.documents import states
-from coordinator.jobs.documents.document import Change, Document, Event, Failure, Live, stepped
+from coordinator.jobs.documents.document import (
+    Change,
+    Document,
+    DocumentNotice,
+    Failure,
+    Live,
+    stepped,
+)
 from coordinator.jobs.documents.ingestor import TRY_AGAIN, Ingestor
 from coordinator.jobs.documents.pins import PinPolicy
 from coordinator.jobs.documents.preparing import Preparing
@@ -66,7 +73,7 @@ class Runner:
         self._limits = limits
         self._gate = gate
         self._segments = Segments(
-            table, ingestor, limits, preparing.library, preparing.places, gate
+            table, ingestor, limits, preparing.tokens, preparing.crash_points, gate
         )
         num_readers, max_running = limits.max_reading, limits.max_running
         self._reading = FairSlots(Turns(num_readers, max(1, num_readers - 1)), time.monotonic)
@@ -202,7 +209,7 @@ class Runner:
 
     async def _make(self, document: Document) -> None:
         document_id, order = document.document_id, (-document.priority, document.created_at)
-        if self._preparing.library.is_current(document):
+        if self._preparing.tokens.is_current(document):
             document = await self._prepare(document)
         else:
             work = Work(DOCUMENT, document_id, READING)
@@ -237,7 +244,7 @@ class Runner:
         self._not_before[document_id] = time.monotonic() + delay_s
         data = {"code": error.code, "message": error.message, "retry_in_s": delay_s}
         _log.warning("%s: %s; tried again in %.1f s", document_id, error.message, delay_s)
-        await self._end_attempt(document_id, DocumentEvent.REQUEUE, Event("warning", data))
+        await self._end_attempt(document_id, DocumentEvent.REQUEUE, DocumentNotice("warning", data))
 
     async def _fail(self, document_id: str, failure: Failure) -> None:
         _log.warning("%s failed: %s", document_id, failure.message)
@@ -249,7 +256,7 @@ class Runner:
         self,
         document_id: str,
         event: DocumentEvent,
-        *events: Event,
+        *events: DocumentNotice,
         **changes: Any,  # noqa: ANN401 - any field
     ) -> None:
         """Take a step, unless the document was ended or deleted by its owner meanwhile."""

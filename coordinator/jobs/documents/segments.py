@@ -16,23 +16,23 @@ from coordinator.jobs.documents.document import (
     SOFT,
     Change,
     Document,
-    Event,
+    DocumentNotice,
     Live,
     chunks,
     eta_s,
     stepped,
 )
-from coordinator.jobs.documents.document_tokens import Library
+from coordinator.jobs.documents.document_tokens import DocumentTokens
 from coordinator.jobs.documents.ingestor import Ingestor, IngestRequest, IngestResult
-from coordinator.jobs.documents.states import DocumentEvent, State
+from coordinator.jobs.documents.states import DocumentEvent, DocumentState
 from coordinator.jobs.documents.table import DocumentTable
 from coordinator.jobs.gate import Gate
 from coordinator.jobs.suspects import DOCUMENT, Work
 from coordinator.jobs.turns import Turn
 from coordinator.text.tokenizing import Prompt
+from protocol.crash_points import CrashPoints
 from protocol.errors import RequestError
 from protocol.failpoints import SEGMENT_AFTER, SEGMENT_BEFORE
-from protocol.places import Places
 
 READING, LOADING = 0, 1  # positions of a document's work, for the gate; its segments follow
 MAX_ROUNDS = 3  # a store that cannot hold all of a document loses one end while the other comes
@@ -53,8 +53,8 @@ class Segments:
         table: of the documents.
         ingestor: does the work.
         limits: the size of a segment.
-        library: has the tokens.
-        places: told of what becomes durable.
+        tokens: has the tokens.
+        crash_points: told of what becomes durable.
         gate: that each segment goes through.
     """
 
@@ -63,18 +63,18 @@ class Segments:
         table: DocumentTable,
         ingestor: Ingestor,
         limits: JobLimits,
-        library: Library,
-        places: Places,
+        tokens: DocumentTokens,
+        crash_points: CrashPoints,
         gate: Gate,
     ) -> None:
-        self.places = places
+        self.crash_points = crash_points
         self.gate = gate
         self.live: dict[str, Live] = {}
         self.table = table
         self.ingestor = ingestor
         self.limits = limits
-        self.library = library
-        block_size = library.facts.block_size
+        self.tokens = tokens
+        block_size = tokens.facts.block_size
         self.segment_tokens = max(1, limits.segment_tokens // block_size) * block_size
 
     async def compute(
@@ -92,7 +92,7 @@ class Segments:
             IllegalTransition: it was ended meanwhile.
         """
         async with self.gate.work(Work(DOCUMENT, document.document_id, LOADING)):
-            prompt = await self.library.prompt(document)
+            prompt = await self.tokens.prompt(document)
         run = _Run(self, document, prompt, turn, on_segment)
         for _ in range(MAX_ROUNDS):
             await run.compute_missing()
@@ -161,7 +161,7 @@ class _Run:
         if num_stored >= len(prompt.block_hashes) and prompt.block_hashes:
             resumed = len(prompt.token_ids)  # what is behind the last full block is never kept
         else:
-            resumed = num_stored * segments.library.facts.block_size
+            resumed = num_stored * segments.tokens.facts.block_size
         if self._serial == 0:
             self._num_begun_with = resumed
             values = {"num_resumed_tokens": resumed, "num_done": resumed, "num_cached": resumed}
@@ -173,9 +173,9 @@ class _Run:
             number = -(-end // segments.segment_tokens)
             work = Work(DOCUMENT, self._document.document_id, LOADING + number)
             async with segments.gate.work(work):
-                await segments.places.pass_by(SEGMENT_BEFORE)
+                await segments.crash_points.pass_by(SEGMENT_BEFORE)
                 result = await self._segment(end)
-                await segments.places.pass_by(SEGMENT_AFTER)
+                await segments.crash_points.pass_by(SEGMENT_AFTER)
                 self._num_computed += result.num_computed_tokens
                 self._show(end)
                 await self._written(end, result)
@@ -188,7 +188,7 @@ class _Run:
             document_id=document.document_id,
             request_id=f"{document.document_id}-{document.attempt}-{self._serial}",
             token_ids=self._prompt.token_ids.head(end),
-            block_hashes=self._prompt.block_hashes[: end // segments.library.facts.block_size],
+            block_hashes=self._prompt.block_hashes[: end // segments.tokens.facts.block_size],
             tenant=document.tenant,
             cache_salt=document.cache_salt,
             ring_size=document.ring_size,
@@ -214,7 +214,7 @@ class _Run:
         progress = self._progress(result.ring_size)
 
         def work(found: Document) -> Change:
-            if found.state is not State.PREFILLING:
+            if found.state is not DocumentState.PREFILLING:
                 return stepped(found, DocumentEvent.COMPUTED)  # raises: it was ended meanwhile
             following = msgspec.structs.replace(
                 found,
@@ -228,7 +228,7 @@ class _Run:
 
         self._document = await self._segments.table.change(self._document.document_id, work)
 
-    async def _change(self, values: dict[str, Any], *events: Event) -> None:
+    async def _change(self, values: dict[str, Any], *events: DocumentNotice) -> None:
         self._document = await self._segments.table.change(
             self._document.document_id,
             lambda found: Change(msgspec.structs.replace(found, **values), events),
@@ -243,14 +243,14 @@ class _Run:
         rate = (num_done - self._num_begun_with) / elapsed if elapsed > 0 else 0.0
         self._segments.live[self._document.document_id] = Live(num_done, max(rate, 0.0))
 
-    def _progress(self, ring_size: int) -> Event:
+    def _progress(self, ring_size: int) -> DocumentNotice:
         live, total = self._live, len(self._prompt.token_ids)
         tokens = {
             "total": total,
             "done": live.num_done,
             "cached": max(0, live.num_done - self._num_computed),
         }
-        return Event(
+        return DocumentNotice(
             "progress",
             {
                 "tokens": tokens,

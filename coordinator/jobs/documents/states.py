@@ -11,7 +11,7 @@ the process that worked on it, or read it, is set aside: it has FAILED, from whe
 import enum
 
 
-class State(enum.Enum):
+class DocumentState(enum.Enum):
     QUEUED = "queued"
     TOKENIZING = "tokenizing"  # its source is read, and encoded
     PREFILLING = "prefilling"  # its KV is computed, segment by segment
@@ -41,33 +41,52 @@ class DocumentEvent(enum.Enum):
     EXPIRE = "expire"
 
 
-WORKING = frozenset({State.TOKENIZING, State.PREFILLING, State.STORING})
-PENDING = WORKING | {State.QUEUED}  # something is still to be done, without anybody's asking
-FINAL = frozenset({State.FAILED, State.CANCELLED, State.EXPIRED})
-USABLE = frozenset({State.READY, State.EVICTED, State.DAMAGED})  # a question may name it
+WORKING = frozenset({DocumentState.TOKENIZING, DocumentState.PREFILLING, DocumentState.STORING})
+PENDING = WORKING | {
+    DocumentState.QUEUED
+}  # something is still to be done, without anybody's asking
+FINAL = frozenset({DocumentState.FAILED, DocumentState.CANCELLED, DocumentState.EXPIRED})
+USABLE = frozenset(
+    {DocumentState.READY, DocumentState.EVICTED, DocumentState.DAMAGED}
+)  # a question may name it
 
-TABLE: dict[tuple[State, DocumentEvent], State] = {
-    (State.QUEUED, DocumentEvent.START): State.TOKENIZING,
-    (State.TOKENIZING, DocumentEvent.TOKENIZED): State.PREFILLING,
-    (State.PREFILLING, DocumentEvent.COMPUTED): State.STORING,
-    (State.STORING, DocumentEvent.STORED): State.READY,
-    (State.STORING, DocumentEvent.LOSE_BLOCKS): State.PREFILLING,
-    (State.TOKENIZING, DocumentEvent.REQUEUE): State.QUEUED,
-    (State.PREFILLING, DocumentEvent.REQUEUE): State.QUEUED,
-    (State.STORING, DocumentEvent.REQUEUE): State.QUEUED,
-    (State.READY, DocumentEvent.EVICT): State.EVICTED,
-    (State.EVICTED, DocumentEvent.REWARM): State.QUEUED,
-    (State.READY, DocumentEvent.REWARM): State.QUEUED,  # as it was made it is of no use now
-    (State.READY, DocumentEvent.DAMAGE): State.DAMAGED,
-    (State.DAMAGED, DocumentEvent.REWARM): State.QUEUED,
-    (State.FAILED, DocumentEvent.RESUME): State.QUEUED,
-    (State.CANCELLED, DocumentEvent.RESUME): State.QUEUED,
-    **{(state, DocumentEvent.FAIL): State.FAILED for state in State if state in PENDING},
+TABLE: dict[tuple[DocumentState, DocumentEvent], DocumentState] = {
+    (DocumentState.QUEUED, DocumentEvent.START): DocumentState.TOKENIZING,
+    (DocumentState.TOKENIZING, DocumentEvent.TOKENIZED): DocumentState.PREFILLING,
+    (DocumentState.PREFILLING, DocumentEvent.COMPUTED): DocumentState.STORING,
+    (DocumentState.STORING, DocumentEvent.STORED): DocumentState.READY,
+    (DocumentState.STORING, DocumentEvent.LOSE_BLOCKS): DocumentState.PREFILLING,
+    (DocumentState.TOKENIZING, DocumentEvent.REQUEUE): DocumentState.QUEUED,
+    (DocumentState.PREFILLING, DocumentEvent.REQUEUE): DocumentState.QUEUED,
+    (DocumentState.STORING, DocumentEvent.REQUEUE): DocumentState.QUEUED,
+    (DocumentState.READY, DocumentEvent.EVICT): DocumentState.EVICTED,
+    (DocumentState.EVICTED, DocumentEvent.REWARM): DocumentState.QUEUED,
+    (
+        DocumentState.READY,
+        DocumentEvent.REWARM,
+    ): DocumentState.QUEUED,  # as it was made it is of no use now
+    (DocumentState.READY, DocumentEvent.DAMAGE): DocumentState.DAMAGED,
+    (DocumentState.DAMAGED, DocumentEvent.REWARM): DocumentState.QUEUED,
+    (DocumentState.FAILED, DocumentEvent.RESUME): DocumentState.QUEUED,
+    (DocumentState.CANCELLED, DocumentEvent.RESUME): DocumentState.QUEUED,
     **{
-        (state, DocumentEvent.SET_ASIDE): State.FAILED
-        for state in State
+        (state, DocumentEvent.FAIL): DocumentState.FAILED
+        for state in DocumentState
+        if state in PENDING
+    },
+    **{
+        (state, DocumentEvent.SET_ASIDE): DocumentState.FAILED
+        for state in DocumentState
         if state in PENDING | USABLE
     },
-    **{(state, DocumentEvent.CANCEL): State.CANCELLED for state in State if state in PENDING},
-    **{(state, DocumentEvent.EXPIRE): State.EXPIRED for state in State if state in PENDING},
+    **{
+        (state, DocumentEvent.CANCEL): DocumentState.CANCELLED
+        for state in DocumentState
+        if state in PENDING
+    },
+    **{
+        (state, DocumentEvent.EXPIRE): DocumentState.EXPIRED
+        for state in DocumentState
+        if state in PENDING
+    },
 }

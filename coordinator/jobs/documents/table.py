@@ -16,7 +16,7 @@ from coordinator.jobs.documents import events
 from coordinator.jobs.documents import rows as rows
 from coordinator.jobs.documents.document import NO_PIN, Change, Document, state_event
 from coordinator.jobs.documents.pins import Pinned
-from coordinator.jobs.documents.states import PENDING, State
+from coordinator.jobs.documents.states import PENDING, DocumentState
 from coordinator.jobs.quotas import NO_QUOTA, Quota
 from coordinator.requests.admission import Departures, Queue
 from protocol.errors import RequestError
@@ -49,7 +49,7 @@ class DocumentTable:
         clock: Callable[[], float],
         quota: Quota = NO_QUOTA,
     ) -> None:
-        self.bell = events.Bell()
+        self.changes = events.ChangeNotifier()
         self._database = database
         self._epoch = 0  # before ``claim``
         self.refusal = RequestError("the server is starting", code="starting", status=503)
@@ -151,8 +151,8 @@ class DocumentTable:
             change = work(document)
             if check_pin is not None:
                 check_pin(change.document, rows.pinned(connection, change.document))
-            is_kept = change.document.state is State.PREFILLING
-            if is_kept and document.state is State.TOKENIZING:
+            is_kept = change.document.state is DocumentState.PREFILLING
+            if is_kept and document.state is DocumentState.TOKENIZING:
                 num_tokens = change.document.num_tokens
                 self.quota.check(connection, document.tenant, num_tokens=num_tokens)
             if change.document != document:
@@ -168,7 +168,7 @@ class DocumentTable:
         following = await self._write(transaction, "document_changed")
         if following.state not in PENDING:
             self._departures.ended(self.clock())
-        self.bell.ring(document_id)
+        self.changes.notify(document_id)
         return following
 
     async def delete(self, document_id: str) -> Document:
@@ -190,7 +190,7 @@ class DocumentTable:
             return document
 
         document = await self._write(work, "document_deleted")
-        self.bell.ring(document_id)
+        self.changes.notify(document_id)
         return document
 
     async def finish_deletion(self, document_id: str) -> None:
@@ -232,7 +232,7 @@ class DocumentTable:
         return await self._database.read(work)
 
     async def with_states(
-        self, states: frozenset[State], *, limit: int = -1, after: str = ""
+        self, states: frozenset[DocumentState], *, limit: int = -1, after: str = ""
     ) -> list[Document]:
         """Documents of any tenant, in the order in which they are to be worked on.
 
@@ -265,7 +265,7 @@ class DocumentTable:
                 "SELECT body FROM (SELECT body, number, ROW_NUMBER() OVER"
                 " (PARTITION BY tenant ORDER BY priority DESC, number) AS place"
                 " FROM documents WHERE status = ?) WHERE place <= ? ORDER BY place, number",
-                (State.QUEUED.value, limit),
+                (DocumentState.QUEUED.value, limit),
             )
             return rows.decoded(found)
 

@@ -1,6 +1,6 @@
 """The cluster's side of document jobs: segments in, pins told, residency answered.
 
-With a store, a segment is a *deposit*: a request like any other whose decode pool is the store. A
+With a store, a segment is an *offload*: a request like any other whose decode pool is the store. A
 prefill pool hands its KV over while it computes, no decode pool is disturbed, and it ends when all
 of it is durable. In a cluster without prefill pools a decode pool computes it, and the store is
 asked to collect it from there. Without a store it is what a decode pool has cached.
@@ -125,9 +125,9 @@ class Tiering:
         Raises:
             RequestError: see :class:`coordinator.jobs.documents.ingestor.Ingestor`.
         """
-        is_deposit = self._expects_store and bool(self._config_pools("prefill"))
-        result = await self._run(request, on_progress, is_deposit=is_deposit)
-        if self._expects_store and not is_deposit:
+        is_offload = self._expects_store and bool(self._config_pools("prefill"))
+        result = await self._run(request, on_progress, is_offload=is_offload)
+        if self._expects_store and not is_offload:
             await self._collect(request)
         return result
 
@@ -137,10 +137,10 @@ class Tiering:
         Raises:
             RequestError: as ``compute``.
         """
-        await self._run(request, lambda _: None, is_deposit=False)
+        await self._run(request, lambda _: None, is_offload=False)
 
     async def _run(
-        self, request: IngestRequest, on_progress: Callable[[int], None], *, is_deposit: bool
+        self, request: IngestRequest, on_progress: Callable[[int], None], *, is_offload: bool
     ) -> IngestResult:
         now, delivery = self._clock(), Delivery()
         has_rush = self._service.rush.is_on(now)
@@ -151,7 +151,7 @@ class Tiering:
             sampling=SamplingParams(max_tokens=1, temperature=0.0),
             tenant=request.tenant,
             cache_salt=request.cache_salt,
-            is_deposit=is_deposit,
+            is_offload=is_offload,
             priority=BACKGROUND,
             chunk_tokens=self._config.background_chunk_tokens if has_rush else 0,
             ring_size=request.ring_size,

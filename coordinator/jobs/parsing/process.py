@@ -18,9 +18,9 @@ from coordinator.jobs.parsing.formats import unprocessable
 from coordinator.jobs.parsing.parse import UNREADABLE, UNWRITABLE
 from coordinator.jobs.space import told_when_full
 from coordinator.loop.timeouts import patient
+from protocol.crash_points import CrashPoints
 from protocol.errors import BatonError
 from protocol.failpoints import FILE_RENAMED, FILE_WRITE, PARSE
-from protocol.places import Places
 
 MAX_REASON_BYTES = 2000
 
@@ -34,7 +34,7 @@ async def extract(
     text: Path,
     media_type: str,
     limits: JobLimits,
-    places: Places | None = None,
+    crash_points: CrashPoints | None = None,
     charset: str = "",
 ) -> list[str]:
     """Make the file ``text`` out of ``source``; returns warnings about it.
@@ -44,25 +44,25 @@ async def extract(
         text: appears when it is whole and on the disk.
         media_type: as it was identified.
         limits: of the process.
-        places: told of what becomes durable.
+        crash_points: told of what becomes durable.
         charset: that was declared with the file; "" if none was.
 
     Raises:
         RequestError: ``unprocessable_document``, with the reason; or the disk is full.
         ParserCrashed: see there.
     """
-    places = Places() if places is None else places
+    crash_points = CrashPoints() if crash_points is None else crash_points
     new = text.with_name(f"{text.name}.new")
-    await places.pass_by(PARSE)
+    await crash_points.pass_by(PARSE)
     try:
         with source.open("rb") as input_, new.open("wb") as output:
             kind = (media_type, charset)
             warnings = await _run(kind, limits, input_.fileno(), output.fileno())
             await asyncio.to_thread(os.fsync, output.fileno())
         with told_when_full():
-            await places.pass_by(FILE_WRITE, "text")
+            await crash_points.pass_by(FILE_WRITE, "text")
             new.replace(text)
-        await places.pass_by(FILE_RENAMED, "text")
+        await crash_points.pass_by(FILE_RENAMED, "text")
         return warnings
     finally:
         new.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ from coordinator.jobs.documents.document import TEXT, Document
 from coordinator.jobs.documents.document_tokens import model_changed
 from coordinator.jobs.documents.documents import Documents
 from coordinator.jobs.documents.identity import MODEL_CHANGED, OF_TOKENS
-from coordinator.jobs.documents.states import PENDING, USABLE, State
+from coordinator.jobs.documents.states import PENDING, USABLE, DocumentState
 from coordinator.jobs.questions.prompts import Attached, Opened
 from protocol.errors import RequestError
 
@@ -42,10 +42,10 @@ class Questions:
                 code="document_form",
                 param=param,
             )
-        library = self._documents.library
-        block_size = library.facts.block_size  # of what can be found now
-        document = await self._documents.keeper.check_blocks(document)
-        missing = library.mismatch(document)
+        tokens = self._documents.tokens
+        block_size = tokens.facts.block_size  # of what can be found now
+        document = await self._documents.maintenance.check_blocks(document)
+        missing = tokens.mismatch(document)
         if document.kind == "token_ids" and missing == MODEL_CHANGED:
             raise model_changed()
         attached = Attached(
@@ -62,7 +62,7 @@ class Questions:
 
 def _likely(document: Document) -> str:
     """Why blocks may be missing that should be there."""
-    if document.state is State.DAMAGED:
+    if document.state is DocumentState.DAMAGED:
         return DAMAGED
     return EXPIRED if document.pin.has_expired else EVICTED
 
@@ -79,7 +79,7 @@ def _check_usable(document: Document, param: str) -> None:
             status=409,
         )
     why = ""
-    if document.state is State.FAILED and document.error is not None:
+    if document.state is DocumentState.FAILED and document.error is not None:
         why = f" ({document.error.message})"
     raise RequestError(
         f"the document is {document.status}{why}: resume it, or ingest it again",

@@ -2,13 +2,13 @@
 
 import pytest
 
-from bench.experiments.batching import BatchGate, gain, light, null_case, saturated
-from bench.experiments.cluster import Served
-from bench.experiments.estimates import pick
-from bench.experiments.pools import calm_world
-from bench.experiments.report import Scale
-from bench.experiments.step_time import MEASURED, ROOFLINE
-from bench.experiments.workload import Arrival
+from bench.simulate.batching import BatchGate, gain, light, null_case, saturated
+from bench.simulate.cluster import Served
+from bench.simulate.estimates import pick
+from bench.simulate.pools import calm_world
+from bench.simulate.report import Scale
+from bench.simulate.step_time import MEASURED, ROOFLINE
+from bench.simulate.workload import Arrival
 
 SMALL = Scale(2, 0.25)
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from bench.experiments.allocators import Buddy, ContiguousMax, Need, Paged
-from bench.experiments.blocks import allocators, draw_needs, null_cases, replay, ring_waste
-from bench.experiments.report import Scale
+from bench.simulate.allocators import Buddy, ContiguousMax, Need, Paged
+from bench.simulate.blocks import allocators, draw_needs, null_cases, replay, ring_waste
+from bench.simulate.report import Scale
 
 
 def test_lengths_that_all_sizes_divide_waste_nothing() -> None:

@@ -1,9 +1,9 @@
 """Budgets: nothing to trade without long prompts, much with them, nothing on a pure decode rank."""
 
-from bench.experiments.budgets import BUDGETS, LINES, measure, null_case
-from bench.experiments.estimates import pick
-from bench.experiments.report import Scale
-from bench.experiments.step_time import ROOFLINE
+from bench.simulate.budgets import BUDGETS, LINES, measure, null_case
+from bench.simulate.estimates import pick
+from bench.simulate.report import Scale
+from bench.simulate.step_time import ROOFLINE
 
 SMALL = Scale(1, 0.35)
 

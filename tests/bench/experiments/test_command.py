@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.experiments.command import EXPERIMENTS, add_arguments, complaint, run
+from bench.simulate.command import EXPERIMENTS, add_arguments, complaint, run
 
 NAMES = (
     "batching", "blocks", "ring", "budgets", "disaggregation", "routing", "predictor", "overhead",
@@ -53,7 +53,7 @@ def test_an_experiment_runs_and_is_kept(tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_experiment_runs_small_and_its_null_case_holds(name: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-P", "-m", "bench.experiments", name, "--seeds", "2"]
+    command = [sys.executable, "-P", "-m", "bench.simulate", name, "--seeds", "2"]
     command += ["--size", "0.3", "--no-live", "--save", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -2,10 +2,10 @@
 
 import pytest
 
-from bench.experiments.disaggregation import SLOS, attainments, goodput, null_case
-from bench.experiments.estimates import pick
-from bench.experiments.report import Scale
-from bench.experiments.step_time import MEASURED
+from bench.simulate.disaggregation import SLOS, attainments, goodput, null_case
+from bench.simulate.estimates import pick
+from bench.simulate.report import Scale
+from bench.simulate.step_time import MEASURED
 
 
 def test_chats_one_at_a_time_have_nothing_to_separate() -> None:

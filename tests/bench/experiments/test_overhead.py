@@ -1,9 +1,9 @@
 """Overhead: per request it moves the first token alone; per step it is in every gap."""
 
-from bench.experiments.estimates import pick
-from bench.experiments.overhead import INJECTED_MS, LOADS, inject, measure, null_cases, slope_of
-from bench.experiments.report import Scale
-from bench.experiments.step_time import ROOFLINE
+from bench.simulate.estimates import pick
+from bench.simulate.overhead import INJECTED_MS, LOADS, inject, measure, null_cases, slope_of
+from bench.simulate.report import Scale
+from bench.simulate.step_time import ROOFLINE
 
 
 def test_once_a_request_leaves_the_gaps_alone() -> None:

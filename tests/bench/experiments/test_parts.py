@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import scipy.stats
 
-from bench.experiments.cluster import Cluster, ClusterSetting
-from bench.experiments.estimates import (
+from bench.simulate.cluster import Cluster, ClusterSetting
+from bench.simulate.estimates import (
     T_975,
     difference,
     mean_of,
@@ -20,10 +20,10 @@ from bench.experiments.estimates import (
     short,
     wilson,
 )
-from bench.experiments.pools import DecodeSetting, PrefillSetting, seeded
-from bench.experiments.report import VIRTUAL, NullCase, Report, Scale, Table, save
-from bench.experiments.step_time import MEASURED, ROOFLINE, Grid, StepTime
-from bench.experiments.workload import Arrival, Lengths, Mix, draw, poisson, zipf_weights
+from bench.simulate.pools import DecodeSetting, PrefillSetting, seeded
+from bench.simulate.report import VIRTUAL, NullCase, Report, Scale, Table, save
+from bench.simulate.step_time import MEASURED, ROOFLINE, Grid, StepTime
+from bench.simulate.workload import Arrival, Lengths, Mix, draw, poisson, zipf_weights
 
 CHAT = Mix("chat", 1.0, Lengths(200, 1.0), Lengths(40, 1.0, 400))
 

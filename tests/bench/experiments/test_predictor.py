@@ -4,10 +4,10 @@ import statistics
 
 import pytest
 
-from bench.experiments.cluster import Cluster, ClusterSetting
-from bench.experiments.estimates import pick
-from bench.experiments.pools import seeded
-from bench.experiments.predictor import (
+from bench.simulate.cluster import Cluster, ClusterSetting
+from bench.simulate.estimates import pick
+from bench.simulate.pools import seeded
+from bench.simulate.predictor import (
     FCFS,
     Policy,
     ShortestFirst,
@@ -17,9 +17,9 @@ from bench.experiments.predictor import (
     sigma_of,
     traffic,
 )
-from bench.experiments.report import Scale
-from bench.experiments.step_time import ROOFLINE
-from bench.experiments.workload import Arrival
+from bench.simulate.report import Scale
+from bench.simulate.step_time import ROOFLINE
+from bench.simulate.workload import Arrival
 
 SJF, SRPT = Policy("SJF 0%", 0.0), Policy("SRPT 0%", 0.0, preempts=True)
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from bench.experiments.ring import ALWAYS, NEVER, alone, null_cases, with_link
-from bench.experiments.step_time import MEASURED, ROOFLINE
+from bench.simulate.ring import ALWAYS, NEVER, alone, null_cases, with_link
+from bench.simulate.step_time import MEASURED, ROOFLINE
 
 
 def test_short_prompts_and_free_links_have_no_crossover() -> None:

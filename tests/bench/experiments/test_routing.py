@@ -1,8 +1,8 @@
 """Routing: nothing to choose, no effect; a prefix to hit, and policies differ as they should."""
 
-from bench.experiments.estimates import pick
-from bench.experiments.report import Scale
-from bench.experiments.routing import (
+from bench.simulate.estimates import pick
+from bench.simulate.report import Scale
+from bench.simulate.routing import (
     CASES,
     EQUAL,
     POLICIES,
@@ -11,7 +11,7 @@ from bench.experiments.routing import (
     null_cases,
     setting_of,
 )
-from bench.experiments.step_time import ROOFLINE
+from bench.simulate.step_time import ROOFLINE
 
 
 def test_one_worker_or_equal_workers_leave_nothing_to_choose() -> None:

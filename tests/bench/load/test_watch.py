@@ -16,7 +16,6 @@ from bench.load.arrival import Poisson
 from bench.load.driver import Target
 from bench.load.prompts import Dialect
 from bench.load.record import read_run, write_run
-from bench.load.report.sample import sample_run
 from bench.load.run import Plan, execute
 from bench.load.samples import (
     SAMPLES_FILE,
@@ -31,6 +30,7 @@ from bench.load.schedule import draw
 from bench.load.target import discover, num_accelerators
 from bench.load.watch import MAX_MISSED, Watch
 from bench.load.workload import Lengths
+from bench.report.sample import sample_run
 from protocol.errors import ConfigError
 
 START = Callable[..., str]

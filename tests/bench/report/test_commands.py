@@ -13,7 +13,7 @@ from bench.load.driver import Target
 from bench.load.planning import Options, recipe_of
 from bench.load.prompts import Api, Dialect
 from bench.load.record import read_run, write_run
-from bench.load.report.sample import sample_run
+from bench.report.sample import sample_run
 from launcher.__main__ import main
 from protocol.errors import ConfigError
 

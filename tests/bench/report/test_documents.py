@@ -6,10 +6,10 @@ import msgspec
 import pytest
 
 from bench.load.record import RequestRecord
-from bench.load.report.documents import documents
-from bench.load.report.plot import Dots, LaneText, Line, Plot, Spans
-from bench.load.report.runs import Run, Side, sides_of
-from bench.load.report.sample import sample_run
+from bench.report.documents import documents
+from bench.report.plot import Dots, LaneText, Line, Plot, Spans
+from bench.report.runs import Run, Side, sides_of
+from bench.report.sample import sample_run
 
 
 def _asked(session: int, turn: int, ttft_s: float, num_tokens: int) -> RequestRecord:

@@ -6,11 +6,11 @@ from typing import Any
 import msgspec
 
 from bench.load.record import Manifest, RequestRecord, write_run
-from bench.load.report.build import build_report
-from bench.load.report.focus import focus
-from bench.load.report.plot import Line, Plot
-from bench.load.report.runs import Run, load_runs, sides_of
-from bench.load.report.sample import sample_run, sample_runs
+from bench.report.build import build_report
+from bench.report.focus import focus
+from bench.report.plot import Line, Plot
+from bench.report.runs import Run, load_runs, sides_of
+from bench.report.sample import sample_run, sample_runs
 
 Target = str
 SLO = {"default": {"ttft_ms": 100, "tpot_ms": 50, "target": 0.9}}

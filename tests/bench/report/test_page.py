@@ -10,12 +10,12 @@ import msgspec
 import pytest
 
 from bench.load.record import Manifest, RequestRecord, write_run
-from bench.load.report.build import build_report
-from bench.load.report.page import render
-from bench.load.report.plot import Line
-from bench.load.report.runs import Run, load_runs
-from bench.load.report.sample import sample_run, sample_runs
-from bench.load.report.svg import NARROW, WIDE, draw
+from bench.report.build import build_report
+from bench.report.page import render
+from bench.report.plot import Line
+from bench.report.runs import Run, load_runs
+from bench.report.sample import sample_run, sample_runs
+from bench.report.svg import NARROW, WIDE, draw
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=y>\"'&\x00\x1b]\ud800"
 SECTIONS = ["summary", "load", "latency", "phases", "documents", "time", "requests"]

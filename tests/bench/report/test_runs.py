@@ -11,16 +11,16 @@ from rich.console import Console
 from bench.load.compare import Comparison, Settings, compare, conclude, parse_gate
 from bench.load.goodput import Point, Verdict
 from bench.load.record import write_run
-from bench.load.report.build import build_report
-from bench.load.report.files import write_report
-from bench.load.report.focus import focus
-from bench.load.report.load_figures import attainment, goodput
-from bench.load.report.load_points import load_points
-from bench.load.report.plot import Line
-from bench.load.report.runs import load_runs, sides_of, write_comparison
-from bench.load.report.sample import sample_run, sample_runs
-from bench.load.report.terminal import show
 from bench.load.sweep import SWEEP_FILE, SweepRecord
+from bench.report.build import build_report
+from bench.report.files import write_report
+from bench.report.focus import focus
+from bench.report.load_figures import attainment, goodput
+from bench.report.load_points import load_points
+from bench.report.plot import Line
+from bench.report.runs import load_runs, sides_of, write_comparison
+from bench.report.sample import sample_run, sample_runs
+from bench.report.terminal import show
 from protocol.errors import ConfigError
 
 
@@ -127,7 +127,7 @@ def test_files_and_terminal(tmp_path: Path) -> None:
 
 def test_every_plot_has_a_png(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from bench.load.report.png import write_pngs
+    from bench.report.png import write_pngs
 
     report = build_report(sample_runs(0, (4,)))
     chosen = [plot for plot in report.plots if plot.key in ("phases", "ttft-length-0")]

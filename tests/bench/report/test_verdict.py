@@ -5,11 +5,11 @@ from typing import Any
 
 import msgspec
 
-from bench.load.report.runs import Run
-from bench.load.report.sample import sample_run
-from bench.load.report.verdict import judge
 from bench.load.sweep import SweepRecord
 from bench.load.validity import STOPPED
+from bench.report.runs import Run
+from bench.report.sample import sample_run
+from bench.report.verdict import judge
 
 
 def _run(name: str = "run", sweep: SweepRecord | None = None, **changes: Any) -> Run:

@@ -19,8 +19,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from protocol.crash_points import EXIT_FAILPOINT
 from protocol.failpoints import ACTIONS, EXIT, FAIL, KINDS
-from protocol.places import EXIT_FAILPOINT
 from tests.campaign.jobs import checks
 from tests.campaign.jobs.asked import is_shared
 from tests.campaign.jobs.checks import Ledger

@@ -27,11 +27,11 @@ from typing import Any, NoReturn
 from coordinator.config import BatchLimits, CoordinatorConfig, ExpectedPool, JobLimits, Limits
 from coordinator.jobs.batches.batches import BatchRequest
 from coordinator.jobs.batches.input import request_of
-from coordinator.jobs.context import Jobs, Surroundings
+from coordinator.jobs.context import JobDependencies, Jobs
 from coordinator.jobs.documents.document import Document, new_id
 from coordinator.jobs.documents.documents import Documents, Source
 from coordinator.jobs.documents.ingestor import IngestRequest, IngestResult
-from coordinator.jobs.documents.states import PENDING, State
+from coordinator.jobs.documents.states import PENDING, DocumentState
 from coordinator.jobs.documents.table import Idempotency
 from coordinator.jobs.files import BATCH, StoredFile, new_file_id
 from coordinator.text.in_process import InProcessWorkers
@@ -39,8 +39,8 @@ from coordinator.text.tasks import Settings
 from coordinator.text.tokenizing import load_tools
 from coordinator.validation.bodies import Body
 from modeling.checkpoint.config import load_config
+from protocol.crash_points import CrashPoints
 from protocol.errors import RequestError
-from protocol.places import Places
 from tests.campaign.jobs.asked import BLOCK_SIZE, SALT, SEGMENT_TOKENS, TENANT, answer_of, text_of
 from tests.campaign.jobs.asked import linked_lines as lines_of
 from tests.campaign.jobs.packs import PackIngestor
@@ -78,7 +78,7 @@ class Lines:
         made = await make_document(self._documents, key, Source(text=text.encode()), key)
         while made.state in PENDING:
             made = await self._documents.wait(TENANT, made.document_id, 60)
-        assert made.state is State.READY, made
+        assert made.state is DocumentState.READY, made
         return 200, {"id": made.document_id, "object": "document", "status": made.status}
 
 
@@ -145,7 +145,9 @@ class Life:
             ),
             batches=BatchLimits(max_open=MANY, retry_s=0.01, max_retry_s=0.1, min_free_bytes=1),
         )
-        ingestor = Poisoned(folder / "kv", model.fingerprint, BLOCK_SIZE, Places(config.failpoints))
+        ingestor = Poisoned(
+            folder / "kv", model.fingerprint, BLOCK_SIZE, CrashPoints(config.failpoints)
+        )
         self._folder = folder
         workers = InProcessWorkers(Settings(config, model, os.getpid()))
         tools = load_tools(config)
@@ -153,7 +155,9 @@ class Life:
             ingestor.poison = tuple(tools.tokenizer.encode(text_of(poison)))[:SEGMENT_TOKENS]
         text, max_len = tools.identity, 1 << 20
         self.jobs = Jobs(
-            Surroundings(config, model, text, workers, ingestor, lambda: max_len, min_free_bytes=1)
+            JobDependencies(
+                config, model, text, workers, ingestor, lambda: max_len, min_free_bytes=1
+            )
         )
         self.jobs.attach(Lines(self.jobs.documents))
         self._asked: set[asyncio.Task[None]] = set()
@@ -163,7 +167,7 @@ class Life:
         await self.jobs.start()
         watching = asyncio.create_task(self.jobs.watch())
         watching.add_done_callback(_died_of)
-        await self.jobs.documents.keeper.recovered.wait()
+        await self.jobs.documents.maintenance.recovered.wait()
         say(ready=True)
         reader = asyncio.StreamReader()
         await asyncio.get_running_loop().connect_read_pipe(

@@ -11,8 +11,8 @@ from coordinator.jobs.documents.ingestor import SimulatedIngestor
 from kvcache.pool import KVPool
 from kvcache.tiers.files import PackFiles
 from kvcache.tiers.pack import PackHeader
+from protocol.crash_points import CrashPoints
 from protocol.kv import KVLayout
-from protocol.places import Places
 
 NUM_LAYERS, NUM_BLOCKS = 2, 8  # more blocks than a segment has
 
@@ -24,16 +24,20 @@ class KnownPacks:
         folder: where they lie.
         fingerprint: of the model.
         block_size: tokens of a block.
-        places: told of what becomes durable.
+        crash_points: told of what becomes durable.
     """
 
     def __init__(
-        self, folder: Path, fingerprint: str, block_size: int, places: Places | None = None
+        self,
+        folder: Path,
+        fingerprint: str,
+        block_size: int,
+        crash_points: CrashPoints | None = None,
     ) -> None:
         self._layout = KVLayout(NUM_LAYERS, NUM_BLOCKS, 1, 0, 1, block_size, 4, "float32")
         pool = KVPool(self._layout, torch.device("cpu"))
         self._memory = pool.view()
-        self._files = PackFiles(folder, pool, fingerprint, places=places)
+        self._files = PackFiles(folder, pool, fingerprint, crash_points=crash_points)
 
     def scan(self) -> Iterator[tuple[str, PackHeader]]:
         """Names and headers of whole packs."""
@@ -83,13 +87,15 @@ class PackIngestor(SimulatedIngestor):
         folder: of the packs.
         fingerprint: of the model.
         block_size: tokens of a block.
-        places: told of what becomes durable.
+        crash_points: told of what becomes durable.
     """
 
-    def __init__(self, folder: Path, fingerprint: str, block_size: int, places: Places) -> None:
+    def __init__(
+        self, folder: Path, fingerprint: str, block_size: int, crash_points: CrashPoints
+    ) -> None:
         super().__init__(block_size, fingerprint, chunk_tokens=block_size)
         self.tiers = ("gpu", "cpu", "disk")
-        self._packs = KnownPacks(folder, fingerprint, block_size, places)
+        self._packs = KnownPacks(folder, fingerprint, block_size, crash_points)
         self._hashes: dict[str, tuple[bytes, ...]] = {}
         for name, header in self._packs.scan():
             self._hashes[name] = header.hashes
@@ -103,7 +109,7 @@ class PackIngestor(SimulatedIngestor):
         parent = block_hashes[first - 1] if first else b""
         try:
             name = self._packs.write(first, parent, new)
-        except OSError as error:  # as a real store refuses a deposit
+        except OSError as error:  # as a real store refuses an offload
             raise insufficient_storage("the store's disk is full") from error
         self._hashes[name] = new
         self.stored.update(dict.fromkeys(new))

@@ -58,7 +58,7 @@ class _Coordinator(Coordinator):
         del service, control  # the ingestor is a fake
         assert self._ingestor is not None
         surroundings = dataclasses.replace(
-            self._surroundings(registry, self._ingestor), min_free_bytes=self.min_free_bytes
+            self._dependencies(registry, self._ingestor), min_free_bytes=self.min_free_bytes
         )
         self.jobs = Jobs(surroundings)
         return self.jobs

@@ -258,8 +258,8 @@ def test_who_waits_is_told_of_the_end(start_site: Any, tmp_path: Path) -> None:
         with ThreadPoolExecutor(2) as pool:
             waiting = pool.submit(site.client.get, path, params={"wait": 20})
             streaming = pool.submit(site.client.get, f"{path}/events")
-            bell = site.running.jobs.documents.table.bell
-            site.until(lambda: bell.num_waiting)
+            changes = site.running.jobs.documents.table.changes
+            site.until(lambda: changes.num_waiting)
             site.running.loop.call_soon_threadsafe(site.running.coordinator.stop)
             assert waiting.result(20).json()["error"]["code"] == "shutting_down"
             text = streaming.result(20).text

@@ -16,7 +16,7 @@ from coordinator.config import BatchLimits, CoordinatorConfig, ExpectedPool, Lim
 from coordinator.http.frontend import Frontend
 from coordinator.http.line_server import LineServer
 from coordinator.jobs.batches.input import request_of
-from coordinator.jobs.context import Jobs, Surroundings
+from coordinator.jobs.context import JobDependencies, Jobs
 from coordinator.jobs.documents.ingestor import Ingestor
 from coordinator.requests.service import Service
 from coordinator.server import Coordinator
@@ -84,8 +84,8 @@ class WithBatches(Coordinator):
     clock: Callable[[], float] = time.time
     jobs: Jobs
 
-    def _surroundings(self, registry: Registry, ingestor: Ingestor) -> Surroundings:
-        return dataclasses.replace(super()._surroundings(registry, ingestor), clock=self.clock)
+    def _dependencies(self, registry: Registry, ingestor: Ingestor) -> JobDependencies:
+        return dataclasses.replace(super()._dependencies(registry, ingestor), clock=self.clock)
 
     def _jobs(self, registry: Registry, service: Service, control: ControlPlane) -> Jobs:
         self.jobs = super()._jobs(registry, service, control)

@@ -12,7 +12,7 @@ import pytest
 from coordinator.jobs.batches.batch import Batch, Line, Result, Usage
 from coordinator.jobs.batches.output import write_files
 from coordinator.jobs.batches.slots import Slots
-from coordinator.jobs.batches.states import OPEN, TABLE, BatchEvent, State
+from coordinator.jobs.batches.states import OPEN, TABLE, BatchEvent, BatchState
 from coordinator.jobs.batches.table import SCHEMA, BatchTable
 from coordinator.jobs.database import Database
 from coordinator.jobs.files import SCHEMA as FILE_SCHEMA
@@ -26,13 +26,13 @@ DOCUMENTS, CHAT = "/v1/documents", "/v1/chat/completions"
 NEW = Batch("batch_1", "t", "m", CHAT, "file-in", "24h", 0, 100, "file-out", "file-err", 3600)
 
 
-@pytest.mark.parametrize(("state", "event"), list(itertools.product(State, BatchEvent)))
-def test_a_batch_takes_only_the_events_of_its_table(state: State, event: BatchEvent) -> None:
+@pytest.mark.parametrize(("state", "event"), list(itertools.product(BatchState, BatchEvent)))
+def test_a_batch_takes_only_the_events_of_its_table(state: BatchState, event: BatchEvent) -> None:
     batch = msgspec.structs.replace(NEW, state=state)
     if (state, event) in TABLE:
         following = batch.stepped(event, 7.9)
         assert following.state is TABLE[state, event]
-        is_new = following.state is State.VALIDATING  # which has ``created_at``
+        is_new = following.state is BatchState.VALIDATING  # which has ``created_at``
         assert following.times == ({} if is_new else {f"{following.state.value}_at": 7})
     else:
         with pytest.raises(IllegalTransition):
@@ -41,10 +41,11 @@ def test_a_batch_takes_only_the_events_of_its_table(state: State, event: BatchEv
 
 def test_every_open_state_leads_to_an_end() -> None:
     ways = {
-        state: {after for (before, _), after in TABLE.items() if before is state} for state in State
+        state: {after for (before, _), after in TABLE.items() if before is state}
+        for state in BatchState
     }
-    for state in State:
-        assert bool(ways[state]) is (state in OPEN or state is State.SET_ASIDE)
+    for state in BatchState:
+        assert bool(ways[state]) is (state in OPEN or state is BatchState.SET_ASIDE)
 
 
 def with_table(work: Callable[[BatchTable, Database], Coroutine[Any, Any, None]]) -> None:

@@ -1,0 +1,70 @@
+"""What a store keeps of one offload: a prompt whose KV a pool hands over, or is asked for. Pure."""
+
+from dataclasses import dataclass, field
+
+from kvcache.prefix import block_salt, hash_blocks
+from kvtransfer.events import AskFetch, OpenTargetBlocks
+from protocol.kv import BlockRef
+from protocol.messages import Collect, Reserve
+from protocol.transitions import advance
+from store.states import OFFLOAD, StoreEvent, StoreState
+from store.writing import Chain, Key
+
+
+@dataclass(slots=True, eq=False)
+class Offload:
+    """One attempt at one prompt; its fields in the order in which they come to matter.
+
+    ``num_blocks`` counts the partial last block too, which is handed over and not kept.
+    """
+
+    key: Key
+    hashes: tuple[bytes, ...]  # of its full blocks
+    num_blocks: int
+    max_first: int  # leading blocks that may be taken as known
+    source: tuple[str, int] | None = None  # (pool, epoch) to be asked; None: it is handed over
+    state: StoreState = StoreState.QUEUED
+    first: int = 0  # the first block that is not here yet
+    blocks: list[BlockRef] = field(default_factory=list)  # from ``first`` on
+    num_written_bytes: int = 0
+    is_doubtful: bool = False  # what is handed over may be wrong: nothing of it is kept
+
+    @staticmethod
+    def of(message: Reserve | Collect, block_size: int, model_fingerprint: str) -> "Offload":
+        """As it arrives."""
+        key = (message.request_id, message.attempt)
+        if isinstance(message, Collect):
+            source = (message.source_pool_id, message.source_epoch)
+            num_blocks = len(message.block_hashes)
+            return Offload(key, message.block_hashes, num_blocks, num_blocks, source)
+        tokens = message.prompt_token_ids
+        salt = block_salt(model_fingerprint, message.cache_salt)
+        hashes = tuple(hash_blocks(tokens, block_size, salt))
+        # Its last token is computed in any case: there is nothing to sample from else.
+        return Offload(key, hashes, -(-len(tokens) // block_size), (len(tokens) - 1) // block_size)
+
+    @property
+    def holds_handoff(self) -> bool:
+        return self.state in (StoreState.OPENING, StoreState.RESERVED, StoreState.CLOSING)
+
+    def advance(self, event: StoreEvent) -> None:
+        """Move to the next state.
+
+        Raises:
+            IllegalTransition: ``event`` cannot happen now.
+        """
+        self.state = advance(OFFLOAD, self.state, event, of=self.key[0])
+
+    def open(self) -> OpenTargetBlocks:
+        return OpenTargetBlocks(*self.key, self.first, tuple(self.blocks))
+
+    def ask(self) -> AskFetch:
+        """Its blocks, from the pool that has them."""
+        assert self.source is not None, "it is handed over without asking"
+        owners = (0,) * len(self.blocks)
+        return AskFetch(*self.key, *self.source, self.first, owners, self.hashes[self.first :])
+
+    def chain(self, num_blocks: int) -> Chain:
+        """What its first ``num_blocks`` blocks hold."""
+        parent = self.hashes[self.first - 1] if self.first else b""
+        return Chain(self.first, parent, self.hashes[self.first : self.first + num_blocks])
