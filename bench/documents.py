@@ -31,13 +31,13 @@ from typing import Any
 import httpx
 
 from bench.environment import describe, headline
+from bench.load.analysis.metrics import summarise
+from bench.load.driving.target import discover
 from bench.load.local_cluster import local_cluster
-from bench.load.metrics import summarise
 from bench.load.planning import Options, recipe_of
-from bench.load.prompts import Dialect
 from bench.load.record import RequestRecord
 from bench.load.run import execute
-from bench.load.target import discover
+from bench.load.workload.prompts import Dialect
 from modeling.embedded import CHECKPOINT
 from modeling.embedded.grammar import Document, write_document
 from modeling.text.tokenizer import load_tokenizer

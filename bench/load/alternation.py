@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from bench.load.compare import (
+from bench.load.analysis.compare import (
     COMPARISON_VERSION,
     CONFIDENCE,
     Comparison,
@@ -24,14 +24,14 @@ from bench.load.compare import (
     compare,
     conclude,
 )
-from bench.load.driver import Target
+from bench.load.analysis.validity import STOPPED
+from bench.load.driving.driver import Target
+from bench.load.driving.process import OnProgress
+from bench.load.driving.watch import OnSample
 from bench.load.planning import Recipe
-from bench.load.process import OnProgress
 from bench.load.record import Manifest, RequestRecord
 from bench.load.run import execute
 from bench.load.samples import ClusterSample, shifted_sample
-from bench.load.validity import STOPPED
-from bench.load.watch import OnSample
 from protocol.errors import ConfigError
 
 SEEDS_PER_RUN = 1000  # the blocks of a run with another seed share none with this one's

@@ -11,14 +11,14 @@ import subprocess
 import sys
 
 from bench.environment import headline
-from bench.load.arrival import Poisson
-from bench.load.metrics import summarise
-from bench.load.prompts import Dialect
+from bench.load.analysis.metrics import summarise
+from bench.load.analysis.slo import Deadline, Objective, Slo
+from bench.load.driving.target import discover
 from bench.load.run import Plan, execute
-from bench.load.schedule import draw
-from bench.load.slo import Deadline, Objective, Slo
-from bench.load.target import discover
-from bench.load.workload import Lengths
+from bench.load.workload.arrival import Poisson
+from bench.load.workload.prompts import Dialect
+from bench.load.workload.schedule import draw
+from bench.load.workload.sessions import Lengths
 
 BASE_S = 0.02
 TTFT_S = 0.2  # a tight chat objective: 5 % of it, 10 ms, is what p99 of the send lag may be

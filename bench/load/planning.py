@@ -7,15 +7,15 @@ from typing import Any
 
 import msgspec
 
-from bench.load.arrival import Arrival, Constant, Replay, at_rate
-from bench.load.client import Budgets
-from bench.load.driver import Target
+from bench.load.analysis.slo import Slo, load_slo
+from bench.load.driving.client import Budgets
+from bench.load.driving.driver import Target
 from bench.load.run import Plan
-from bench.load.schedule import Schedule, draw, draw_trace, replay_of
-from bench.load.slo import Slo, load_slo
-from bench.load.specs import arrival_of, cancellations_of, workload_of
-from bench.load.traces import BLOCK_SIZE, Row, load_trace
-from bench.load.workload import Cancellations, Workload
+from bench.load.workload.arrival import Arrival, Constant, Replay, at_rate
+from bench.load.workload.schedule import Schedule, draw, draw_trace, replay_of
+from bench.load.workload.sessions import Cancellations, Workload
+from bench.load.workload.specs import arrival_of, cancellations_of, workload_of
+from bench.load.workload.traces import BLOCK_SIZE, Row, load_trace
 from protocol.errors import ConfigError
 
 

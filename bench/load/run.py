@@ -17,16 +17,16 @@ from typing import Any, Literal
 import msgspec
 
 from bench.environment import describe
-from bench.load.client import Budgets
-from bench.load.driver import Load, Target
-from bench.load.metrics import METRICS_VERSION
-from bench.load.process import OnProgress, drive, num_processes_for
+from bench.load.analysis.metrics import METRICS_VERSION
+from bench.load.analysis.slo import Slo
+from bench.load.analysis.validity import Audit, invalid_reasons, send_lag
+from bench.load.driving.client import Budgets
+from bench.load.driving.driver import Load, Target
+from bench.load.driving.process import OnProgress, drive, num_processes_for
+from bench.load.driving.target import join_timelines
+from bench.load.driving.watch import OnSample, Watch
 from bench.load.record import FORMAT_VERSION, Manifest, RequestRecord
-from bench.load.schedule import Schedule, ideal_cached_share
-from bench.load.slo import Slo
-from bench.load.target import join_timelines
-from bench.load.validity import Audit, invalid_reasons, send_lag
-from bench.load.watch import OnSample, Watch
+from bench.load.workload.schedule import Schedule, ideal_cached_share
 
 
 @dataclass(frozen=True, slots=True)

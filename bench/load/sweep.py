@@ -10,15 +10,15 @@ from pathlib import Path
 
 import msgspec
 
-from bench.load.driver import Progress, Target
-from bench.load.goodput import Goodput, Point, Search, Verdict, judge, most_missed
+from bench.load.analysis.goodput import Goodput, Point, Search, Verdict, judge, most_missed
+from bench.load.analysis.slo import Slo
+from bench.load.analysis.validity import NOT_THE_DRIVERS, STOPPED
+from bench.load.driving.driver import Progress, Target
+from bench.load.driving.process import OnProgress
 from bench.load.planning import Recipe
-from bench.load.process import OnProgress
 from bench.load.record import Manifest, RequestRecord, write_run
 from bench.load.run import execute
 from bench.load.samples import ClusterSample
-from bench.load.slo import Slo
-from bench.load.validity import NOT_THE_DRIVERS, STOPPED
 from protocol.errors import ConfigError
 
 SWEEP_FILE = "sweep.json"

@@ -12,11 +12,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from bench.load.driver import Progress as RunProgress
-from bench.load.goodput import Goodput, Point
-from bench.load.intervals import min_samples, percentile
-from bench.load.metrics import Distribution, Summary
-from bench.load.process import OnProgress
+from bench.load.analysis.goodput import Goodput, Point
+from bench.load.analysis.intervals import min_samples, percentile
+from bench.load.analysis.metrics import Distribution, Summary
+from bench.load.driving.driver import Progress as RunProgress
+from bench.load.driving.process import OnProgress
 from bench.load.record import Manifest
 
 _SHOWN = ("ttft_s", "ttft_sent_s", "tpot_s", "itl_s", "max_gap_s", "e2e_s", "send_lag_s")

@@ -23,9 +23,9 @@ from typing import Any, cast
 
 import httptools
 import msgspec
+from uvloop import run
 
-from bench.load.event_loop import run
-from bench.load.pacer import Pacer
+from bench.load.driving.pacer import Pacer
 from bench.load.toy import Stall, ToyConfig, advance
 
 _PLAIN_FIELDS = frozenset(

@@ -3,10 +3,10 @@
 import math
 from collections.abc import Callable, Sequence
 
-from bench.load.intervals import min_samples, percentile
-from bench.load.metrics import e2e_of, itls_of, ttft_of
+from bench.load.analysis.intervals import min_samples, percentile
+from bench.load.analysis.metrics import e2e_of, itls_of, ttft_of
+from bench.load.analysis.slo import tpot_of
 from bench.load.record import RequestRecord
-from bench.load.slo import tpot_of
 from bench.report.plot import NEUTRAL, Axis, Dashes, Dot, Dots, Layer, Line, Plot
 from bench.report.runs import Side
 from bench.report.scale import LOG_FLOOR, seconds

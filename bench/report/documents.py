@@ -9,8 +9,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bench.load.intervals import percentile, percentile_interval
-from bench.load.metrics import ttft_of
+from bench.load.analysis.intervals import percentile, percentile_interval
+from bench.load.analysis.metrics import ttft_of
 from bench.load.record import RequestRecord
 from bench.report.plot import (
     Axis,

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from bench.load.intervals import Share, share_of
-from bench.load.metrics import distribution
+from bench.load.analysis.intervals import Share, share_of
+from bench.load.analysis.metrics import distribution
+from bench.load.analysis.slo import Objective, tpot_of
 from bench.load.record import CANCELLED, RequestRecord
-from bench.load.slo import Objective, tpot_of
 from bench.report.runs import Side
 
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from xml.etree.ElementTree import Element, tostring
 
+from bench.load.analysis.slo import Objective
 from bench.load.record import Manifest
-from bench.load.slo import Objective
 from bench.report.build import Item, Report, Section
 from bench.report.plot import Plot
 from bench.report.runs import Run, slo_of

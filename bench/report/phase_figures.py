@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from bench.load.metrics import ttft_of
+from bench.load.analysis.metrics import ttft_of
 from bench.load.record import RequestRecord
 from bench.report.phases import (
     AFTER_FIRST,

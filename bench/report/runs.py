@@ -7,11 +7,11 @@ from typing import Any
 
 import msgspec
 
-from bench.load.compare import Comparison
-from bench.load.metrics import Summary, summarise
+from bench.load.analysis.compare import Comparison
+from bench.load.analysis.metrics import Summary, summarise
+from bench.load.analysis.slo import Slo, parse_slo
 from bench.load.record import MANIFEST_FILE, Manifest, RequestRecord, read_run
 from bench.load.samples import ClusterSample, read_samples
-from bench.load.slo import Slo, parse_slo
 from bench.load.sweep import SWEEP_FILE, SweepRecord, read_sweep
 from protocol.errors import ConfigError
 

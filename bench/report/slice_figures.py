@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from bench.load.intervals import percentile
-from bench.load.metrics import ttft_of
+from bench.load.analysis.intervals import percentile
+from bench.load.analysis.metrics import ttft_of
 from bench.report.phases import server_side
 from bench.report.plot import Axis, Layer, Line, Plot
 from bench.report.runs import Side

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from bench.load.intervals import Share
-from bench.load.slo import Slo
+from bench.load.analysis.intervals import Share
+from bench.load.analysis.slo import Slo
 from bench.report.load_figures import PARTS, Rows
 from bench.report.load_points import LoadPoint
 from bench.report.plot import Axis, Band, Layer, Line, Plot, Rule

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from math import inf
 from typing import Any
 
-from bench.load.intervals import Share
-from bench.load.metrics import Distribution, e2e_of, ttft_of
+from bench.load.analysis.intervals import Share
+from bench.load.analysis.metrics import Distribution, e2e_of, ttft_of
 from bench.load.record import OK, RequestRecord
 from bench.report.plot import Unit
 from bench.report.runs import Run, Side

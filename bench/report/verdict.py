@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bench.load.validity import NOT_THE_DRIVERS, STOPPED
+from bench.load.analysis.validity import NOT_THE_DRIVERS, STOPPED
 from bench.report.runs import Run
 
 

@@ -84,7 +84,7 @@ def _experiment(arguments: argparse.Namespace, _command: str) -> int:
 def _run(arguments: argparse.Namespace, command: str) -> int:
     from rich.console import Console
 
-    from bench.load.metrics import summarise
+    from bench.load.analysis.metrics import summarise
     from bench.load.planning import recipe_of
     from bench.load.record import write_run
     from bench.load.run import execute
@@ -112,10 +112,10 @@ def _run(arguments: argparse.Namespace, command: str) -> int:
 def _sweep(arguments: argparse.Namespace, command: str) -> int:
     from rich.console import Console
 
-    from bench.load.goodput import Search
+    from bench.load.analysis.goodput import Search
+    from bench.load.driving.target import num_accelerators
     from bench.load.planning import recipe_of
     from bench.load.sweep import InvalidRunError, Sweep, search_goodput, sweep_rates
-    from bench.load.target import num_accelerators
     from bench.load.terminal import show_goodput, show_points, watched
 
     if arguments.output is None:

@@ -9,9 +9,9 @@ from launcher.config import default_url
 from protocol.errors import ConfigError
 
 if TYPE_CHECKING:
-    from bench.load.driver import Target
+    from bench.load.driving.driver import Target
     from bench.load.planning import Options
-    from bench.load.prompts import Dialect
+    from bench.load.workload.prompts import Dialect
 
 EXIT_INVALID = 3  # the run was made, and must not be believed
 EXIT_MISSED = 4  # the objectives were not attained, or a gate of a comparison does not hold
@@ -81,8 +81,8 @@ def options_of(arguments: argparse.Namespace) -> "Options":
 
 def dialect_of(arguments: argparse.Namespace) -> "Dialect":
     """How the flags say that servers are spoken to."""
-    from bench.load.prompts import DEFAULT_VOCABULARY, Dialect
-    from bench.load.target import api_of
+    from bench.load.driving.target import api_of
+    from bench.load.workload.prompts import DEFAULT_VOCABULARY, Dialect
 
     vocabulary = DEFAULT_VOCABULARY
     if arguments.vocabulary:
@@ -95,7 +95,7 @@ def dialect_of(arguments: argparse.Namespace) -> "Dialect":
 
 def target_of(arguments: argparse.Namespace, url: str = "", name: str = "") -> "Target":
     """The server behind ``url``, or behind the flag, or the one on this machine."""
-    from bench.load.target import discover
+    from bench.load.driving.target import discover
 
     url = url or arguments.url or default_url()
     plain, api_key = arguments.plain, arguments.api_key

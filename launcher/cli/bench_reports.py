@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from bench.load.alternation import Contest
-    from bench.load.compare import Comparison
-    from bench.load.driver import Target
+    from bench.load.analysis.compare import Comparison
+    from bench.load.driving.driver import Target
+    from bench.load.driving.watch import OnSample
     from bench.load.record import Manifest
-    from bench.load.watch import OnSample
     from bench.report.runs import Run
 
 FORMATS = ("vllm", "aiperf")
@@ -162,7 +162,7 @@ def _compare(arguments: argparse.Namespace, command: str) -> int:
     from rich.console import Console
 
     from bench.load.alternation import alternate, conclusion
-    from bench.load.compare import parse_gate
+    from bench.load.analysis.compare import parse_gate
     from bench.load.record import write_run
     from bench.load.samples import ClusterSample
     from bench.report.files import write_report
@@ -195,9 +195,9 @@ def _contest(
 ) -> "Iterator[Contest]":
     """The contest, for as long as the clusters run that it has started."""
     from bench.load.alternation import Contest
+    from bench.load.driving.target import num_accelerators
     from bench.load.local_cluster import local_cluster
     from bench.load.planning import recipe_of
-    from bench.load.target import num_accelerators
     from bench.load.terminal import watched
 
     recipe = recipe_of(options_of(arguments))

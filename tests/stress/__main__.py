@@ -15,8 +15,9 @@ import sys
 import time
 from pathlib import Path
 
+from uvloop import run
+
 from bench.environment import headline
-from bench.load.event_loop import run
 from protocol.open_files import raise_open_files
 from tests.campaign.cluster import ClusterLost, RunningCluster, run_cluster
 from tests.stress.beside import Beside, rss_bytes, watching

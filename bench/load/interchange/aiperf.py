@@ -10,6 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from bench.load.analysis.metrics import gaps_of, ttft_sent_of
+from bench.load.analysis.slo import tpot_of
 from bench.load.interchange.foreign import (
     counts_of,
     imported,
@@ -17,9 +19,7 @@ from bench.load.interchange.foreign import (
     read_object,
     running_times,
 )
-from bench.load.metrics import gaps_of, ttft_sent_of
 from bench.load.record import CANCELLED, OK, Manifest, RequestRecord
-from bench.load.slo import tpot_of
 from protocol.errors import ConfigError
 
 SOURCE = "AIPerf"

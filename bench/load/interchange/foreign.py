@@ -11,8 +11,8 @@ from typing import Any
 
 import msgspec
 
-from bench.load.intervals import percentile
-from bench.load.metrics import METRICS_VERSION
+from bench.load.analysis.intervals import percentile
+from bench.load.analysis.metrics import METRICS_VERSION
 from bench.load.record import FORMAT_VERSION, Manifest, RequestRecord
 from protocol.errors import ConfigError
 

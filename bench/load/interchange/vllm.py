@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from bench.load.analysis.metrics import gaps_of, summarise, ttft_sent_of
+from bench.load.analysis.slo import Slo, tpot_of
 from bench.load.interchange.foreign import (
     counts_of,
     imported,
@@ -20,9 +22,7 @@ from bench.load.interchange.foreign import (
     read_object,
     running_times,
 )
-from bench.load.metrics import gaps_of, summarise, ttft_sent_of
 from bench.load.record import OK, Manifest, RequestRecord
-from bench.load.slo import Slo, tpot_of
 from protocol.errors import ConfigError
 
 SOURCE = "vllm bench serve"

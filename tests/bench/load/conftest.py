@@ -8,18 +8,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
+from uvloop import run
 
-from bench.load.client import Budgets
-from bench.load.driver import Driver, Load, Target
-from bench.load.event_loop import run
-from bench.load.prompts import Api, Dialect
+from bench.load.analysis.slo import Slo
+from bench.load.analysis.validity import Audit
+from bench.load.driving.client import Budgets
+from bench.load.driving.driver import Driver, Load, Target
 from bench.load.record import RequestRecord
-from bench.load.schedule import Planned, Schedule
-from bench.load.slo import Slo
 from bench.load.toy import ToyConfig
 from bench.load.toy_server import ToyServer
-from bench.load.validity import Audit
-from bench.load.workload import Segment, Turn
+from bench.load.workload.prompts import Api, Dialect
+from bench.load.workload.schedule import Planned, Schedule
+from bench.load.workload.sessions import Segment, Turn
 
 START = Callable[..., str]
 

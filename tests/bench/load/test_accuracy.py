@@ -13,16 +13,16 @@ from typing import Any
 import httpx
 import pytest
 
-from bench.load.driver import Progress
-from bench.load.metrics import summarise
-from bench.load.prompts import Dialect
+from bench.load.analysis.metrics import summarise
+from bench.load.analysis.slo import Deadline, Objective, Slo
+from bench.load.driving.driver import Progress
+from bench.load.driving.target import discover
 from bench.load.record import Manifest, RequestRecord, read_run, write_run
 from bench.load.run import Plan, execute
-from bench.load.schedule import Planned, Schedule
-from bench.load.slo import Deadline, Objective, Slo
-from bench.load.target import discover
 from bench.load.toy import ToyConfig
-from bench.load.workload import Segment, Turn
+from bench.load.workload.prompts import Dialect
+from bench.load.workload.schedule import Planned, Schedule
+from bench.load.workload.sessions import Segment, Turn
 
 START = Callable[..., str]
 ATTEMPTS = 8

@@ -10,16 +10,16 @@ from typing import Any
 import msgspec
 import pytest
 
-from bench.load.client import Budgets
-from bench.load.driver import Driver
-from bench.load.metrics import summarise
-from bench.load.prompts import Api
+from bench.load.analysis.metrics import summarise
+from bench.load.analysis.slo import Deadline, Objective, Slo
+from bench.load.analysis.validity import invalid_reasons
+from bench.load.driving.client import Budgets
+from bench.load.driving.driver import Driver
 from bench.load.record import RequestRecord
-from bench.load.schedule import Planned, Schedule
-from bench.load.slo import Deadline, Objective, Slo
 from bench.load.toy import ToyConfig
-from bench.load.validity import invalid_reasons
-from bench.load.workload import Segment, Turn
+from bench.load.workload.prompts import Api
+from bench.load.workload.schedule import Planned, Schedule
+from bench.load.workload.sessions import Segment, Turn
 
 QUICK = ToyConfig(base_s=0.01, prefill_s_per_1k=0.0, token_s=0.002)
 Drive = Callable[..., Any]

@@ -7,10 +7,10 @@ from statistics import fmean
 
 import pytest
 
-from bench.load.goodput import Goodput, Point, Search, Verdict, judge, most_missed
-from bench.load.metrics import summarise
+from bench.load.analysis.goodput import Goodput, Point, Search, Verdict, judge, most_missed
+from bench.load.analysis.metrics import summarise
+from bench.load.analysis.slo import Deadline, Objective, Slo
 from bench.load.record import RequestRecord
-from bench.load.slo import Deadline, Objective, Slo
 
 SERVICE_S = 0.1
 SLO = Slo({"default": Objective(Deadline(0.3), None, None, 0.9)})

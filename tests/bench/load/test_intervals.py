@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from bench.load.intervals import (
+from bench.load.analysis.intervals import (
     correlation_time,
     min_samples,
     percentile,

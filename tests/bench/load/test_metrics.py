@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.load.metrics import (
+from bench.load.analysis.metrics import (
     METRICS_VERSION,
     after,
     distribution,
@@ -18,8 +18,8 @@ from bench.load.metrics import (
     ttft_of,
     ttft_sent_of,
 )
+from bench.load.analysis.slo import Deadline, Objective, Slo, tpot_of
 from bench.load.record import RequestRecord
-from bench.load.slo import Deadline, Objective, Slo, tpot_of
 
 ONE = RequestRecord(
     target="a",

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.load.client import Address
-from bench.load.reply import Reply
+from bench.load.driving.client import Address
+from bench.load.driving.reply import Reply
 from protocol.errors import ConfigError
 
 ROLE = b'data: {"choices":[{"delta":{"role":"assistant","content":""}}]}\n\n'

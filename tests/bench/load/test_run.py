@@ -8,21 +8,27 @@ import msgspec
 import pytest
 import trustme
 
-from bench.load.arrival import Gamma, Poisson, Ramp
-from bench.load.driver import Progress
-from bench.load.metrics import METRICS_VERSION, summarise
+from bench.load.analysis.metrics import METRICS_VERSION, summarise
+from bench.load.analysis.slo import Deadline, Objective, Slo
+from bench.load.analysis.validity import (
+    Audit,
+    invalid_reasons,
+    lag_limit_s,
+    largest_share,
+    send_lag,
+)
+from bench.load.driving.driver import Progress
+from bench.load.driving.process import num_processes_for, total
+from bench.load.driving.target import api_of, discover, num_accelerators
 from bench.load.planning import Options, recipe_of
-from bench.load.process import num_processes_for, total
-from bench.load.prompts import Api, Dialect, tokens_of, words_of
 from bench.load.record import RequestRecord, read_run
 from bench.load.run import Plan, execute
-from bench.load.schedule import draw
-from bench.load.slo import Deadline, Objective, Slo
-from bench.load.specs import arrival_of, cancellations_of, workload_of
 from bench.load.sweep import read_sweep
-from bench.load.target import api_of, discover, num_accelerators
-from bench.load.validity import Audit, invalid_reasons, lag_limit_s, largest_share, send_lag
-from bench.load.workload import Cancellations, Documents, Lengths, Segment, Sessions
+from bench.load.workload.arrival import Gamma, Poisson, Ramp
+from bench.load.workload.prompts import Api, Dialect, tokens_of, words_of
+from bench.load.workload.schedule import draw
+from bench.load.workload.sessions import Cancellations, Documents, Lengths, Segment, Sessions
+from bench.load.workload.specs import arrival_of, cancellations_of, workload_of
 from launcher.__main__ import main
 from protocol.errors import ConfigError
 

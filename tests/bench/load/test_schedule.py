@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.load.arrival import (
+from bench.load.sweep import wording_of
+from bench.load.workload.arrival import (
     Arrival,
     Constant,
     Gamma,
@@ -22,11 +23,10 @@ from bench.load.arrival import (
     check_arrival,
     grid_of,
 )
-from bench.load.lengths import count_of, sampler
-from bench.load.prompts import tokens_of
-from bench.load.schedule import Schedule, draw, ideal_cached_share
-from bench.load.sweep import wording_of
-from bench.load.workload import (
+from bench.load.workload.lengths import count_of, sampler
+from bench.load.workload.prompts import tokens_of
+from bench.load.workload.schedule import Schedule, draw, ideal_cached_share
+from bench.load.workload.sessions import (
     Cancellations,
     Documents,
     Lengths,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.load.slo import PRESETS, Deadline, Objective, Slo, load_slo, parse_slo
+from bench.load.analysis.slo import PRESETS, Deadline, Objective, Slo, load_slo, parse_slo
 from protocol.errors import ConfigError
 
 FILE = """

@@ -7,9 +7,9 @@ from functools import partial
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from uvloop import run
 
-from bench.load.event_loop import run
-from bench.load.pacer import Pacer
+from bench.load.driving.pacer import Pacer
 from bench.load.toy import ToyConfig, advance
 from bench.load.toy_server import ToyServer
 

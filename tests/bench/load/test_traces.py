@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from bench.load.arrival import Replay
-from bench.load.schedule import draw_trace, ideal_cached_share, replay_of
-from bench.load.traces import Row, load_trace, turn_of
-from bench.load.workload import Segment
+from bench.load.workload.arrival import Replay
+from bench.load.workload.schedule import draw_trace, ideal_cached_share, replay_of
+from bench.load.workload.sessions import Segment
+from bench.load.workload.traces import Row, load_trace, turn_of
 from protocol.errors import ConfigError
 
 MOONCAKE = """\

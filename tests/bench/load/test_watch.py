@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from bench.load.arrival import Poisson
-from bench.load.driver import Target
-from bench.load.prompts import Dialect
+from bench.load.driving.driver import Target
+from bench.load.driving.target import discover, num_accelerators
+from bench.load.driving.watch import MAX_MISSED, Watch
 from bench.load.record import read_run, write_run
 from bench.load.run import Plan, execute
 from bench.load.samples import (
@@ -26,10 +26,10 @@ from bench.load.samples import (
     sample_of,
     shifted_sample,
 )
-from bench.load.schedule import draw
-from bench.load.target import discover, num_accelerators
-from bench.load.watch import MAX_MISSED, Watch
-from bench.load.workload import Lengths
+from bench.load.workload.arrival import Poisson
+from bench.load.workload.prompts import Dialect
+from bench.load.workload.schedule import draw
+from bench.load.workload.sessions import Lengths
 from bench.report.sample import sample_run
 from protocol.errors import ConfigError
 

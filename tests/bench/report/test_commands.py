@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from bench.load.alternation import Contest, order_of
-from bench.load.driver import Target
+from bench.load.driving.driver import Target
 from bench.load.planning import Options, recipe_of
-from bench.load.prompts import Api, Dialect
 from bench.load.record import read_run, write_run
+from bench.load.workload.prompts import Api, Dialect
 from bench.report.sample import sample_run
 from launcher.__main__ import main
 from protocol.errors import ConfigError

@@ -6,9 +6,9 @@ from random import Random
 import msgspec
 import pytest
 
-from bench.load.compare import Pair, Row, Settings, compare, conclude, judge, parse_gate
+from bench.load.analysis.compare import Pair, Row, Settings, compare, conclude, judge, parse_gate
+from bench.load.analysis.slo import Deadline, Objective, Slo
 from bench.load.record import RequestRecord
-from bench.load.slo import Deadline, Objective, Slo
 from protocol.errors import ConfigError
 
 NUM_PER_BLOCK = 60

@@ -7,11 +7,11 @@ from typing import Any
 import msgspec
 import pytest
 
+from bench.load.analysis.metrics import e2e_of, summarise, ttft_of, ttft_sent_of
+from bench.load.analysis.slo import tpot_of
 from bench.load.interchange.aiperf import export_aiperf, import_aiperf
 from bench.load.interchange.vllm import export_vllm, import_vllm
-from bench.load.metrics import e2e_of, summarise, ttft_of, ttft_sent_of
 from bench.load.record import Manifest, RequestRecord
-from bench.load.slo import tpot_of
 from bench.report.sample import sample_run
 from protocol.errors import ConfigError
 

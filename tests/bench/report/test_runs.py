@@ -8,8 +8,8 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from bench.load.compare import Comparison, Settings, compare, conclude, parse_gate
-from bench.load.goodput import Point, Verdict
+from bench.load.analysis.compare import Comparison, Settings, compare, conclude, parse_gate
+from bench.load.analysis.goodput import Point, Verdict
 from bench.load.record import write_run
 from bench.load.sweep import SWEEP_FILE, SweepRecord
 from bench.report.build import build_report

@@ -5,8 +5,8 @@ from typing import Any
 
 import msgspec
 
+from bench.load.analysis.validity import STOPPED
 from bench.load.sweep import SweepRecord
-from bench.load.validity import STOPPED
 from bench.report.runs import Run
 from bench.report.sample import sample_run
 from bench.report.verdict import judge

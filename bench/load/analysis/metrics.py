@@ -11,15 +11,15 @@ from itertools import pairwise
 
 import msgspec
 
-from bench.load.intervals import (
+from bench.load.analysis.intervals import (
     Share,
     min_samples,
     percentile,
     percentile_interval,
     share_of,
 )
+from bench.load.analysis.slo import Objective, Slo, tpot_of
 from bench.load.record import CANCELLED, OK, RequestRecord
-from bench.load.slo import Objective, Slo, tpot_of
 
 METRICS_VERSION = "1.0"
 

@@ -1,6 +1,6 @@
 """Drivers in processes of their own: one core each, nothing else in their event loops.
 
-    python -m bench.load.process RECORDS_FILE      (started by ``drive``, never by hand)
+    python -m bench.load.driving.process RECORDS_FILE      (started by ``drive``, never by hand)
 
 1. The parent writes a ``Load`` as one line of JSON to each child and waits until all are prepared.
 2. It names one instant of CLOCK_MONOTONIC, which all processes of a host share, as the start.
@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from uvloop import run
 
-from bench.load.driver import Driver, Load, Progress
-from bench.load.event_loop import run
+from bench.load.analysis.validity import Audit
+from bench.load.driving.driver import Driver, Load, Progress
 from bench.load.record import RequestRecord, read_records, write_records
-from bench.load.schedule import Schedule
-from bench.load.validity import Audit
+from bench.load.workload.schedule import Schedule
 
 PROGRESS_S = 0.5
 _LEAD_S = 0.3  # from the order to start until the start
@@ -137,7 +137,7 @@ class _Child:
         """Returns when it is prepared."""
         self.progress.num_planned = len(load.schedule.requests)
         self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", "-m", "bench.load.process", str(self._path)),
+            *(sys.executable, "-P", "-m", "bench.load.driving.process", str(self._path)),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             limit=1 << 24,

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import msgspec
 
-from bench.load.intervals import percentile
-from bench.load.metrics import littles_law_error, ttft_sent_of
+from bench.load.analysis.intervals import percentile
+from bench.load.analysis.metrics import littles_law_error, ttft_sent_of
+from bench.load.analysis.slo import Slo
 from bench.load.record import OK, RequestRecord
-from bench.load.slo import Slo
 
 CPU_WINDOW_S = 5.0
 MAX_CPU_SHARE = 0.8

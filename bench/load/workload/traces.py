@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from bench.load.workload import Segment, Turn
+from bench.load.workload.sessions import Segment, Turn
 from protocol.errors import ConfigError
 
 BLOCK_SIZE = 512  # Mooncake's; Qwen's traces of the same shape have 16

@@ -6,8 +6,8 @@ from typing import Any, get_args
 import msgspec
 import yaml
 
-from bench.load.arrival import Arrival, Ramp, check_arrival
-from bench.load.workload import Cancellations, Workload, check_workload
+from bench.load.workload.arrival import Arrival, Ramp, check_arrival
+from bench.load.workload.sessions import Cancellations, Workload, check_workload
 from protocol.errors import ConfigError
 
 

@@ -18,7 +18,7 @@ import httptools
 import httpx
 import msgspec
 
-from bench.load.reply import Reply
+from bench.load.driving.reply import Reply
 from protocol.errors import ConfigError
 
 _MAX_IDLE_S = 3.0  # less than any server's keep-alive

@@ -9,7 +9,7 @@ from random import Random
 
 import msgspec
 
-from bench.load.lengths import count_of, sampler
+from bench.load.workload.lengths import count_of, sampler
 from protocol.errors import ConfigError
 
 

@@ -13,9 +13,9 @@ from random import Random
 
 import msgspec
 
-from bench.load.arrival import Arrival, Replay, before, check_arrival, grid_of
-from bench.load.traces import BLOCK_SIZE, Row, turn_of
-from bench.load.workload import Cancellations, Segment, Turn, Workload, check_workload
+from bench.load.workload.arrival import Arrival, Replay, before, check_arrival, grid_of
+from bench.load.workload.sessions import Cancellations, Segment, Turn, Workload, check_workload
+from bench.load.workload.traces import BLOCK_SIZE, Row, turn_of
 from protocol.errors import ConfigError
 
 SCHEDULE_VERSION = 1

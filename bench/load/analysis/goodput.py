@@ -13,9 +13,9 @@ from collections.abc import Sequence
 
 import msgspec
 
-from bench.load.intervals import CONFIDENCE, Share, min_samples, share_of
+from bench.load.analysis.intervals import CONFIDENCE, Share, min_samples, share_of
+from bench.load.analysis.slo import Slo
 from bench.load.record import CANCELLED, RequestRecord
-from bench.load.slo import Slo
 
 Rounds = Sequence[Sequence[RequestRecord]]
 

@@ -17,15 +17,15 @@ from typing import IO, Literal
 
 import msgspec
 
-from bench.load.client import Address, Budgets, Client
-from bench.load.intervals import percentile
-from bench.load.pacer import Pacer
-from bench.load.prompts import Api, Conversation, Dialect
+from bench.load.analysis.intervals import percentile
+from bench.load.analysis.slo import Slo
+from bench.load.analysis.validity import CPU_WINDOW_S, Audit, largest_share
+from bench.load.driving.client import Address, Budgets, Client
+from bench.load.driving.pacer import Pacer
+from bench.load.driving.reply import Reply
 from bench.load.record import CANCELLED, OK, RequestRecord
-from bench.load.reply import Reply
-from bench.load.schedule import Planned, Schedule
-from bench.load.slo import Slo
-from bench.load.validity import CPU_WINDOW_S, Audit, largest_share
+from bench.load.workload.prompts import Api, Conversation, Dialect
+from bench.load.workload.schedule import Planned, Schedule
 
 _TICK_S = 0.01
 

@@ -7,11 +7,11 @@ from typing import Any
 import httpx
 import msgspec
 
-from bench.load.client import Address
-from bench.load.driver import Target
-from bench.load.prompts import Api, Conversation, Dialect
+from bench.load.driving.client import Address
+from bench.load.driving.driver import Target
 from bench.load.record import OK, RequestRecord
-from bench.load.workload import Segment, Turn
+from bench.load.workload.prompts import Api, Conversation, Dialect
+from bench.load.workload.sessions import Segment, Turn
 from protocol.errors import ConfigError
 
 _TIMEOUT_S = 60.0

@@ -19,10 +19,10 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.load.intervals import min_samples
-from bench.load.metrics import e2e_of, gaps_of, ttft_of
+from bench.load.analysis.intervals import min_samples
+from bench.load.analysis.metrics import e2e_of, gaps_of, ttft_of
+from bench.load.analysis.slo import Slo, tpot_of
 from bench.load.record import CANCELLED, OK, RequestRecord
-from bench.load.slo import Slo, tpot_of
 from protocol.errors import ConfigError
 
 COMPARISON_VERSION = 1

@@ -13,9 +13,9 @@ from typing import Any, Self
 
 import httpx
 
-from bench.load.driver import Target
+from bench.load.driving.driver import Target
+from bench.load.driving.target import headers_of
 from bench.load.samples import SAMPLES_FILE, ClusterSample, sample_of
-from bench.load.target import headers_of
 
 INTERVAL_S = 1.0
 TIMEOUT_S = 2.0

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from bench.load.workload import Segment, Turn
+from bench.load.workload.sessions import Segment, Turn
 
 DEFAULT_VOCABULARY = (32, 256)  # single bytes in nearly every tokenizer, special in none
 

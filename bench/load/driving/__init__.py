@@ -1,0 +1,1 @@
+"""Sends a schedule to a server and writes down what comes back, and when."""

@@ -1,0 +1,1 @@
+"""What users send, and when: drawn from a seed before a run starts."""
