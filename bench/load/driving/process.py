@@ -30,7 +30,7 @@ from bench.load.workload.schedule import Schedule
 PROGRESS_S = 0.5
 _LEAD_S = 0.3  # from the order to start until the start
 _MAX_LINE = 1 << 30  # of a load: the whole schedule
-# What one core does without being late, with room; see ``python -m bench.load.capacity``.
+# What one core does without being late, with room; see ``python -m tests.bench.capacity``.
 CORE_REQUESTS_PER_S = 300.0
 CORE_EVENTS_PER_S = 20_000.0
 

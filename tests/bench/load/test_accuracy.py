@@ -19,10 +19,10 @@ from bench.load.driving.driver import Progress
 from bench.load.driving.target import discover
 from bench.load.record import Manifest, RequestRecord, read_run, write_run
 from bench.load.run import Plan, execute
-from bench.load.toy import ToyConfig
 from bench.load.workload.prompts import Dialect
 from bench.load.workload.schedule import Planned, Schedule
 from bench.load.workload.sessions import Segment, Turn
+from tests.bench.toy_server import ToyConfig
 
 START = Callable[..., str]
 ATTEMPTS = 8
@@ -110,12 +110,13 @@ def _share_waiting(records: list[RequestRecord], seconds: float) -> float:
 def _measure(toy: START) -> tuple[list[str], float, Manifest, list[RequestRecord]]:
     """(figures that are off, how late anybody was at the most, manifest, records) of one run."""
     config = ToyConfig(base_s=0.02, prefill_s_per_1k=0.02, token_s=0.01)
-    url = toy("--base-ms", "20", "--prefill-ms-per-1k", "20", "--token-ms", "10")
     schedule = _schedule(320, 200.0, 1000, 12)
-    plan = Plan(discover(url, Dialect("")), schedule, {}, {}, SLO, wants_timelines=False)
+    plan = Plan(discover(toy(config), Dialect("")), schedule, {}, {}, SLO, wants_timelines=False)
     manifest, records = execute(plan)
     assert {record.outcome for record in records} == {"ok"}
-    late_s = max(manifest.send_lag["max"], manifest.driver["loop_lag_s"], _toy_lag_s(url))
+    late_s = max(
+        manifest.send_lag["max"], manifest.driver["loop_lag_s"], _toy_lag_s(plan.target.url)
+    )
     return _errors(records, config), late_s, manifest, records
 
 
@@ -148,11 +149,10 @@ def test_every_metric_within_a_millisecond_or_a_percent(toy: START) -> None:
 def test_a_stall_shows_and_a_closed_loop_hides_it(
     toy: START, stall_s: float, rate: float, length_s: float
 ) -> None:
-    flags = ("--base-ms", "4", "--prefill-ms-per-1k", "0", "--token-ms", "1")
-    stall = ("--stall", f"0.8:{stall_s}")
+    config = ToyConfig(0.004, prefill_s_per_1k=0.0, token_s=0.001, stalls=((0.8, stall_s),))
 
     def run(**more: Any) -> tuple[Manifest, list[RequestRecord]]:
-        target = discover(toy(*flags, *stall), Dialect(""))
+        target = discover(toy(config), Dialect(""))
         restarts: list[httpx.Response] = []
 
         def restart_once(progress: Progress) -> bool:

@@ -16,10 +16,10 @@ from bench.load.analysis.validity import invalid_reasons
 from bench.load.driving.client import Budgets
 from bench.load.driving.driver import Driver
 from bench.load.record import RequestRecord
-from bench.load.toy import ToyConfig
 from bench.load.workload.prompts import Api
 from bench.load.workload.schedule import Planned, Schedule
 from bench.load.workload.sessions import Segment, Turn
+from tests.bench.toy_server import ToyConfig
 
 QUICK = ToyConfig(base_s=0.01, prefill_s_per_1k=0.0, token_s=0.002)
 Drive = Callable[..., Any]

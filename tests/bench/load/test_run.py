@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import trustme
+from msgspec.structs import replace
 
 from bench.load.analysis.metrics import METRICS_VERSION, summarise
 from bench.load.analysis.slo import Deadline, Objective, Slo
@@ -31,13 +32,14 @@ from bench.load.workload.sessions import Cancellations, Documents, Lengths, Segm
 from bench.load.workload.specs import arrival_of, cancellations_of, workload_of
 from launcher.__main__ import main
 from protocol.errors import ConfigError
+from tests.bench.toy_server import ToyConfig
 
 START = Callable[..., str]
-QUICK = ("--base-ms", "5", "--prefill-ms-per-1k", "0", "--token-ms", "1")
+QUICK = ToyConfig(base_s=0.005, prefill_s_per_1k=0.0, token_s=0.001)
 
 
 def test_a_run_over_two_processes(toy: START) -> None:
-    target = discover(toy(*QUICK), Dialect(""))
+    target = discover(toy(QUICK), Dialect(""))
     assert (target.name, target.dialect.extensions) == ("toy", True)
     assert num_accelerators(target) is None
     workload = Sessions(first="20", message="5", turns="2", output="4", think_s="0.01")
@@ -65,7 +67,7 @@ def test_a_run_over_two_processes(toy: START) -> None:
 
 
 def test_a_strict_server_is_asked_plainly(toy: START) -> None:
-    target = discover(toy(*QUICK, "--strict"), Dialect("", Api.CHAT), name="strict")
+    target = discover(toy(replace(QUICK, is_strict=True)), Dialect("", Api.CHAT), name="strict")
     assert not target.dialect.extensions
     schedule = draw(Lengths("9", "3"), Poisson(20.0), 0, duration_s=0.5)
     _, records = execute(Plan(target, schedule, {}, {}, wants_timelines=False))
@@ -80,7 +82,7 @@ def test_nobody_answers() -> None:
 
 
 def test_the_run_command(toy: START, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    url = toy(*QUICK, "--failures", "0.2")
+    url = toy(replace(QUICK, failure_rate=0.2))
     slo = tmp_path / "slo.yaml"
     slo.write_text("slo: {document: {ttft_s: 9, target: 0.999}, question: {ttft_s: 9}}")
     flags = ["--url", url, "--workload", "documents:document=50,questions=2,think_s=0.01,output=3"]
@@ -119,7 +121,7 @@ def test_a_run_over_https(
     authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(
         str(tmp_path / "server.pem")
     )
-    url = toy(*QUICK, "--tls", str(tmp_path / "server.pem"))
+    url = toy(QUICK, "--tls", str(tmp_path / "server.pem"))
     assert url.startswith("https://")
     flags = ["bench", "run", "--url", url, "--workload", "lengths:prompt=8,output=4"]
     flags += ["--rate", "50", "--requests", "20", "--output", str(tmp_path / "run")]
@@ -137,8 +139,8 @@ def test_a_run_over_https(
 def test_the_sweep_command(toy: START, tmp_path: Path) -> None:
     slo = tmp_path / "slo.yaml"
     slo.write_text("slo: {default: {ttft_s: 30, target: 0.9}}")  # a busy machine meets it too
-    for name, failures in (("good", "0"), ("bad", "0.5")):
-        url = toy(*QUICK, "--failures", failures)
+    for name, failures in (("good", 0.0), ("bad", 0.5)):
+        url = toy(replace(QUICK, failure_rate=failures))
         flags = ["--url", url, "--workload", "lengths:prompt=8,output=1", "--slo", str(slo)]
         flags += ["--rates", "60,90", "--min-requests", "30", "--rounds", "2"]
         flags += ["--accelerators", "2"]
@@ -158,7 +160,7 @@ def test_the_sweep_command(toy: START, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_goodput_is_found(toy: START, tmp_path: Path) -> None:
     """One slot, 20 ms a request: M/D/1, whose waits are known."""
-    url = toy("--base-ms", "20", "--prefill-ms-per-1k", "0", "--token-ms", "0", "--slots", "1")
+    url = toy(ToyConfig(0.02, prefill_s_per_1k=0.0, token_s=0.0, num_slots=1))
     slo = tmp_path / "slo.yaml"
     slo.write_text("slo: {default: {ttft_ms: 60, target: 0.9}}")
     flags = ["--url", url, "--workload", "lengths:prompt=8,output=1", "--slo", str(slo)]
@@ -275,11 +277,11 @@ AUDIT = Audit(100.0, 0.5, 0.001, 0.2, 1, False)
 def test_a_run_judges_itself() -> None:
     good = [_record(n, 0.001) for n in range(100)]
     assert invalid_reasons(good, [AUDIT], 100, None) == []
-    busy = msgspec.structs.replace(AUDIT, cpu_share=0.81)
+    busy = replace(AUDIT, cpu_share=0.81)
     assert "81%" in invalid_reasons(good, [AUDIT, busy], 100, None)[0]
-    asleep = msgspec.structs.replace(AUDIT, loop_lag_s=0.02)
+    asleep = replace(AUDIT, loop_lag_s=0.02)
     assert "not looking" in invalid_reasons(good, [asleep], 100, None)[0]
-    lost = msgspec.structs.replace(AUDIT, mean_in_flight=0.3)
+    lost = replace(AUDIT, mean_in_flight=0.3)
     assert "Little" in invalid_reasons(good, [lost], 100, None)[0]
     assert invalid_reasons(good, [AUDIT], 101, None) == ["100 records of 101 requests"]
     late = [_record(n, 0.02 if n < 2 else 0.0) for n in range(100)]

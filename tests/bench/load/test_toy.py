@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from uvloop import run
 
 from bench.load.driving.pacer import Pacer
-from bench.load.toy import ToyConfig, advance
-from bench.load.toy_server import ToyServer
+from tests.bench.toy_server import ToyConfig, ToyServer, advance
 
 TIMES = st.integers(0, 400).map(lambda eighths: eighths / 8)  # sums of these are exact
 STALLS = st.lists(st.tuples(TIMES, TIMES), max_size=4).map(
@@ -61,11 +60,6 @@ def test_slots_are_taken_in_turn() -> None:
 
     # 1 s of prefill and two gaps of 0.5 s: a slot is free again 2 s after it was taken
     assert run(main()) == pytest.approx([0.0, 0.0, 2.0, 2.0, 4.0], abs=0.05)
-
-
-def test_service_time() -> None:
-    config = ToyConfig(0.1, 1.0, 0.5, tokens_per_event=2)
-    assert config.service_s(2000, 5) == pytest.approx(0.1 + 2.0 + 2 * 0.5)
 
 
 def test_fates_are_the_seeds() -> None:

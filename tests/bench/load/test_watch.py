@@ -32,10 +32,11 @@ from bench.load.workload.schedule import draw
 from bench.load.workload.sessions import Lengths
 from bench.report.sample import sample_run
 from protocol.errors import ConfigError
+from tests.bench.toy_server import ToyConfig
 
 START = Callable[..., str]
 DEADLINE_S = 20.0
-QUICK = ("--base-ms", "5", "--prefill-ms-per-1k", "0", "--token-ms", "1")
+QUICK = ToyConfig(base_s=0.005, prefill_s_per_1k=0.0, token_s=0.001)
 
 
 def _state(num_steps: int = 0) -> dict[str, Any]:
@@ -178,7 +179,7 @@ def test_what_is_not_a_cluster_is_no_sample(answer: bytes) -> None:
 
 
 def test_a_run_of_a_foreign_server_has_no_samples(toy: START) -> None:
-    target = discover(toy(*QUICK), Dialect(""))
+    target = discover(toy(QUICK), Dialect(""))
     schedule = draw(Lengths("9", "3"), Poisson(20.0), 0, duration_s=0.5)
     found: list[ClusterSample] = []
     manifest, records = execute(Plan(target, schedule, {}, {}), None, found.append)

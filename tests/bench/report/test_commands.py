@@ -1,9 +1,7 @@
 """``baton bench report | compare | import | export`` from end to end, against toy servers."""
 
 import json
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,32 +14,14 @@ from bench.load.workload.prompts import Api, Dialect
 from bench.report.sample import sample_run
 from launcher.__main__ import main
 from protocol.errors import ConfigError
+from tests.bench.toy_server import ToyConfig
 
 LOAD = ["--workload", "lengths:prompt=64,output=4", "--rate", "40", "--requests", "12"]
 
 
-@pytest.fixture
-def toys() -> Iterator[list[str]]:
-    """URLs of two servers, the second one slower by a known amount."""
-    processes: list[subprocess.Popen[str]] = []
-    urls: list[str] = []
-    for base_ms in ("20", "40"):
-        flags = ("--base-ms", base_ms, "--prefill-ms-per-1k", "0", "--token-ms", "2")
-        command = [sys.executable, "-P", "-m", "bench.load.toy_server", *flags]
-        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
-    for process in processes:
-        assert process.stdout is not None
-        urls.append(process.stdout.readline().split()[1])
-    yield urls
-    for process in processes:
-        process.terminate()
-        process.wait(10)
-        assert process.stdout is not None
-        process.stdout.close()
-
-
-def test_compare_takes_turns_and_concludes(toys: list[str], tmp_path: Path) -> None:
-    targets = [f"quick={toys[0]}", f"slow={toys[1]}"]
+def test_compare_takes_turns_and_concludes(toy: Callable[..., str], tmp_path: Path) -> None:
+    quick, slow = (toy(ToyConfig(base_s, 0.0, 0.002)) for base_s in (0.02, 0.04))
+    targets = [f"quick={quick}", f"slow={slow}"]
     gate = ["--gate", "ttft_s.p50=1.2"]
     output = ["--output", str(tmp_path)]
     code = main(["bench", "compare", *targets, "--blocks", "2", *LOAD, *gate, *output])

@@ -1,6 +1,6 @@
 """What one driver core carries before it would spoil a run.
 
-    python -m bench.load.capacity [--rate 300] [--events-per-s 20000] [--duration 20]
+    python -m tests.bench.capacity [--rate 300] [--events-per-s 20000] [--duration 20]
 
 A toy server on the other cores streams one token per event. The run is judged as every run is: the
 figure stands only if the run is valid.
@@ -9,6 +9,8 @@ figure stands only if the run is valid.
 import argparse
 import subprocess
 import sys
+
+import msgspec
 
 from bench.environment import headline
 from bench.load.analysis.metrics import summarise
@@ -19,6 +21,7 @@ from bench.load.workload.arrival import Poisson
 from bench.load.workload.prompts import Dialect
 from bench.load.workload.schedule import draw
 from bench.load.workload.sessions import Lengths
+from tests.bench.toy_server import ToyConfig
 
 BASE_S = 0.02
 TTFT_S = 0.2  # a tight chat objective: 5 % of it, 10 ms, is what p99 of the send lag may be
@@ -27,12 +30,12 @@ TTFT_S = 0.2  # a tight chat objective: 5 % of it, 10 ms, is what p99 of the sen
 def measure(rate: float, events_per_s: float, duration_s: float, num_processes: int) -> int:
     """Print one figure; returns the exit code."""
     num_tokens = max(2, round(events_per_s / rate))
-    command = [sys.executable, "-P", "-m", "bench.load.toy_server", "--base-ms", str(BASE_S * 1e3)]
-    command += ["--prefill-ms-per-1k", "0", "--token-ms", "10"]
-    toy = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert toy.stdout is not None
+    toy = msgspec.json.encode(ToyConfig(BASE_S, prefill_s_per_1k=0.0, token_s=0.01)).decode()
+    command = [sys.executable, "-P", "-m", "tests.bench.toy_server", toy]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
     try:
-        target = discover(toy.stdout.readline().split()[1], Dialect(""))
+        target = discover(server.stdout.readline().split()[1], Dialect(""))
         schedule = draw(Lengths("256", str(num_tokens)), Poisson(rate), 0, duration_s=duration_s)
         slo = Slo({"default": Objective(Deadline(TTFT_S), 0.02)})
         plan = Plan(
@@ -40,9 +43,9 @@ def measure(rate: float, events_per_s: float, duration_s: float, num_processes: 
         )
         manifest, records = execute(plan)
     finally:
-        toy.terminate()
-        toy.wait(10)
-        toy.stdout.close()
+        server.terminate()
+        server.wait(10)
+        server.stdout.close()
     summary = summarise(records, slo)
     num_events = sum(len(record.token_times_s) for record in records)
     ttft = summary.metrics["ttft_s"]
@@ -61,7 +64,7 @@ def measure(rate: float, events_per_s: float, duration_s: float, num_processes: 
 
 def main() -> None:
     """Measure what was asked for."""
-    parser = argparse.ArgumentParser(prog="bench.load.capacity")
+    parser = argparse.ArgumentParser(prog="tests.bench.capacity")
     parser.add_argument("--rate", type=float, default=300.0, help="requests per second")
     parser.add_argument("--events-per-s", type=float, default=20_000.0)
     parser.add_argument("--duration", type=float, default=20.0, metavar="SECONDS")

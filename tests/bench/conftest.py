@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import msgspec
 import pytest
 from uvloop import run
 
@@ -15,11 +16,10 @@ from bench.load.analysis.validity import Audit
 from bench.load.driving.client import Budgets
 from bench.load.driving.driver import Driver, Load, Target
 from bench.load.record import RequestRecord
-from bench.load.toy import ToyConfig
-from bench.load.toy_server import ToyServer
 from bench.load.workload.prompts import Api, Dialect
 from bench.load.workload.schedule import Planned, Schedule
 from bench.load.workload.sessions import Segment, Turn
+from tests.bench.toy_server import ToyConfig, ToyServer
 
 START = Callable[..., str]
 
@@ -36,11 +36,12 @@ class Driven:
 
 @pytest.fixture
 def toy() -> Iterator[START]:
-    """Starts ``python -m bench.load.toy_server`` with these flags; gives its URL."""
+    """Starts a toy server in a process of its own; gives its URL."""
     processes: list[subprocess.Popen[str]] = []
 
-    def start(*flags: str) -> str:
-        command = [sys.executable, "-P", "-m", "bench.load.toy_server", *flags]
+    def start(config: ToyConfig, *flags: str) -> str:
+        encoded = msgspec.json.encode(config).decode()
+        command = [sys.executable, "-P", "-m", "tests.bench.toy_server", encoded, *flags]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         processes.append(process)
         assert process.stdout is not None
@@ -72,7 +73,7 @@ def drive() -> Callable[..., Driven]:
     ) -> Driven:
         async def main() -> Driven:
             server = ToyServer(config)
-            listener = await server.listen("127.0.0.1", 0)
+            listener = await server.listen()
             port = listener.sockets[0].getsockname()[1]
             target = Target(
                 "toy", url or f"http://127.0.0.1:{port}", Dialect("toy", api, extensions)

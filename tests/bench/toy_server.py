@@ -1,13 +1,12 @@
 """A server whose every delay is known: what a harness says about it is right or wrong.
 
-    python -m bench.load.toy_server [--port 0] [--base-ms 20] [--prefill-ms-per-1k 50]
-                    [--token-ms 10] [--slots N] [--stall AT:SECONDS]... [--failures 0.01] ...
+    python -m tests.bench.toy_server [CONFIG] [--tls FILE]
 
-It computes nothing. Of a request with n prompt tokens the first token leaves ``base + prefill * n``
-after its turn has come, each later event ``token_ms`` after the one before. With slots, requests
-take turns, first come, first served. In a stall the whole server stands still. Failures are drawn
-from the seed and the request's number. ``GET /toy/log`` tells when everything really left, and
-``/toy/restart`` counts stalls and draws from then on.
+``CONFIG`` is a ``ToyConfig`` in JSON. It computes nothing. Of a request with n prompt tokens the
+first token leaves ``base + prefill * n`` after its turn has come, each later event ``token_s``
+after the one before. With slots, requests take turns, first come, first served. In a stall the
+whole server stands still. Failures are drawn from the seed and the request's number. ``GET
+/toy/log`` tells when everything really left; ``/toy/restart`` counts stalls and draws from then on.
 """
 
 import argparse
@@ -17,20 +16,62 @@ import heapq
 import itertools
 import ssl
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any, cast
 
 import httptools
 import msgspec
-from uvloop import run
+import uvloop
 
 from bench.load.driving.pacer import Pacer
-from bench.load.toy import Stall, ToyConfig, advance
+
+Stall = tuple[float, float]  # (from, seconds)
 
 _PLAIN_FIELDS = frozenset(
     ("model", "prompt", "messages", "max_tokens", "temperature", "stream", "stream_options")
 )
+
+
+class ToyConfig(msgspec.Struct, frozen=True):
+    """What it does. Rates are shares of the requests."""
+
+    base_s: float = 0.02
+    prefill_s_per_1k: float = 0.05
+    token_s: float = 0.01
+    tokens_per_event: int = 1
+    num_slots: int = 0
+    """0: as many as there are requests. A request holds its slot for its whole planned time."""
+    stalls: tuple[Stall, ...] = ()
+    """(seconds after the server's start or restart, seconds)."""
+    failure_rate: float = 0.0
+    """Answered with status 500 at once."""
+    error_rate: float = 0.0
+    """An error inside the stream, after half of the tokens."""
+    disconnect_rate: float = 0.0
+    """The connection is closed after half of the tokens."""
+    early_role: bool = False
+    """Chat: sends the role at once, which some harnesses take for the first token."""
+    is_strict: bool = False
+    """Refuses fields that are not OpenAI's."""
+    seed: int = 0
+
+    def prefill_s(self, num_prompt_tokens: int) -> float:
+        return self.base_s + self.prefill_s_per_1k * num_prompt_tokens / 1000
+
+
+def advance(start: float, duration_s: float, stalls: Sequence[Stall]) -> float:
+    """When ``duration_s`` of work that is taken up at ``start`` are done, given the stalls."""
+    now, left_s = start, duration_s
+    for begin, length_s in sorted(stalls):
+        end = begin + length_s
+        if begin <= now < end:
+            now = end
+        elif now < begin < now + left_s:
+            left_s -= begin - now
+            now = end
+    return now + left_s
 
 
 class _Body(msgspec.Struct):
@@ -70,11 +111,9 @@ class ToyServer:
         self.log = []
         self._slots = [0.0] * self.config.num_slots
 
-    async def listen(
-        self, host: str, port: int, tls: ssl.SSLContext | None = None
-    ) -> asyncio.Server:
+    async def listen(self, tls: ssl.SSLContext | None = None) -> asyncio.Server:
         return await asyncio.get_running_loop().create_server(
-            lambda: _ToyConnection(self), host, port, backlog=4096, ssl=tls
+            lambda: _ToyConnection(self), "127.0.0.1", 0, backlog=4096, ssl=tls
         )
 
     def admit(self, request_id: str, num_prompt_tokens: int, num_output_tokens: int) -> Served:
@@ -280,72 +319,31 @@ def _count(body: _Body) -> int:
     return sum(len(text.split()) for text in texts)
 
 
-async def serve(config: ToyConfig, host: str, port: int, tls: ssl.SSLContext | None = None) -> None:
-    """Listen until cancelled; says where on standard output."""
+async def serve(config: ToyConfig, tls: ssl.SSLContext | None = None) -> None:
+    """Listen on any free port until cancelled; says where on standard output."""
     server = ToyServer(config)
-    listener = await server.listen(host, port, tls)
+    listener = await server.listen(tls)
     scheme = "http" if tls is None else "https"
-    print(f"ready {scheme}://{host}:{listener.sockets[0].getsockname()[1]}", flush=True)
+    print(f"ready {scheme}://127.0.0.1:{listener.sockets[0].getsockname()[1]}", flush=True)
     try:
         await listener.serve_forever()
     finally:
         server.close()
 
 
-def _stall(text: str) -> Stall:
-    at, _, seconds = text.partition(":")
-    return float(at), float(seconds)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="bench.load.toy_server", description=(__doc__ or "")[:74])
-    usual = ToyConfig()
-    add = parser.add_argument
-    add("--host", default="127.0.0.1")
-    add("--port", type=int, default=0, help="0 for any free one")
-    add("--base-ms", type=float, default=usual.base_s * 1e3)
-    add("--prefill-ms-per-1k", type=float, default=usual.prefill_s_per_1k * 1e3)
-    add("--token-ms", type=float, default=usual.token_s * 1e3)
-    add("--tokens-per-event", type=int, default=1)
-    add("--slots", type=int, default=0, help="requests served at a time; 0 for all")
-    add("--stall", type=_stall, action="append", default=[], metavar="AT:SECONDS")
-    add("--failures", type=float, default=0.0, help="share of requests answered with 500")
-    add("--errors", type=float, default=0.0, help="share that fail inside the stream")
-    add("--disconnects", type=float, default=0.0, help="share that are cut off")
-    add("--early-role", action="store_true")
-    add("--strict", action="store_true", help="refuse fields that are not OpenAI's")
-    add("--tls", metavar="FILE", help="speak HTTPS with the key and the certificates in this file")
-    add("--seed", type=int, default=0)
-    return parser
-
-
 def main() -> None:
     """Serve until interrupted."""
-    parser = _parser()
+    parser = argparse.ArgumentParser(prog="tests.bench.toy_server")
+    parser.add_argument("config", nargs="?", default="{}", help="a ToyConfig in JSON")
+    parser.add_argument("--tls", help="speak HTTPS with the key and the certificates in this file")
     given = parser.parse_args()
-    config = ToyConfig(
-        base_s=given.base_ms / 1e3,
-        prefill_s_per_1k=given.prefill_ms_per_1k / 1e3,
-        token_s=given.token_ms / 1e3,
-        tokens_per_event=given.tokens_per_event,
-        num_slots=given.slots,
-        stalls=tuple(given.stall),
-        failure_rate=given.failures,
-        error_rate=given.errors,
-        disconnect_rate=given.disconnects,
-        early_role=given.early_role,
-        is_strict=given.strict,
-        seed=given.seed,
-    )
     tls = None
     if given.tls is not None:
         tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        try:
-            tls.load_cert_chain(given.tls)
-        except OSError as error:
-            parser.error(f"argument --tls: {given.tls}: {error}")
+        tls.load_cert_chain(given.tls)
+    config = msgspec.json.decode(given.config, type=ToyConfig)
     with contextlib.suppress(KeyboardInterrupt):
-        run(serve(config, given.host, given.port, tls))
+        uvloop.run(serve(config, tls))
 
 
 if __name__ == "__main__":
