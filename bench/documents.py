@@ -17,12 +17,13 @@ asks for two tokens so often, in turns.
 """
 
 import argparse
+import contextlib
 import json
 import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -73,6 +74,16 @@ class Documents:
         return len(self._tokenizer.encode(text, add_special_tokens=False))
 
 
+@contextlib.contextmanager
+def served(flags: Sequence[str], log: Path) -> Iterator[httpx.Client]:
+    """A client of a cluster that runs while the block does."""
+    with (
+        local_cluster(flags, log) as cluster,
+        httpx.Client(base_url=cluster.url, timeout=600) as client,
+    ):
+        yield client
+
+
 def ask(client: httpx.Client, name: str, document: Document, fact: int, before: Before) -> Figure:
     """The time to the first token of an answer about ``document``; ``before`` stands for it."""
     stated = document.facts[fact]
@@ -120,7 +131,7 @@ def measure_tiers(arguments: argparse.Namespace, folder: Path) -> list[Figure]:
     flags += ["--data-dir", str(folder / "data")]
     figures: list[Figure] = []
     kept: list[tuple[str, Document]] = []
-    with local_cluster(flags, folder / "log") as url, httpx.Client(base_url=url, timeout=600) as c:
+    with served(flags, folder / "log") as c:
         ask(c, "warm-up", (first := source.new()), 0, first.text)
         for _ in range(arguments.rounds):
             document = source.new()
@@ -133,7 +144,7 @@ def measure_tiers(arguments: argparse.Namespace, folder: Path) -> list[Figure]:
             figures += [ask(c, "device", document, fact, part) for fact in (2, 3)]
             kept.append((document_id, document))
     drop_page_cache()
-    with local_cluster(flags, folder / "log") as url, httpx.Client(base_url=url, timeout=600) as c:
+    with served(flags, folder / "log") as c:
         for document_id, document in kept:
             part = {"type": "document", "document_id": document_id}
             figures.append(ask(c, "disk", document, 4, part))
@@ -164,12 +175,12 @@ def measure_interference(
     )
     recipe = recipe_of(options)
     found: dict[str, list[RequestRecord]] = {"alone": [], "ingesting": []}
-    with local_cluster(flags, folder / "log2") as url:
-        target = discover(url, Dialect(""), name="baton")
+    with local_cluster(flags, folder / "log2") as cluster:
+        target = discover(cluster.url, Dialect(""), name="baton")
         for turn, name in enumerate(("alone", "ingesting", "ingesting", "alone")):
             # Each turn has prompts of its own: the same ones would be found in the cache.
             plan = recipe.plan(target, "bench.documents", recipe.schedule(turn), None)
-            with background(url, arguments) if name == "ingesting" else nothing():
+            with background(cluster.url, arguments) if name == "ingesting" else nothing():
                 manifest, records = execute(plan)
             if not manifest.valid:
                 print(f"# a turn is not valid: {'; '.join(manifest.invalid_reasons)}")
@@ -183,11 +194,11 @@ def measure_asked(arguments: argparse.Namespace, folder: Path) -> dict[float, li
     flags = ["--prefill", "cp1", "--decode", "tp1", "--kv-memory", "512MiB"]
     flags += ["--data-dir", str(folder / "data3")]
     found: dict[float, list[float]] = {pause_s: [] for pause_s in PAUSES_S}
-    with local_cluster(flags, folder / "log3") as url, httpx.Client(base_url=url, timeout=600) as c:
+    with served(flags, folder / "log3") as c:
         ask(c, "warm-up", (first := source.new()), 0, first.text)
         for _ in range(arguments.rounds):
             for pause_s, seconds in found.items():
-                with asking(url, pause_s) if pause_s else nothing():
+                with asking(str(c.base_url), pause_s) if pause_s else nothing():
                     document_id, took_s = ingest(c, source.new())
                 seconds.append(took_s)
                 c.delete(f"/v1/documents/{document_id}")

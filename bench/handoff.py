@@ -10,14 +10,10 @@ weights and its KV pool subtracted.
 """
 
 import argparse
-import contextlib
 import json
 import random
 import statistics
-import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,27 +21,10 @@ import httpx
 
 from bench.checkpoint import SHAPES, write_llama
 from bench.environment import describe, headline
+from bench.load.local_cluster import local_cluster
 
 KV_MEMORY_BYTES = 256 << 20
 VOCABULARY = 8000
-
-
-@contextlib.contextmanager
-def cluster(*flags: str) -> Iterator[httpx.Client]:
-    """A client of a ``baton serve`` that runs while the block does."""
-    command = [sys.executable, "-P", "-m", "launcher", "serve", "--port", "0", *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    try:
-        line = process.stdout.readline()
-        if not line.startswith("ready "):
-            raise SystemExit(f"the cluster did not start: {line!r}")
-        with httpx.Client(base_url=line.split()[1], timeout=600.0) as client:
-            yield client
-    finally:
-        process.terminate()
-        process.wait(30)
-        process.stdout.close()
 
 
 def measure_request(client: httpx.Client, prompt: list[int]) -> dict[str, float]:
@@ -88,7 +67,10 @@ def run(prefill: str, decode: str, num_tokens: int, num_runs: int) -> dict[str, 
         weight_bytes = sum(file.stat().st_size for file in model.glob("*.safetensors"))
         pools = ("--prefill", prefill, "--decode", decode, "--kv-memory", str(KV_MEMORY_BYTES))
         flags = ("--threads-per-rank", "1", "--checksum", "off")
-        with cluster(str(model), *pools, *flags) as client:
+        with (
+            local_cluster((str(model), *pools, *flags)) as served,
+            httpx.Client(base_url=served.url, timeout=600.0) as client,
+        ):
             results = [
                 measure_request(client, [rng.randrange(VOCABULARY) for _ in range(num_tokens)])
                 for _ in range(num_runs + 1)

@@ -17,12 +17,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import httpx
 
 from bench.environment import describe, headline
-from bench.handoff import cluster
+from bench.load.local_cluster import local_cluster
 from modeling.embedded import CHECKPOINT
 from modeling.embedded.grammar import Document, Fact, write_document
 from modeling.text.tokenizer import load_tokenizer
@@ -232,13 +231,12 @@ def main() -> None:
     """Evaluate, print, and save when asked to."""
     arguments = _parser().parse_args()
     lengths = [int(length) for length in arguments.lengths.split(",")]
-    pools = ("--prefill", arguments.prefill, "--decode", arguments.decode)
-    serving: Any = cluster(str(CHECKPOINT), *pools)
-    if arguments.url:
-        serving = contextlib.nullcontext(httpx.Client(base_url=arguments.url, timeout=600.0))
+    flags = (str(CHECKPOINT), "--prefill", arguments.prefill, "--decode", arguments.decode)
     results: list[Result] = []
     print(headline())
-    with serving as client:
+    with contextlib.ExitStack() as stack:
+        url = arguments.url or stack.enter_context(local_cluster(flags)).url
+        client = stack.enter_context(httpx.Client(base_url=url, timeout=600.0))
         for length in lengths:
             results += evaluate(
                 client, length, arguments.documents, arguments.questions, arguments.seed

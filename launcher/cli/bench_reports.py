@@ -210,7 +210,7 @@ def _contest(
                 console.print(f"starting {name}", style="dim", highlight=False, markup=False)
                 flags = shlex.split(where.removeprefix("local:"))
                 log = arguments.output / f"cluster-{number}.log"
-                where = stack.enter_context(local_cluster(flags, log))
+                where = stack.enter_context(local_cluster(flags, log)).url
             targets.append(target_of(arguments, where, name))
         counts = {target.name: num_accelerators(target) for target in targets}
 

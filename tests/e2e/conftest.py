@@ -3,20 +3,17 @@
 import contextlib
 import json
 import os
-import queue
-import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import IO, Any
+from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
-START_S = 120.0
-STOP_S = 20.0
+from bench.load.local_cluster import LocalCluster, descendants
 
 
 class RunningCluster:
@@ -69,51 +66,19 @@ def wait_until(condition: Any, what: str, timeout_s: float = 20.0) -> None:
         pause.wait(0.02)
 
 
-def children_of(pid: int) -> list[int]:
-    """Process ids of the direct children of ``pid``."""
-    path = f"/proc/{pid}/task/{pid}/children"
-    with contextlib.suppress(FileNotFoundError), open(path) as file:
-        return [int(child) for child in file.read().split()]
-    return []
-
-
 @contextlib.contextmanager
 def run_cluster(
-    *flags: str, environment: dict[str, str] | None = None, stderr: IO[str] | None = None
+    *flags: str, environment: dict[str, str] | None = None, log: Path | None = None
 ) -> Iterator[RunningCluster]:
     """``baton serve --port 0 FLAGS`` until the block ends; then it must end cleanly."""
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "launcher", "serve", "--port", "0", *flags],
-        stdout=subprocess.PIPE,
-        stderr=stderr,
-        text=True,
-        env={**os.environ, **(environment or {})},
-    )
-    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-    assert process.stdout is not None
-    stream = process.stdout
-    reader = threading.Thread(
-        target=lambda: [lines.put(line) for line in stream] + [lines.put("")], daemon=True
-    )
-    reader.start()
+    local = LocalCluster(flags, log=log, environment=environment)
     try:
-        line = lines.get(timeout=START_S)
-        assert line.startswith("ready http://"), f"not ready: {line!r}"
-        cluster = RunningCluster(process, line.split()[1])
+        cluster = RunningCluster(local.process, local.wait_until_ready())
         with cluster.client:
             yield cluster
     finally:
-        ranks = children_of(process.pid)
-        process.send_signal(signal.SIGINT)
-        try:
-            code = process.wait(STOP_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            raise
-        finally:
-            reader.join(STOP_S)
-            stream.close()
+        ranks = descendants(local.process.pid)
+        code = local.stop()
     assert code == 0
     assert not [pid for pid in ranks if os.path.exists(f"/proc/{pid}")], "a rank was left behind"
 

@@ -7,7 +7,6 @@ be what was computed, to the last bit and in its place, or the answer is another
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,13 +18,14 @@ from typing import Any
 import httpx
 import pytest
 
+from bench.load.local_cluster import local_cluster
 from modeling.arithmetic import expected_tokens
 from modeling.checkpoint.config import load_config
 
 MODEL = "arithmetic:layers=3,heads=4,kv_heads=2,vocab=512,max_len=16384"
 SMALL = ("--kv-memory", "32MiB", "--store-memory", "8MiB", "--checksum", "always")
 SEGMENTS = ("--set", "coordinator.jobs={segment_tokens=1024}")
-START_S, READY_S = 90.0, 90.0
+READY_S = 90.0
 DOCUMENT = tuple(Random(5).randrange(512) for _ in range(5000))
 QUESTION = (7, 3, 200, 11)
 NUM_KEPT = len(DOCUMENT) // 32 * 32
@@ -100,27 +100,10 @@ class Cluster:
 
 @contextmanager
 def running(*flags: str) -> Iterator[Cluster]:
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "launcher", "serve", MODEL, "--port", "0", *SMALL, *flags],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    ready: list[str] = []
-    stream = process.stdout
-    reader = threading.Thread(target=lambda: ready.append(stream.readline()), daemon=True)
-    reader.start()
-    reader.join(START_S)
-    try:
-        assert ready and ready[0].startswith("ready "), ready
-        cluster = Cluster(process, ready[0].split()[1])
+    with local_cluster((MODEL, *SMALL, *flags)) as local:
+        cluster = Cluster(local.process, local.url)
         with cluster.client:
             yield cluster
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGINT)
-            process.wait(30.0)
-        stream.close()
 
 
 @pytest.fixture(scope="module")

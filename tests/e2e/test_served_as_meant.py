@@ -66,10 +66,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cluster(start_cluster: Any, folder: Path, stop_text: str, said: Path) -> Iterator[Any]:
     del stop_text
     flags = ("--decode", "tp1", "--dtype", "float16", "--kv-memory", "16MiB")
-    with (
-        said.open("w") as stderr,
-        start_cluster(str(folder), *flags, "--served-model-name", *NAMES, stderr=stderr) as running,
-    ):
+    with start_cluster(str(folder), *flags, "--served-model-name", *NAMES, log=said) as running:
         yield running
 
 
