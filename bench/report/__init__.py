@@ -1,1 +1,1 @@
-"""One HTML report, PNGs and a terminal summary from the folders of runs."""
+"""One HTML report, its plots and a terminal summary from the folders of runs."""

@@ -1,20 +1,20 @@
-"""What a report holds, in order: the page, the PNGs and the terminal show these sections."""
+"""What a report holds, in order: sections of plots and tables."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bench.report.cluster_figures import has_samples, kv_use, occupancy, prompt_tokens
-from bench.report.compare_figures import ratio_plots
-from bench.report.distributions import distributions, first_token_by_length
-from bench.report.documents import documents
+from bench.report.drawing.plot import Plot
+from bench.report.drawing.table import Table
+from bench.report.figures.cluster import has_samples, kv_use, occupancy, prompt_tokens
+from bench.report.figures.compare import ratio_plots
+from bench.report.figures.distributions import distributions, first_token_by_length
+from bench.report.figures.documents import documents
+from bench.report.figures.load import attainment, goodput, pareto, send_lag
+from bench.report.figures.phases import decomposition, gantt, has_timelines, pools
+from bench.report.figures.slices import slices, time_axis
+from bench.report.figures.strictness import attainment_by_scale
 from bench.report.focus import Focus, focus
-from bench.report.load_figures import attainment, goodput, pareto, send_lag
-from bench.report.phase_figures import decomposition, gantt, has_timelines, pools
-from bench.report.plot import Plot
 from bench.report.runs import Run, Side, sides_of
-from bench.report.slice_figures import slices, time_axis
-from bench.report.strictness import attainment_by_scale
-from bench.report.table import Table
 from bench.report.tables import (
     comparison_tables,
     kinds_table,

@@ -9,9 +9,9 @@ run is preferred, and of several rounds at a rate the first one.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bench.report.load_points import LoadPoint, load_points
+from bench.report.drawing.scale import compact
+from bench.report.figures.load_points import LoadPoint, load_points
 from bench.report.runs import Side
-from bench.report.scale import compact
 
 Points = dict[str, list[LoadPoint]]
 

@@ -1,8 +1,7 @@
 """The report as one HTML file that loads nothing: styles, script and drawings are in it.
 
-The page is a tree of elements and is serialised at the end, so nothing that a server or an operator
-wrote can become markup. It is complete without its script, which only folds panels into tabs, shows
-what a mark means, and switches the theme.
+It is complete without its script, which only folds panels into tabs, shows what a mark means, and
+switches the theme.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,36 +11,20 @@ from xml.etree.ElementTree import Element, tostring
 from bench.load.analysis.slo import Objective
 from bench.load.record import Manifest
 from bench.report.build import Item, Report, Section
-from bench.report.plot import Plot
+from bench.report.drawing.markup import node
+from bench.report.drawing.plot import Plot
+from bench.report.drawing.scale import seconds
+from bench.report.drawing.svg import NARROW, PAGE_STYLE, WIDE, draw
+from bench.report.drawing.table import Cell, Table
 from bench.report.runs import Run, slo_of
-from bench.report.scale import seconds
-from bench.report.svg import NARROW, WIDE, draw, printable
-from bench.report.table import Cell, Table
 
-HERE = Path(__file__).parent
+SCRIPT = Path(__file__).parent / "page.js"
 WORDS = {
     "VALID": "The driver kept its schedule, and every check of the run passed.",
     "INVALID": "Do not quote these figures:",
     "UNAUDITED": "Made by another harness; nothing is known of how it kept its schedule.",
 }
 LONG_BELOW = 16  # characters: a longer remark may break
-
-
-def node(tag: str, *children: Element | str, **attributes: str) -> Element:
-    """An element; ``class_`` loses its underscore, others become dashes."""
-    element = Element(tag)
-    for name, value in attributes.items():
-        element.set(name.rstrip("_").replace("_", "-"), printable(value))
-    last: Element | None = None
-    for child in children:
-        if isinstance(child, Element):
-            element.append(child)
-            last = child
-        elif last is None:
-            element.text = (element.text or "") + printable(child)
-        else:
-            last.tail = (last.tail or "") + printable(child)
-    return element
 
 
 def render(report: Report) -> str:
@@ -52,10 +35,10 @@ def render(report: Report) -> str:
         node("meta", charset="utf-8"),
         node("meta", name="viewport", content="width=device-width, initial-scale=1"),
         node("title", title),
-        node("style", (HERE / "page.css").read_text(encoding="utf-8")),
+        node("style", PAGE_STYLE.read_text(encoding="utf-8")),
     )
     main = node("main", *(_section(section) for section in report.sections))
-    script = node("script", (HERE / "page.js").read_text(encoding="utf-8"))
+    script = node("script", SCRIPT.read_text(encoding="utf-8"))
     body = node("body", _header(report, title), main, _footer(report), script)
     page = node("html", head, body, lang="en")
     return "<!doctype html>\n" + tostring(page, encoding="unicode", method="html") + "\n"

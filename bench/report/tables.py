@@ -7,10 +7,10 @@ from typing import Any
 from bench.load.analysis.intervals import Share
 from bench.load.analysis.metrics import Distribution, e2e_of, ttft_of
 from bench.load.record import OK, RequestRecord
-from bench.report.plot import Unit
+from bench.report.drawing.plot import Unit
+from bench.report.drawing.scale import between, compact, number, seconds
+from bench.report.drawing.table import Cell, Table, Tone
 from bench.report.runs import Run, Side
-from bench.report.scale import between, compact, number, seconds
-from bench.report.table import Cell, Table, Tone
 from bench.report.verdict import judge
 
 NAMES = {

@@ -89,7 +89,7 @@ def _run(arguments: argparse.Namespace, command: str) -> int:
     from bench.load.record import write_run
     from bench.load.run import execute
     from bench.load.samples import ClusterSample
-    from bench.load.terminal import show_run, watched
+    from bench.report.terminal import show_run, watched
 
     console = Console()
     recipe = recipe_of(options_of(arguments))
@@ -103,7 +103,7 @@ def _run(arguments: argparse.Namespace, command: str) -> int:
     summary = summarise(records, recipe.slo)
     if arguments.output is not None:
         write_run(arguments.output, manifest, records, samples)
-    show_run(console, manifest, summary)
+    show_run(console, manifest, records)
     if not manifest.valid:
         return EXIT_INVALID
     return EXIT_MISSED if arguments.check and summary.attains is False else 0
@@ -116,7 +116,7 @@ def _sweep(arguments: argparse.Namespace, command: str) -> int:
     from bench.load.driving.target import num_accelerators
     from bench.load.planning import recipe_of
     from bench.load.sweep import InvalidRunError, Sweep, search_goodput, sweep_rates
-    from bench.load.terminal import show_goodput, show_points, watched
+    from bench.report.terminal import show_goodput, show_points, watched
 
     if arguments.output is None:
         raise ConfigError("a sweep needs --output DIR")

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import importlib.util
 import re
 import shlex
 import sys
@@ -37,12 +36,12 @@ _NAMED = re.compile(r"([\w.+-]+)=(?=local:|https?://)")
 
 def add_reports(kinds: Any) -> None:  # noqa: ANN401 - argparse's class for this is private
     """Add the subcommands to ``baton bench``."""
-    report = kinds.add_parser("report", help="one HTML file, PNGs and a summary of runs")
+    report = kinds.add_parser("report", help="one HTML file, its plots and a summary")
     add = report.add_argument
     add("folders", nargs="*", type=Path, metavar="FOLDER", help="of runs, sweeps, comparisons")
     add("--output", type=Path, metavar="DIR", help="default: the folder, if it is one")
     add("--from", dest="source", choices=FORMATS, help="the arguments are another harness's files")
-    add("--no-png", action="store_true", help="the HTML file alone")
+    add("--no-plots", action="store_true", help="the HTML file alone, no plots/*.svg")
     add("--example", action="store_true", help="of made-up runs: how a report looks")
     add("--seed", type=int, default=0, metavar="N", help="of the example")
     report.set_defaults(start=_report)
@@ -82,24 +81,15 @@ def _report(arguments: argparse.Namespace, _command: str) -> int:
     console = Console()
     runs = _runs_of(arguments)
     folder = arguments.output or arguments.folders[0]
-    report = write_report(runs, folder, pngs=_wants_pngs(arguments, console))
+    report = write_report(runs, folder, plots=not arguments.no_plots)
     show(console, report)
     console.print(f"\n{folder / REPORT_FILE}", highlight=False, markup=False)
     return 0 if not report.verdict.reasons else EXIT_INVALID
 
 
-def _wants_pngs(arguments: argparse.Namespace, console: "Console") -> bool:
-    if arguments.no_png:
-        return False
-    if importlib.util.find_spec("matplotlib") is None:
-        console.print('no PNGs: pip install "baton-serve[plots]"', style="dim", markup=False)
-        return False
-    return True
-
-
 def _runs_of(arguments: argparse.Namespace) -> "Sequence[Run]":
+    from bench.report.example import sample_runs
     from bench.report.runs import Run, load_runs
-    from bench.report.sample import sample_runs
 
     if arguments.example == bool(arguments.folders):
         raise ConfigError("name folders of runs, or give --example")
@@ -177,7 +167,7 @@ def _compare(arguments: argparse.Namespace, command: str) -> int:
     found = conclusion(contest, manifest, records, gates, strict=arguments.strict)
     write_run(arguments.output, manifest, records, samples)
     write_comparison(arguments.output, found)
-    show(console, write_report(load_runs([arguments.output]), arguments.output, pngs=False))
+    show(console, write_report(load_runs([arguments.output]), arguments.output, plots=False))
     _tell(console, found)
     return {"invalid": EXIT_INVALID, "fail": EXIT_MISSED}.get(found.verdict, 0)
 
@@ -198,7 +188,7 @@ def _contest(
     from bench.load.driving.target import num_accelerators
     from bench.load.local_cluster import local_cluster
     from bench.load.planning import recipe_of
-    from bench.load.terminal import watched
+    from bench.report.terminal import watched
 
     recipe = recipe_of(options_of(arguments))
     arguments.output.mkdir(parents=True, exist_ok=True)

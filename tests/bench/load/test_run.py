@@ -110,7 +110,7 @@ def test_the_run_command(toy: START, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert summary.outcomes.get("unsent", 0) > 0
     assert summary.attains is False
     shown = capsys.readouterr().out
-    for word in ("open loop", "document", "attainment", "missed", "http_error"):
+    for word in ("open loop", "document", "attainment", "✗", "http error"):
         assert word in shown
 
 

@@ -11,7 +11,7 @@ from bench.load.driving.driver import Target
 from bench.load.planning import Options, recipe_of
 from bench.load.record import read_run, write_run
 from bench.load.workload.prompts import Api, Dialect
-from bench.report.sample import sample_run
+from bench.report.example import sample_run
 from launcher.__main__ import main
 from protocol.errors import ConfigError
 from tests.bench.toy_server import ToyConfig
@@ -60,9 +60,9 @@ def test_contests_that_prove_nothing(names: str, num_blocks: int) -> None:
 
 def test_reports_of_a_run_and_of_the_example(tmp_path: Path) -> None:
     write_run(tmp_path / "run", *sample_run(0, 4.0, 6.0))
-    assert main(["bench", "report", str(tmp_path / "run"), "--no-png"]) == 3
+    assert main(["bench", "report", str(tmp_path / "run"), "--no-plots"]) == 3
     assert (tmp_path / "run/report.html").exists()
-    example = ["bench", "report", "--example", "--no-png", "--output", str(tmp_path / "example")]
+    example = ["bench", "report", "--example", "--no-plots", "--output", str(tmp_path / "example")]
     assert main(example) == 3
     assert (tmp_path / "example/report.html").exists()
 
@@ -79,7 +79,7 @@ def test_out_and_in_again(source: str, tmp_path: Path, capsys: pytest.CaptureFix
     manifest, records = read_run(tmp_path / "back")
     assert manifest.driver["imported_from"]
     assert records
-    report = ["bench", "report", str(files[0]), "--from", source, "--no-png"]
+    report = ["bench", "report", str(files[0]), "--from", source, "--no-plots"]
     assert main([*report, "--output", str(tmp_path / "seen")]) == 0
     assert "UNAUDITED" in (tmp_path / "seen/report.html").read_text()
 

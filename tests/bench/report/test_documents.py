@@ -6,10 +6,10 @@ import msgspec
 import pytest
 
 from bench.load.record import RequestRecord
-from bench.report.documents import documents
-from bench.report.plot import Dots, LaneText, Line, Plot, Spans
+from bench.report.drawing.plot import Dots, LaneText, Line, Plot, Spans
+from bench.report.example import sample_run
+from bench.report.figures.documents import documents
 from bench.report.runs import Run, Side, sides_of
-from bench.report.sample import sample_run
 
 
 def _asked(session: int, turn: int, ttft_s: float, num_tokens: int) -> RequestRecord:

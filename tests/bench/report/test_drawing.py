@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.report.layout import clip_text, spread, text_width, thin_labels
-from bench.report.plot import Axis, Lanes, Line, Plot, Rule, Span, Spans
-from bench.report.scale import Scale, between, number, scale, seconds, tick_text, ticks
-from bench.report.svg import NARROW, WIDE, draw
+from bench.report.drawing.layout import clip_text, spread, text_width, thin_labels
+from bench.report.drawing.plot import Axis, Lanes, Line, Plot, Rule, Span, Spans
+from bench.report.drawing.scale import Scale, between, number, scale, seconds, tick_text, ticks
+from bench.report.drawing.svg import NARROW, WIDE, draw
 
 values = st.floats(1e-6, 1e6, allow_nan=False)
 

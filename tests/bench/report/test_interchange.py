@@ -12,7 +12,7 @@ from bench.load.analysis.slo import tpot_of
 from bench.load.interchange.aiperf import export_aiperf, import_aiperf
 from bench.load.interchange.vllm import export_vllm, import_vllm
 from bench.load.record import Manifest, RequestRecord
-from bench.report.sample import sample_run
+from bench.report.example import sample_run
 from protocol.errors import ConfigError
 
 

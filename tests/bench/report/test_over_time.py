@@ -10,13 +10,13 @@ import pytest
 from bench.load.record import RequestRecord
 from bench.load.samples import Blocks, ClusterSample, PoolSample
 from bench.report.build import build_report
-from bench.report.cluster_figures import kv_use, occupancy, prompt_tokens, rates_of
-from bench.report.layout import frame_of
-from bench.report.plot import Line, Plot
+from bench.report.drawing.layout import frame_of
+from bench.report.drawing.plot import Line, Plot
+from bench.report.drawing.svg import NARROW, WIDE
+from bench.report.example import sample_run, sample_runs
+from bench.report.figures.cluster import kv_use, occupancy, prompt_tokens, rates_of
+from bench.report.figures.slices import NUM_SLICES, slices, time_axis
 from bench.report.runs import Run, Side, renamed, sides_of
-from bench.report.sample import sample_run, sample_runs
-from bench.report.slice_figures import NUM_SLICES, slices, time_axis
-from bench.report.svg import NARROW, WIDE
 
 Points = tuple[tuple[float, float], ...]
 

@@ -11,11 +11,11 @@ import pytest
 
 from bench.load.record import Manifest, RequestRecord, write_run
 from bench.report.build import build_report
+from bench.report.drawing.plot import Line
+from bench.report.drawing.svg import NARROW, WIDE, draw
+from bench.report.example import sample_run, sample_runs
 from bench.report.page import render
-from bench.report.plot import Line
 from bench.report.runs import Run, load_runs
-from bench.report.sample import sample_run, sample_runs
-from bench.report.svg import NARROW, WIDE, draw
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=y>\"'&\x00\x1b]\ud800"
 SECTIONS = ["summary", "load", "latency", "phases", "documents", "time", "requests"]

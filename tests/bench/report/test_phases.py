@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from bench.load.record import RequestRecord
-from bench.report.phases import AFTER_FIRST, DECODE, UNTIL_FIRST, phases_of
+from bench.report.figures.phases import AFTER_FIRST, DECODE, UNTIL_FIRST, phases_of
 
 EVENTS = {
     "arrived": 0.0,

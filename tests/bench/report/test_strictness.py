@@ -7,11 +7,11 @@ import msgspec
 import pytest
 
 from bench.load.record import RequestRecord
-from bench.report.load_points import load_points
-from bench.report.plot import Band, Line, Plot, Rule
+from bench.report.drawing.plot import Band, Line, Plot, Rule
+from bench.report.example import sample_run, sample_runs
+from bench.report.figures.load_points import load_points
+from bench.report.figures.strictness import FACTORS, attainment_by_scale
 from bench.report.runs import Run, sides_of
-from bench.report.sample import sample_run, sample_runs
-from bench.report.strictness import FACTORS, attainment_by_scale
 
 SLO = {"default": {"ttft_ms": 100, "tpot_ms": 50, "target": 0.9}}
 

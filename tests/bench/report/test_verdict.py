@@ -7,8 +7,8 @@ import msgspec
 
 from bench.load.analysis.validity import STOPPED
 from bench.load.sweep import SweepRecord
+from bench.report.example import sample_run
 from bench.report.runs import Run
-from bench.report.sample import sample_run
 from bench.report.verdict import judge
 
 

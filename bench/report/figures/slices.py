@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from bench.load.analysis.intervals import percentile
 from bench.load.analysis.metrics import ttft_of
-from bench.report.phases import server_side
-from bench.report.plot import Axis, Layer, Line, Plot
+from bench.report.drawing.plot import Axis, Layer, Line, Plot
+from bench.report.figures.phases import server_side
 from bench.report.runs import Side
 
 NUM_SLICES = 48

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from bench.load.analysis.intervals import percentile, percentile_interval
 from bench.load.analysis.metrics import ttft_of
 from bench.load.record import RequestRecord
-from bench.report.plot import (
+from bench.report.drawing.plot import (
     Axis,
     Dot,
     Dots,
@@ -25,8 +25,8 @@ from bench.report.plot import (
     Spans,
     Whiskers,
 )
+from bench.report.drawing.scale import LOG_FLOOR, seconds
 from bench.report.runs import Side
-from bench.report.scale import LOG_FLOOR, seconds
 
 DOCUMENT, QUESTION = "document", "question"
 MIN_QUESTIONS, MAX_QUESTIONS = 6, 40  # that the axis of the break-even goes to

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
 
-from bench.report.plot import (
+from bench.report.drawing.plot import (
     Dots,
     Lanes,
     LaneText,
@@ -20,7 +20,7 @@ from bench.report.plot import (
     x_values,
     y_values,
 )
-from bench.report.scale import Scale, scale, tick_text, ticks
+from bench.report.drawing.scale import Scale, scale, tick_text, ticks
 
 FONT_PX = 12
 LINE_HEIGHT = 17

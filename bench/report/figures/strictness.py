@@ -5,10 +5,10 @@ from dataclasses import replace
 
 from bench.load.analysis.intervals import Share
 from bench.load.analysis.slo import Slo
-from bench.report.load_figures import PARTS, Rows
-from bench.report.load_points import LoadPoint
-from bench.report.plot import Axis, Band, Layer, Line, Plot, Rule
-from bench.report.scale import between, compact
+from bench.report.drawing.plot import Axis, Band, Layer, Line, Plot, Rule
+from bench.report.drawing.scale import between, compact
+from bench.report.figures.load import PARTS, Rows
+from bench.report.figures.load_points import LoadPoint
 
 FACTORS = tuple(2.0 ** (step / 4) for step in range(-8, 9))  # 0.25 to 4; 1 is among them
 MARKED = (0.9, 0.99)  # what papers and operators ask for

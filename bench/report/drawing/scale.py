@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bench.report.plot import Axis, Unit
+from bench.report.drawing.plot import Axis, Unit
 
 STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
 SECOND_STEPS = (1.0, 2.0, 5.0, 10.0)

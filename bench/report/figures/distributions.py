@@ -7,9 +7,9 @@ from bench.load.analysis.intervals import min_samples, percentile
 from bench.load.analysis.metrics import e2e_of, itls_of, ttft_of
 from bench.load.analysis.slo import tpot_of
 from bench.load.record import RequestRecord
-from bench.report.plot import NEUTRAL, Axis, Dashes, Dot, Dots, Layer, Line, Plot
+from bench.report.drawing.plot import NEUTRAL, Axis, Dashes, Dot, Dots, Layer, Line, Plot
+from bench.report.drawing.scale import LOG_FLOOR, seconds
 from bench.report.runs import Side
-from bench.report.scale import LOG_FLOOR, seconds
 
 MAX_POINTS = 160  # of a curve
 MAX_DOTS = 900  # of a scatter plot, over all targets

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from bench.report.plot import (
+from bench.report.drawing.plot import (
     NEUTRAL,
     Axis,
     Dot,

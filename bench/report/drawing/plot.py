@@ -1,4 +1,4 @@
-"""A plot as data: what is drawn, not how. ``svg.py`` and ``png.py`` draw the same plots.
+"""A plot as data: what is drawn, not how. ``svg.py`` draws it.
 
 Colours are indices into a palette, so that a target has one colour on every plot of a report; a
 mark's ``tip`` is what is shown of it on request and must need no colour to be understood.

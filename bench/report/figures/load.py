@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 
-from bench.report.load_points import LoadPoint, load_points
-from bench.report.plot import (
+from bench.report.drawing.plot import (
     Axis,
     Band,
     Dashes,
@@ -17,8 +16,9 @@ from bench.report.plot import (
     Spans,
     Whiskers,
 )
+from bench.report.drawing.scale import between, compact, seconds
+from bench.report.figures.load_points import LoadPoint, load_points
 from bench.report.runs import Side
-from bench.report.scale import between, compact, seconds
 
 PARTS: tuple[tuple[str, Dashes], ...] = (("TTFT", "dash"), ("TPOT", "dot"))
 RATE_LABEL = "offered requests/s per accelerator"

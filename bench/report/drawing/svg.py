@@ -2,14 +2,15 @@
 
 Every drawing has its own width in pixels and is not scaled up, so a label has the size of the text
 around it; the page holds a wide and a narrow drawing of each plot and shows the one that fits.
-Elements are built as a tree and serialised by the standard library: whatever a server has put into
-a name or an error comes out as text.
+A drawing is also a file of its own (``file_of``), in the page's light colours.
 """
 
 import re
-from xml.etree import ElementTree
+from collections.abc import Iterator
+from pathlib import Path
+from xml.etree.ElementTree import Element, tostring
 
-from bench.report.layout import (
+from bench.report.drawing.layout import (
     LINE_HEIGHT,
     Frame,
     clip_text,
@@ -21,7 +22,8 @@ from bench.report.layout import (
     thin_labels,
     upright_rules,
 )
-from bench.report.plot import (
+from bench.report.drawing.markup import node
+from bench.report.drawing.plot import (
     NEUTRAL,
     Band,
     Dots,
@@ -33,51 +35,38 @@ from bench.report.plot import (
     Spans,
     Whiskers,
 )
-from bench.report.scale import LOG_FLOOR, tick_text, ticks
+from bench.report.drawing.scale import LOG_FLOOR, tick_text, ticks
 
 WIDE, NARROW = 720, 360
 NUM_COLORS = 10
 NUM_RAMP_COLORS = 5
+TITLE_HEIGHT, MARGIN = 34, 12  # of a file of its own
 BAR_SHARE = 0.62  # of a lane's height
-_NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-_DASHES = {"": "", "dash": "6 4", "dot": "1.5 3.5"}
+PAGE_STYLE = Path(__file__).parent.parent / "page.css"
+_DASHES = {"": None, "dash": "6 4", "dot": "1.5 3.5"}
 
 
 class Canvas:
     """An SVG element that grows."""
 
     def __init__(self, width: float, height: float, title: str) -> None:
-        self.root = ElementTree.Element("svg")
-        for name, value in (
-            ("viewBox", f"0 0 {width:g} {height:g}"),
-            ("width", f"{width:g}"),
-            ("height", f"{height:g}"),
-            ("role", "img"),
-            ("aria-label", printable(title)),
-        ):
-            self.root.set(name, value)
+        self.root = node(
+            "svg",
+            viewBox=f"0 0 {width:g} {height:g}",
+            width=width,
+            height=height,
+            role="img",
+            aria_label=title,
+        )
 
-    def add(self, tag: str, text: str | None = None, **attributes: float | str) -> None:
-        """One element; ``class_`` and ``stroke_width`` lose and change their underscores."""
-        element = ElementTree.SubElement(self.root, tag)
-        for name, value in attributes.items():
-            if value == "":
-                continue
-            written = f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else value
-            element.set(name.rstrip("_").replace("_", "-"), printable(str(written)))
-        if text is not None:
-            element.text = printable(text)
+    def add(self, tag: str, **attributes: str | float | None) -> None:
+        self.root.append(node(tag, **attributes))
 
     def text(self, x: float, y: float, text: str, class_: str, anchor: str = "start") -> None:
-        self.add("text", text, x=x, y=y, class_=class_, text_anchor=anchor)
+        self.root.append(node("text", text, x=x, y=y, class_=class_, text_anchor=anchor))
 
 
-def printable(text: str) -> str:
-    """Without the characters that no XML document may hold."""
-    return _NOT_XML.sub("\ufffd", text)
-
-
-def draw(plot: Plot, width: int = WIDE) -> ElementTree.Element:
+def draw(plot: Plot, width: int = WIDE) -> Element:
     """The plot as one SVG element."""
     frame = frame_of(plot, width)
     canvas = Canvas(width, frame.height, plot.title)
@@ -205,7 +194,7 @@ def _line(canvas: Canvas, line: Line, frame: Frame) -> None:
         return
     for index, (x, y) in enumerate(pixels):
         tip = line.tips[index] if index < len(line.tips) else ""
-        canvas.add("circle", cx=x, cy=y, r=3.5, class_=f"dot solid {color}", data_tip=tip)
+        canvas.add("circle", cx=x, cy=y, r=3.5, class_=f"dot solid {color}", data_tip=tip or None)
 
 
 def _dots(canvas: Canvas, dots: Dots, frame: Frame) -> None:
@@ -222,7 +211,7 @@ def _dots(canvas: Canvas, dots: Dots, frame: Frame) -> None:
             cy=round(frame.y(dot.y), 1),
             r=2.6 if many else 3.6,
             class_=f"{'ring' if dot.hollow else 'dot'} {color}",
-            data_tip=dot.tip,
+            data_tip=dot.tip or None,
         )
 
 
@@ -238,7 +227,7 @@ def _spans(canvas: Canvas, spans: Spans, frame: Frame) -> None:
             height=round(height, 2),
             rx=1.5 if height > 8 else 0.0,
             class_=f"bar {color_class(spans.color)}",
-            data_tip=span.tip,
+            data_tip=span.tip or None,
         )
 
 
@@ -263,3 +252,39 @@ def _rules(canvas: Canvas, plot: Plot, frame: Frame) -> None:
         half = text_width(rule.label) / 2
         middle = min(max(at, half), frame.width - half)
         canvas.text(middle, y, rule.label, "rule-text", "middle")
+
+
+# ---- a file of its own -------------------------------------------------------------------------
+
+
+def file_of(plot: Plot) -> str:
+    """The plot as an SVG document with its title, for slides and for documents."""
+    drawing = draw(plot)
+    height = float(drawing.get("height", "0")) + TITLE_HEIGHT
+    drawing.set("xmlns", "http://www.w3.org/2000/svg")
+    width = WIDE + 2 * MARGIN
+    drawing.set("viewBox", f"{-MARGIN} {-TITLE_HEIGHT} {width} {height:g}")
+    drawing.set("width", f"{width}")
+    drawing.set("height", f"{height:g}")
+    drawing.insert(0, node("style", "\n".join(_plain_rules())))
+    drawing.insert(
+        1, node("rect", x=-MARGIN, y=-TITLE_HEIGHT, width=width, height=height, fill="#fff")
+    )
+    drawing.insert(2, node("text", plot.title, x=0, y=-12, style="font-weight: bold"))
+    return tostring(drawing, encoding="unicode")
+
+
+def _plain_rules() -> Iterator[str]:
+    """The page's rules for drawings without variables: few programs but browsers know those."""
+    style = PAGE_STYLE.read_text(encoding="utf-8")
+    light = dict(re.findall(r"--(\w+): light-dark\((#\w+),", style))
+    marks = [name for name in light if re.fullmatch(r"[cr](\d|n)", name)]
+    for selectors, rule in re.findall(r"^svg (.+) \{ (.+) \}$", style, re.MULTILINE):
+        selector = selectors.replace("svg ", "")
+        plain = re.sub(r"var\(--(\w+)\)", lambda found: light.get(found[1], found[0]), rule)
+        plain = plain.replace("var(--sans)", "sans-serif")
+        if "var(--c)" not in plain:
+            yield f"{selector} {{ {plain} }}"
+            continue
+        for mark in marks:
+            yield f"{selector}.{mark} {{ {plain.replace('var(--c)', light[mark])} }}"

@@ -4,9 +4,9 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 
 from bench.load.samples import ClusterSample, PoolSample
-from bench.report.plot import Axis, Layer, Line, Plot
+from bench.report.drawing.plot import Axis, Layer, Line, Plot
+from bench.report.figures.slices import GUTTER, titled
 from bench.report.runs import Side
-from bench.report.slice_figures import GUTTER, titled
 
 HALF_S = 0.9  # of the window of a rate: a second, less than what samples jitter by
 ROLES = ("prefill", "decode")  # stores run nothing

@@ -1,0 +1,1 @@
+"""Plots and tables as data, and plots as SVG."""

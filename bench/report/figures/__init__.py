@@ -1,0 +1,1 @@
+"""Which figures a report has, each from the records of its runs."""
