@@ -9,9 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-import httpx
 from rich.console import Console
 
+from baton_client import Client, ClientError
 from launcher.cli.demo_script import tell
 from launcher.cli.serve import run_directory, signals_to
 from launcher.config import ServeConfig
@@ -32,7 +32,7 @@ def demo(*, keep: bool, num_tokens: int = NUM_DOCUMENT_TOKENS, seed: int = 0) ->
             raise ConfigError(f"--tokens {num_tokens}: at least {MIN_DOCUMENT_TOKENS}")
         with run_directory() as run_dir:
             return _run(console, run_dir, keep=keep, num_tokens=num_tokens, seed=seed)
-    except (ConfigError, ClusterFailed) as error:
+    except (ConfigError, ClusterFailed, ClientError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
@@ -56,7 +56,7 @@ def _run(console: Console, run_dir: Path, *, keep: bool, num_tokens: int, seed: 
         with console.status("starting a coordinator, a ring of 2 prefills, a decode pool of 2 ..."):
             supervisor.start()
         console.print(f"ready {supervisor.url} after {time.monotonic() - started:.1f} s")
-        with httpx.Client(base_url=supervisor.url, timeout=600.0) as client:
+        with Client(supervisor.url) as client:
             is_well = tell(console, client, num_tokens, seed)
         if keep:
             console.print(f"\nstill serving at {supervisor.url}; Ctrl-C ends it")

@@ -5,21 +5,16 @@ depths of it, in its own words and in others, and about one that it does not sta
 from the embedded model: had one block of KV been lost on the way, they would be wrong.
 """
 
-import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from random import Random
-from typing import Any
 
-import httpx
-import msgspec
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from coordinator.client.state import RequestTimeline, SequenceTimeline
+from baton_client import Client, SequenceTimeline
 from launcher.cli.waterfall import draw_waterfall, show_seconds
-from launcher.supervise.supervisor import ClusterFailed
 from modeling.embedded import CHECKPOINT
 from modeling.embedded.grammar import Document, Fact, write_document
 from modeling.text.tokenizer import load_tokenizer
@@ -28,21 +23,20 @@ MAX_ANSWER_TOKENS = 48
 DEPTHS = (0.5, 0.1, 0.9, 0.3)  # of the facts that are asked for
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Answer:
     """What one streamed chat completion brought."""
 
-    request_id: str = ""
-    text: str = ""
-    first_token_s: float = 0.0
-    timeline: SequenceTimeline = field(default_factory=SequenceTimeline)
+    text: str
+    first_token_s: float
+    timeline: SequenceTimeline
 
     @property
     def num_computed_tokens(self) -> int:
         return self.timeline.num_prompt_tokens - self.timeline.num_cached_tokens
 
 
-def tell(console: Console, client: httpx.Client, num_tokens: int, seed: int) -> bool:
+def tell(console: Console, client: Client, num_tokens: int, seed: int) -> bool:
     """Run the story on a cluster that serves the embedded model; returns whether all went well."""
     random = Random(seed)
     tokenizer = load_tokenizer(str(CHECKPOINT))
@@ -96,18 +90,8 @@ def _questions(random: Random, document: Document) -> Iterator[tuple[Fact, str, 
     yield absent, absent.question(random, paraphrase=False), "the document does not say"
 
 
-def _ask(
-    console: Console, client: httpx.Client, messages: list[dict[str, str]], num_new: int
-) -> Answer:
+def _ask(console: Console, client: Client, messages: list[dict[str, str]], num_new: int) -> Answer:
     """Stream one answer; with ``num_new`` tokens to compute, below a progress bar."""
-    body = {
-        "messages": messages,
-        "max_tokens": MAX_ANSWER_TOKENS,
-        "temperature": 0,
-        "stream": True,
-        "session_id": "demo",
-    }
-    answer = Answer()
     bar = Progress(
         TextColumn("   ring prefill"),
         BarColumn(),
@@ -116,39 +100,29 @@ def _ask(
         console=console,
         disable=not num_new,
     )
-    started = time.monotonic()
-    with bar, client.stream("POST", "/v1/chat/completions", json=body) as reply:
-        if reply.status_code != 200:
-            raise ClusterFailed(reply.read().decode(), is_config=False)
-        answer.request_id = reply.headers["x-request-id"]
-        task = bar.add_task("prefill", total=num_new)
-        for event in _events(reply, bar, task):
-            for choice in event["choices"]:
-                piece = choice["delta"].get("content") or ""
-                if piece and not answer.first_token_s:
-                    answer.first_token_s = time.monotonic() - started
-                    bar.update(task, completed=bar.tasks[task].total)
-                    bar.stop()
-                    console.print("   ", end="")
-                answer.text += piece
-                console.print(piece, end="", style="cyan")
+    task = bar.add_task("prefill", total=num_new)
+    text = ""
+    with (
+        bar,
+        client.chat_stream(
+            messages,
+            max_tokens=MAX_ANSWER_TOKENS,
+            temperature=0,
+            session_id="demo",
+            on_prefill=lambda done, total: bar.update(task, completed=done, total=total),
+        ) as stream,
+    ):
+        for chunk in stream:
+            if chunk.text and not text:
+                bar.update(task, completed=bar.tasks[task].total)
+                bar.stop()
+                console.print("   ", end="")
+            text += chunk.text
+            console.print(chunk.text, end="", style="cyan")
     console.print()
-    trace = client.get(f"/v1/requests/{answer.request_id}/timeline")
-    answer.timeline = msgspec.json.decode(trace.content, type=RequestTimeline).requests[0]
-    return answer
-
-
-def _events(reply: httpx.Response, bar: Progress, task: TaskID) -> Iterator[dict[str, Any]]:
-    """The data events of the stream; comments move the progress bar."""
-    for line in reply.iter_lines():
-        if line.startswith(": prefill "):
-            done, total = line.removeprefix(": prefill ").split("/")
-            bar.update(task, completed=int(done), total=int(total))
-        elif line.startswith("data: ") and line != "data: [DONE]":
-            event: dict[str, Any] = json.loads(line.removeprefix("data: "))
-            if "error" in event:
-                raise ClusterFailed(event["error"]["message"], is_config=False)
-            yield event
+    outcome = stream.outcome
+    timeline = client.timeline(outcome.request_id).requests[0]
+    return Answer(text, outcome.first_token_s or 0.0, timeline)
 
 
 def _compare(console: Console, answers: list[Answer]) -> None:
@@ -160,13 +134,12 @@ def _compare(console: Console, answers: list[Answer]) -> None:
     )
 
 
-def held_blocks(client: httpx.Client) -> int:
+def held_blocks(client: Client) -> int:
     """Blocks that are neither free nor cached, once the pools have reported an idle state."""
     deadline = time.monotonic() + 10.0
     while True:
-        pools = client.get("/v1/cluster").json()["pools"]
-        spaces = [space for pool in pools for space in pool["blocks"]]
-        held: int = sum(space["total"] - space["free"] - space["cached"] for space in spaces)
+        spaces = [space for pool in client.cluster().pools for space in pool.blocks]
+        held = sum(space.total - space.free - space.cached for space in spaces)
         if (held == 0 and spaces) or time.monotonic() > deadline:
             return held
         time.sleep(0.2)  # heartbeats carry the counts, one each second

@@ -14,19 +14,19 @@ from collections.abc import Callable
 import msgspec
 from rich.console import Console, Group, RenderableType
 
-from coordinator.client import (
+from baton_client import (
+    Batch,
     BatonAPIError,
     BatonConnectionError,
     Client,
     ClientError,
     Document,
+    DocumentOptions,
     JobFailed,
     Outcome,
+    Stream,
     WaitTimeout,
 )
-from coordinator.client.requests import DocumentOptions
-from coordinator.client.sync_sender import Answer
-from coordinator.client.types import Batch
 from launcher.cli.job_views import IngestView, draw_batches, draw_documents
 from launcher.cli.live_view import INTERVAL_S, watch
 from launcher.cli.top import draw_cluster
@@ -205,7 +205,7 @@ def _ask(client: Client, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _print_text(answer: Answer, begin: Callable[[], None]) -> None:
+def _print_text(answer: Stream[str], begin: Callable[[], None]) -> None:
     """Each piece as it comes; what follows, an error too, begins on a line of its own."""
     has_begun = False
     try:

@@ -8,7 +8,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from coordinator.client import Batch, Document
+from baton_client import Batch, Document
 from launcher.cli.live_view import can_redraw
 
 STYLES = {

@@ -14,7 +14,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from coordinator.client import BatonAPIError, BatonConnectionError
+from baton_client import BatonAPIError, BatonConnectionError
 
 INTERVAL_S = 1.0
 MAX_KEYS = 1024  # that are read at once

@@ -4,8 +4,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from coordinator.client import ClusterState
-from coordinator.client.state import BlockCounts, PoolState
+from baton_client import BlockCounts, ClusterState, PoolState
 
 BAR_WIDTH = 30
 GIB = 1 << 30

@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from coordinator.client.state import SequenceTimeline
+from baton_client import SequenceTimeline
 
 BAR_WIDTH = 40
 SPANS = (  # of a request's life, each from one event to the next that happened

@@ -7,8 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from coordinator.client import ClusterState
-from coordinator.client.state import BlockCounts
+from baton_client import BlockCounts, ClusterState
 from launcher.doctor.findings import Finding
 
 SETTLE_S = 5.0  # what was given back is told with the next heartbeats; an abort has two seconds

@@ -4,12 +4,12 @@ import sys
 
 import msgspec
 
+from baton_client import BatonConnectionError, Client, ClientError
 from bench.environment import describe
-from coordinator.client import BatonConnectionError, Client, ClientError
 from launcher.config import default_api_key, default_url
 from launcher.doctor.cluster_health import ask
 from launcher.doctor.findings import Finding
-from protocol.errors import BatonError, ConfigError
+from protocol.errors import BatonError
 
 
 def _check_transports() -> list[Finding]:
@@ -35,7 +35,7 @@ def _check_cluster(url: str | None) -> list[Finding]:
             return ask(client)
     except BatonConnectionError as error:
         return [Finding("cluster", False, str(error), "set --url")] if url else []
-    except (ClientError, ConfigError) as error:
+    except ClientError as error:
         return [Finding("cluster", False, f"{address}: {error}", "set --url, or BATON_API_KEY")]
 
 

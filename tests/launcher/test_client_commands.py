@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from coordinator.client import BatonConnectionError, Document
-from coordinator.client.types import TokenCounts
+from baton_client import BatonConnectionError, Document
+from baton_client.types import TokenCounts
 from launcher.__main__ import build_parser, main
 from launcher.cli.job_commands import run
 from launcher.cli.job_views import IngestView

@@ -3,8 +3,7 @@
 import msgspec
 import pytest
 
-from coordinator.client import ClusterState
-from coordinator.client.state import BlockCounts
+from baton_client import BlockCounts, ClusterState
 from launcher.doctor.cluster_health import SETTLE_S, ask, judge
 from launcher.doctor.doctor import doctor
 from launcher.doctor.findings import Finding

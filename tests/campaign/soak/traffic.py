@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import httpx
 import msgspec
 
-from coordinator.client import AsyncClient
+from baton_client import AsyncClient
 from modeling.arithmetic import expected_tokens
 from modeling.checkpoint.config import ModelConfig
 from tests.campaign.tally import Tally

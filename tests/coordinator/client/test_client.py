@@ -1,19 +1,22 @@
-"""The blocking client against a server that breaks where it is told to."""
+"""Both clients against a server that breaks where it is told to."""
 
 import time
 from pathlib import Path
 
 import pytest
 
-from coordinator.client import (
+from baton_client import (
     BatonAPIError,
     BatonConnectionError,
     Client,
+    InvalidCall,
     JobFailed,
     Retry,
+    ServerEvent,
+    ServerNotFound,
     WaitTimeout,
 )
-from protocol.errors import ConfigError
+from tests.coordinator.client.conftest import Connect
 from tests.coordinator.client.fake_server import FakeServer
 from tests.coordinator.client.fake_state import PATH, Fault
 
@@ -160,10 +163,12 @@ def test_what_would_be_computed_twice_is_sent_once(client: Client, server: FakeS
             assert len(server.state.seen) == 1
 
 
-def test_a_long_pause_is_not_slept_when_the_budget_does_not_allow_it(server: FakeServer) -> None:
+def test_a_long_pause_is_not_slept_when_the_budget_does_not_allow_it(
+    server: FakeServer, connect: Connect
+) -> None:
     server.state.faults.extend([Fault(503, retry_after="60")] * 3)
     started = time.monotonic()
-    client = Client(server.url, timeout_s=1.0, retry=Retry(max_delay_s=90.0))
+    client = connect(server.url, timeout_s=1.0, retry=Retry(max_delay_s=90.0))
     with client, pytest.raises(BatonAPIError):
         client.cluster()
     assert time.monotonic() - started < 1.0
@@ -181,7 +186,22 @@ def test_answers_whole_and_streamed(client: Client) -> None:
     with client.complete_stream("a") as pieces:
         assert "".join(piece.text for piece in pieces) == completion.text
     assert pieces.outcome.usage == completion.usage
+    with client.chat_stream(messages, request_id="mine") as stream:
+        assert stream.read() == chat.text
     assert client.ask("evicted").read().startswith("you")
+
+
+def test_events_unread(client: Client) -> None:
+    body = {"prompt": "a", "stream": True}
+    before = time.monotonic()
+    with client.events("/v1/completions", body) as events:
+        found = list(events)
+    assert (events.request_id, events.path) == ("r1", PATH)
+    times = [at for at, _ in found]
+    assert before < times[0] and times == sorted(times)
+    datas = [event.data for _, event in found if isinstance(event, ServerEvent)]
+    assert len(found) == len(datas) + 1, "a comment"
+    assert all(data.startswith(b"{") for data in datas)
 
 
 def test_half_an_answer_is_an_error(client: Client) -> None:
@@ -232,26 +252,26 @@ def test_the_cluster_and_a_time_line(client: Client) -> None:
     assert sequence.transfer.num_bytes == 5_000_000
 
 
-def test_keys(server: FakeServer) -> None:
+def test_keys(server: FakeServer, connect: Connect) -> None:
     server.state.api_key = "secret"
-    with Client(server.url, api_key="secret") as client:
+    with connect(server.url, api_key="secret") as client:
         assert client.cluster().ready
     for key in (None, "wrong"):
-        with Client(server.url, api_key=key) as client, pytest.raises(BatonAPIError) as caught:
+        with connect(server.url, api_key=key) as client, pytest.raises(BatonAPIError) as caught:
             client.cluster()
         assert (caught.value.status, caught.value.code) == (401, "invalid_api_key")
-    with pytest.raises(ConfigError, match="API key"):
-        Client(server.url, api_key="two\nlines")
+    with pytest.raises(InvalidCall, match="API key"):
+        connect(server.url, api_key="two\nlines")
 
 
-def test_no_server_and_no_url() -> None:
-    with Client("http://127.0.0.1:9", retry=Retry(max_attempts=1)) as client:
-        with pytest.raises(BatonConnectionError, match="no server at http://127"):
+def test_no_server_and_no_url(connect: Connect) -> None:
+    with connect("http://127.0.0.1:9", retry=Retry(max_attempts=1)) as client:
+        with pytest.raises(ServerNotFound, match="no server at http://127"):
             client.documents.wait("doc_1")
         with pytest.raises(BatonConnectionError):
             list(client.documents.events("doc_1"))
-        with pytest.raises(ConfigError):
+        with pytest.raises(InvalidCall):
             client.documents.get("")
     for url in ("", "127.0.0.1:8000", "ftp://host", "http://"):
-        with pytest.raises(ConfigError):
-            Client(url)
+        with pytest.raises(InvalidCall):
+            connect(url)

@@ -1,13 +1,14 @@
 """What the server answers with, typed. Fields that a newer server adds are ignored.
 
-A field that an object may lack has a default, so that a client can read an older server too.
+A field that an object may lack has a default, so that a client can read an older server too, and
+the answers of other servers that speak OpenAI's protocol.
 """
 
 from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from coordinator.client.errors import ErrorInfo
+from baton_client.errors import ErrorInfo
 
 ItemT = TypeVar("ItemT")
 
@@ -112,6 +113,11 @@ class Document(msgspec.Struct, frozen=True):
         return self.status in ("ready", "mismatched", "evicted", "damaged")
 
     @property
+    def problem(self) -> str:
+        """What went wrong, if that is known."""
+        return "" if self.error is None else self.error.message
+
+    @property
     def fraction_done(self) -> float:
         return self.tokens.done / self.tokens.total if self.tokens.total else 0.0
 
@@ -135,9 +141,9 @@ class DocumentEvent(msgspec.Struct, frozen=True):
 
 
 class PromptDetails(msgspec.Struct, frozen=True):
-    """Tokens of the prompt that did not have to be computed."""
+    """Tokens of the prompt that did not have to be computed, if the server counts them."""
 
-    cached_tokens: int = 0
+    cached_tokens: int | None = None
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -151,7 +157,7 @@ class Usage(msgspec.Struct, frozen=True):
     @property
     def cached_tokens(self) -> int:
         details = self.prompt_tokens_details
-        return 0 if details is None else details.cached_tokens
+        return 0 if details is None else details.cached_tokens or 0
 
     @property
     def computed_tokens(self) -> int:
@@ -166,105 +172,58 @@ class CacheMiss(msgspec.Struct, frozen=True):
     missed_tokens: int = 0
 
 
-class CompletionChoice(msgspec.Struct, frozen=True):
-    """One completion, or a piece of it."""
-
-    text: str
-    index: int = 0
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
-    logprobs: dict[str, Any] | None = None
-    token_ids: list[int] | None = None
-    prompt_token_ids: list[int] | None = None
-
-
-class Completion(msgspec.Struct, frozen=True):
-    """An answer of /v1/completions, and a chunk of one: they have the same shape."""
-
-    id: str
-    choices: list[CompletionChoice]
-    created: int = 0
-    model: str = ""
-    usage: Usage | None = None
-    cache_miss: CacheMiss | None = None
-    path: str = ""  # from the headers
-    request_id: str = ""
-
-    @property
-    def text(self) -> str:
-        """Of the first choice."""
-        return next((choice.text for choice in self.choices if choice.index == 0), "")
-
-    @property
-    def finish_reason(self) -> str | None:
-        return next((choice.finish_reason for choice in self.choices if choice.index == 0), None)
-
-
 class Message(msgspec.Struct, frozen=True):
-    """What the model said, or a piece of it."""
+    """What the model said in a chat, or a piece of it."""
 
     role: str | None = None
     content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
 
 
-class ChatChoice(msgspec.Struct, frozen=True):
-    """One answer."""
+class Choice(msgspec.Struct, frozen=True):
+    """One answer. Its text is ``text`` in a completion, ``message`` in a chat, ``delta`` in a
+    streamed chat."""
 
-    message: Message
     index: int = 0
+    text: str | None = None
+    message: Message = Message()
+    delta: Message = Message()
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     logprobs: dict[str, Any] | None = None
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None
 
+    @property
+    def content(self) -> str:
+        """The text, wherever it stands."""
+        return self.text or self.delta.content or self.message.content or ""
 
-class ChatCompletion(msgspec.Struct, frozen=True):
-    """An answer of /v1/chat/completions."""
 
-    id: str
-    choices: list[ChatChoice]
+class Completion(msgspec.Struct, frozen=True):
+    """An answer of /v1/completions or /v1/chat/completions, or a chunk of one that is streamed."""
+
+    id: str = ""
+    choices: list[Choice] = []
     created: int = 0
     model: str = ""
     usage: Usage | None = None
     cache_miss: CacheMiss | None = None
-    path: str = ""  # from the headers
+    error: ErrorInfo | str | None = None  # of a chunk: the answer has failed on its way
+    path: str = ""  # from the headers, as is the next one; not in a chunk
     request_id: str = ""
 
     @property
     def text(self) -> str:
         """Of the first choice."""
-        first = next((choice for choice in self.choices if choice.index == 0), None)
-        return "" if first is None else first.message.content or ""
-
-
-class ChunkChoice(msgspec.Struct, frozen=True):
-    """A piece of one answer."""
-
-    delta: Message = Message()
-    index: int = 0
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
-    logprobs: dict[str, Any] | None = None
-    token_ids: list[int] | None = None
-    prompt_token_ids: list[int] | None = None
-
-
-class ChatChunk(msgspec.Struct, frozen=True):
-    """A piece of a streamed chat."""
-
-    id: str
-    choices: list[ChunkChoice]
-    created: int = 0
-    model: str = ""
-    usage: Usage | None = None
-    cache_miss: CacheMiss | None = None
+        return "".join(choice.content for choice in self.choices if choice.index == 0)
 
     @property
-    def text(self) -> str:
-        """Of the first choice."""
-        pieces = (choice.delta.content for choice in self.choices if choice.index == 0)
-        return "".join(piece or "" for piece in pieces)
+    def token_ids(self) -> list[int]:
+        """Of the first choice, if they were asked for."""
+        return [i for choice in self.choices if choice.index == 0 for i in choice.token_ids or ()]
 
     @property
     def finish_reason(self) -> str | None:
@@ -330,3 +289,118 @@ class Batch(msgspec.Struct, frozen=True):
     def is_pending(self) -> bool:
         """The server still works on it, or will."""
         return self.status in ("validating", "in_progress", "finalizing", "cancelling")
+
+    @property
+    def is_usable(self) -> bool:
+        """Every line is answered; one that has ended otherwise has in its files what was done."""
+        return self.status == "completed"
+
+    @property
+    def problem(self) -> str:
+        """What went wrong first, if that is known."""
+        return self.errors.data[0].message if self.errors and self.errors.data else ""
+
+
+# -- the cluster, and where one request's time went: both as their paths answer -------------------
+
+
+class BlockCounts(msgspec.Struct, frozen=True):
+    """Blocks of one cache, by what they are used for."""
+
+    total: int = 0
+    free: int = 0
+    owned: int = 0
+    in_flight: int = 0
+    quarantined: int = 0
+    cached: int = 0
+
+
+class RankState(msgspec.Struct, frozen=True):
+    """One process of a pool."""
+
+    rank: int
+    cp_rank: int = 0
+    tp_rank: int = 0
+    transport: str = ""
+    ready: bool = False
+    silent_s: float = 0.0
+    num_steps: int = 0
+    step_age_s: float = 0.0
+    rss_bytes: int = 0
+    counters: dict[str, Any] = {}
+
+
+class PoolState(msgspec.Struct, frozen=True):
+    """A gang of ranks that computes together."""
+
+    pool_id: str
+    role: str = ""
+    cp_size: int = 1
+    tp_size: int = 1
+    epoch: int = 0
+    state: str = ""
+    lost_reason: str | None = None
+    serving: bool = False
+    tokens_per_s: float = 0.0
+    num_waiting: int = 0
+    num_running: int = 0
+    pending_tokens: int = 0
+    blocks: list[BlockCounts] = []
+    ranks: list[RankState] = []
+
+
+class ClusterState(msgspec.Struct, frozen=True):
+    """Pools, ranks and what they hold."""
+
+    ready: bool
+    model: str = ""
+    unready_reason: str | None = None
+    missing: str | None = None
+    coordinator_epoch: int = 0
+    max_model_len: int = 0
+    block_size: int = 0
+    num_active_requests: int = 0
+    num_leaked: int = 0
+    counters: dict[str, Any] = {}
+    pools: list[PoolState] = []
+
+
+class Transfer(msgspec.Struct, frozen=True):
+    """How a request's KV moved."""
+
+    transport: str = ""
+    num_bytes: int = 0
+    num_segments: int = 0
+    num_layers_overlapped: int = 0
+    num_layers: int = 0
+    read_s: float = 0.0
+    exposed_s: float = 0.0
+
+
+class SequenceTimeline(msgspec.Struct, frozen=True):
+    """One sequence's life; ``events`` are seconds after the arrival."""
+
+    request_id: str = ""
+    attempt: int = 1
+    state: str = ""
+    finish_reason: str | None = None
+    error_code: str | None = None
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0
+    num_cached_tokens: int = 0
+    decode_pool: str | None = None
+    prefill_pool: str | None = None
+    lost_attempts: list[dict[str, Any]] = []
+    events: dict[str, float] = {}
+    transfer: Transfer | None = None
+    path: str = ""
+
+
+class RequestTimeline(msgspec.Struct, frozen=True):
+    """One HTTP request, and the sequences that it became."""
+
+    id: str
+    requests: list[SequenceTimeline]
+    client_request_id: str = ""
+    model: str = ""
+    created: int = 0

@@ -11,10 +11,11 @@ from urllib.parse import quote
 
 import msgspec
 
-from protocol.errors import ConfigError
+from baton_client.errors import InvalidCall
 
 Messages = Sequence[Mapping[str, Any]]
 FileSource = str | Path | bytes | BinaryIO
+Prompt = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]
 OnPrefill = Callable[[int, int], None]
 DEFAULT_FILE_NAME = "upload"
 
@@ -45,18 +46,6 @@ class DocumentOptions(UpdateOptions, total=False):
     deadline: str | float  # a time from now such as "2h", or Unix time
     cp: str | int  # the ring's size
     idempotency_key: str
-
-
-class AskOptions(TypedDict, total=False):
-    """How a question is asked."""
-
-    document_id: str
-    session_id: str
-    max_tokens: int
-    temperature: float
-    model: str
-    timeout_s: float
-    on_prefill: OnPrefill  # called with prompt tokens (computed, of all)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,10 +105,10 @@ def path_of(collection: str, object_id: str, *rest: str) -> str:
     """The path of one object; an id never leaves its place in it.
 
     Raises:
-        ConfigError: no id.
+        InvalidCall: no id.
     """
     if object_id in ("", ".", ".."):  # which would be another path
-        raise ConfigError(f"{object_id!r} is not an id")
+        raise InvalidCall(f"{object_id!r} is not an id")
     return "/".join((f"/v1/{collection}", quote(object_id, safe="", errors="replace"), *rest))
 
 
@@ -129,7 +118,7 @@ def path_of(collection: str, object_id: str, *rest: str) -> str:
 def create_document(options: DocumentOptions) -> Call:
     """
     Raises:
-        ConfigError: not exactly one source, or half a pin.
+        InvalidCall: not exactly one source, or half a pin.
     """
     sources = {
         name: value
@@ -138,7 +127,7 @@ def create_document(options: DocumentOptions) -> Call:
     }
     file = options.get("file")
     if len(sources) + (file is not None) != 1:
-        raise ConfigError("a document is made of one of text, file, messages, token_ids, file_id")
+        raise InvalidCall("a document is made of one of text, file, messages, token_ids, file_id")
     body: dict[str, Any] = {
         name: value
         for name in ("metadata", "form", "model", "priority", "deadline", "cp")
@@ -161,7 +150,7 @@ def update_document(document_id: str, options: UpdateOptions) -> Call:
     """Another pin (``pin="none"`` ends one), or other metadata.
 
     Raises:
-        ConfigError: half a pin.
+        InvalidCall: half a pin.
     """
     body: dict[str, Any] = {}
     pin = _pin(options)
@@ -181,7 +170,7 @@ def _pin(options: UpdateOptions) -> dict[str, Any]:
     }
     given = {name: value for name, value in pin.items() if value is not None}
     if given and "mode" not in given:
-        raise ConfigError("ttl, tier and sliding are a pin's: give pin='soft' or 'hard' too")
+        raise InvalidCall("ttl, tier and sliding are a pin's: give pin='soft' or 'hard' too")
     return given
 
 
@@ -205,42 +194,40 @@ def _file_name(source: FileSource, given: str | None) -> str:
 # -- answers ---------------------------------------------------------------------------------------
 
 
-def ask(question: str, options: AskOptions) -> Call:
-    """A question, about a document if one is named; its answer is streamed."""
-    content: str | list[dict[str, str]] = question
-    document_id = options.get("document_id")
-    if document_id is not None:
-        content = [
-            {"type": "document", "document_id": document_id},
-            {"type": "text", "text": question},
-        ]
-    parameters = {
-        name: value
-        for name in ("session_id", "max_tokens", "temperature", "model")
-        if (value := options.get(name)) is not None
-    }
-    return chat([{"role": "user", "content": content}], parameters, stream=True)
+def question(text: str, document_id: str | None) -> Messages:
+    """The messages of a question, about a document if one is named."""
+    if document_id is None:
+        return [{"role": "user", "content": text}]
+    document = {"type": "document", "document_id": document_id}
+    return [{"role": "user", "content": [document, {"type": "text", "text": text}]}]
 
 
-def chat(messages: Messages, parameters: Mapping[str, object], *, stream: bool) -> Call:
+def chat(
+    messages: Messages,
+    parameters: Mapping[str, object],
+    *,
+    stream: bool,
+    request_id: str | None = None,
+) -> Call:
     """A chat, with any of the parameters that the server takes."""
-    body = {"messages": list(messages), **parameters, **_streamed(stream, parameters)}
-    return Call("POST", "/v1/chat/completions", body=body)
+    body = {"messages": list(messages), **parameters}
+    return _answer("/v1/chat/completions", body, stream=stream, request_id=request_id)
 
 
 def complete(
-    prompt: str | Sequence[int], parameters: Mapping[str, object], *, stream: bool
+    prompt: Prompt, parameters: Mapping[str, object], *, stream: bool, request_id: str | None = None
 ) -> Call:
     """A completion, with any of the parameters that the server takes."""
-    body = {"prompt": prompt, **parameters, **_streamed(stream, parameters)}
-    return Call("POST", "/v1/completions", body=body)
+    body = {"prompt": prompt, **parameters}
+    return _answer("/v1/completions", body, stream=stream, request_id=request_id)
 
 
-def _streamed(stream: bool, parameters: Mapping[str, object]) -> dict[str, Any]:
-    if not stream:
-        return {"stream": False}
-    options = parameters.get("stream_options", {"include_usage": True})
-    return {"stream": True, "stream_options": options}
+def _answer(path: str, body: dict[str, Any], *, stream: bool, request_id: str | None) -> Call:
+    given = {name: value for name, value in body.items() if value is not None}
+    if stream:
+        given.setdefault("stream_options", {"include_usage": True})
+    headers = {} if request_id is None else {"x-request-id": request_id}
+    return Call("POST", path, body={**given, "stream": stream}, headers=headers)
 
 
 # -- files and batches -----------------------------------------------------------------------------
