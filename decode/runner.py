@@ -20,6 +20,7 @@ import torch
 from decode.sequence import Key
 from decode.sequence import Sequence as DecodeSequence
 from kvcache.pool import KVPool
+from modeling.matchers import Matchers
 from modeling.model import Model
 from modeling.paged import PagedAttention, PagedSequence
 from modeling.sampling import SamplingRow, is_finite, needs_history, sample
@@ -28,6 +29,7 @@ from protocol.plans import (
     FailedRow,
     Plan,
     RowResult,
+    SequenceStep,
     StepResult,
     SwapBlocks,
     row_result,
@@ -51,12 +53,16 @@ class DecodeRunner:
         rank: in the pool.
         model: this rank's shard.
         pool: this rank's KV.
+        matchers: of requests with a grammar, on rank 0.
     """
 
-    def __init__(self, rank: int, model: Model, pool: KVPool) -> None:
+    def __init__(
+        self, rank: int, model: Model, pool: KVPool, matchers: Matchers | None = None
+    ) -> None:
         self._rank = rank
         self._model = model
         self._pool = pool
+        self._matchers = matchers
         self._tables: dict[Key, torch.Tensor] = {}  # int32 block ids on CPU, in logical order
         self._host: dict[Key, torch.Tensor] = {}  # KV of pre-empted sequences
 
@@ -83,6 +89,8 @@ class DecodeRunner:
         for key in plan.dropped:
             self._tables.pop(key, None)
             self._host.pop(key, None)
+            if self._matchers is not None:
+                self._matchers.forget(key)
         for new in plan.new:
             table = torch.tensor(new.block_ids, dtype=torch.int32)
             self._tables[new.request_id, new.attempt] = table
@@ -127,14 +135,21 @@ class DecodeRunner:
             return results
         if len(sampled) < len(token_ids):
             hidden_TD = hidden_TD[torch.tensor(sampled, device=device)]
+        # On a GPU the forward pass is still running while the masks are made.
+        steps = [step for step in plan.sequences if step.sample]
+        rows = [self._constrained(step, row) for step, row in zip(steps, rows, strict=False)]
         logits_BV = self._model.logits(hidden_TD)
         if self._rank == 0:
-            steps = (step for step in plan.sequences if step.sample)
             results += (
                 row_result(step.request_id, step.attempt, chosen)
                 for step, chosen in zip(steps, sample(logits_BV, rows), strict=True)
             )
         return results
+
+    def _constrained(self, step: SequenceStep, row: SamplingRow) -> SamplingRow:
+        if not row.params.grammar or self._matchers is None:
+            return row
+        return self._matchers.constrain((step.request_id, step.attempt), row)
 
     @staticmethod
     def _failed_chunks(plan: DecodePlan, hidden_TD: torch.Tensor) -> list[RowResult]:

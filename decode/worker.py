@@ -17,6 +17,7 @@ from engine.boot import start_shard
 from engine.kv_memory import LargestStep
 from kvcache.blocks import BlockPool
 from modeling.checkpoint.config import ModelConfig
+from modeling.matchers import load_matchers
 from protocol.kv import KVLayout
 from protocol.messages import GangReady
 from protocol.plans import DecodePlan, StepResult
@@ -35,7 +36,8 @@ def serve(config: DecodeConfig) -> None:
     largest = LargestStep(config.token_budget, config.max_num_sequences, config.max_num_sequences)
     with start_shard("decode", config, largest) as shard:
         process = shard.process
-        runner = DecodeRunner(config.rank, shard.model, shard.pool)
+        matchers = load_matchers(config.model, shard.model_config) if config.is_leader else None
+        runner = DecodeRunner(config.rank, shard.model, shard.pool, matchers)
         layout = msgspec.structs.replace(shard.pool.layout, num_blocks=shard.num_blocks)
         speed = warm_up(runner, layout, shard.model_config)
         _log.info("%d blocks of KV, %s", layout.num_blocks, speed)

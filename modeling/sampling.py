@@ -1,8 +1,8 @@
 """From logits to the next token of each sequence.
 
 1. A batch of plain greedy rows is one argmax.
-2. Otherwise each row alone: logit bias, min_tokens' ban on stop tokens, penalties; from these
-   numbers come the log-probabilities that a caller sees.
+2. Otherwise each row alone: the grammar's mask, logit bias, min_tokens' ban on stop tokens,
+   penalties; from these numbers come the log-probabilities that a caller sees.
 3. Numbers that are not finite give no token. Nothing is computed to find them: ``argmax`` takes
    NaN for the greatest, so a row holds a distribution if and only if its greatest logit is finite.
 4. Temperature, then top-k, top-p and min-p, each of which only raises the threshold below which a
@@ -35,7 +35,8 @@ class SamplingRow:
     params: SamplingParams
     index: int  # of the token among those generated, from 0
     prompt_token_ids: Sequence[int] = ()  # may be left out unless there is a repetition penalty
-    output_token_ids: Sequence[int] = ()  # may be left out unless there are penalties
+    output_token_ids: Sequence[int] = ()  # may be left out unless penalties or a grammar need it
+    allowed: bytes | None = None  # a bit for each token that the grammar allows, lowest bit first
 
 
 Sampled = tuple[int, TokenLogprobs | None]  # token id, its log-probabilities if asked for
@@ -71,6 +72,10 @@ def is_finite(hidden_TD: torch.Tensor) -> bool:
 
 def needs_history(params: SamplingParams) -> bool:
     """Whether a row of these parameters must be given its token ids."""
+    return bool(params.grammar) or _has_penalties(params)
+
+
+def _has_penalties(params: SamplingParams) -> bool:
     return (
         params.repetition_penalty != 1.0
         or params.presence_penalty != 0.0
@@ -83,6 +88,8 @@ def _choose(
 ) -> Sampled | NoToken:
     if not math.isfinite(greatest):
         return NoToken.NON_FINITE
+    if row.params.grammar and row.allowed is None:
+        return NoToken.OFF_GRAMMAR
     return (greedy, None) if _is_plain(row) else _sample_row(logits_V, row)
 
 
@@ -107,6 +114,8 @@ def _sample_row(logits_V: torch.Tensor, row: SamplingRow) -> Sampled | NoToken:
     logits_V = _adjust(logits_V, row)
     token_id = int(logits_V.argmax())
     if not math.isfinite(float(logits_V[token_id])):
+        if row.allowed is not None and not any(row.allowed):
+            return NoToken.OFF_GRAMMAR
         return NoToken.NOTHING_LEFT  # all is banned, or a penalty is beyond what fp32 holds
     if params.temperature != 0.0:
         token_id = _draw(logits_V, params, uniform(params.seed, row.index))
@@ -116,17 +125,21 @@ def _sample_row(logits_V: torch.Tensor, row: SamplingRow) -> Sampled | NoToken:
 
 
 def _adjust(logits_V: torch.Tensor, row: SamplingRow) -> torch.Tensor:
-    """Bias, min_tokens and penalties, with vLLM's meaning: presence and frequency count what was
-    generated, repetition also the prompt; it divides positive logits and multiplies negative ones.
+    """The grammar's mask, bias, min_tokens and penalties, with vLLM's meaning: presence and
+    frequency count what was generated, repetition also the prompt; it divides positive logits and
+    multiplies negative ones.
     """
     params, device = row.params, logits_V.device
-    logits_V = logits_V.clone()
+    if row.allowed is None:
+        logits_V = logits_V.clone()
+    else:
+        logits_V = logits_V.masked_fill(~_unpacked(row.allowed, len(logits_V), device), -torch.inf)
     if params.logit_bias:
         ids = torch.tensor(list(params.logit_bias), device=device)
         logits_V[ids] += torch.tensor(list(params.logit_bias.values()), device=device)
     if _bans_stop_tokens(row):
         logits_V[list(params.stop_token_ids)] = -torch.inf
-    if not needs_history(params):
+    if not _has_penalties(params):
         return logits_V
     if params.repetition_penalty != 1.0:
         seen = {*row.prompt_token_ids, *row.output_token_ids}
@@ -140,6 +153,14 @@ def _adjust(logits_V: torch.Tensor, row: SamplingRow) -> torch.Tensor:
         times = torch.tensor(list(counts.values()), dtype=torch.float32, device=device)
         logits_V[ids] -= params.frequency_penalty * times + params.presence_penalty
     return logits_V
+
+
+def _unpacked(allowed: bytes, size: int, device: torch.device) -> torch.Tensor:
+    """A row's mask as booleans ``[size]``; ids beyond it are a model's padding, not allowed."""
+    bytes_N = torch.frombuffer(bytearray(allowed), dtype=torch.uint8).to(device)
+    bits_N8 = (bytes_N.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=device)) & 1
+    bits = bits_N8.flatten()[:size].bool()
+    return torch.nn.functional.pad(bits, (0, size - len(bits)))
 
 
 def _logprobs(logits_V: torch.Tensor, token_id: int, num_top: int) -> TokenLogprobs:

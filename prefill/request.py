@@ -75,7 +75,11 @@ class Request:
     def needs_history(self) -> bool:
         """Whether its next token depends on the token ids before it by more than their KV."""
         sampling = self.message.sampling
-        counts_outputs = sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
+        counts_outputs = (
+            sampling.presence_penalty != 0.0
+            or sampling.frequency_penalty != 0.0
+            or sampling.grammar != ""
+        )
         return sampling.repetition_penalty != 1.0 or (
             counts_outputs and self.message.num_output_tokens > 0
         )

@@ -15,6 +15,7 @@ import time
 import torch
 
 from kvcache.pool import KVPool
+from modeling.matchers import Matchers
 from modeling.model import Model
 from modeling.sampling import SamplingRow, is_finite, sample
 from prefill.announcer import Announcer
@@ -45,7 +46,13 @@ class PrefillRunner:
     """
 
     def __init__(
-        self, rank: int, model: Model, pool: KVPool, comm: RingComm | None, announcer: Announcer
+        self,
+        rank: int,
+        model: Model,
+        pool: KVPool,
+        comm: RingComm | None,
+        announcer: Announcer,
+        matchers: Matchers | None = None,
     ) -> None:
         self._rank = rank
         self._cp_rank, self._tp_rank = divmod(rank, pool.layout.tp_size)
@@ -53,6 +60,7 @@ class PrefillRunner:
         self._pool = pool
         self._comm = comm
         self._announcer = announcer
+        self._matchers = matchers
         self._buffers = RingBuffers(pool.device)
 
     def execute(self, plan: Plan) -> StepResult:
@@ -102,5 +110,9 @@ class PrefillRunner:
             prompt_token_ids=work.prompt_token_ids[:num_given],
             output_token_ids=work.prompt_token_ids[num_given:],
         )
+        if work.sampling.grammar and self._matchers is not None:
+            key = (work.request_id, work.attempt)
+            row = self._matchers.constrain(key, row)
+            self._matchers.forget(key)  # the decode pool goes on from here
         [chosen] = sample(logits_1V, [row])
         return [row_result(work.request_id, work.attempt, chosen)]

@@ -7,6 +7,7 @@ import logging
 from engine.boot import start_shard
 from engine.kv_memory import LargestStep
 from modeling.checkpoint.config import ModelConfig
+from modeling.matchers import load_matchers
 from prefill.announcer import Announcer
 from prefill.config import PrefillConfig
 from prefill.device_announcer import DeviceAnnouncer
@@ -40,7 +41,9 @@ def serve(config: PrefillConfig) -> None:
         announcer = make_announcer(
             process.submit, cp_rank=config.cp_rank, block_size=config.block_size, groups=groups
         )
-        runner = PrefillRunner(config.rank, model, shard.pool, comm, announcer)
+        samples = config.tp_rank == 0  # whichever rank of the ring has the prompt's last token
+        matchers = load_matchers(config.model, shard.model_config) if samples else None
+        runner = PrefillRunner(config.rank, model, shard.pool, comm, announcer, matchers)
         _log.info("%d blocks of KV, %.0f tokens/s, %s", shard.num_blocks, tokens_per_s, costs)
         process.tell(GangReady(tokens_per_s=tokens_per_s))
         if not config.is_leader:

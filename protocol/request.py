@@ -22,12 +22,18 @@ class NoToken(enum.StrEnum):
 
     NON_FINITE = "non_finite_logits"  # the model's numbers hold NaN or infinity: a rank's fault
     NOTHING_LEFT = "no_token_left"  # the request's own bans and penalties leave nothing to choose
+    OFF_GRAMMAR = "grammar_failed"  # what is generated cannot go on by the request's grammar
 
 
 def no_token_message(why: NoToken) -> str:
     """What the caller is told."""
     if why is NoToken.NON_FINITE:
         return "the model's numbers for this request are not finite: there is no next token"
+    if why is NoToken.OFF_GRAMMAR:
+        return (
+            "this request's grammar cannot be followed any further: it is too complex at this "
+            "point of the answer, or no token of the model's vocabulary fits"
+        )
     return (
         "this request's stop tokens, min_tokens, logit_bias and penalties leave no token to choose"
     )
@@ -55,6 +61,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     stop_token_ids: tuple[int, ...] = ()  # the model's end-of-sequence ids are among them
     ignore_eos: bool = False  # then stop_token_ids holds only what the caller named
     num_logprobs: int | None = None  # None: none; 0: the chosen token's only
+    grammar: str = ""  # the answer is a text of it (modeling/text/grammar.py); "" is any text
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
