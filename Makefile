@@ -25,7 +25,7 @@ demo: $(READY) ## start a disaggregated cluster, stream from it, show what moved
 # What only computes runs on all cores; what starts clusters, or looks at the clock, by itself.
 COMPUTING := $(addprefix tests/,bench/simulate bench/report coordinator decode embedded engine \
              exploration kvcache kvtransfer launcher modeling planted prefill protocol ring_attention \
-             simulation store test_house_style.py test_state_tables.py)
+             simulation store test_house_style.py test_state_tables.py test_message_table.py)
 
 test: $(READY) ## the tests that every change runs (under 10 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto $(COMPUTING)
