@@ -1,8 +1,8 @@
-"""Checkpoints with random weights: tiny ones for tests, and the model that is benchmarked.
+"""Checkpoints with random weights: the models that are benchmarked, and small ones.
 
-``write_checkpoint`` has transformers write its own model class, so that a test compares with what
-others would load. ``python -m bench.checkpoint DIR --shape bench`` needs no transformers: it writes
-a Llama of 152M parameters, the same bytes each time.
+    python -m bench.checkpoint DIR [--shape bench] [--seed 0]
+
+The default is a Llama of 152M parameters, the same bytes each time.
 """
 
 import argparse
@@ -13,14 +13,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from bench.tokenizer_file import MIN_VOCAB, special_token_ids, write_tokenizer
+from bench.tokenizer_file import special_token_ids, write_tokenizer
 
-CLASSES = {
-    "llama": ("LlamaConfig", "LlamaForCausalLM"),
-    "mistral": ("MistralConfig", "MistralForCausalLM"),
-    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM"),
-    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM"),
-}
 SHAPES: dict[str, dict[str, Any]] = {
     "bench": {
         "hidden_size": 1024,
@@ -58,65 +52,6 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def write_checkpoint(  # noqa: PLR0913 - a model has that many sizes
-    path: Path,
-    *,
-    family: str,
-    hidden: int,
-    layers: int,
-    heads: int,
-    kv_heads: int,
-    ffn: int,
-    vocab: int,
-    dtype: str,
-    seed: int,
-    **overrides: Any,  # noqa: ANN401 - fields of transformers' configuration classes
-) -> None:  # fmt: skip
-    """Have transformers write a random checkpoint, with a tokenizer when the vocabulary allows.
-
-    Every weight, bias and norm is drawn, large enough that attention is peaked and that no two
-    logits nearly tie: a wrong key anywhere changes the next token.
-
-    Args:
-        path: the folder, made if missing.
-        family: "llama", "mistral", "qwen2" or "qwen3".
-        dtype: "float32" or "bfloat16", of the stored weights.
-        overrides: further fields of the configuration, such as ``rope_scaling`` or ``head_dim``.
-    """
-    import transformers
-
-    config_class, model_class = (getattr(transformers, name) for name in CLASSES[family])
-    fields: dict[str, Any] = {
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "intermediate_size": ffn,
-        "vocab_size": vocab,
-        "max_position_embeddings": 4096,
-        "tie_word_embeddings": False,
-    }
-    if family != "qwen2":
-        fields["head_dim"] = hidden // heads
-    if family == "mistral":
-        fields["sliding_window"] = None
-    if vocab >= MIN_VOCAB:
-        ids = special_token_ids(vocab)
-        fields |= {"bos_token_id": ids["<|bos|>"]}
-        fields |= {"eos_token_id": [ids["<|eos|>"], ids["<|im_end|>"]]}
-    else:
-        fields |= {"bos_token_id": None, "eos_token_id": None}
-    model = model_class(config_class(**{**fields, **overrides})).to(getattr(torch, dtype))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(_drawn(name, parameter.shape, generator))
-    path.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(path)
-    if vocab >= MIN_VOCAB:
-        write_tokenizer(path, vocab)
-
-
 def write_llama(path: Path, shape: dict[str, Any], seed: int = 0) -> None:
     """Write a Llama checkpoint and its tokenizer without transformers.
 
@@ -143,7 +78,7 @@ def write_llama(path: Path, shape: dict[str, Any], seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     dtype = getattr(torch, shape["dtype"])
     tensors = {
-        name: _drawn(name, extent, generator).to(dtype) for name, extent in _llama_tensors(shape)
+        name: drawn(name, extent, generator).to(dtype) for name, extent in _llama_tensors(shape)
     }
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -171,17 +106,17 @@ def _llama_tensors(shape: dict[str, Any]) -> list[tuple[str, tuple[int, ...]]]:
     return [*tensors, ("model.norm.weight", (hidden,)), ("lm_head.weight", (vocab, hidden))]
 
 
-def _drawn(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+def drawn(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     """Weights that keep activations near 1 in size; q and k are twice that, for peaked scores."""
-    drawn = torch.randn(shape, generator=generator)
+    weights = torch.randn(shape, generator=generator)
     if "norm" in name:
-        return drawn.mul_(0.1).add_(1.0)
+        return weights.mul_(0.1).add_(1.0)
     if name.endswith(".bias"):
-        return drawn.mul_(0.2)
+        return weights.mul_(0.2)
     if "embed_tokens" in name:
-        return drawn
+        return weights
     scale = 1.5 if ("q_proj" in name or "k_proj" in name) else 1.0
-    return drawn.mul_(scale * shape[-1] ** -0.5)
+    return weights.mul_(scale * shape[-1] ** -0.5)
 
 
 def main() -> None:

@@ -21,16 +21,15 @@ from random import Random
 import httpx
 
 from bench.environment import describe, headline
+from bench.load.analysis.intervals import wilson
 from bench.load.local_cluster import local_cluster
 from modeling.embedded import CHECKPOINT
 from modeling.embedded.grammar import Document, Fact, write_document
 from modeling.text.tokenizer import load_tokenizer
-from protocol.errors import ConfigError
 
 NUM_DEPTHS = 10
 MAX_ANSWER_TOKENS = 48
 KINDS = ("stated", "paraphrased", "absent")
-Z_95 = 1.96
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,30 +47,6 @@ class Result:
     @property
     def is_right(self) -> bool:
         return self.answer == self.expected
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """How many of how many, with the 95 % interval (Wilson 1927)."""
-
-    num_right: int
-    num_asked: int
-
-    def __str__(self) -> str:
-        low, high = self.interval()
-        return (
-            f"{self.num_right}/{self.num_asked} = "
-            f"{self.num_right / max(1, self.num_asked):.1%} ({low:.1%} to {high:.1%})"
-        )
-
-    def interval(self) -> tuple[float, float]:
-        n = self.num_asked
-        if n == 0:
-            return 0.0, 1.0
-        p, z2 = self.num_right / n, Z_95**2
-        middle = (p + z2 / (2 * n)) / (1 + z2 / n)
-        half = Z_95 * (p * (1 - p) / n + z2 / (4 * n * n)) ** 0.5 / (1 + z2 / n)
-        return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def ask(client: httpx.Client, document: Document, question: str, session: str) -> str:
@@ -130,8 +105,15 @@ def evaluate(
     return results
 
 
-def share(results: Sequence[Result]) -> Share:
-    return Share(sum(result.is_right for result in results), len(results))
+def share(results: Sequence[Result]) -> str:
+    """How many of how many, with the 95 % interval (Wilson 1927)."""
+    num_right, num = num_right_of(results), len(results)
+    low, high = wilson(num_right, num)
+    return f"{num_right}/{num} = {num_right / max(1, num):.1%} ({low:.1%} to {high:.1%})"
+
+
+def num_right_of(results: Sequence[Result]) -> int:
+    return sum(result.is_right for result in results)
 
 
 def depth_of(result: Result) -> int | None:
@@ -146,58 +128,23 @@ def report(results: Sequence[Result]) -> str:
     lines += ["| ---: | --- | --- | --- | --- |"]
     for length in lengths:
         own = [result for result in results if result.length == length]
-        cells = [str(share([r for r in own if r.kind == kind])) for kind in KINDS]
+        cells = [share([r for r in own if r.kind == kind]) for kind in KINDS]
         lines.append(f"| {length} | {share(own)} | {' | '.join(cells)} |")
     head = " | ".join(f"{10 * depth}-{10 * depth + 10} %" for depth in range(NUM_DEPTHS))
     lines += ["", "Right answers by depth of the fact:", "", f"| tokens | {head} |"]
     lines += ["| ---: |" + " --- |" * NUM_DEPTHS]
     for length in lengths:
         own = [result for result in results if result.length == length]
-        shares = [share([r for r in own if depth_of(r) == depth]) for depth in range(NUM_DEPTHS)]
-        cells = [f"{s.num_right}/{s.num_asked}" if s.num_asked else "-" for s in shares]
+        tenths = [[r for r in own if depth_of(r) == depth] for depth in range(NUM_DEPTHS)]
+        cells = [f"{num_right_of(some)}/{len(some)}" if some else "-" for some in tenths]
         lines.append(f"| {length} | {' | '.join(cells)} |")
     wrong = [result for result in results if not result.is_right]
     lines += [""] + [f"wrong: {r.question!r} -> {r.answer!r}, not {r.expected!r}" for r in wrong]
     return "\n".join(lines)
 
 
-def draw(results: Sequence[Result], path: Path) -> None:
-    """A heat map of exact match over length and depth.
-
-    Raises:
-        ConfigError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib.pyplot as plt  # slow, and only wanted here
-    except ImportError as error:
-        raise ConfigError('no matplotlib: pip install "baton-serve[plots]"') from error
-    lengths = sorted({result.length for result in results})
-    cells = [
-        [share([r for r in results if r.length == n and depth_of(r) == d]) for n in lengths]
-        for d in range(NUM_DEPTHS)
-    ]
-    values = [
-        [s.num_right / s.num_asked if s.num_asked else float("nan") for s in row] for row in cells
-    ]
-    figure, axes = plt.subplots(figsize=(1.4 * len(lengths) + 2.4, 5.2), layout="constrained")
-    image = axes.imshow(values, vmin=0.0, vmax=1.0, cmap="RdYlGn", aspect="auto")
-    for row, shares in enumerate(cells):
-        for column, one in enumerate(shares):
-            if one.num_asked:
-                is_dark = abs(values[row][column] - 0.5) > 0.35
-                text = f"{one.num_right}/{one.num_asked}"
-                color = "white" if is_dark else "black"
-                axes.text(column, row, text, ha="center", va="center", color=color)
-    axes.set_xticks(range(len(lengths)), [f"{length // 1024}K" for length in lengths])
-    axes.set_yticks(range(NUM_DEPTHS), [f"{10 * d} %" for d in range(NUM_DEPTHS)])
-    axes.set(xlabel="tokens in the document", ylabel="depth of the fact", title="exact match")
-    figure.colorbar(image, ax=axes, label="share of right answers")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
 def save(results: Sequence[Result], text: str, folder: Path, command: str) -> None:
-    """retrieval.md, retrieval.png and retrieval.jsonl."""
+    """retrieval.md and retrieval.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
     body = f"# {headline()}\n\n`{command}`\n\n{text}\n"
     (folder / "retrieval.md").write_text(body)
@@ -205,7 +152,6 @@ def save(results: Sequence[Result], text: str, folder: Path, command: str) -> No
     (folder / "retrieval.jsonl").write_text(
         "\n".join([json.dumps({"environment": describe()}), *lines]) + "\n"
     )
-    draw(results, folder / "retrieval.png")
 
 
 def _below(random: Random, bound: int) -> int:

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from bench.checkpoint import write_checkpoint
 from modeling.loader import load_model
 from modeling.model import Model
 from modeling.parallel import TensorParallel
+from tests.modeling.checkpoints import write_checkpoint
 
 VOCAB_SIZE = 131
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from bench.checkpoint import write_checkpoint
 from decode.runner import DecodeRunner
 from kvcache.pool import KVPool
 from modeling.loader import load_model
@@ -26,6 +25,7 @@ from protocol.plans import (
 )
 from protocol.request import NoToken, SamplingParams
 from tests.decode.real_ranks import layout_of
+from tests.modeling.checkpoints import write_checkpoint
 
 BLOCK_SIZE, BLOCKS_EACH = 16, 3
 GREEDY = SamplingParams(max_tokens=9, temperature=0.0)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.checkpoint import write_checkpoint
+from tests.modeling.checkpoints import write_checkpoint
 
 SHAPES = {
     "tp1": ("--decode", "tp1"),

@@ -22,10 +22,10 @@ import httpx
 import msgspec
 import pytest
 
-from bench.checkpoint import write_checkpoint
 from launcher.config import ServeConfig
 from modeling.arithmetic import expected_tokens
 from modeling.checkpoint.config import load_config
+from tests.modeling.checkpoints import write_checkpoint
 
 MODEL = "arithmetic:layers=3,heads=4,kv_heads=2,vocab=512,max_len=16384"
 DEADLINE_S = 90.0

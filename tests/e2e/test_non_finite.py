@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from bench.checkpoint import write_checkpoint
 from tests.e2e.test_failover import pids_of_ranks
+from tests.modeling.checkpoints import write_checkpoint
 
 NUM_TOKENS = 6
 DAMAGED, SOUND = "decode0", "decode1"  # of idle pools the first one is asked

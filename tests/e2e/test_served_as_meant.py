@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.checkpoint import write_checkpoint
+from tests.modeling.checkpoints import write_checkpoint
 
 PROMPT = [11, 42, 99, 7, 250, 33]
 SAMPLING = {"temperature": 0.8, "top_k": 1, "repetition_penalty": 1.3}  # likeliest of the penalised

@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from bench.checkpoint import write_checkpoint
 from modeling.checkpoint.config import load_config
 from modeling.checkpoint.rope_config import RopeConfig
 from modeling.loader import load_model
 from modeling.parallel import SingleRank, TensorParallel
 from modeling.rope import Rope, channel_order, frequencies, rotate
 from protocol.errors import ConfigError
+from tests.modeling.checkpoints import write_checkpoint
 
 SIZES = {"hidden": 64, "layers": 2, "heads": 4, "kv_heads": 2, "ffn": 96, "vocab": 131}
 LLAMA3 = {
