@@ -1,22 +1,9 @@
-"""What holds for all tests: how hypothesis draws, and where processes with torch come from."""
+"""What holds for all tests: how hypothesis draws."""
 
-from collections.abc import Iterator
-
-import pytest
 from hypothesis import settings
-
-from tests.forks import TorchForks
 
 # The tests of every change are the same each time, so that what fails is what was changed, and no
 # clock decides: the machine may be busy. `make test-all` draws anew ("--hypothesis-profile=anew").
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.register_profile("anew", derandomize=False, deadline=None)
 settings.load_profile("same")
-
-
-@pytest.fixture(scope="session")
-def torch_forks() -> Iterator[TorchForks]:
-    """Starts processes that need torch."""
-    forks = TorchForks()
-    yield forks
-    forks.close()

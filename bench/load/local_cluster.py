@@ -12,11 +12,27 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import IO, Protocol
 
 from protocol.errors import ConfigError
 
 START_S = 180.0
 STOP_S = 25.0
+
+
+class ServeProcess(Protocol):
+    """What is used of a ``subprocess.Popen``."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+    def send_signal(self, number: int, /) -> None: ...
+
+    def kill(self) -> None: ...
 
 
 class LocalCluster:
@@ -38,13 +54,21 @@ class LocalCluster:
         self.url = ""
         self._flags = flags
         self._log = log
-        variables = [f"{name}={value}" for name, value in (environment or {}).items()]
-        command = [sys.executable, "-P", "-m", "launcher", "serve", "--port", "0", *flags]
+        argv = ("launcher", "serve", "--port", "0", *flags)
+        self.process: ServeProcess
         with contextlib.ExitStack() as stack:
             stderr = None if log is None else stack.enter_context(log.open("a"))
-            self.process = subprocess.Popen(
-                ["env", *variables, *command], stdout=subprocess.PIPE, stderr=stderr, text=True
-            )
+            self.process, self._output = self._start(argv, environment or {}, stderr)
+
+    def _start(
+        self, argv: Sequence[str], environment: Mapping[str, str], stderr: IO[str] | None
+    ) -> tuple[ServeProcess, IO[str]]:
+        """Start ``python -P -m argv``: the process, and what it prints."""
+        variables = [f"{name}={value}" for name, value in environment.items()]
+        command = ["env", *variables, sys.executable, "-P", "-m", *argv]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
+        assert process.stdout is not None
+        return process, process.stdout
 
     def wait_until_ready(self) -> str:
         """Block until it serves.
@@ -55,12 +79,11 @@ class LocalCluster:
         Raises:
             ConfigError: it did not become ready; the message says what it printed instead.
         """
-        assert self.process.stdout is not None
         line = f"nothing in {START_S:.0f} s"
         with selectors.DefaultSelector() as selector:
-            selector.register(self.process.stdout, selectors.EVENT_READ)
+            selector.register(self._output, selectors.EVENT_READ)
             if selector.select(START_S):
-                line = self.process.stdout.readline().strip() or "it said nothing"
+                line = self._output.readline().strip() or "it said nothing"
         if not line.startswith("ready http"):
             where = f"; see {self._log}" if self._log is not None else ""
             raise ConfigError(f"baton serve {' '.join(self._flags)} did not start: {line}{where}")
@@ -96,8 +119,7 @@ class LocalCluster:
         except subprocess.TimeoutExpired:
             self.process.kill()
             code = self.process.wait()
-        if self.process.stdout is not None:
-            self.process.stdout.close()
+        self._output.close()
         return code
 
 

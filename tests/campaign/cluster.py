@@ -11,6 +11,7 @@ from typing import Any
 from bench.load.local_cluster import LocalCluster
 from protocol.errors import ConfigError
 from tests.campaign.client import Address, get_json
+from tests.forks import ForkedCluster
 
 
 class ClusterLost(Exception):
@@ -36,15 +37,19 @@ class RunningCluster:
 
 
 @asynccontextmanager
-async def run_cluster(*flags: str, log: Path | None = None) -> AsyncIterator[RunningCluster]:
+async def run_cluster(
+    *flags: str, log: Path | None = None, is_forked: bool = True
+) -> AsyncIterator[RunningCluster]:
     """``baton serve`` with UCX over TCP, for as long as the block runs.
 
-    Shared memory, UCX's choice on one host, would hide every asynchronous path.
+    Shared memory, UCX's choice on one host, would hide every asynchronous path. Forks start sooner;
+    where memory is measured, it should be of interpreters, which share no pages.
 
     Raises:
         ClusterLost: it did not become ready.
     """
-    local = LocalCluster(flags, log=log, environment={"UCX_TLS": "tcp"})
+    kind = ForkedCluster if is_forked else LocalCluster
+    local = kind(flags, log=log, environment={"UCX_TLS": "tcp"})
     try:
         try:
             await asyncio.to_thread(local.wait_until_ready)

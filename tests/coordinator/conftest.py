@@ -7,6 +7,7 @@ prefix hits are real, and every message that it got, so a test can wait for one.
 
 import contextlib
 import json
+import os
 import queue
 import signal
 import subprocess
@@ -22,6 +23,7 @@ import httpx
 import pytest
 
 from kvcache.prefix import block_salt, hash_blocks
+from launcher.supervise.forks import ForkedProcess
 from modeling.checkpoint.config import ModelConfig, load_config
 from protocol.codec import Codec
 from protocol.kv import KVLayout, RankEndpoint
@@ -56,6 +58,7 @@ from protocol.messages import (
 )
 from protocol.request import FinishReason, PrefillPath, TokenLogprobs, TransferStats
 from protocol.sockets import Dealer, Poller, Waker, open_context
+from tests.forks import shared_forks
 
 DEADLINE_S = 20.0
 BLOCK_SIZE = 16
@@ -394,14 +397,18 @@ class CoordinatorProcess:
         }
         file = folder / "coordinator.json"
         file.write_text(json.dumps(self.config))
-        argv = [sys.executable, "-P", "-m", "coordinator", "--config", str(file)]
-        self.process = subprocess.Popen(
-            argv,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            preexec_fn=prepare,
-        )
+        argv = ("coordinator", "--config", str(file))
+        self.process: ForkedProcess | subprocess.Popen[bytes]
+        if prepare is None:
+            self.process = shared_forks().start(*argv, environment=os.environ)
+        else:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-m", *argv],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                bufsize=0,
+                preexec_fn=prepare,
+            )
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -409,7 +416,7 @@ class CoordinatorProcess:
     def _read(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            self._lines.put(line)
+            self._lines.put(line.decode())
         self._lines.put("")
 
     def line(self) -> dict[str, str]:
@@ -423,7 +430,7 @@ class CoordinatorProcess:
         """Its standard error, once it has ended."""
         assert self.process.stderr is not None
         self.process.wait(DEADLINE_S)
-        return self.process.stderr.read()
+        return self.process.stderr.read().decode()
 
     def end(self) -> int:
         """SIGTERM if it still runs; its exit code."""

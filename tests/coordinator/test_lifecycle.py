@@ -260,7 +260,7 @@ def test_sigterm_ends_streams_with_an_error_and_tells_every_rank(
             pieces = reply.iter_bytes()
             received = next(pieces)
             started = time.monotonic()
-            running.coordinator.process.terminate()
+            running.coordinator.process.send_signal(signal.SIGTERM)
             received += b"".join(pieces)
         assert b'"code":"shutting_down"' in received
         assert b"[DONE]" not in received
@@ -277,7 +277,7 @@ def test_sigterm_lets_what_runs_end_and_nothing_new_begin(
         with half_a_body(running.url) as half, _stream(running.client, [1, 2], 4) as reply:
             pieces = reply.iter_bytes()
             received = _read_tokens(pieces, 1)
-            running.coordinator.process.terminate()
+            running.coordinator.process.send_signal(signal.SIGTERM)
             with httpx.Client(base_url=running.url, timeout=20) as other:
                 ready = wait_unready(other)
                 assert (ready["ready"], ready["code"]) == (False, "shutting_down")

@@ -39,7 +39,7 @@ from protocol.messages import (
 )
 from protocol.request import FinishReason, SamplingParams
 from protocol.sockets import Poller, Router, open_context
-from tests.forks import TorchForks, end, outputs
+from tests.forks import end, outputs, shared_forks
 
 MODEL = "arithmetic:layers=2,heads=4,kv_heads=2,head_dim=4"
 BUDGET_S = 60.0
@@ -49,8 +49,8 @@ M = TypeVar("M")
 class Coordinator:
     """Starts the ranks of one decode pool and talks to them."""
 
-    def __init__(self, context: zmq.Context, forks: TorchForks, folder: Path, tp_size: int) -> None:
-        self._forks, self._folder, self._tp_size = forks, folder, tp_size
+    def __init__(self, context: zmq.Context, folder: Path, tp_size: int) -> None:
+        self._folder, self._tp_size = folder, tp_size
         self._router = Router(context, f"ipc://{folder}/control")
         self._poller = Poller(self._router)
         self._in: Codec[ToCoordinator] = Codec(ToCoordinator)
@@ -77,7 +77,7 @@ class Coordinator:
             )
             path = self._folder / f"rank{rank}.json"
             path.write_bytes(msgspec.json.encode(config))
-            self.processes.append(self._forks.start("decode", "--config", str(path)))
+            self.processes.append(shared_forks().start("decode", "--config", str(path)))
 
     def form(self) -> None:
         """From HELLO to a pool that serves."""
@@ -129,11 +129,9 @@ class Coordinator:
 
 
 @pytest.fixture(params=[1, 2], ids=["tp1", "tp2"])
-def coordinator(
-    request: pytest.FixtureRequest, torch_forks: TorchForks, tmp_path: Path
-) -> Iterator[Coordinator]:
+def coordinator(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Coordinator]:
     with open_context("secret") as context:
-        coordinator = Coordinator(context, torch_forks, tmp_path, request.param)
+        coordinator = Coordinator(context, tmp_path, request.param)
         with contextlib.closing(coordinator):
             yield coordinator
 
@@ -210,10 +208,10 @@ def test_configurations_that_cannot_run(changes: dict[str, Any], said: str) -> N
         DecodeConfig(**{**fields, "listen": "ipc:///x", **changes})
 
 
-def test_a_mistake_in_the_file_is_one_line(torch_forks: TorchForks, tmp_path: Path) -> None:
+def test_a_mistake_in_the_file_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text('{"model": "arithmetic", "pool": 1}')
-    rank = torch_forks.start("decode", "--config", str(path))
+    rank = shared_forks().start("decode", "--config", str(path))
     _, errors = outputs(rank, BUDGET_S)
     end(rank)
     assert rank.poll() == 2

@@ -2,28 +2,19 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from modeling.arithmetic import expected_tokens
-from modeling.checkpoint.config import load_config
-from tests.e2e.test_documents import (
-    DOCUMENT,
-    MODEL,
-    SEGMENTS,
-    Cluster,
-    _until,
-    running,
-)
+from tests.e2e.cluster import Cluster, Json, expected, wait_until
+from tests.e2e.test_documents import DOCUMENT, MODEL, SEGMENTS, running
 
 NUM_QUESTIONS = 60
 URL = "/v1/completions"
 
 
-def lines() -> list[dict[str, Any]]:
+def lines() -> list[Json]:
     source = {"source": {"token_ids": DOCUMENT}, "form": "text"}
-    asked: list[tuple[str, str, dict[str, Any]]] = [("doc", "/v1/documents", source)]
+    asked: list[tuple[str, str, Json]] = [("doc", "/v1/documents", source)]
     for number in range(NUM_QUESTIONS):
         body = {
             "document_id": "custom:doc",
@@ -37,8 +28,8 @@ def lines() -> list[dict[str, Any]]:
     return [{"custom_id": c, "method": "POST", "url": url, "body": b} for c, url, b in asked]
 
 
-def batch_of(cluster: Cluster, batch_id: str) -> dict[str, Any]:
-    found: dict[str, Any] = cluster.client.get(f"/v1/batches/{batch_id}").json()
+def batch_of(cluster: Cluster, batch_id: str) -> Json:
+    found: Json = cluster.client.get(f"/v1/batches/{batch_id}").json()
     assert found["status"] not in ("failed", "expired", "cancelled"), found
     return found
 
@@ -55,7 +46,7 @@ def test_a_batch_outlives_every_process(tmp_path: Path) -> None:
             "/v1/batches",
             json={"input_file_id": made["id"], "endpoint": URL, "completion_window": "24h"},
         ).json()
-        _until(
+        wait_until(
             lambda: batch_of(first, batch["id"])["request_counts"]["completed"] > 10,
             "some questions are answered",
             90.0,
@@ -64,17 +55,19 @@ def test_a_batch_outlives_every_process(tmp_path: Path) -> None:
     with running("--prefill", "cp1", "--decode", "tp1", *data) as second:
         before = batch_of(second, batch["id"])["request_counts"]
         assert before["completed"] > 10
-        _until(lambda: batch_of(second, batch["id"])["status"] == "completed", "it is done", 90.0)
-        done = batch_of(second, batch["id"])
+
+        def done() -> Json:
+            return batch_of(second, batch["id"])
+
+        wait_until(lambda: done()["status"] == "completed", "it is done", 90.0)
         total = NUM_QUESTIONS + 1
-        assert done["request_counts"] == {"total": total, "completed": total, "failed": 0}
-        content = second.client.get(f"/v1/files/{done['output_file_id']}/content").text
+        assert done()["request_counts"] == {"total": total, "completed": total, "failed": 0}
+        content = second.client.get(f"/v1/files/{done()['output_file_id']}/content").text
     answers = {a["custom_id"]: a["response"]["body"] for a in map(json.loads, content.splitlines())}
     assert list(answers) == [line["custom_id"] for line in lines()]
-    config = load_config(MODEL)
     for number in range(0, NUM_QUESTIONS, 7):
         (choice,) = answers[f"q{number}"]["choices"]
-        assert choice["token_ids"] == expected_tokens(config, (*DOCUMENT, number + 1, 7), 24)
+        assert choice["token_ids"] == expected(MODEL, (*DOCUMENT, number + 1, 7), 24)
     cached = [
         a["usage"]["prompt_tokens_details"]["cached_tokens"]
         for a in answers.values()

@@ -2,26 +2,27 @@
 
 import json
 import socket
-from typing import Any
+from collections.abc import Iterator
 
 import httpx
 import openai
 import pytest
 
 from launcher.__main__ import main
+from tests.e2e.cluster import Cluster, run_cluster, wait_until
 
 MODEL = "arithmetic:layers=2,heads=4,kv_heads=2,vocab=512,max_len=4096"
 
 
 @pytest.fixture(scope="module")
-def cluster(start_cluster: Any) -> Any:
+def cluster() -> Iterator[Cluster]:
     flags = ("--prefill", "cp2", "--decode", "tp1", "--kv-memory", "32MiB", "--block-size", "16")
-    with start_cluster(MODEL, *flags) as running:
+    with run_cluster(MODEL, *flags) as running:
         yield running
 
 
 @pytest.mark.cluster
-def test_the_openai_client_streams(cluster: Any) -> None:
+def test_the_openai_client_streams(cluster: Cluster) -> None:
     with openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="none") as client:
         model = client.models.list().data[0].id
         stream = client.chat.completions.create(
@@ -53,7 +54,7 @@ def test_the_openai_client_streams(cluster: Any) -> None:
 
 
 @pytest.mark.cluster
-def test_a_client_that_leaves_frees_every_block(cluster: Any, until: Any, no_leaks: Any) -> None:
+def test_a_client_that_leaves_frees_every_block(cluster: Cluster) -> None:
     body = {"prompt": [5] * 2000, "max_tokens": 1500, "stream": True, "ignore_eos": True}
     with (
         httpx.Client(base_url=cluster.url, timeout=30.0) as client,
@@ -62,14 +63,12 @@ def test_a_client_that_leaves_frees_every_block(cluster: Any, until: Any, no_lea
         for line in reply.iter_lines():
             if line.startswith("data: "):
                 break
-    until(lambda: cluster.cluster()["num_active_requests"] == 0, "the request goes on")
-    no_leaks(cluster)
+    wait_until(lambda: cluster.state()["num_active_requests"] == 0, "the request goes on")
+    cluster.assert_no_leaks()
 
 
 @pytest.mark.cluster
-def test_a_client_that_leaves_before_the_first_token(
-    cluster: Any, until: Any, no_leaks: Any
-) -> None:
+def test_a_client_that_leaves_before_the_first_token(cluster: Cluster) -> None:
     host, port = cluster.url.removeprefix("http://").split(":")
     body = json.dumps({"prompt": list(range(400)) * 9, "max_tokens": 300}).encode()
     head = (
@@ -79,11 +78,11 @@ def test_a_client_that_leaves_before_the_first_token(
     for _ in range(5):
         with socket.create_connection((host, int(port)), timeout=10.0) as connection:
             connection.sendall(head.encode() + body)
-            until(
-                lambda: cluster.cluster()["num_active_requests"] > 0, "the request has not arrived"
+            wait_until(
+                lambda: cluster.state()["num_active_requests"] > 0, "the request has not arrived"
             )
-        until(lambda: cluster.cluster()["num_active_requests"] == 0, "the request goes on")
-    no_leaks(cluster)
+        wait_until(lambda: cluster.state()["num_active_requests"] == 0, "the request goes on")
+    cluster.assert_no_leaks()
 
 
 @pytest.mark.cluster
@@ -99,7 +98,7 @@ def test_a_client_that_leaves_before_the_first_token(
         (b'{"prompt": "x", "n": true}', "n"),
     ],
 )
-def test_bad_requests_disturb_nobody(cluster: Any, content: bytes, param: str | None) -> None:
+def test_bad_requests_disturb_nobody(cluster: Cluster, content: bytes, param: str | None) -> None:
     headers = {"content-type": "application/json"}
     reply = cluster.client.post("/v1/completions", content=content, headers=headers)
     assert reply.status_code == 400
@@ -110,7 +109,7 @@ def test_bad_requests_disturb_nobody(cluster: Any, content: bytes, param: str | 
 
 
 @pytest.mark.cluster
-def test_over_long_prompts_name_both_numbers(cluster: Any) -> None:
+def test_over_long_prompts_name_both_numbers(cluster: Cluster) -> None:
     reply = cluster.client.post("/v1/completions", json={"prompt": [1] * 5000, "max_tokens": 4})
     assert reply.status_code == 400
     assert reply.json()["error"]["code"] == "context_length_exceeded"
@@ -120,7 +119,7 @@ def test_over_long_prompts_name_both_numbers(cluster: Any) -> None:
 
 @pytest.mark.cluster
 def test_the_doctor_finds_the_cluster_well(
-    cluster: Any, capsys: pytest.CaptureFixture[str]
+    cluster: Cluster, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Right after a client has left, whose blocks are still on their way back."""
     body = {"prompt": [6] * 2000, "max_tokens": 1500, "stream": True, "ignore_eos": True}

@@ -12,15 +12,11 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
-from modeling.arithmetic import expected_tokens
-from modeling.checkpoint.config import load_config
-from tests.e2e.conftest import parse_path
-from tests.e2e.test_gangs import Process, Stream
+from tests.e2e.cluster import Json, LoneProcess, Stream, expected, parse_path, wait_until
 
 MODEL = "arithmetic:layers=2,heads=2,kv_heads=2,vocab=512,max_len=4096"
 HERE, RANKS = "coordinator", ("prefill0", "decode0", "decode1")
@@ -51,14 +47,17 @@ class Network:
 
     def inside(self, host: str) -> tuple[str, ...]:
         """Words before a command that is to run on that host."""
-        return () if host == HERE else ("ip", "netns", "exec", f"n{self._tag}{host}")
+        return () if host == HERE else ("ip", "netns", "exec", self.namespace(host))
+
+    def namespace(self, host: str) -> str:
+        return f"n{self._tag}{host}"
 
     def make(self) -> None:
         run("ip", "link", "add", self._bridge, "type", "bridge")
         run("ip", "address", "add", f"{self.address(HERE)}/24", "dev", self._bridge)
         run("ip", "link", "set", self._bridge, "up")
         for number, host in enumerate(RANKS):
-            name, namespace = f"v{self._tag}{number}", self.inside(host)[-1]
+            name, namespace = f"v{self._tag}{number}", self.namespace(host)
             run("ip", "netns", "add", namespace)
             run("ip", "link", "add", name, "type", "veth", "peer", "name", "v0", "netns", namespace)
             run("ip", "link", "set", name, "master", self._bridge, "up")
@@ -68,7 +67,7 @@ class Network:
 
     def remove(self) -> None:
         for words in (
-            *(("netns", "delete", self.inside(host)[-1]) for host in RANKS),
+            *(("netns", "delete", self.namespace(host)) for host in RANKS),
             ("link", "delete", self._bridge),
         ):
             with contextlib.suppress(OSError):
@@ -110,14 +109,13 @@ def network() -> Iterator[Network]:
 class Site:
     """A cluster over these hosts that nobody supervises."""
 
-    def __init__(self, network: Network, processes: dict[str, Process], url: str) -> None:
+    def __init__(self, network: Network, processes: dict[str, LoneProcess], url: str) -> None:
         self.network = network
         self.processes = processes
         self.url = url
         self._rng = random.Random(7)
-        self._config = load_config(MODEL)
 
-    def pool(self, pool_id: str) -> dict[str, Any]:
+    def pool(self, pool_id: str) -> Json:
         pools = httpx.get(f"{self.url}/v1/cluster", timeout=10.0).json()["pools"]
         (found,) = [pool for pool in pools if pool["pool_id"] == pool_id]
         return dict(found)
@@ -132,7 +130,7 @@ class Site:
         )
         took_s = time.monotonic() - began
         assert reply.status_code == 200, reply.text
-        want = expected_tokens(self._config, prompt, NUM_TOKENS)
+        want = expected(MODEL, prompt, NUM_TOKENS)
         assert reply.json()["choices"][0]["token_ids"] == want
         return took_s, parse_path(reply.headers["x-baton-path"])
 
@@ -145,10 +143,11 @@ def site(network: Network, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     listen = f"tcp://{network.address(HERE)}:*"
     fields = {**shared, "pools": pools, "port": 0, "control_listen": listen}
     with contextlib.ExitStack() as stack:
-        processes: dict[str, Process] = {}
+        processes: dict[str, LoneProcess] = {}
 
-        def start(host: str, module: str, settings: dict[str, Any]) -> Process:
-            process = Process(folder, module, host, settings, network.inside(host))
+        def start(host: str, module: str, settings: Json) -> LoneProcess:
+            where = None if host == HERE else Path("/run/netns", network.namespace(host))
+            process = LoneProcess(folder, module, host, settings, where)
             stack.callback(process.end)
             return processes.setdefault(host, process)
 
@@ -167,7 +166,7 @@ def site(network: Network, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         yield Site(network, processes, coordinator.said("ready"))
 
 
-def test_pools_that_do_not_reach_each_other(site: Site, until: Any) -> None:
+def test_pools_that_do_not_reach_each_other(site: Site) -> None:
     """No request waits for longer than it takes to notice; decode computes meanwhile."""
     _, path = site.ask()
     assert "local" not in path
@@ -176,20 +175,19 @@ def test_pools_that_do_not_reach_each_other(site: Site, until: Any) -> None:
         assert all("local" in path for _, path in asked), asked
         assert max(took_s for took_s, _ in asked) < NOTICED_S + SLACK_S, asked
         assert asked[-1][0] < NOTICED_S, "it is known by then"
-    until(lambda: "local" not in site.ask()[1], "the pair is used again", 30.0)
+    wait_until(lambda: "local" not in site.ask()[1], "the pair is used again", 30.0)
 
 
-def test_a_pool_that_the_coordinator_does_not_reach_for_a_while(site: Site, until: Any) -> None:
+def test_a_pool_that_the_coordinator_does_not_reach_for_a_while(site: Site) -> None:
     """Its streams go on elsewhere, and it comes back as it is: with model, process and cache."""
     stream = Stream(site.url, [5] * 300, LONG)
-    stream.wait_begun()
-    pool_id = parse_path(stream.path)["decode"]
+    pool_id = stream.wait_begun()
     epoch = site.pool(pool_id)["epoch"]
     with site.network.cut(HERE, pool_id):
-        until(lambda: not site.pool(pool_id)["serving"], "it is missed")
-    until(lambda: site.pool(pool_id)["serving"], "it is back")
-    stream.check_exact()
+        wait_until(lambda: not site.pool(pool_id)["serving"], "it is missed")
+    wait_until(lambda: site.pool(pool_id)["serving"], "it is back")
+    stream.check_exact(MODEL)
     assert site.pool(pool_id)["epoch"] > epoch
-    assert all(process.popen.poll() is None for process in site.processes.values()), "given up"
+    assert all(process.process.poll() is None for process in site.processes.values()), "given up"
     for _ in range(4):
         site.ask()

@@ -4,13 +4,13 @@ import os
 import subprocess
 import sys
 from random import Random
-from typing import Any
 
 import pytest
 
 from modeling.embedded import CHECKPOINT
 from modeling.embedded.grammar import Document, write_document
 from modeling.text.tokenizer import load_tokenizer
+from tests.e2e.cluster import run_cluster
 
 NUM_TOKENS = 3000
 DEMO_S = 200.0
@@ -42,12 +42,12 @@ def document() -> Document:
     "split", [*QUICK, *(pytest.param(split, marks=pytest.mark.slow) for split in THOROUGH)]
 )
 def test_every_split_gives_the_same_right_answers(
-    start_cluster: Any, document: Document, split: tuple[str, ...]
+    document: Document, split: tuple[str, ...]
 ) -> None:
     random = Random(0)
     asked = [*document.facts[::9], *document.absent[:2]]
     messages: list[dict[str, str]] = []
-    with start_cluster(*split, "--kv-memory", "128MiB", "--checksum", "always") as cluster:
+    with run_cluster(*split, "--kv-memory", "128MiB", "--checksum", "always") as cluster:
         for index, fact in enumerate(asked):
             question = fact.question(random, paraphrase=index % 2 == 1)
             content = question if messages else f"{document.text}\n\n{question}"

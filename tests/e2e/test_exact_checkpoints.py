@@ -4,12 +4,14 @@ Every shape of cluster runs here with one family; the whole matrix runs in ``mak
 """
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.e2e.cluster import run_cluster
 from tests.modeling.checkpoints import write_checkpoint
 
 SHAPES = {
@@ -38,11 +40,13 @@ EVERY_CHANGE = {
     ("cp2tp2-tp2", "mistral"),
 }
 NUM_TOKENS = 8
+Checkpoint = Callable[[str], Path]
+Reference = Callable[[str, list[int]], list[int]]
 LENGTHS = (1, 17, 64, 130, 420)
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """A function: the folder of a family's tiny checkpoint, written once."""
     written: dict[str, Path] = {}
 
@@ -60,7 +64,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(scope="session")
-def reference(checkpoint: Any) -> Any:
+def reference(checkpoint: Checkpoint) -> Reference:
     """A function: transformers' greedy tokens, and the margin of the closest decision."""
     from transformers import AutoModelForCausalLM
 
@@ -95,7 +99,7 @@ def reference(checkpoint: Any) -> Any:
     ],
 )
 def test_greedy_tokens_equal_transformers(
-    shape: str, family: str, start_cluster: Any, no_leaks: Any, checkpoint: Any, reference: Any
+    shape: str, family: str, checkpoint: Checkpoint, reference: Reference
 ) -> None:
     rng = random.Random(f"{shape} {family}")
     flags = (
@@ -105,7 +109,7 @@ def test_greedy_tokens_equal_transformers(
         *("--set", "decode_pool.token_budget=96"),
         *("--set", "coordinator.local_prefill_threshold=0"),
     )
-    with start_cluster(str(checkpoint(family)), *flags) as cluster:
+    with run_cluster(str(checkpoint(family)), *flags) as cluster:
         for length in LENGTHS:
             prompt = [rng.randrange(5, 300) for _ in range(length)]
             want = reference(family, prompt)
@@ -113,4 +117,4 @@ def test_greedy_tokens_equal_transformers(
             assert cluster.tokens(prompt, NUM_TOKENS) == want, f"cached, {length} tokens"
             longer = prompt + [rng.randrange(5, 300) for _ in range(21)]
             assert cluster.tokens(longer, NUM_TOKENS) == reference(family, longer)
-        no_leaks(cluster)
+        cluster.assert_no_leaks()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.e2e.test_failover import pids_of_ranks
+from tests.e2e.cluster import run_cluster, wait_until
 from tests.modeling.checkpoints import write_checkpoint
 
 NUM_TOKENS = 6
@@ -38,9 +38,7 @@ def damage(pid: int, wanted: bytes) -> int:
 
 
 @pytest.mark.cluster
-def test_a_pool_that_makes_numbers_that_are_not_finite_is_lost(
-    start_cluster: Any, until: Any, no_leaks: Any, tmp_path: Path
-) -> None:
+def test_a_pool_that_makes_numbers_that_are_not_finite_is_lost(tmp_path: Path) -> None:
     """Three different requests prove it guilty, each of which the other pool answers; its next
     ranks have read their weights anew."""
     write_checkpoint(
@@ -52,11 +50,10 @@ def test_a_pool_that_makes_numbers_that_are_not_finite_is_lost(
     rng = random.Random(8)
     prompts = [[rng.randrange(5, 300) for _ in range(40)] for _ in range(12)]
     flags = ("--decode", "tp1", "--decode", "tp1", "--dtype", "float32", "--kv-memory", "8MiB")
-    with start_cluster(str(tmp_path), *flags, "--block-size", "16") as cluster:
+    with run_cluster(str(tmp_path), *flags, "--block-size", "16") as cluster:
 
         def damaged() -> dict[str, Any]:
-            (found,) = [p for p in cluster.cluster()["pools"] if p["pool_id"] == DAMAGED]
-            return dict(found)
+            return cluster.pools()[DAMAGED]
 
         def ask(number: int) -> tuple[list[int], str]:
             """The answer to a prompt that no cache has, and the pool that it is of."""
@@ -67,14 +64,16 @@ def test_a_pool_that_makes_numbers_that_are_not_finite_is_lost(
         first = [ask(number) for number in range(len(prompts))]
         assert {pool_id for _, pool_id in first} == {DAMAGED}
         epoch, number = damaged()["epoch"], len(prompts)
-        assert damage(pids_of_ranks(cluster.process.pid)[f"{DAMAGED}/0"], embedding)
+        assert damage(cluster.pids()[f"{DAMAGED}/0"], embedding)
         while damaged()["serving"] and damaged()["epoch"] == epoch:
             answer = ask(number)
             assert answer == (first[number % len(prompts)][0], SOUND)
             number += 1
             assert number < 200, "it is asked, and found out"
         assert "not finite for 3 different requests" in damaged()["lost_reason"]
-        until(lambda: damaged()["serving"] and damaged()["epoch"] > epoch, "it is back", BACK_S)
+        wait_until(
+            lambda: damaged()["serving"] and damaged()["epoch"] > epoch, "it is back", BACK_S
+        )
         again = [ask(number) for number in range(200, 200 + len(prompts))]
         assert [tokens for tokens, _ in again] == [
             first[number % len(prompts)][0] for number in range(200, 200 + len(prompts))
@@ -84,4 +83,4 @@ def test_a_pool_that_makes_numbers_that_are_not_finite_is_lost(
         counts = re.findall(r'baton_non_finite_logits_total\{pool="(\w+)"\} (\S+)', text)
         assert [pool_id for pool_id, _ in counts] == [DAMAGED]
         assert 3 <= float(counts[0][1]) <= number - len(prompts)
-        no_leaks(cluster)
+        cluster.assert_no_leaks()

@@ -8,11 +8,11 @@ import json
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 
+from tests.e2e.cluster import Cluster, run_cluster
 from tests.e2e.doors import Door, doors_of, tree
 
 MODEL = "arithmetic:layers=3,heads=4,kv_heads=2,vocab=512,max_len=4096"
@@ -36,18 +36,19 @@ GLOO, RANKS = 2, ("prefill", "decode", "store")
 
 @pytest.fixture(scope="module", params=["nixl", "tcp"])
 def running(
-    request: pytest.FixtureRequest, start_cluster: Any, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Any, str]]:
-    """A cluster, and its transport."""
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Cluster, str]]:
+    """A cluster, and its transport: of interpreters, since a fork shares what others have open."""
     transport = request.param
     data = ("--data-dir", str(tmp_path_factory.mktemp("p") / "data"), *STORE)
     flags = (*POOLS, *data, "--block-size", "16", "--transport", transport)
-    with start_cluster(MODEL, *flags, environment={"HF_TOKEN": HUB_TOKEN}) as cluster:
+    variables = {"HF_TOKEN": HUB_TOKEN}
+    with run_cluster(MODEL, *flags, environment=variables, is_forked=False) as cluster:
         yield cluster, transport
 
 
 @pytest.mark.cluster
-def test_what_a_cluster_on_one_host_listens_on(running: tuple[Any, str]) -> None:
+def test_what_a_cluster_on_one_host_listens_on(running: tuple[Cluster, str]) -> None:
     cluster, transport = running
     cluster.tokens(list(range(300)), 4)
     doors = {pid: (role(pid), found) for pid, found in _of_all(cluster).items()}
@@ -75,24 +76,24 @@ def test_what_a_cluster_on_one_host_listens_on(running: tuple[Any, str]) -> None
     assert max(sum(door.kind == "tcp" for door in found) for found in ranks) <= most
 
 
-def _of_all(cluster: Any) -> dict[int, list[Door]]:
+def _of_all(cluster: Cluster) -> dict[int, list[Door]]:
     return doors_of(tree(cluster.process.pid))
 
 
 @pytest.mark.cluster
-def test_junk_at_every_port_of_a_rank_ends_nothing(running: tuple[Any, str]) -> None:
+def test_junk_at_every_port_of_a_rank_ends_nothing(running: tuple[Cluster, str]) -> None:
     """Other users of the machine reach the loopback too."""
     cluster, _ = running
     prompt = list(range(300))
     want = cluster.tokens(prompt, 4)
-    before = [(pool["pool_id"], pool["epoch"]) for pool in cluster.cluster()["pools"]]
+    before = [(pool["pool_id"], pool["epoch"]) for pool in cluster.state()["pools"]]
     for found in _of_all(cluster).values():
         for door in found:
             for junk in (b"", b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 95, b"\x00" * 8192):
                 _send(door, junk)
     assert cluster.tokens(prompt, 4) == want
     assert cluster.tokens([*reversed(prompt)], 4)
-    after = [(pool["pool_id"], pool["epoch"]) for pool in cluster.cluster()["pools"]]
+    after = [(pool["pool_id"], pool["epoch"]) for pool in cluster.state()["pools"]]
     assert after == before, "no gang was started again"
 
 
@@ -111,7 +112,7 @@ def _send(door: Door, junk: bytes) -> None:
 
 
 @pytest.mark.cluster
-def test_what_others_can_see_of_a_cluster(running: tuple[Any, str]) -> None:
+def test_what_others_can_see_of_a_cluster(running: tuple[Cluster, str]) -> None:
     """Command lines are everybody's to read; files of the run folder and the data are ours alone.
 
     The environment is our own to read. Who reads strangers' texts, and the coordinator, whose

@@ -7,12 +7,14 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import httpx
 import pytest
 
+from bench.load.local_cluster import descendants
 from protocol.folders import remove_dead
+from tests.e2e.cluster import is_gone, wait_until
 
 MODEL = "arithmetic:layers=2,heads=2,kv_heads=2,vocab=512,max_len=1024"
 
@@ -27,30 +29,17 @@ def _serve(tmp_path: Path, *flags: str, stderr: IO[str] | None = None) -> subpro
     )
 
 
-def _descendants(pid: int) -> list[int]:
-    path = Path(f"/proc/{pid}/task/{pid}/children")
-    return [int(child) for child in path.read_text().split()]
-
-
-def _is_gone(pid: int) -> bool:
-    stat = Path(f"/proc/{pid}/stat")
-    try:
-        return stat.read_text().rpartition(")")[2].split()[0] == "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return True
-
-
 @pytest.mark.cluster
-def test_a_killed_launcher_leaves_no_process(tmp_path: Path, until: Any) -> None:
+def test_a_killed_launcher_leaves_no_process(tmp_path: Path) -> None:
     process = _serve(tmp_path)
     assert process.stdout is not None
     assert process.stdout.readline().startswith("ready ")
-    children = _descendants(process.pid)
-    assert len(children) == 4, "a coordinator, a fork server and two ranks"
+    children = descendants(process.pid)
+    assert len(children) == 5, "a coordinator and its reader of texts, a fork server, two ranks"
     process.kill()
     process.wait(10)
     process.stdout.close()
-    until(lambda: all(_is_gone(pid) for pid in children), "a child outlives its launcher")
+    wait_until(lambda: all(is_gone(pid) for pid in children), "a child outlives its launcher")
     assert list(tmp_path.glob("baton-*/coordinator.json"))
     assert remove_dead("baton-", tmp_path) == 1, "the next launcher removes what is left"
     assert not list(tmp_path.iterdir())
@@ -64,17 +53,17 @@ def test_ctrl_c_leaves_nothing_and_quiet_says_nothing_before(tmp_path: Path) -> 
         process = _serve(runtime, "--quiet", stderr=stderr)
     assert process.stdout is not None
     assert process.stdout.readline().startswith("ready ")
-    children = _descendants(process.pid)
+    children = descendants(process.pid)
     process.send_signal(signal.SIGINT)
     assert process.wait(20) == 0
     process.stdout.close()
-    assert all(_is_gone(pid) for pid in children)
+    assert all(is_gone(pid) for pid in children)
     assert not list(runtime.iterdir()), "the folder of sockets and configurations"
     assert "serving" not in said.read_text().split("\n")
 
 
 @pytest.mark.cluster
-def test_a_cluster_that_nobody_listens_to_serves(tmp_path: Path, until: Any) -> None:
+def test_a_cluster_that_nobody_listens_to_serves(tmp_path: Path) -> None:
     """Its standard error is a full pipe, its log files are on a full disk, callers make noise."""
     read, write = os.pipe()
     os.set_blocking(write, False)
@@ -112,7 +101,7 @@ def test_a_cluster_that_nobody_listens_to_serves(tmp_path: Path, until: Any) -> 
                 found = re.search(pattern, client.get("/metrics").text)
                 return found is not None and float(found[1]) > 200
 
-            until(is_counted, "the lines of the noise are dropped, and counted")
+            wait_until(is_counted, "the lines of the noise are dropped, and counted")
     finally:
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 0

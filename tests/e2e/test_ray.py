@@ -6,37 +6,32 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from modeling.arithmetic import expected_tokens
-from modeling.checkpoint.config import load_config
+from tests.e2e.cluster import expected, prompt_of, run_cluster, wait_until
 from tests.e2e.doors import doors_of, tree
 
 MODEL = "arithmetic:layers=3,heads=4,kv_heads=2,vocab=512,max_len=4096"
 
 
 @pytest.mark.cluster
-def test_the_same_requests_pass_under_ray(
-    start_cluster: Any, no_leaks: Any, until: Any, tmp_path: Path
-) -> None:
+def test_the_same_requests_pass_under_ray(tmp_path: Path) -> None:
     rng = random.Random(5)
-    config = load_config(MODEL)
     flags = ("--launcher", "ray", "--prefill", "cp2", "--decode", "tp2", "--kv-memory", "32MiB")
-    flags += ("--data-dir", str(tmp_path), "--store-memory", "8MiB")
-    with start_cluster(MODEL, *flags, "--block-size", "16") as cluster:
+    store = ("--data-dir", str(tmp_path), "--store-memory", "8MiB")
+    with run_cluster(MODEL, *flags, *store, "--block-size", "16", is_forked=False) as cluster:
         for length in (1, 40, 700):
-            prompt = [rng.randrange(500) for _ in range(length)]
-            assert cluster.tokens(prompt, 8) == expected_tokens(config, prompt, 8)
-            longer = prompt + [rng.randrange(500) for _ in range(200)]
-            assert cluster.tokens(longer, 8) == expected_tokens(config, longer, 8)
+            prompt = prompt_of(rng, length)
+            assert cluster.tokens(prompt, 8) == expected(MODEL, prompt, 8)
+            longer = prompt + prompt_of(rng, 200)
+            assert cluster.tokens(longer, 8) == expected(MODEL, longer, 8)
         # Ray gives each of its workers a port on every address; ours are the loopback's here.
         for found in doors_of(_actors(cluster.process.pid)).values():
             hosts = sorted(door.host for door in found if door.kind != "unix")
             assert [host for host in hosts if host != "127.0.0.1"] == ["::"], found
         assert "AuthenticationError" in _ask_ray_without_its_token(cluster.process.pid, tmp_path)
-        document = [rng.randrange(500) for _ in range(1600)]
+        document = prompt_of(rng, 1600)
         source = {"token_ids": document}
         made = cluster.client.post("/v1/documents", json={"source": source}).json()
         path = f"/v1/documents/{made['id']}"
@@ -46,13 +41,13 @@ def test_the_same_requests_pass_under_ray(
             assert status not in ("failed", "cancelled")
             return bool(status == "ready")
 
-        until(is_ready, "the document is ready", 60.0)
+        wait_until(is_ready, "the document is ready", 60.0)
         assert list(tmp_path.glob("kv/**/*")), "its KV is on the disk"
         asked = cluster.complete([7, 3], 8, document_id=made["id"])
         assert int(asked["path"]["cached"]) == 1600
-        want = expected_tokens(config, [*document, 7, 3], 8)
+        want = expected(MODEL, [*document, 7, 3], 8)
         assert asked["choices"][0]["token_ids"] == want
-        no_leaks(cluster)
+        cluster.assert_no_leaks()
 
 
 def _ask_ray_without_its_token(launcher: int, home: Path) -> str:
@@ -98,25 +93,24 @@ def _actors(launcher: int) -> list[int]:
 
 
 @pytest.mark.cluster
-def test_a_gang_of_actors_comes_back(start_cluster: Any, no_leaks: Any, until: Any) -> None:
+def test_a_gang_of_actors_comes_back() -> None:
     """A killed actor takes its gang with it, a stopped one too; both are started again."""
-    config = load_config(MODEL)
     flags = ("--launcher", "ray", "--decode", "tp2", "--decode", "tp1", "--kv-memory", "16MiB")
-    with start_cluster(MODEL, *flags, "--block-size", "16") as cluster:
+    with run_cluster(MODEL, *flags, "--block-size", "16", is_forked=False) as cluster:
         for number in (signal.SIGKILL, signal.SIGSTOP):
-            before = {pool["pool_id"]: pool["epoch"] for pool in cluster.cluster()["pools"]}
+            before = {pool["pool_id"]: pool["epoch"] for pool in cluster.state()["pools"]}
             pids = _actors(cluster.process.pid)
             assert len(pids) == 3
             os.kill(pids[0], number)
 
             def is_back(before: dict[str, int] = before) -> bool:
-                pools = cluster.cluster()["pools"]
+                pools = cluster.state()["pools"]
                 return all(pool["serving"] for pool in pools) and any(
                     pool["epoch"] > before[pool["pool_id"]] for pool in pools
                 )
 
-            until(is_back, "the gang is back", 90.0)
+            wait_until(is_back, "the gang is back", 90.0)
             assert not Path(f"/proc/{pids[0]}").exists()
             prompt = [number] * 300
-            assert cluster.tokens(prompt, 8) == expected_tokens(config, prompt, 8)
-            no_leaks(cluster)
+            assert cluster.tokens(prompt, 8) == expected(MODEL, prompt, 8)
+            cluster.assert_no_leaks()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.e2e.cluster import Cluster, run_cluster
 from tests.modeling.checkpoints import write_checkpoint
 
 PROMPT = [11, 42, 99, 7, 250, 33]
@@ -51,8 +52,8 @@ def stop_text(folder: Path, reference: list[int]) -> str:
     from tokenizers import Tokenizer
 
     assert reference[3] not in reference[:3]
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    text: str = tokenizer.id_to_token(reference[3])
+    text = Tokenizer.from_file(str(folder / "tokenizer.json")).id_to_token(reference[3])
+    assert text is not None
     _change(folder / "tokenizer_config.json", eos_token=text)
     return text
 
@@ -63,14 +64,14 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cluster(start_cluster: Any, folder: Path, stop_text: str, said: Path) -> Iterator[Any]:
+def cluster(folder: Path, stop_text: str, said: Path) -> Iterator[Cluster]:
     del stop_text
     flags = ("--decode", "tp1", "--dtype", "float16", "--kv-memory", "16MiB")
-    with start_cluster(str(folder), *flags, "--served-model-name", *NAMES, log=said) as running:
+    with run_cluster(str(folder), *flags, "--served-model-name", *NAMES, log=said) as running:
         yield running
 
 
-def ask(cluster: Any, **fields: Any) -> dict[str, Any]:
+def ask(cluster: Cluster, **fields: Any) -> dict[str, Any]:
     body = {"prompt": PROMPT, "max_tokens": 12, "return_token_ids": True, **fields}
     reply = cluster.client.post("/v1/completions", json=body)
     assert reply.status_code == 200, reply.text
@@ -80,7 +81,7 @@ def ask(cluster: Any, **fields: Any) -> dict[str, Any]:
 
 @pytest.mark.cluster
 def test_a_request_that_names_none_is_sampled_by_the_folders_defaults(
-    cluster: Any, reference: list[int]
+    cluster: Cluster, reference: list[int]
 ) -> None:
     for seed in (1, 2):
         assert ask(cluster, ignore_eos=True, seed=seed)["token_ids"] == reference
@@ -89,13 +90,15 @@ def test_a_request_that_names_none_is_sampled_by_the_folders_defaults(
 
 
 @pytest.mark.cluster
-def test_the_tokenizers_end_of_sequence_ends_an_answer(cluster: Any, reference: list[int]) -> None:
+def test_the_tokenizers_end_of_sequence_ends_an_answer(
+    cluster: Cluster, reference: list[int]
+) -> None:
     answer = ask(cluster)
     assert (answer["finish_reason"], answer["token_ids"]) == ("stop", reference[:4])
 
 
 @pytest.mark.cluster
-def test_every_name_is_served_and_no_other(cluster: Any, folder: Path) -> None:
+def test_every_name_is_served_and_no_other(cluster: Cluster, folder: Path) -> None:
     listed = cluster.client.get("/v1/models").json()["data"]
     assert {model["id"] for model in listed} == set(NAMES)
     for name in NAMES:
@@ -106,7 +109,7 @@ def test_every_name_is_served_and_no_other(cluster: Any, folder: Path) -> None:
 
 @pytest.mark.cluster
 def test_the_start_says_what_is_served(
-    cluster: Any, folder: Path, said: Path, stop_text: str, reference: list[int]
+    cluster: Cluster, folder: Path, said: Path, stop_text: str, reference: list[int]
 ) -> None:
     lines = [line.strip() for line in said.read_text().splitlines()]
     start = lines.index("serving")
@@ -123,6 +126,6 @@ def test_the_start_says_what_is_served(
         "without effect: typical_p"
     )
     assert found["output head"] == "stored"
-    serving = cluster.cluster()["serving"]
+    serving = cluster.state()["serving"]
     assert (serving["dtype"], serving["names"]) == ("float16", list(NAMES))
     assert serving["checkpoint"]["sampling"] == SAMPLING

@@ -28,7 +28,7 @@ from kvtransfer.transport.tcp_wire import COUNT, NONCE_BYTES, RUN, prove_end
 from protocol.errors import ConfigError, TransferError
 from protocol.kv import KVLayout, RankEndpoint
 from protocol.proof import PROOF_BYTES
-from tests.forks import TorchForks, end
+from tests.forks import end, shared_forks
 
 # What a rank of one host is told (launcher/config.py).
 SHARED_MEMORY = {
@@ -419,12 +419,12 @@ def test_a_source_smaller_than_it_says(tcp: Cluster) -> None:
 class Process:
     """``transport_rank.py`` in a process of its own."""
 
-    def __init__(self, forks: TorchForks, name: str, variables: dict[str, str], fill: int) -> None:
+    def __init__(self, name: str, variables: dict[str, str], fill: int) -> None:
         self.incarnation = uuid.uuid4().hex
         commands, self._commands = os.pipe()
         arguments = [str(commands), name, self.incarnation, TOKEN, str(fill), str(NUM_BLOCKS)]
         settings = [f"{name}={value}" for name, value in (QUIET | variables).items()]
-        self.process = forks.start(
+        self.process = shared_forks().start(
             "tests.kvtransfer.transport_rank", *arguments, *settings, pass_fds=[commands]
         )
         os.close(commands)
@@ -466,11 +466,11 @@ SPLIT = [ByteRun(i * 2 * BLOCK_BYTES, i * 2 * BLOCK_BYTES, BLOCK_BYTES) for i in
 
 
 @pytest.fixture
-def start(torch_forks: TorchForks) -> Iterator[Callable[..., Process]]:
+def start() -> Iterator[Callable[..., Process]]:
     started: list[Process] = []
 
     def run(name: str, variables: dict[str, str], fill: int) -> Process:
-        started.append(Process(torch_forks, name, variables, fill))
+        started.append(Process(name, variables, fill))
         return started[-1]
 
     yield run

@@ -11,7 +11,7 @@ from launcher.supervise.forks import ForkedProcess
 from modeling.kernels.native_build import COMPILERS
 from modeling.parallel import SingleRank, init_gang, make_tensor_parallel, open_gang_store
 from protocol.errors import PeerError
-from tests.forks import TorchForks, end, outputs
+from tests.forks import end, outputs, shared_forks
 
 DEADLINE_S = 90.0
 
@@ -26,7 +26,7 @@ RunGang = Callable[[str, int, str], list[Result]]
 
 
 @pytest.fixture
-def run_gang(torch_forks: TorchForks) -> RunGang:
+def run_gang() -> RunGang:
     """Runs a scenario in so many processes of a kind: (exit code, output) of every rank."""
 
     def run(scenario: str, size: int, kind: str) -> list[Result]:
@@ -37,9 +37,8 @@ def run_gang(torch_forks: TorchForks) -> RunGang:
                 fd = listen_fd if rank == 0 else -1
                 arguments = [scenario, str(rank), str(size), address, kind, str(fd)]
                 fds = [fd] if fd >= 0 else []
-                ranks.append(
-                    torch_forks.start("tests.modeling.parallel_rank", *arguments, pass_fds=fds)
-                )
+                module = "tests.modeling.parallel_rank"
+                ranks.append(shared_forks().start(module, *arguments, pass_fds=fds))
             said = ["".join(outputs(rank, DEADLINE_S)) for rank in ranks]
             return [(rank.wait(), text) for rank, text in zip(ranks, said, strict=True)]
         finally:

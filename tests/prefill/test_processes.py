@@ -38,7 +38,7 @@ from protocol.messages import (
 )
 from protocol.request import SamplingParams
 from protocol.sockets import Poller, Router, open_context
-from tests.forks import TorchForks, end
+from tests.forks import end, shared_forks
 
 pytestmark = pytest.mark.cluster
 
@@ -120,7 +120,7 @@ Start = Callable[..., tuple[Coordinator, list[ForkedProcess]]]
 
 
 @pytest.fixture
-def start(torch_forks: TorchForks, tmp_path: Path) -> Iterator[Start]:
+def start(tmp_path: Path) -> Iterator[Start]:
     processes: list[ForkedProcess] = []
     with open_context("secret") as context:
         router = Router(context, f"ipc://{tmp_path}/control")
@@ -145,7 +145,7 @@ def start(torch_forks: TorchForks, tmp_path: Path) -> Iterator[Start]:
                 }
                 file = tmp_path / f"{rank}.json"
                 file.write_text(json.dumps(config))
-                processes.append(torch_forks.start("prefill", "--config", str(file)))
+                processes.append(shared_forks().start("prefill", "--config", str(file)))
             return Coordinator(router), processes
 
         yield start_pool

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.forks import TorchForks, end, outputs
+from tests.forks import end, outputs, shared_forks
 from tests.ring_attention.ring_cases import (
     DenseKernel,
     PositionKernel,
@@ -23,13 +23,13 @@ Run = Callable[[int, int, str], list[list[str]]]
 
 
 @pytest.fixture
-def run_ranks(torch_forks: TorchForks, tmp_path: Path) -> Run:
+def run_ranks(tmp_path: Path) -> Run:
     """Runs ``cp_size * tp_size`` processes until they have ended well: the lines of each."""
 
     def run(cp_size: int, tp_size: int, mode: str) -> list[list[str]]:
         rest = [str(cp_size), str(tp_size), str(tmp_path / "store"), mode]
         ranks = [
-            torch_forks.start("tests.ring_attention.gloo_rank", str(rank), *rest)
+            shared_forks().start("tests.ring_attention.gloo_rank", str(rank), *rest)
             for rank in range(cp_size * tp_size)
         ]
         try:

@@ -105,7 +105,7 @@ async def _settled(cluster: RunningCluster) -> None:
 async def stress(arguments: argparse.Namespace, lines: list[str], problems: list[str]) -> None:
     """Every stage in turn on one cluster; ``lines`` and ``problems`` are added to."""
     flags = (*FLAGS, "--set", LIMITS)
-    async with run_cluster(*flags, log=arguments.log) as cluster:
+    async with run_cluster(*flags, log=arguments.log, is_forked=False) as cluster:
         raise_open_files()  # for our own clients; the cluster has had to do so itself
         rng = random.Random(arguments.seed)
         warm = Context(cluster.address, rng, 0.05 * arguments.scale)

@@ -74,7 +74,7 @@ async def soak(arguments: argparse.Namespace, tally: Tally) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         flags = (*pools, *BASE_FLAGS, *SETTINGS, *FLAGS, "--data-dir", folder)
         async with (
-            run_cluster(MODEL, *flags, log=arguments.log) as cluster,
+            run_cluster(MODEL, *flags, log=arguments.log, is_forked=False) as cluster,
             watching(cluster, interval_s=LOOK_EVERY_S) as watch,
         ):
             started = time.monotonic()
