@@ -32,6 +32,7 @@ from bench.load.workload.sessions import Cancellations, Documents, Lengths, Segm
 from bench.load.workload.specs import arrival_of, cancellations_of, workload_of
 from launcher.__main__ import main
 from protocol.errors import ConfigError
+from tests.bench.records import record
 from tests.bench.toy_server import ToyConfig
 
 START = Callable[..., str]
@@ -255,20 +256,10 @@ def test_progress_adds_up_and_tells_nothing_twice() -> None:
     assert total(parts).ttfts_s == []
 
 
-def _record(index: int, lag_s: float, outcome: str = "ok") -> RequestRecord:
+def _record(index: int, lag_s: float) -> RequestRecord:
     at = float(index)
-    return RequestRecord(
-        "t",
-        index,
-        "s",
-        0,
-        "k",
-        at,
-        at + lag_s,
-        token_times_s=(at + lag_s + 0.1,),
-        finished_s=at + lag_s + 0.2,
-        outcome=outcome,
-    )
+    sent = at + lag_s
+    return record(index, lag_s + 0.1, gaps_s=(0.1,), at_s=at, sent_s=sent, kind="k")
 
 
 AUDIT = Audit(100.0, 0.5, 0.001, 0.2, 1, False)

@@ -5,20 +5,10 @@ import time
 from functools import partial
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from uvloop import run
 
 from bench.load.driving.pacer import Pacer
 from tests.bench.toy_server import ToyConfig, ToyServer, advance
-
-TIMES = st.integers(0, 400).map(lambda eighths: eighths / 8)  # sums of these are exact
-STALLS = st.lists(st.tuples(TIMES, TIMES), max_size=4).map(
-    lambda drawn: [
-        (sum(a + b for a, b in drawn[:n]) + drawn[n][0] + 1 / 16, drawn[n][1])
-        for n in range(len(drawn))
-    ]
-)
 
 
 @pytest.mark.parametrize(
@@ -34,21 +24,6 @@ STALLS = st.lists(st.tuples(TIMES, TIMES), max_size=4).map(
 )
 def test_a_stall_of_ten_seconds_at_two(start: float, duration: float, end: float) -> None:
     assert advance(start, duration, [(2.0, 10.0)]) == end
-
-
-@given(TIMES, TIMES, TIMES, STALLS)
-def test_work_may_be_done_in_parts(
-    start: float, one: float, two: float, stalls: list[tuple[float, float]]
-) -> None:
-    assert advance(advance(start, one, stalls), two, stalls) == advance(start, one + two, stalls)
-
-
-@given(TIMES, TIMES, TIMES, STALLS)
-def test_who_comes_later_ends_no_earlier(
-    start: float, wait: float, work: float, stalls: list[tuple[float, float]]
-) -> None:
-    assert advance(start, work, stalls) <= advance(start + wait, work, stalls)
-    assert advance(start, work, stalls) >= start + work
 
 
 def test_slots_are_taken_in_turn() -> None:

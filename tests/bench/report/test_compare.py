@@ -10,29 +10,16 @@ from bench.load.analysis.compare import Pair, Row, Settings, compare, conclude, 
 from bench.load.analysis.slo import Deadline, Objective, Slo
 from bench.load.record import RequestRecord
 from protocol.errors import ConfigError
+from tests.bench.records import record
 
 NUM_PER_BLOCK = 60
 FEW = Settings(num_draws=200)
 
 
-def _record(
-    target: str, index: int, ttft_s: float, gap_s: float = 0.01, outcome: str = "ok"
-) -> RequestRecord:
-    times = (ttft_s, ttft_s + gap_s, ttft_s + 2 * gap_s)
-    return RequestRecord(
-        target,
-        index,
-        f"s{index}",
-        0,
-        "short",
-        0.0,
-        0.0,
-        token_times_s=times if outcome == "ok" else (),
-        token_counts=(1, 1, 1) if outcome == "ok" else (),
-        finished_s=times[-1],
-        num_prompt_tokens=100,
-        num_output_tokens=3 if outcome == "ok" else 0,
-        outcome=outcome,
+def _record(target: str, index: int, ttft_s: float, outcome: str = "ok") -> RequestRecord:
+    told = ttft_s if outcome == "ok" else None
+    return record(
+        index, told, gaps_s=(0.01, 0.01), target=target, outcome=outcome, finished_s=ttft_s + 0.02
     )
 
 
@@ -90,7 +77,7 @@ def test_pairs_are_matched_by_index_whatever_the_order() -> None:
 
 
 def test_a_request_that_one_side_lacks_is_no_pair() -> None:
-    records = [record for record in _both(1, 1.0) if (record.target, record.index) != ("b", 5)]
+    records = [one for one in _both(1, 1.0) if (one.target, one.index) != ("b", 5)]
     (pair,) = compare(records, ["a", "b"], _starts(), settings=FEW)
     assert pair.num_pairs == 8 * NUM_PER_BLOCK - 1
 

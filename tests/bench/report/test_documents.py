@@ -10,19 +10,18 @@ from bench.report.drawing.plot import Dots, LaneText, Line, Plot, Spans
 from bench.report.example import sample_run
 from bench.report.figures.documents import documents
 from bench.report.runs import Run, Side, sides_of
+from tests.bench.records import record
 
 
 def _asked(session: int, turn: int, ttft_s: float, num_tokens: int) -> RequestRecord:
-    at = 10.0 * session + turn
-    return RequestRecord(
-        *("t", 10 * session + turn, f"s{session}", turn, "question" if turn else "document"),
-        *(at, at),
-        token_times_s=(at + ttft_s,),
-        token_counts=(1,),
-        finished_s=at + ttft_s,
+    return record(
+        10 * session + turn,
+        ttft_s,
+        at_s=10.0 * session + turn,
+        session=f"s{session}",
+        turn=turn,
+        kind="question" if turn else "document",
         num_prompt_tokens=num_tokens,
-        num_output_tokens=1,
-        outcome="ok",
     )
 
 

@@ -5,32 +5,19 @@ from typing import Any
 
 import msgspec
 
-from bench.load.record import Manifest, RequestRecord, write_run
+from bench.load.record import Manifest, write_run
 from bench.report.build import build_report
 from bench.report.drawing.plot import Line, Plot
 from bench.report.example import sample_run, sample_runs
 from bench.report.focus import focus
 from bench.report.runs import Run, load_runs, sides_of
+from tests.bench.records import record
 
-Target = str
 SLO = {"default": {"ttft_ms": 100, "tpot_ms": 50, "target": 0.9}}
 NUM = 40
 
 
-def _record(target: Target, index: int, rate: float, ttft_s: float) -> RequestRecord:
-    at = index / rate
-    return RequestRecord(
-        *(target, index, f"s{index}", 0, "short", at, at),
-        token_times_s=(at + ttft_s, at + ttft_s + 0.01),
-        token_counts=(1, 1),
-        finished_s=at + ttft_s + 0.01,
-        num_prompt_tokens=100 + index,
-        num_output_tokens=2,
-        outcome="ok",
-    )
-
-
-def _run(target: Target, rate: float, *, met: bool, name: str = "", **changes: Any) -> Run:
+def _run(target: str, rate: float, *, met: bool, name: str = "", **changes: Any) -> Run:
     manifest: Manifest = msgspec.structs.replace(
         sample_run(0, rate, 1.0)[0],
         **{
@@ -42,7 +29,11 @@ def _run(target: Target, rate: float, *, met: bool, name: str = "", **changes: A
             **changes,
         },
     )
-    records = [_record(target, index, rate, 0.02 if met else 0.5) for index in range(NUM)]
+    ttft_s = 0.02 if met else 0.5
+    records = [
+        record(index, ttft_s, gaps_s=(0.01,), at_s=index / rate, target=target)
+        for index in range(NUM)
+    ]
     return Run(Path(target) / (name or f"rate-{rate:g}"), manifest, records)
 
 

@@ -17,6 +17,7 @@ from bench.report.example import sample_run, sample_runs
 from bench.report.figures.cluster import kv_use, occupancy, prompt_tokens, rates_of
 from bench.report.figures.slices import NUM_SLICES, slices, time_axis
 from bench.report.runs import Run, Side, renamed, sides_of
+from tests.bench.records import record
 
 Points = tuple[tuple[float, float], ...]
 
@@ -114,9 +115,7 @@ def test_prefill_counts_what_was_computed_wherever_it_was() -> None:
 def _moved(sent_s: float, committed: float | None, transfer: Any) -> RequestRecord:
     events = {"arrived": 0.0} | ({} if committed is None else {"committed": committed})
     told = {"requests": [{"events": events, "transfer": transfer}]}
-    return RequestRecord(
-        *("t", 0, "s", 0, "short", sent_s, sent_s), finished_s=96.0, outcome="ok", timeline=told
-    )
+    return record(0, None, at_s=sent_s, finished_s=96.0, timeline=told)
 
 
 def test_transfers_are_spread_over_their_reads() -> None:
@@ -138,14 +137,7 @@ def test_transfers_are_spread_over_their_reads() -> None:
 
 def test_first_tokens_have_a_median_and_a_p99_in_each_slice() -> None:
     records = tuple(
-        RequestRecord(
-            *("t", index, "s", 0, "short", 0.1, 0.1),
-            token_times_s=(0.1 + (index + 1) / 1000,),
-            finished_s=48.0,
-            num_prompt_tokens=1,
-            outcome="ok",
-        )
-        for index in range(200)
+        record(index, (index + 1) / 1000, at_s=0.1, finished_s=48.0) for index in range(200)
     )
     side = _side([], records)
     plot = slices([side], time_axis([side]))[0]
@@ -178,7 +170,7 @@ def _lines(plot: Plot) -> list[Line]:
 def test_what_was_not_told_is_said() -> None:
     (run,) = sample_runs(0, (4,))
     partly = [sample for sample in run.samples if sample.target == "disaggregated"]
-    foreign = [msgspec.structs.replace(record, timeline=None) for record in run.records]
+    foreign = [msgspec.structs.replace(one, timeline=None) for one in run.records]
     leads = []
     for one in (run, replace(run, samples=partly), replace(run, samples=(), records=foreign)):
         (section,) = [s for s in build_report([one]).sections if s.key == "time"]

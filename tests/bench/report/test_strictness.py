@@ -12,21 +12,13 @@ from bench.report.example import sample_run, sample_runs
 from bench.report.figures.load_points import load_points
 from bench.report.figures.strictness import FACTORS, attainment_by_scale
 from bench.report.runs import Run, sides_of
+from tests.bench.records import record
 
 SLO = {"default": {"ttft_ms": 100, "tpot_ms": 50, "target": 0.9}}
 
 
-def _record(index: int, ttft_s: float, tpot_s: float) -> RequestRecord:
-    at = float(index)
-    return RequestRecord(
-        *("t", index, f"s{index}", 0, "short", at, at),
-        token_times_s=(at + ttft_s, at + ttft_s + tpot_s),
-        token_counts=(1, 1),
-        finished_s=at + ttft_s + tpot_s,
-        num_prompt_tokens=100,
-        num_output_tokens=2,
-        outcome="ok",
-    )
+def _record(index: int, ttft_s: float, tpot_s: float, outcome: str = "ok") -> RequestRecord:
+    return record(index, ttft_s, gaps_s=(tpot_s,), at_s=float(index), outcome=outcome)
 
 
 def _plot(records: list[RequestRecord], slo: dict[str, object] | None = None) -> Plot:
@@ -48,7 +40,7 @@ def _curve(plot: Plot, part: str) -> dict[float, float]:
 def test_curves_step_where_requests_begin_to_attain() -> None:
     """TTFT is 40 ms or 180 ms of 100, TPOT 30 ms of 50; one of four has failed."""
     records = [_record(0, 0.04, 0.03), _record(1, 0.18, 0.03), _record(2, 0.18, 0.03)]
-    records.append(replace_outcome(_record(3, 0.01, 0.01)))
+    records.append(_record(3, 0.01, 0.01, "http_error"))
     plot = _plot(records)
     joint, ttft, tpot = (_curve(plot, part) for part in ("joint", "TTFT only", "TPOT only"))
     for factor in FACTORS:
@@ -60,10 +52,6 @@ def test_curves_step_where_requests_begin_to_attain() -> None:
     for factor, low, high in band.points:
         assert 0.0 <= low <= joint[factor] <= high <= 1.0
         assert low < high
-
-
-def replace_outcome(record: RequestRecord) -> RequestRecord:
-    return msgspec.structs.replace(record, outcome="http_error")
 
 
 def test_at_scale_one_it_is_the_attainment_of_the_rate() -> None:
