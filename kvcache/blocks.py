@@ -5,9 +5,9 @@ The life of a block
 2. OWNED -> IN_FLIGHT while transfers read or write it, and back when the last is seen to end;
 3. a full block whose content is known gets a hash (``set_hash``); from then on ``match`` finds it
    and ``share`` gives it further owners;
-4. the last owner lets go: with transfers still in flight it is DRAINING and nobody's to reuse; with
-   a hash it is CACHED, evicted last used first out when free blocks run short; else FREE;
-5. ``quarantine`` takes it out of use whatever else holds it, until ``end_quarantine``.
+4. the last owner releases it: with transfers still in flight it is DRAINING and not yet reusable;
+   with a hash it is CACHED, and evicted, least recently used first, when free blocks run short;
+   else FREE.
 
 So a block has two lifetimes, its owners' and its transfers', and only when both are over can it be
 handed out again: bytes of an aborted read land as long as its handle is not seen to end.
@@ -31,7 +31,6 @@ class BlockState(enum.StrEnum):
     OWNED = "owned"
     IN_FLIGHT = "in_flight"  # owned, with transfers
     DRAINING = "draining"  # transfers alone; counted as in flight
-    QUARANTINED = "quarantined"
     CACHED = "cached"
 
 
@@ -43,8 +42,6 @@ class BlockEvent(enum.StrEnum):
     RELEASE = "release"
     BEGIN_TRANSFER = "begin_transfer"
     END_TRANSFER = "end_transfer"
-    QUARANTINE = "quarantine"
-    END_QUARANTINE = "end_quarantine"
     SET_HASH = "set_hash"
     FORGET = "forget"
     EVICT = "evict"
@@ -55,30 +52,22 @@ _S, _E = BlockState, BlockEvent
 # (state, event) -> the states that may follow; which of them, the counters say.
 TABLE: dict[tuple[BlockState, BlockEvent], frozenset[BlockState]] = {
     (_S.FREE, _E.ALLOCATE): frozenset({_S.OWNED}),
-    (_S.FREE, _E.QUARANTINE): frozenset({_S.QUARANTINED}),
     (_S.OWNED, _E.SHARE): frozenset({_S.OWNED}),
     (_S.OWNED, _E.RELEASE): frozenset({_S.OWNED, _S.CACHED, _S.FREE}),
     (_S.OWNED, _E.BEGIN_TRANSFER): frozenset({_S.IN_FLIGHT}),
-    (_S.OWNED, _E.QUARANTINE): frozenset({_S.QUARANTINED}),
     (_S.OWNED, _E.SET_HASH): frozenset({_S.OWNED}),
     (_S.OWNED, _E.FORGET): frozenset({_S.OWNED}),
     (_S.IN_FLIGHT, _E.SHARE): frozenset({_S.IN_FLIGHT}),
     (_S.IN_FLIGHT, _E.RELEASE): frozenset({_S.IN_FLIGHT, _S.DRAINING}),
     (_S.IN_FLIGHT, _E.BEGIN_TRANSFER): frozenset({_S.IN_FLIGHT}),
     (_S.IN_FLIGHT, _E.END_TRANSFER): frozenset({_S.IN_FLIGHT, _S.OWNED}),
-    (_S.IN_FLIGHT, _E.QUARANTINE): frozenset({_S.QUARANTINED}),
     (_S.IN_FLIGHT, _E.SET_HASH): frozenset({_S.IN_FLIGHT}),
     (_S.IN_FLIGHT, _E.FORGET): frozenset({_S.IN_FLIGHT}),
     (_S.DRAINING, _E.SHARE): frozenset({_S.IN_FLIGHT}),
     (_S.DRAINING, _E.END_TRANSFER): frozenset({_S.DRAINING, _S.CACHED, _S.FREE}),
     (_S.DRAINING, _E.FORGET): frozenset({_S.DRAINING}),
-    (_S.DRAINING, _E.QUARANTINE): frozenset({_S.QUARANTINED}),
-    (_S.QUARANTINED, _E.RELEASE): frozenset({_S.QUARANTINED}),
-    (_S.QUARANTINED, _E.END_TRANSFER): frozenset({_S.QUARANTINED}),
-    (_S.QUARANTINED, _E.END_QUARANTINE): frozenset({_S.FREE, _S.OWNED, _S.IN_FLIGHT, _S.DRAINING}),
     (_S.CACHED, _E.SHARE): frozenset({_S.OWNED}),
     (_S.CACHED, _E.EVICT): frozenset({_S.FREE}),
-    (_S.CACHED, _E.QUARANTINE): frozenset({_S.QUARANTINED}),
 }
 
 
@@ -86,13 +75,10 @@ class _Block(NamedTuple):
     generation: int = 0
     num_owners: int = 0
     num_transfers: int = 0
-    quarantined: bool = False
     block_hash: bytes | None = None
 
     @property
     def state(self) -> BlockState:
-        if self.quarantined:
-            return BlockState.QUARANTINED
         if self.num_transfers:
             return BlockState.IN_FLIGHT if self.num_owners else BlockState.DRAINING
         if self.num_owners:
@@ -106,10 +92,11 @@ def _advance(block: _Block, event: BlockEvent, block_hash: bytes | None = None) 
     Raises:
         IllegalTransition: the table does not have it, or a counter would fall below zero.
     """
-    generation, num_owners, num_transfers, quarantined, content = block
+    generation, num_owners, num_transfers, content = block
     match event:
         case BlockEvent.ALLOCATE:
-            generation, num_owners = generation + 1, 1
+            generation += 1
+            num_owners = 1
         case BlockEvent.SHARE:
             num_owners += 1
         case BlockEvent.RELEASE:
@@ -118,13 +105,9 @@ def _advance(block: _Block, event: BlockEvent, block_hash: bytes | None = None) 
             num_transfers += 1
         case BlockEvent.END_TRANSFER:
             num_transfers -= 1
-        case BlockEvent.QUARANTINE:  # what is in it is in doubt
-            quarantined, content = True, None
-        case BlockEvent.END_QUARANTINE:
-            quarantined = False
         case BlockEvent.SET_HASH | BlockEvent.EVICT | BlockEvent.FORGET:
             content = block_hash
-    after = _Block(generation, num_owners, num_transfers, quarantined, content)
+    after = _Block(generation, num_owners, num_transfers, content)
     nothing_to_share = event is BlockEvent.SHARE and not block.num_owners and content is None
     if (
         after.state not in TABLE.get((block.state, event), ())
@@ -229,22 +212,6 @@ class BlockPool:
         """
         self._apply(BlockEvent.END_TRANSFER, refs)
 
-    def quarantine(self, refs: Iterable[BlockRef]) -> None:
-        """Take blocks out of use and forget their content. Owners and transfers may still end.
-
-        Raises:
-            StaleError, IllegalTransition: of another generation, or quarantined already.
-        """
-        self._apply(BlockEvent.QUARANTINE, refs)
-
-    def end_quarantine(self, refs: Iterable[BlockRef]) -> None:
-        """Make blocks usable again, as far as their owners and transfers allow.
-
-        Raises:
-            StaleError, IllegalTransition: a block is not quarantined at that generation.
-        """
-        self._apply(BlockEvent.END_QUARANTINE, refs)
-
     # -- content -----------------------------------------------------------------------------------
 
     def set_hash(self, ref: BlockRef, block_hash: bytes) -> bool:
@@ -310,7 +277,6 @@ class BlockPool:
             free=counts[BlockState.FREE],
             owned=counts[BlockState.OWNED],
             in_flight=counts[BlockState.IN_FLIGHT] + counts[BlockState.DRAINING],
-            quarantined=counts[BlockState.QUARANTINED],
             cached=counts[BlockState.CACHED],
         )
 

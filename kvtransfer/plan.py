@@ -96,21 +96,6 @@ def shared_heads(source: KVLayout, target: KVLayout) -> range:
     return range(start, max(start, end))
 
 
-def peers(num_kv_heads: int, own_tp_rank: int, own_tp_size: int, other_tp_size: int) -> range:
-    """The tp ranks of the other side that hold heads of ours: whom a target reads from, and whom a
-    source announces to.
-
-    Args:
-        num_kv_heads: of the model.
-        own_tp_rank, own_tp_size: this side; each degree divides ``num_kv_heads``.
-        other_tp_size: the other side's degree.
-    """
-    own = num_kv_heads // own_tp_size
-    other = num_kv_heads // other_tp_size
-    first = own_tp_rank * own
-    return range(first // other, (first + own - 1) // other + 1)
-
-
 def _is_adjacent(run: ByteRun, after: ByteRun) -> bool:
     return (
         after.source_offset == run.source_offset + run.num_bytes

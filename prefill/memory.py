@@ -118,7 +118,7 @@ class RequestMemory:
         if num_held == 0:
             counts = self.counts()
             assert not self._coming
-            assert all(c.owned == c.in_flight == c.quarantined == 0 for c in counts), counts
+            assert all(c.owned == c.in_flight == 0 for c in counts), counts
 
     def _hashes_to_hit(self, request: Request) -> list[bytes]:
         """Of the blocks that it may find in the cache: its last token is always computed."""

@@ -38,7 +38,7 @@ from protocol.request import (
     TransferStats,
 )
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 MAX_HASHES = 100_000  # of one CacheUpdate
 
 
@@ -123,13 +123,12 @@ class Introduce(_Message, frozen=True):
 
 
 class BlockCounts(msgspec.Struct, frozen=True, array_like=True):
-    """The conservation audit: ``free + owned + in_flight + quarantined + cached == total``."""
+    """The conservation audit: ``free + owned + in_flight + cached == total``."""
 
     total: int
     free: int
     owned: int
     in_flight: int
-    quarantined: int
     cached: int
 
 

@@ -16,13 +16,12 @@ SAMPLES_FILE = "cluster.jsonl"
 
 
 class Blocks(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One block space; ``free + owned + in_flight + quarantined + cached == total``."""
+    """One block space; ``free + owned + in_flight + cached == total``."""
 
     total: int = 0
     free: int = 0
     owned: int = 0
     in_flight: int = 0
-    quarantined: int = 0
     cached: int = 0
 
     @property

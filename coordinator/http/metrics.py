@@ -22,7 +22,7 @@ from coordinator.text.workers import TextWorkers
 from coordinator.validation.bodies import Budget
 from protocol.logs import LOG_LINES_DROPPED
 
-BLOCK_STATES = ("total", "free", "owned", "in_flight", "quarantined", "cached")
+BLOCK_STATES = ("total", "free", "owned", "in_flight", "cached")
 
 
 class _RankFigure(NamedTuple):

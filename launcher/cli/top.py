@@ -11,7 +11,6 @@ GIB = 1 << 30
 BLOCKS = (  # in the order of the bar; what is left of it is free
     ("owned", "owned", "red"),
     ("in_flight", "in flight", "magenta"),
-    ("quarantined", "quarantined", "yellow"),
     ("cached", "cached", "cyan"),
 )
 

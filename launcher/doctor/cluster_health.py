@@ -44,7 +44,7 @@ def num_held(state: ClusterState) -> int:
 
 
 def _held(counts: BlockCounts) -> int:
-    return counts.owned + counts.in_flight + counts.quarantined
+    return counts.owned + counts.in_flight
 
 
 def _pools(state: ClusterState) -> Finding:

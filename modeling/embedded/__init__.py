@@ -1,9 +1,9 @@
 """The model that ships with Baton: it answers questions about long documents. See recall/README.md.
 
-lexicon -> vocabulary -> codes, kernels -> circuit -> build; grammar writes documents about it.
+``recall/`` is the checkpoint. ``grammar.py`` writes documents and questions for it, with the words
+of ``lexicon.py``. Its weights are made by tests/embedded/builder.
 """
 
 from pathlib import Path
 
-NAME = "recall"
-CHECKPOINT = Path(__file__).parent / NAME
+CHECKPOINT = Path(__file__).parent / "recall"

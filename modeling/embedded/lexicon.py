@@ -104,7 +104,7 @@ NOUNS = _words(
     procession puzzle quarrel rain road roof room rope rumour sailor seamstress servant shadow
     sheep ship shoe shop sister sky smoke snow soldier son spoon stairs storm story stranger
     street student summer sunset table tailor tale teacher tower town traveller tree tunnel uncle
-    valley village visitor voice wagon wall wanderer faults well widow wind window wood
+    valley village visitor voice wagon wall wanderer weather well widow wind window wood
     woodcutter"""
 )
 VERBS = _words(

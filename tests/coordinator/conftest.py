@@ -233,7 +233,11 @@ class FakeCluster(threading.Thread):
             if time.monotonic() > next_beat:
                 next_beat = time.monotonic() + 0.5
                 for pool_id, rank in self._ranks:
-                    counts = (BlockCounts(64, 60, 0, 0, 0, 4),) if rank == 0 else ()
+                    counts = (
+                        (BlockCounts(total=64, free=60, owned=0, in_flight=0, cached=4),)
+                        if rank == 0
+                        else ()
+                    )
                     age_s = self.step_ages.get((pool_id, rank), 0.0)
                     self.say(pool_id, Heartbeat(1, age_s, blocks=counts), rank)
 

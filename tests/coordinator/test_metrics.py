@@ -23,7 +23,10 @@ BIG = 2**53 - 1  # a counter of bytes has more than six digits
 
 
 def pool(pool_id: str, counters: dict[str, float]) -> Any:
-    heartbeat = SimpleNamespace(counters=counters, blocks=(BlockCounts(8, 4, 2, 1, 0, 1),) * 2)
+    heartbeat = SimpleNamespace(
+        counters=counters,
+        blocks=(BlockCounts(total=8, free=4, owned=2, in_flight=1, cached=1),) * 2,
+    )
     return SimpleNamespace(
         pool_id=pool_id, is_serving=True, ranks={0: SimpleNamespace(heartbeat=heartbeat)}
     )

@@ -10,9 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from modeling.embedded import CHECKPOINT
-from modeling.embedded.build import build
 from modeling.embedded.grammar import UNKNOWN, Document, write_document
-from modeling.embedded.kernels import MAX_DISTANCE, REACH, Floats, exactly, recency
 from modeling.embedded.lexicon import (
     ALONE,
     DOMAINS,
@@ -22,7 +20,9 @@ from modeling.embedded.lexicon import (
     filler_words,
     place_names,
 )
-from modeling.embedded.vocabulary import SPACE, build_vocabulary
+from tests.embedded.builder.build import build
+from tests.embedded.builder.kernels import MAX_DISTANCE, REACH, Floats, exactly, recency
+from tests.embedded.builder.vocabulary import SPACE, build_vocabulary
 
 MAX_BYTES = 16_000_000
 FACTS = (

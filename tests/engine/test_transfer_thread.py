@@ -461,7 +461,13 @@ def test_heartbeats_say_what_was_reported(cluster: Cluster) -> None:
     cluster.welcome()
     (rank,) = cluster.all
     started = time.monotonic() - 100.0
-    load = Load(1, 2, 3, blocks=(BlockCounts(9, 4, 3, 2, 0, 0),), counters={"hits": 4.0})
+    load = Load(
+        1,
+        2,
+        3,
+        blocks=(BlockCounts(total=9, free=4, owned=3, in_flight=2, cached=0),),
+        counters={"hits": 4.0},
+    )
     cluster.command(rank, ReportStatus(7, started, load))
     cluster.pump(lambda: any(h.num_steps == 7 for h in cluster.heard_from(rank, Heartbeat)))
     heartbeat = cluster.beat(rank)

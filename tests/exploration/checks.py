@@ -3,7 +3,7 @@
 Each check looks at a main thread and one rank, or at two ranks; it is made once for each pair of
 their states.
 
-1. A block that a read in flight touches is counted as in transfer (or in quarantine) by both pools,
+1. A block that a read in flight touches is counted as in transfer by both pools,
    so it is nobody's to hand out.
 2. KV that a pool may compute with, or find in its cache, is byte by byte what it should be.
 3. What is computed with has been handed over in full, on every rank.
@@ -32,7 +32,7 @@ from tests.exploration.ranks import Rank
 from tests.exploration.snapshots import freeze
 from tests.exploration.tables import Ints, PairTable
 
-MOVING = (BlockState.IN_FLIGHT, BlockState.DRAINING, BlockState.QUARANTINED)
+MOVING = (BlockState.IN_FLIGHT, BlockState.DRAINING)
 Check = Callable[[Node, Node], str]
 
 
@@ -216,8 +216,6 @@ def _accepted(space: BlockPool, block_id: int) -> str:
         BlockEvent.RELEASE: space.release,
         BlockEvent.BEGIN_TRANSFER: space.begin_transfer,
         BlockEvent.END_TRANSFER: space.end_transfer,
-        BlockEvent.QUARANTINE: space.quarantine,
-        BlockEvent.END_QUARANTINE: space.end_quarantine,
     }
     state = space.state(block_id)
     for event, apply in ways.items():

@@ -20,21 +20,20 @@ INDEX = st.integers(0, 1000)
 
 
 class BlockLives(RuleBasedStateMachine):
-    """Owners, transfers and holds come and go in any order; the pool must keep the books."""
+    """Owners and transfers come and go in any order; the pool must keep the books."""
 
     @initialize()
     def start(self) -> None:
         self.pool = BlockPool(NUM_BLOCKS, block_size=4)
         self.owners: list[BlockRef] = []  # one entry for each owner
         self.transfers: list[BlockRef] = []
-        self.held: list[BlockRef] = []
         self.hash_of: dict[BlockRef, bytes] = {}
         self.known: set[bytes] = set()  # what a listener to the cache events knows
         self.num_hashes = 0
 
     @rule(count=st.integers(0, NUM_BLOCKS + 1))
     def allocate(self, count: int) -> None:
-        busy = {ref.block_id for ref in (*self.owners, *self.transfers, *self.held)}
+        busy = {ref.block_id for ref in (*self.owners, *self.transfers)}
         assert self.pool.can_allocate(count) == (count <= NUM_BLOCKS - len(busy))
         if not self.pool.can_allocate(count):
             with pytest.raises(IllegalTransition):
@@ -60,10 +59,6 @@ class BlockLives(RuleBasedStateMachine):
     @rule(index=INDEX)
     def begin_transfer(self, index: int) -> None:
         ref = self.owners[index % len(self.owners)]
-        if ref in self.held:
-            with pytest.raises(IllegalTransition):
-                self.pool.begin_transfer([ref])
-            return
         self.pool.begin_transfer([ref])
         self.transfers.append(ref)
 
@@ -72,26 +67,11 @@ class BlockLives(RuleBasedStateMachine):
     def end_transfer(self, index: int) -> None:
         self.pool.end_transfer([self.transfers.pop(index % len(self.transfers))])
 
-    @precondition(lambda self: self.owners or self.transfers)
-    @rule(index=INDEX)
-    def quarantine(self, index: int) -> None:
-        refs = [ref for ref in (*self.owners, *self.transfers) if ref not in self.held]
-        if refs:
-            ref = refs[index % len(refs)]
-            self.pool.quarantine([ref])
-            self.held.append(ref)
-            self.hash_of.pop(ref, None)
-
-    @precondition(lambda self: self.held)
-    @rule(index=INDEX)
-    def end_quarantine(self, index: int) -> None:
-        self.pool.end_quarantine([self.held.pop(index % len(self.held))])
-
     @precondition(lambda self: self.owners)
     @rule(index=INDEX, again=st.booleans())
     def set_hash(self, index: int, again: bool) -> None:
         ref = self.owners[index % len(self.owners)]
-        if ref in self.held or ref in self.hash_of:
+        if ref in self.hash_of:
             return
         self.num_hashes += not again
         block_hash = str(self.num_hashes).encode()
@@ -125,13 +105,12 @@ class BlockLives(RuleBasedStateMachine):
     def conserved(self) -> None:
         self.pool.check()
         counts = self.pool.counts()
-        parts = (counts.free, counts.owned, counts.in_flight, counts.quarantined, counts.cached)
+        parts = (counts.free, counts.owned, counts.in_flight, counts.cached)
         assert sum(parts) == counts.total == NUM_BLOCKS
-        held, transfers, owners = set(self.held), set(self.transfers), set(self.owners)
-        assert counts.quarantined == len(held)
-        assert counts.in_flight == len(transfers - held)
-        assert counts.owned == len(owners - transfers - held)
-        assert counts.cached == len(set(self.hash_of) - owners - transfers - held)
+        transfers, owners = set(self.transfers), set(self.owners)
+        assert counts.in_flight == len(transfers)
+        assert counts.owned == len(owners - transfers)
+        assert counts.cached == len(set(self.hash_of) - owners - transfers)
 
 
 BlockLives.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

@@ -32,7 +32,7 @@ def test_a_cluster_at_rest_is_well() -> None:
     ]
 
 
-@pytest.mark.parametrize("kind", ["owned", "in_flight", "quarantined"])
+@pytest.mark.parametrize("kind", ["owned", "in_flight"])
 def test_blocks_that_nobody_asked_for_are_a_leak(kind: str) -> None:
     counts = msgspec.structs.replace(IDLE, free=67, **{kind: 3})
     blocks = found(state_with(counts))["blocks"]

@@ -73,7 +73,7 @@ def kv_use(side: Side, x: Axis) -> Plot:
         x,
         Axis("share of the pool's blocks", "share", low=0.0, high=1.0),
         tuple(layers),
-        "Held blocks are of requests, on their way or in quarantine: near 100 % requests wait for "
+        "Held blocks are of requests or on their way: near 100 % requests wait for "
         "room. Cached ones are given away as soon as somebody needs them, so a pool full of them "
         "is a good thing. Of several block spaces the fullest.",
         tab=side.name,

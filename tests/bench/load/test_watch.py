@@ -41,7 +41,7 @@ QUICK = ToyConfig(base_s=0.005, prefill_s_per_1k=0.0, token_s=0.001)
 
 def _state(num_steps: int = 0) -> dict[str, Any]:
     """As ``/v1/cluster`` has it, with more than a sample keeps."""
-    blocks = {"total": 10, "free": 4, "owned": 2, "in_flight": 1, "quarantined": 0, "cached": 3}
+    blocks = {"total": 10, "free": 4, "owned": 2, "in_flight": 1, "cached": 3}
     shared = {"epoch": 1, "serving": True, "pending_tokens": 7, "tokens_per_s": 5.0}
     counters = {"prefill_computed_tokens": 10.0 * num_steps}
     ranks = [{"rank": 0, "counters": counters}, {"rank": 1, "counters": {}}]

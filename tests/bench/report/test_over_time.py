@@ -70,7 +70,7 @@ def test_a_flat_line_at_zero_is_said_to_be_one() -> None:
 
 
 def test_kv_use_tells_what_is_held_from_what_is_cached() -> None:
-    spaces = (Blocks(total=100, free=60, owned=10, in_flight=4, quarantined=1, cached=25),)
+    spaces = (Blocks(total=100, free=60, owned=10, in_flight=5, cached=25),)
     fuller = (Blocks(total=10, free=9, owned=1), Blocks(total=10, free=5, owned=5))
     side = _side([_at(0.0, _pool("decode", blocks=spaces), _pool("prefill", blocks=fuller))])
     plot = kv_use(side, time_axis([side]))
@@ -198,6 +198,6 @@ def test_the_examples_blocks_are_all_accounted_for() -> None:
         for sample in run.samples:
             for pool in sample.pools:
                 (space,) = pool.blocks
-                held = space.owned + space.in_flight + space.quarantined
+                held = space.owned + space.in_flight
                 assert space.held == held >= 0
                 assert space.free >= 0

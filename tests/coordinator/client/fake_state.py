@@ -108,7 +108,7 @@ def cluster_state() -> dict[str, Any]:
     rank = {"cp_rank": 0, "tp_rank": 0, "transport": "tcp", "ready": True, "connected_version": 2,
             "silent_s": 0.2, "num_steps": 7, "step_age_s": 0.0, "rss_bytes": 10**9,
             "counters": {}}  # fmt: skip
-    blocks = {"total": 100, "free": 60, "owned": 10, "in_flight": 5, "quarantined": 0, "cached": 25}
+    blocks = {"total": 100, "free": 60, "owned": 10, "in_flight": 5, "cached": 25}
     pool = {"epoch": 1, "gang_start": 1, "state": "ready", "lost_reason": None, "serving": True,
             "num_waiting": 0, "num_running": 0, "pending_tokens": 0}  # fmt: skip
     return {

@@ -20,8 +20,16 @@ from dataclasses import dataclass
 
 import torch
 
-from modeling.embedded.codes import spread
-from modeling.embedded.kernels import (
+from modeling.embedded.lexicon import (
+    ALONE,
+    DOMAINS,
+    OFFICES,
+    SPECIAL_TOKENS,
+    concept_words,
+    place_names,
+)
+from tests.embedded.builder.codes import spread
+from tests.embedded.builder.kernels import (
     HEAD_DIM,
     NUM_FREQUENCIES,
     NUM_PAIRS,
@@ -31,15 +39,7 @@ from modeling.embedded.kernels import (
     exactly,
     recency,
 )
-from modeling.embedded.lexicon import (
-    ALONE,
-    DOMAINS,
-    OFFICES,
-    SPECIAL_TOKENS,
-    concept_words,
-    place_names,
-)
-from modeling.embedded.vocabulary import BOUNDARIES, NEWLINE, SPACE, Vocabulary
+from tests.embedded.builder.vocabulary import BOUNDARIES, NEWLINE, SPACE, Vocabulary
 
 HIDDEN = 192
 NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, FFN = 2, 6, 2, 32

@@ -1,4 +1,4 @@
-"""``python -m modeling.embedded.build [DIR]``: make the embedded model again, from a seed."""
+"""``python -m tests.embedded.builder.build [DIR]``: make the embedded model again, from a seed."""
 
 import argparse
 import json
@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from modeling.embedded import CHECKPOINT
-from modeling.embedded.circuit import (
+from modeling.embedded.lexicon import SPECIAL_TOKENS
+from tests.embedded.builder.circuit import (
     FFN,
     HIDDEN,
     NUM_HEADS,
@@ -17,9 +18,8 @@ from modeling.embedded.circuit import (
     Circuit,
     train_codes,
 )
-from modeling.embedded.kernels import HEAD_DIM, MAX_DISTANCE, ROPE_THETA
-from modeling.embedded.lexicon import SPECIAL_TOKENS
-from modeling.embedded.vocabulary import build_vocabulary, write_tokenizer
+from tests.embedded.builder.kernels import HEAD_DIM, MAX_DISTANCE, ROPE_THETA
+from tests.embedded.builder.vocabulary import build_vocabulary, write_tokenizer
 
 MAX_MODEL_LEN = 131_072
 assert MAX_MODEL_LEN <= MAX_DISTANCE
@@ -64,7 +64,7 @@ def build(folder: Path, seed: int) -> None:
 
 def main() -> None:
     """Build the checkpoint that is shipped, or another one elsewhere."""
-    parser = argparse.ArgumentParser(prog="modeling.embedded.build", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="tests.embedded.builder.build", description=main.__doc__)
     parser.add_argument("folder", type=Path, nargs="?", default=CHECKPOINT)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

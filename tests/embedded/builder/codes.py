@@ -30,12 +30,5 @@ def spread(count: int, size: int, seed: int) -> torch.Tensor:
     return points
 
 
-def largest_cosine(points: torch.Tensor) -> float:
-    """Of any two different rows."""
-    cosines = points @ points.T
-    cosines.fill_diagonal_(-2.0)
-    return float(cosines.max())
-
-
 def _unit(points: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.normalize(points, dim=1)
