@@ -9,7 +9,8 @@ from collections import OrderedDict
 
 from decode.batch import SchedulerLimits
 from decode.memory import SequenceMemory
-from decode.sequence import Key, Sequence
+from decode.sequence import Sequence
+from protocol.request import RequestKey
 
 
 class Admission:
@@ -18,7 +19,7 @@ class Admission:
     def __init__(self, memory: SequenceMemory, limits: SchedulerLimits) -> None:
         self._memory = memory
         self._limits = limits
-        self._queue: OrderedDict[Key, Sequence] = OrderedDict()  # any may leave at any time
+        self._queue: OrderedDict[RequestKey, Sequence] = OrderedDict()  # any may leave at any time
 
     def __len__(self) -> int:
         return len(self._queue)

@@ -14,9 +14,10 @@ import bisect
 from dataclasses import dataclass
 
 from decode.memory import SequenceMemory
-from decode.sequence import Key, Sequence
+from decode.sequence import Sequence
 from decode.states import SequenceEvent, SequenceState
 from protocol.plans import DecodePlan, NewSequence, SequenceStep, SwapBlocks
+from protocol.request import RequestKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ class Batch:
         self.num_recomputed_tokens = 0
         self.num_swapped_blocks = 0  # in host memory now
         self._swaps: list[SwapBlocks] = []  # these two: for the next plan
-        self._dropped: list[Key] = []
+        self._dropped: list[RequestKey] = []
         self._num_steps = 0
 
     def join(self, sequence: Sequence) -> None:
@@ -124,7 +125,7 @@ class Batch:
             self.num_recomputed_tokens += sequence.num_computed_tokens
         if sequence.num_swapped_blocks:
             block_ids = tuple(block.block_id for block in sequence.blocks[:num_blocks])
-            self._swaps.append(SwapBlocks(*sequence.key, True, block_ids))
+            self._swaps.append(SwapBlocks(*sequence.key, out=True, block_ids=block_ids))
         elif sequence.is_known:
             self._dropped.append(sequence.key)
         sequence.is_known = False
@@ -142,7 +143,7 @@ class Batch:
             if sequence.num_swapped_blocks:
                 restored = sequence.blocks[: sequence.num_swapped_blocks]
                 block_ids = tuple(block.block_id for block in restored)
-                self._swaps.append(SwapBlocks(*sequence.key, False, block_ids))
+                self._swaps.append(SwapBlocks(*sequence.key, out=False, block_ids=block_ids))
                 self.num_swapped_blocks -= sequence.num_swapped_blocks
                 sequence.num_swapped_blocks = 0
             del self.preempted[0]
@@ -179,7 +180,7 @@ class Batch:
         added: tuple[int, ...] = ()
         if not sequence.is_known:
             block_ids = tuple(block.block_id for block in sequence.blocks)
-            new.append(NewSequence(*sequence.key, block_ids))
+            new.append(NewSequence(*sequence.key, block_ids=block_ids))
             sequence.is_known = True
         elif sequence.num_new_blocks:
             grown = sequence.blocks[-sequence.num_new_blocks :]
@@ -190,4 +191,11 @@ class Batch:
         request_id, attempt = sequence.key
         token_ids = sequence.tokens(start, end)
         is_last = end == sequence.num_tokens
-        return SequenceStep(request_id, attempt, start, token_ids, added, is_last)
+        return SequenceStep(
+            request_id,
+            attempt,
+            start=start,
+            token_ids=token_ids,
+            new_block_ids=added,
+            sample=is_last,
+        )

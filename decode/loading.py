@@ -14,10 +14,9 @@ The life of a loading
 from dataclasses import dataclass, field
 
 from decode.memory import SequenceMemory
-from decode.sequence import Key, Sequence
+from decode.sequence import Sequence
 from decode.states import SequenceEvent, SequenceState
 from kvtransfer.events import (
-    AskFetch,
     CloseTarget,
     Command,
     HandoffBroken,
@@ -26,7 +25,9 @@ from kvtransfer.events import (
     TargetCommitted,
     TargetIsOpen,
 )
+from protocol.handoff import Fetch
 from protocol.kv import BlockRef
+from protocol.request import RequestKey
 
 NUM_OPEN = 3
 LOAD_TIMEOUT_S = 30.0  # without anything arriving
@@ -44,7 +45,7 @@ class LoadPart:
     blocks: tuple[BlockRef, ...]
     hashes: tuple[bytes, ...]
 
-    def key(self, sequence: Key) -> Key:
+    def key(self, sequence: RequestKey) -> RequestKey:
         return (f"{sequence[0]}~{self.number}", sequence[1])
 
 
@@ -55,7 +56,7 @@ class _Loading:
     pieces: list[LoadPart]
     heard: float  # when something last arrived
     num_begun: int = 0
-    open: dict[Key, LoadPart] = field(default_factory=dict)
+    open: dict[RequestKey, LoadPart] = field(default_factory=dict)
     arrived: set[int] = field(default_factory=set)
     is_closing: bool = False
 
@@ -96,8 +97,8 @@ class Loadings:
         self._memory = memory
         self._piece_blocks = piece_blocks
         self._min_blocks = max(1, min_tokens // memory.block_size)
-        self._loadings: dict[Key, _Loading] = {}  # by sequence
-        self._by_piece: dict[Key, _Loading] = {}
+        self._loadings: dict[RequestKey, _Loading] = {}  # by sequence
+        self._by_piece: dict[RequestKey, _Loading] = {}
         self._commands: list[Command] = []
         self.num_loaded_blocks = 0
 
@@ -106,7 +107,7 @@ class Loadings:
 
     def owns(self, event: TargetEvent) -> bool:
         """Whether an event is about a piece."""
-        return (event.request_id, event.attempt) in self._by_piece
+        return event.key in self._by_piece
 
     def begin(self, sequence: Sequence, now: float) -> bool:
         """Ask for what a store has of it and this pool has not; False if it is not worth it."""
@@ -127,7 +128,7 @@ class Loadings:
         self._open_more(loading)
         return True
 
-    def close(self, key: Key) -> None:
+    def close(self, key: RequestKey) -> None:
         """Give a loading up; it is over when nothing can land any more. Idempotent."""
         loading = self._loadings[key]
         if not loading.is_closing:
@@ -137,7 +138,7 @@ class Loadings:
     def on_event(self, event: TargetEvent, now: float) -> Loaded | None:
         """What has become of a piece; ``Loaded`` when it was the last one, and then the sequence,
         unless it is being closed, has the blocks that have come."""
-        key = (event.request_id, event.attempt)
+        key = event.key
         loading = self._by_piece[key]
         loading.heard = now
         match event:
@@ -182,9 +183,19 @@ class Loadings:
             key = piece.key(loading.sequence.key)
             loading.open[key] = piece
             self._by_piece[key] = loading
-            self._commands.append(OpenTargetBlocks(*key, piece.first_logical, piece.blocks))
+            self._commands.append(
+                OpenTargetBlocks(*key, first_logical=piece.first_logical, blocks=piece.blocks)
+            )
 
     @staticmethod
-    def _ask(loading: _Loading, piece: LoadPart, key: Key) -> AskFetch:
+    def _ask(loading: _Loading, piece: LoadPart, key: RequestKey) -> Fetch:
         owners = (0,) * len(piece.blocks)
-        return AskFetch(*key, *loading.source, piece.first_logical, owners, piece.hashes)
+        source_pool_id, source_epoch = loading.source
+        return Fetch(
+            *key,
+            source_pool_id=source_pool_id,
+            source_epoch=source_epoch,
+            first_logical=piece.first_logical,
+            owners=owners,
+            block_hashes=piece.hashes,
+        )

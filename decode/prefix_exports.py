@@ -13,12 +13,13 @@ The sequence may let go of its blocks before that, or run on: until ``end`` they
 
 from dataclasses import dataclass
 
-from decode.sequence import Key, Sequence
+from decode.sequence import Sequence
 from decode.states import SequenceState
 from kvcache.blocks import BlockPool
 from kvtransfer.events import CloseSource, Command
 from protocol.handoff import Fetch
 from protocol.kv import BlockRef
+from protocol.request import RequestKey
 
 FETCH_TIMEOUT_S = 60.0
 
@@ -40,13 +41,13 @@ class PrefixExports:
 
     def __init__(self, pool: BlockPool) -> None:
         self._pool = pool
-        self._fetches: dict[Key, _Fetch] = {}
+        self._fetches: dict[RequestKey, _Fetch] = {}
         self.num_blocks_total = 0
 
     def __len__(self) -> int:
         return len(self._fetches)
 
-    def __contains__(self, key: Key) -> bool:
+    def __contains__(self, key: RequestKey) -> bool:
         return key in self._fetches
 
     def ask(self, fetch: Fetch, sequence: Sequence | None, now: float) -> list[Command]:
@@ -57,7 +58,7 @@ class PrefixExports:
         """
         if sequence is None and fetch.block_hashes:
             return self._ask_by_hash(fetch, now)
-        key = (fetch.request_id, fetch.attempt)
+        key = fetch.key
         first, end = fetch.first_logical, fetch.first_logical + len(fetch.owners)
         if sequence is None or sequence.state is not SequenceState.RESERVED:
             return [fetch.refused("the request has no ticket here")]
@@ -75,7 +76,7 @@ class PrefixExports:
         return [fetch.served(blocks)]
 
     def _ask_by_hash(self, fetch: Fetch, now: float) -> list[Command]:
-        key = (fetch.request_id, fetch.attempt)
+        key = fetch.key
         found = [self._pool.find(block_hash) for block_hash in fetch.block_hashes]
         blocks = tuple(ref for ref in found if ref is not None)
         if len(blocks) < len(fetch.owners) or key in self._fetches:
@@ -95,7 +96,7 @@ class PrefixExports:
         ]
         return [command for key in late for command in self.close(key)]
 
-    def close(self, key: Key) -> list[Command]:
+    def close(self, key: RequestKey) -> list[Command]:
         """End a fetch if there is one; ``SourceClosed`` will come. Idempotent."""
         fetch = self._fetches.get(key)
         if fetch is None or fetch.is_closing:
@@ -103,7 +104,7 @@ class PrefixExports:
         fetch.is_closing = True
         return [CloseSource(*key)]
 
-    def end(self, key: Key) -> None:
+    def end(self, key: RequestKey) -> None:
         """Nobody reads from its blocks any more."""
         fetch = self._fetches.pop(key)
         self._pool.end_transfer(fetch.blocks)

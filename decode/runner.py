@@ -17,7 +17,6 @@ from collections.abc import Sequence
 
 import torch
 
-from decode.sequence import Key
 from decode.sequence import Sequence as DecodeSequence
 from kvcache.pool import KVPool
 from modeling.matchers import Matchers
@@ -34,7 +33,7 @@ from protocol.plans import (
     SwapBlocks,
     row_result,
 )
-from protocol.request import NoToken
+from protocol.request import NoToken, RequestKey
 
 
 def sampling_row(sequence: DecodeSequence) -> SamplingRow:
@@ -63,8 +62,8 @@ class DecodeRunner:
         self._model = model
         self._pool = pool
         self._matchers = matchers
-        self._tables: dict[Key, torch.Tensor] = {}  # int32 block ids on CPU, in logical order
-        self._host: dict[Key, torch.Tensor] = {}  # KV of pre-empted sequences
+        self._tables: dict[RequestKey, torch.Tensor] = {}  # int32 block ids, on CPU, logical order
+        self._host: dict[RequestKey, torch.Tensor] = {}  # KV of pre-empted sequences
 
     @property
     def num_sequences(self) -> int:
@@ -93,12 +92,12 @@ class DecodeRunner:
                 self._matchers.forget(key)
         for new in plan.new:
             table = torch.tensor(new.block_ids, dtype=torch.int32)
-            self._tables[new.request_id, new.attempt] = table
+            self._tables[new.key] = table
         results = self._compute(plan, rows) if plan.sequences else []
         return StepResult.of(plan.step, self._rank, results, time.perf_counter() - started)
 
     def _swap(self, swap: SwapBlocks) -> None:
-        key = (swap.request_id, swap.attempt)
+        key = swap.key
         if swap.out:
             self._tables.pop(key, None)
             self._host[key] = self._pool.save(swap.block_ids)
@@ -112,7 +111,7 @@ class DecodeRunner:
         positions: list[int] = []
         sampled: list[int] = []  # rows of the batch
         for step in plan.sequences:
-            key = (step.request_id, step.attempt)
+            key = step.key
             table = self._tables[key]
             if step.new_block_ids:
                 added = torch.tensor(step.new_block_ids, dtype=torch.int32)
@@ -159,7 +158,7 @@ class DecodeRunner:
             end = first + len(step.token_ids)
             is_chunk = len(step.token_ids) > 1 or not step.sample
             if is_chunk and not is_finite(hidden_TD[first:end]):
-                failed.append(FailedRow(step.request_id, step.attempt, NoToken.NON_FINITE))
+                failed.append(FailedRow(step.request_id, step.attempt, why=NoToken.NON_FINITE))
             first = end
         return failed
 

@@ -76,8 +76,11 @@ class DecodeScheduler:
         self._memory = SequenceMemory(pool, limits.watermark_blocks)
         self._batch = Batch(self._memory, limits)
         self._exports = PrefixExports(pool)
-        pieces = (limits.min_tokens_to_load, limits.load_piece_blocks)
-        self._loadings = Loadings(self._memory, *pieces)
+        self._loadings = Loadings(
+            self._memory,
+            min_tokens=limits.min_tokens_to_load,
+            piece_blocks=limits.load_piece_blocks,
+        )
         self._model_fingerprint = model_fingerprint
         self._max_len = limits.max_model_len
         self._sequences: ByAttempt[Sequence] = ByAttempt()  # all that are not RELEASED
@@ -114,7 +117,7 @@ class DecodeScheduler:
         if self._loadings.owns(event):
             self._on_loading(event, now)
             return
-        sequence = self._sequences.get((event.request_id, event.attempt))
+        sequence = self._sequences.get(event.key)
         if sequence is None:
             return
         match event:
@@ -137,7 +140,7 @@ class DecodeScheduler:
 
     def _on_reserve(self, message: Reserve, now: float) -> None:
         """Queue a request. A duplicate changes nothing; a newer attempt ends the older ones."""
-        key = (message.request_id, message.attempt)
+        key = message.key
         others = self._sequences.of(message.request_id)
         if self._ended.covers(*key) or any(other.key[1] >= key[1] for other in others):
             return
@@ -153,7 +156,7 @@ class DecodeScheduler:
             self._give_up(sequence)
 
     def _on_compute_here(self, message: ComputeHere) -> None:
-        sequence = self._sequences.get((message.request_id, message.attempt))
+        sequence = self._sequences.get(message.key)
         if sequence is None:
             return
         if sequence.state in (SequenceState.QUEUED, SequenceState.LOADING):
@@ -166,7 +169,7 @@ class DecodeScheduler:
             self._commands.append(CloseTarget(*sequence.key))
 
     def _on_abort(self, message: Abort) -> None:
-        key = (message.request_id, message.attempt)
+        key = message.key
         sequence = self._sequences.get(key)
         self._memory.forget(message.doubtful_hashes)
         if sequence is not None:
@@ -178,7 +181,7 @@ class DecodeScheduler:
 
     def _on_ask(self, message: Ask) -> None:
         """Say again what may have been lost on its way."""
-        key = (message.request_id, message.attempt)
+        key = message.key
         sequence = self._sequences.get(key)
         if sequence is not None:
             if sequence.has_ticket and sequence.state is not SequenceState.CLOSING:
@@ -202,14 +205,14 @@ class DecodeScheduler:
         else:
             sequence.num_computed_tokens = event.num_tokens
             sequence.output_token_ids.append(event.first_token_id)
-            self._send(Committed(*sequence.key, event.stats))
+            self._send(Committed(*sequence.key, stats=event.stats))
             self._end_handoff(sequence, SequenceEvent.COMMITTED)
             if sequence.finish_reason(self._max_len) is not None:
                 self._end(sequence)  # the coordinator knows from the prefill pool
 
     def _on_source(self, event: Fetch | SourceClosed | HandoffBroken, now: float) -> None:
         """What concerns this pool as the source of a fetch."""
-        key = (event.request_id, event.attempt)
+        key = event.key
         match event:
             case Fetch():
                 self._commands += self._exports.ask(event, self._sequences.get(key), now)
@@ -225,7 +228,13 @@ class DecodeScheduler:
 
     def _give_ticket(self, sequence: Sequence) -> None:
         sequence.has_ticket = True
-        self._send(Ticket(*sequence.key, sequence.num_cached_tokens, sequence.num_loaded_tokens))
+        self._send(
+            Ticket(
+                *sequence.key,
+                num_cached_tokens=sequence.num_cached_tokens,
+                num_loaded_tokens=sequence.num_loaded_tokens,
+            )
+        )
 
     def _end_handoff(
         self, sequence: Sequence, event: SequenceEvent, num_whole_blocks: int = 0
@@ -281,7 +290,7 @@ class DecodeScheduler:
             self._send(Released(*sequence.key))
 
     def _fail(self, sequence: Sequence, code: str, message: str) -> None:
-        self._send(RequestFailed(*sequence.key, code, message))
+        self._send(RequestFailed(*sequence.key, code=code, message=message))
 
     def _send(self, message: ToCoordinator) -> None:
         self._commands.append(SendControl(message))
@@ -328,7 +337,9 @@ class DecodeScheduler:
             sequence.advance(SequenceEvent.GRANT)
             first = self._memory.begin_transfer(sequence)
             blocks = tuple(sequence.in_transfer)
-            self._commands.append(OpenTargetBlocks(*sequence.key, first, blocks))
+            self._commands.append(
+                OpenTargetBlocks(*sequence.key, first_logical=first, blocks=blocks)
+            )
 
     def _on_loading(self, event: TargetEvent, now: float) -> None:
         """Its prefix comes up from a store, or will not; then it is granted as any other."""
@@ -343,7 +354,7 @@ class DecodeScheduler:
     def sampled(self, plan: DecodePlan) -> list[Sequence]:
         """The sequences of which ``plan`` samples a token, in its order."""
         steps = plan.sequences
-        return [self._sequences[step.request_id, step.attempt] for step in steps if step.sample]
+        return [self._sequences[step.key] for step in steps if step.sample]
 
     def update(self, plan: DecodePlan, results: Iterable[StepResult], now: float) -> None:
         """Take note of what the step under way has brought; rank 0 alone samples."""
@@ -354,7 +365,7 @@ class DecodeScheduler:
         new_tokens: list[NewToken] = []
         finished: list[Sequence] = []
         for step in plan.sequences:
-            sequence = self._sequences[step.request_id, step.attempt]
+            sequence = self._sequences[step.key]
             if isinstance(row := rows.get(sequence.key), FailedRow):
                 self._came_to_nothing(sequence, row.why)
                 continue

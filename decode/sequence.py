@@ -13,10 +13,8 @@ from kvcache.prefix import block_salt
 from protocol.kv import BlockRef
 from protocol.messages import NewToken, Reserve
 from protocol.plans import SampledToken
-from protocol.request import FinishReason, SamplingParams
+from protocol.request import FinishReason, RequestKey, SamplingParams
 from protocol.transitions import advance
-
-Key = tuple[str, int]  # (request_id, attempt)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +30,7 @@ class StoreHint:
 class Sequence:
     """A request's life in this pool, its fields in the order in which they come to matter."""
 
-    key: Key
+    key: RequestKey
     arrival: int  # rises with each request; the order of fairness
     arrived_s: float
     prompt_token_ids: tuple[int, ...]
@@ -61,7 +59,7 @@ class Sequence:
     def of(reserve: Reserve, arrival: int, now: float, model_fingerprint: str) -> "Sequence":
         """A request as it arrives."""
         return Sequence(
-            key=(reserve.request_id, reserve.attempt),
+            key=reserve.key,
             arrival=arrival,
             arrived_s=now,
             prompt_token_ids=reserve.prompt_token_ids,
@@ -130,7 +128,13 @@ class Sequence:
         """Take a token that was sampled; how it is told, with the end that it may be."""
         self.output_token_ids.append(token.token_id)
         index, finish_reason = self.num_generated_tokens - 1, self.finish_reason(max_len)
-        return NewToken(*self.key, index, token.token_id, finish_reason, token.logprobs)
+        return NewToken(
+            *self.key,
+            index=index,
+            token_id=token.token_id,
+            finish_reason=finish_reason,
+            logprobs=token.logprobs,
+        )
 
     def finish_reason(self, max_len: int) -> FinishReason | None:
         """Whether the last generated token ends the sequence.

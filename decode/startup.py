@@ -41,15 +41,17 @@ def warm_up(runner: DecodeRunner, layout: KVLayout, model: ModelConfig) -> Speed
     num_chunk = min(CHUNK_TOKENS, layout.num_blocks * layout.block_size, model.max_model_len)
     blocks = tuple(range(min(num_blocks, layout.num_blocks)))
     num_decoding = min(NUM_DECODING, layout.num_blocks)
-    new = [NewSequence(_NAME, 0, blocks)]
-    new += [NewSequence(_NAME, 1 + i, (i,)) for i in range(num_decoding)]
-    chunk = SequenceStep(_NAME, 0, 0, (0,) * num_chunk)
+    new = [NewSequence(_NAME, 0, block_ids=blocks)]
+    new += [NewSequence(_NAME, 1 + i, block_ids=(i,)) for i in range(num_decoding)]
+    chunk = SequenceStep(_NAME, 0, start=0, token_ids=(0,) * num_chunk)
     _run(runner, (chunk,), tuple(new))
     prefill_s = _run(runner, (chunk,))
-    decoding = tuple(SequenceStep(_NAME, 1 + i, 0, (0,)) for i in range(num_decoding))
+    decoding = tuple(
+        SequenceStep(_NAME, 1 + i, start=0, token_ids=(0,)) for i in range(num_decoding)
+    )
     _run(runner, decoding)
     decode_s = sum(_run(runner, decoding) for _ in range(NUM_DECODE_STEPS))
-    dropped = tuple((sequence.request_id, sequence.attempt) for sequence in new)
+    dropped = tuple(sequence.key for sequence in new)
     runner.execute(DecodePlan(step=0, sequences=(), dropped=dropped))
     return Speed(num_chunk / prefill_s, num_decoding * NUM_DECODE_STEPS / decode_s)
 

@@ -268,7 +268,7 @@ class RankProcess:
     def _status_with(self, load: Load) -> ReportStatus:
         hits = {name: float(count) for name, count in self._failpoints.hits.items()}
         load = dataclasses.replace(load, counters={**load.counters, **hits})
-        return ReportStatus(self._num_steps, None, load)
+        return ReportStatus(num_steps=self._num_steps, step_started=None, load=load)
 
 
 def _backend(device: torch.device, world_size: int) -> str:

@@ -2,7 +2,8 @@
 
 They share no other state. Commands go to the transfer thread, or to a store's disk threads; events
 come back. Both are plain data. A fetch has the same structs within a rank as between ranks:
-``Fetch`` is an event of the source's leader, ``Serve`` or ``FetchRefused`` its answer.
+``Fetch`` is a command of the target's leader and an event of the source's, and ``Serve`` or
+``FetchRefused`` is that one's answer.
 """
 
 from collections.abc import Mapping
@@ -12,7 +13,21 @@ from kvcache.tiers.jobs import DiskDone, DiskJob
 from protocol.handoff import Fetch, FetchRefused, SegmentKey, Serve
 from protocol.kv import BlockRef, PoolEndpoint
 from protocol.messages import BlockCounts, ToCoordinator, ToRank, Welcome
-from protocol.request import TransferStats
+from protocol.request import RequestKey, TransferStats
+
+
+@dataclass(frozen=True, slots=True)
+class _OfRequest:
+    """What is about one attempt at a request, as :class:`protocol.request.Keyed` is."""
+
+    request_id: str
+    attempt: int
+
+    @property
+    def key(self) -> RequestKey:
+        """(request_id, attempt)."""
+        return self.request_id, self.attempt
+
 
 # -- commands: main thread -> transfer thread, disk threads ----------------------------------------
 
@@ -25,14 +40,12 @@ class SendControl:
 
 
 @dataclass(frozen=True, slots=True)
-class AnnounceBlocks:
+class AnnounceBlocks(_OfRequest):
     """Source rank: these blocks of these layers are final. Opens the hand-off when it is the first.
 
     ``logical_blocks[i]`` lies here as ``blocks[i]``. Dropped when the hand-off was closed before.
     """
 
-    request_id: str
-    attempt: int
     target_pool_id: str
     target_epoch: int
     chunk: int
@@ -44,24 +57,20 @@ class AnnounceBlocks:
 
 
 @dataclass(frozen=True, slots=True)
-class AnnouncedAll:
+class AnnouncedAll(_OfRequest):
     """Source rank: nothing more will be announced for this hand-off (zero segments is fine)."""
 
-    request_id: str
-    attempt: int
     target_pool_id: str
     target_epoch: int
 
 
 @dataclass(frozen=True, slots=True)
-class CommitWhenRead:
+class CommitWhenRead(_OfRequest):
     """Source leader: commit as soon as every rank of the own pool has said SourceDone.
 
     ``manifest`` is what the plan dealt; the union of what the ranks say must equal it.
     """
 
-    request_id: str
-    attempt: int
     target_pool_id: str
     target_epoch: int
     manifest: tuple[SegmentKey, ...]
@@ -70,46 +79,22 @@ class CommitWhenRead:
 
 
 @dataclass(frozen=True, slots=True)
-class CloseSource:
+class CloseSource(_OfRequest):
     """Source leader: end this side on every own rank; answered by SourceClosed. Idempotent."""
-
-    request_id: str
-    attempt: int
 
 
 @dataclass(frozen=True, slots=True)
-class OpenTargetBlocks:
+class OpenTargetBlocks(_OfRequest):
     """Target leader: expect a hand-off into these blocks on every own rank."""
 
-    request_id: str
-    attempt: int
     first_logical: int
     blocks: tuple[BlockRef, ...]
     owners: tuple[int, ...] = ()  # the cp rank on which each block lies; empty: on every rank
 
 
 @dataclass(frozen=True, slots=True)
-class CloseTarget:
+class CloseTarget(_OfRequest):
     """Target leader: end this side on every own rank; answered by TargetClosed. Idempotent."""
-
-    request_id: str
-    attempt: int
-
-
-@dataclass(frozen=True, slots=True)
-class AskFetch:
-    """Target leader: the target is open, have the source announce these logical blocks.
-
-    Answered as any hand-off is: TargetCommitted, or HandoffBroken(side="target").
-    """
-
-    request_id: str
-    attempt: int
-    source_pool_id: str
-    source_epoch: int
-    first_logical: int
-    owners: tuple[int, ...]
-    block_hashes: tuple[bytes, ...] = ()  # their content; none: the source knows the request
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +130,7 @@ Command = (
     | CloseSource
     | OpenTargetBlocks
     | CloseTarget
-    | AskFetch
+    | Fetch
     | Serve
     | FetchRefused
     | ReportStatus
@@ -178,52 +163,41 @@ class PoolsChanged:
 
 
 @dataclass(frozen=True, slots=True)
-class TargetIsOpen:
+class TargetIsOpen(_OfRequest):
     """Target leader: every own rank expects the hand-off; the ticket may be given."""
-
-    request_id: str
-    attempt: int
 
 
 @dataclass(frozen=True, slots=True)
-class TargetCommitted:
+class TargetCommitted(_OfRequest):
     """Target leader: every own rank holds exactly the manifest. The hand-off is closed by this."""
 
-    request_id: str
-    attempt: int
     num_tokens: int
     first_token_id: int
     stats: TransferStats
 
 
 @dataclass(frozen=True, slots=True)
-class TargetClosed:
+class TargetClosed(_OfRequest):
     """Target leader: no own rank has a read in flight, or will start one.
 
     The first ``num_whole_blocks`` of the blocks that were opened are read and confirmed in full, on
     every rank: they hold what the source had.
     """
 
-    request_id: str
-    attempt: int
     num_whole_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class SourceClosed:
+class SourceClosed(_OfRequest):
     """Source leader: committed or closed, and no target rank reads from these blocks any more."""
 
-    request_id: str
-    attempt: int
     committed: bool
 
 
 @dataclass(frozen=True, slots=True)
-class HandoffBroken:
+class HandoffBroken(_OfRequest):
     """Leader of either side: the hand-off cannot complete. Close it, fail the request."""
 
-    request_id: str
-    attempt: int
     side: str  # "source" or "target"
     reason: str
 

@@ -140,5 +140,12 @@ def _check_pool(
 def block_layout(pool: PoolSpec, model: ModelConfig, block_size: int, dtype: str) -> KVLayout:
     """One block of KV of a rank of ``pool``."""
     return KVLayout(
-        model.num_layers, 1, model.num_kv_heads, 0, pool.tp_size, block_size, model.head_dim, dtype
+        num_layers=model.num_layers,
+        num_blocks=1,
+        num_kv_heads_total=model.num_kv_heads,
+        tp_rank=0,
+        tp_size=pool.tp_size,
+        block_size=block_size,
+        head_dim=model.head_dim,
+        dtype=dtype,
     )

@@ -171,7 +171,9 @@ def _logprobs(logits_V: torch.Tensor, token_id: int, num_top: int) -> TokenLogpr
     values, ids = logprobs_V.topk(min(num_top, len(logprobs_V)))
     pairs = zip((-values).tolist(), ids.tolist(), strict=True)
     ranked = sorted(pair for pair in pairs if math.isfinite(pair[0]))
-    return TokenLogprobs(chosen, tuple(i for _, i in ranked), tuple(-value for value, _ in ranked))
+    return TokenLogprobs(
+        chosen=chosen, top_ids=tuple(i for _, i in ranked), top=tuple(-value for value, _ in ranked)
+    )
 
 
 def _draw(logits_V: torch.Tensor, params: SamplingParams, u: float) -> int:

@@ -57,7 +57,12 @@ class Announcer:
         self._flush(wait=True)
         if work.is_last and work.route is not None:
             self._submit(
-                AnnouncedAll(work.request_id, work.attempt, work.route.pool_id, work.route.epoch)
+                AnnouncedAll(
+                    work.request_id,
+                    work.attempt,
+                    target_pool_id=work.route.pool_id,
+                    target_epoch=work.route.epoch,
+                )
             )
 
     def play(self, work: ChunkWork, compute: Callable[[int], None] | None = None) -> None:

@@ -95,7 +95,12 @@ def owned(blocks: Iterable[PlacedBlock]) -> list[Owned]:
 def placed(first_logical: int, blocks: Sequence[Owned]) -> tuple[PlacedBlock, ...]:
     """``blocks`` as those of a sequence from ``first_logical`` on."""
     return tuple(
-        PlacedBlock(first_logical + index, cp_rank, ref.block_id, ref.generation)
+        PlacedBlock(
+            logical=first_logical + index,
+            cp_rank=cp_rank,
+            block_id=ref.block_id,
+            generation=ref.generation,
+        )
         for index, (cp_rank, ref) in enumerate(blocks)
     )
 

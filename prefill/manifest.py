@@ -45,7 +45,17 @@ def segment_keys(
     for cp_rank in work.ring:
         for rank in range(cp_rank * tp_size, (cp_rank + 1) * tp_size):
             if cached_blocks(work, cp_rank):
-                yield SegmentKey(rank, CACHED_CHUNK, groups[0].start, groups[-1].stop)
+                yield SegmentKey(
+                    source_rank=rank,
+                    chunk=CACHED_CHUNK,
+                    layer_start=groups[0].start,
+                    layer_end=groups[-1].stop,
+                )
             if moving_blocks(work, cp_rank, block_size):
                 for group in groups:
-                    yield SegmentKey(rank, work.chunk, group.start, group.stop)
+                    yield SegmentKey(
+                        source_rank=rank,
+                        chunk=work.chunk,
+                        layer_start=group.start,
+                        layer_end=group.stop,
+                    )

@@ -2,18 +2,16 @@
 
 from dataclasses import dataclass, field
 
-from kvtransfer.events import AskFetch, CommitWhenRead, OpenTargetBlocks
+from kvtransfer.events import CommitWhenRead, OpenTargetBlocks
 from prefill.blocks import Owned, ref_of
 from prefill.manifest import CACHED_CHUNK
 from prefill.placement import RingPlacement
 from prefill.states import TABLE, RequestEvent, RequestState
-from protocol.handoff import SegmentKey
+from protocol.handoff import Fetch, SegmentKey
 from protocol.messages import Prefill, Progress
 from protocol.plans import HandoffRoute, PlacedBlock
-from protocol.request import FinishReason, PrefillPath
+from protocol.request import FinishReason, PrefillPath, RequestKey
 from protocol.transitions import advance
-
-Key = tuple[str, int]  # (request_id, attempt)
 
 
 @dataclass(eq=False)
@@ -36,8 +34,8 @@ class Request:
     manifest: list[SegmentKey] = field(default_factory=list)
 
     @property
-    def key(self) -> Key:
-        return (self.message.request_id, self.message.attempt)
+    def key(self) -> RequestKey:
+        return self.message.key
 
     @property
     def num_tokens(self) -> int:
@@ -85,7 +83,7 @@ class Request:
         )
 
     def progress(self) -> Progress:
-        return Progress(*self.key, self.num_computed_tokens, self.num_tokens)
+        return Progress(*self.key, num_done=self.num_computed_tokens, num_total=self.num_tokens)
 
     def route(self, block_size: int) -> HandoffRoute:
         """Where its KV goes."""
@@ -122,12 +120,14 @@ class Request:
         blocks = self.fetched_blocks
         refs = tuple(ref_of(block) for block in blocks)
         owners = tuple(block.cp_rank for block in blocks)
-        return OpenTargetBlocks(*self.key, blocks[0].logical, refs, owners)
+        return OpenTargetBlocks(
+            *self.key, first_logical=blocks[0].logical, blocks=refs, owners=owners
+        )
 
-    def ask_fetch(self) -> AskFetch:
+    def ask_fetch(self) -> Fetch:
         """Its fetch, once every rank expects it."""
         blocks = self.fetched_blocks
-        return AskFetch(
+        return Fetch(
             *self.key,
             source_pool_id=self.message.target_pool_id,
             source_epoch=self.message.target_epoch,

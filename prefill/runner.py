@@ -95,7 +95,7 @@ class PrefillRunner:
         last = context.last_token_index
         failed: list[RowResult] = []
         if hidden_TD is not None and not is_finite(hidden_TD):
-            failed.append(FailedRow(work.request_id, work.attempt, NoToken.NON_FINITE))
+            failed.append(FailedRow(work.request_id, work.attempt, why=NoToken.NON_FINITE))
         if work.sampling is None or last is None:
             return failed
         assert hidden_TD is not None, "a rank with the last token has tokens"

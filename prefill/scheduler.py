@@ -37,7 +37,7 @@ from prefill.facts import PoolFacts
 from prefill.manifest import segment_keys
 from prefill.memory import RequestMemory
 from prefill.placement import ChunkCosts, RingPlacement
-from prefill.request import Key, Request
+from prefill.request import Request
 from prefill.states import RequestEvent, RequestState
 from prefill.step import StepTime, load_s, service_order
 from protocol.ended import ByAttempt, EndedAttempts
@@ -53,7 +53,7 @@ from protocol.messages import (
     ToCoordinator,
 )
 from protocol.plans import ChunkWork, FailedRow, PrefillPlan, SampledToken, StepResult, outcomes
-from protocol.request import NoToken, no_token_message
+from protocol.request import NoToken, RequestKey, no_token_message
 
 _COMPUTED_HERE = (RequestState.RUNNING, RequestState.HANDING_OVER)
 _WITHOUT_SOURCE = (RequestState.WAITING, RequestState.FETCHING, RequestState.RETURNING)
@@ -74,7 +74,7 @@ class PrefillScheduler:
         self._commands: list[Command] = []
         self._step = 0
         self._plan: PrefillPlan | None = None  # between schedule and update
-        self._last_served: frozenset[Key] = frozenset()
+        self._last_served: frozenset[RequestKey] = frozenset()
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0
         self.num_fetched_tokens = 0
@@ -83,7 +83,7 @@ class PrefillScheduler:
 
     def _on_prefill(self, message: Prefill, now: float) -> None:
         """Queue a prompt. A duplicate changes nothing; a newer attempt ends the older ones."""
-        key = (message.request_id, message.attempt)
+        key = message.key
         others = self._requests.of(message.request_id)
         if self._ended.covers(*key) or any(other.key[1] >= message.attempt for other in others):
             return
@@ -103,7 +103,7 @@ class PrefillScheduler:
 
     def _on_abort(self, message: Abort) -> None:
         """Hold nothing of it any more; answered by ``Released`` however often it is asked."""
-        key = (message.request_id, message.attempt)
+        key = message.key
         self._memory.disown(message.doubtful_hashes)
         request = self._requests.get(key)
         if request is not None:
@@ -114,7 +114,7 @@ class PrefillScheduler:
 
     def _on_ask(self, message: Ask) -> None:
         """Say again how it stands: something may have been lost on its way."""
-        key = (message.request_id, message.attempt)
+        key = message.key
         request = self._requests.get(key)
         if request is None:
             self._tell(Released(*key))
@@ -175,7 +175,7 @@ class PrefillScheduler:
         if not work:
             return None
         self._step += 1
-        self._last_served = frozenset((item.request_id, item.attempt) for item in work)
+        self._last_served = frozenset(item.key for item in work)
         self._plan = PrefillPlan(self._step, tuple(work))
         return self._plan
 
@@ -193,7 +193,7 @@ class PrefillScheduler:
         self._plan = None
         rows = outcomes(results)
         for work in plan.work:
-            request = self._requests.get((work.request_id, work.attempt))
+            request = self._requests.get(work.key)
             if request is None or request.state is not RequestState.RUNNING:
                 continue
             if isinstance(row := rows.get(request.key), FailedRow):
@@ -294,7 +294,14 @@ class PrefillScheduler:
         finish = request.finish_reason(sampled.token_id, self.facts.max_model_len)
         index = request.message.num_output_tokens
         self._tell(
-            FirstToken(*request.key, sampled.token_id, path, sampled.logprobs, finish, index)
+            FirstToken(
+                *request.key,
+                token_id=sampled.token_id,
+                path=path,
+                logprobs=sampled.logprobs,
+                finish_reason=finish,
+                index=index,
+            )
         )
         self._commands.append(request.commit(sampled.token_id))
 
@@ -308,7 +315,7 @@ class PrefillScheduler:
         self._commands.append(request.open_fetch())
 
     def _on_fetch(self, event: TargetIsOpen | TargetCommitted | TargetClosed) -> None:
-        request = self._requests.get((event.request_id, event.attempt))
+        request = self._requests.get(event.key)
         if request is None:
             return
         match event:
@@ -328,7 +335,7 @@ class PrefillScheduler:
                 self._release(request)
 
     def _on_broken(self, event: HandoffBroken) -> None:
-        request = self._requests.get((event.request_id, event.attempt))
+        request = self._requests.get(event.key)
         if request is None:
             return
         if event.side == "source":
@@ -374,16 +381,16 @@ class PrefillScheduler:
 
     def _fail(self, request: Request, code: str, message: str) -> None:
         if request.state is not RequestState.CLOSING:
-            self._tell(RequestFailed(*request.key, code, message))
+            self._tell(RequestFailed(*request.key, code=code, message=message))
         self._end(request)
 
     def _on_closed(self, event: SourceClosed) -> None:
-        request = self._requests.get((event.request_id, event.attempt))
+        request = self._requests.get(event.key)
         if request is None or request.state in _WITHOUT_SOURCE:
             return
         if not (event.committed or request.state is RequestState.CLOSING):
             message = "the hand-off was closed before it was complete"
-            self._tell(RequestFailed(*request.key, "handoff_failed", message))
+            self._tell(RequestFailed(*request.key, code="handoff_failed", message=message))
         if request.state is RequestState.RUNNING:
             self._stop(request)
         self._advance(request, RequestEvent.CLOSED)

@@ -72,7 +72,10 @@ def _forward(config: PrefillConfig, model: Model, pool: KVPool, num_tokens: int)
         token_ids=(0,) * num_tokens,
         ring=(config.cp_rank,),
         pass_q=False,
-        blocks=tuple(PlacedBlock(i, config.cp_rank, i, 0) for i in range(num_blocks)),
+        blocks=tuple(
+            PlacedBlock(logical=i, cp_rank=config.cp_rank, block_id=i, generation=0)
+            for i in range(num_blocks)
+        ),
         is_last=False,
     )
     context = RingAttention(work, config.cp_rank, pool, None, model.kernel, model.config)

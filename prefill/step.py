@@ -10,12 +10,13 @@ from collections.abc import Container, Sequence
 
 from prefill.backlog import NUM_LOOKED_AT
 from prefill.placement import ChunkCosts, RingPlacement
-from prefill.request import Key, Request
+from prefill.request import Request
 from prefill.states import RequestState
+from protocol.request import RequestKey
 
 
 def service_order(
-    unfinished: Sequence[Request], last_served: Container[Key], chunk_tokens: int
+    unfinished: Sequence[Request], last_served: Container[RequestKey], chunk_tokens: int
 ) -> list[Request]:
     """The requests that the next step may serve, the first of them in any case.
 
@@ -41,7 +42,7 @@ def service_order(
 
 
 def _in_order(
-    unfinished: Sequence[Request], last_served: Container[Key], chunk_tokens: int
+    unfinished: Sequence[Request], last_served: Container[RequestKey], chunk_tokens: int
 ) -> list[Request]:
     """Those of one priority."""
     head, *others = unfinished

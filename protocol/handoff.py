@@ -31,7 +31,7 @@ that does not match an open hand-off is dropped and counted.
 import msgspec
 
 from protocol.kv import BlockRef
-from protocol.request import TransferStats
+from protocol.request import Keyed, TransferStats
 
 
 class SegmentKey(msgspec.Struct, frozen=True, array_like=True):
@@ -43,11 +43,8 @@ class SegmentKey(msgspec.Struct, frozen=True, array_like=True):
     layer_end: int
 
 
-class _Message(
-    msgspec.Struct, frozen=True, tag=True, omit_defaults=True, forbid_unknown_fields=True
-):
-    request_id: str
-    attempt: int
+class _Message(Keyed, frozen=True, tag=True, omit_defaults=True, forbid_unknown_fields=True):
+    """Tagged by class name, and about one hand-off, which its request's attempt names."""
 
 
 class OpenTarget(_Message, frozen=True):
@@ -69,7 +66,7 @@ class Announce(_Message, frozen=True):
     source_pool_id: str
     source_epoch: int
     target_epoch: int
-    key: SegmentKey
+    segment: SegmentKey
     logical_blocks: tuple[int, ...]
     blocks: tuple[BlockRef, ...]  # the source's, one for each logical block
     checksum: int | None = None  # of the bytes that this target rank is to read, in plan order
@@ -82,7 +79,7 @@ class ReadDone(_Message, frozen=True):
     target_rank: int
     target_epoch: int
     source_epoch: int
-    key: SegmentKey
+    segment: SegmentKey
 
 
 class Confirm(_Message, frozen=True):
@@ -90,7 +87,7 @@ class Confirm(_Message, frozen=True):
 
     source_epoch: int
     target_epoch: int
-    key: SegmentKey
+    segment: SegmentKey
     valid: bool
 
 
@@ -153,20 +150,24 @@ class ReadsEnded(_Message, frozen=True):
 
 
 class Fetch(_Message, frozen=True):
-    """target leader -> source leader: I expect these logical blocks, of which you hold the KV."""
+    """target leader -> source leader: the target expects these blocks; announce them to it.
 
-    target_pool_id: str
-    target_epoch: int
+    A leader node asks with this very struct. Its rank knows which pool and epoch it is, and adds
+    them when it sends the message.
+    """
+
+    source_pool_id: str
     source_epoch: int
     first_logical: int
     owners: tuple[int, ...]  # the target's cp rank for each block
     block_hashes: tuple[bytes, ...] = ()  # their content; none: a prefix of the source's request
+    target_pool_id: str = ""
+    target_epoch: int = 0
 
     def served(self, blocks: tuple[BlockRef, ...]) -> "Serve":
         """The answer of a source that has all of it, as ``blocks``."""
         return Serve(
-            self.request_id,
-            self.attempt,
+            *self.key,
             target_pool_id=self.target_pool_id,
             target_epoch=self.target_epoch,
             source_epoch=self.source_epoch,
@@ -176,24 +177,23 @@ class Fetch(_Message, frozen=True):
         )
 
     def refused(self, reason: str) -> "FetchRefused":
-        """The answer of a source that has not, or will not."""
+        """The answer of a source that does not have all of it, or will not give it."""
         return FetchRefused(
-            self.request_id,
-            self.attempt,
-            source_epoch=self.source_epoch,
-            target_epoch=self.target_epoch,
-            reason=reason,
+            *self.key,
             target_pool_id=self.target_pool_id,
+            target_epoch=self.target_epoch,
+            source_epoch=self.source_epoch,
+            reason=reason,
         )
 
 
 class FetchRefused(_Message, frozen=True):
-    """source leader -> target leader: I do not, or no longer."""
+    """source leader -> target leader: these blocks cannot be had here, or no longer."""
 
-    source_epoch: int
+    target_pool_id: str
     target_epoch: int
+    source_epoch: int
     reason: str
-    target_pool_id: str = ""
 
 
 class Serve(_Message, frozen=True):

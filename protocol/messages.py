@@ -32,6 +32,7 @@ import msgspec
 from protocol.kv import PoolEndpoint, RankEndpoint
 from protocol.request import (
     FinishReason,
+    Keyed,
     PrefillPath,
     SamplingParams,
     TokenLogprobs,
@@ -46,6 +47,10 @@ class _Message(
     msgspec.Struct, frozen=True, tag=True, omit_defaults=True, forbid_unknown_fields=True
 ):
     """Tagged by class name; an unknown tag, field or type is refused by the decoder."""
+
+
+class _OfRequest(Keyed, frozen=True, tag=True, omit_defaults=True, forbid_unknown_fields=True):
+    """A message about one attempt at a request."""
 
 
 # -- the life of a pool ----------------------------------------------------------------------------
@@ -170,11 +175,9 @@ class Shutdown(_Message, frozen=True):
 # -- the life of a request -------------------------------------------------------------------------
 
 
-class Reserve(_Message, frozen=True):
+class Reserve(_OfRequest, frozen=True):
     """coordinator -> decode leader: grant blocks; answered by Ticket when there is room."""
 
-    request_id: str
-    attempt: int
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
     cache_salt: str = ""  # the tenant's; part of every block hash
@@ -184,27 +187,20 @@ class Reserve(_Message, frozen=True):
     num_store_tokens: int = 0  # of that prefix, a multiple of the block size
 
 
-class Ticket(_Message, frozen=True):
+class Ticket(_OfRequest, frozen=True):
     """decode leader -> coordinator: blocks are reserved, of which a prefix holds KV already."""
 
-    request_id: str
-    attempt: int
     num_cached_tokens: int
     num_loaded_tokens: int = 0  # of those, brought from a store for this request
 
 
-class ComputeHere(_Message, frozen=True):
+class ComputeHere(_OfRequest, frozen=True):
     """coordinator -> decode leader: compute the rest of the prompt yourself."""
 
-    request_id: str
-    attempt: int
 
-
-class Prefill(_Message, frozen=True):
+class Prefill(_OfRequest, frozen=True):
     """coordinator -> prefill leader: compute the prompt, hand its KV to ``target_pool_id``."""
 
-    request_id: str
-    attempt: int
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
     target_pool_id: str
@@ -217,23 +213,19 @@ class Prefill(_Message, frozen=True):
     ring_size: int = 0  # that the caller wants, if the pool has so many ranks; 0: the best
 
 
-class Progress(_Message, frozen=True):
+class Progress(_OfRequest, frozen=True):
     """prefill leader -> coordinator: the first ``num_done`` prompt tokens are computed.
 
     Also told when the first chunk is begun, so that it is known who was on board if that kills us.
     """
 
-    request_id: str
-    attempt: int
     num_done: int
     num_total: int
 
 
-class FirstToken(_Message, frozen=True):
+class FirstToken(_OfRequest, frozen=True):
     """prefill leader -> coordinator, at once, before the hand-off is complete."""
 
-    request_id: str
-    attempt: int
     token_id: int
     path: PrefillPath
     logprobs: TokenLogprobs | None = None
@@ -241,19 +233,15 @@ class FirstToken(_Message, frozen=True):
     index: int = 0  # above 0 when earlier attempts have generated some
 
 
-class Committed(_Message, frozen=True):
+class Committed(_OfRequest, frozen=True):
     """decode leader -> coordinator: the hand-off is whole, the sequence joins the batch."""
 
-    request_id: str
-    attempt: int
     stats: TransferStats
 
 
-class NewToken(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
+class NewToken(Keyed, frozen=True, array_like=True, omit_defaults=True):
     """One token of one sequence."""
 
-    request_id: str
-    attempt: int
     index: int
     token_id: int
     finish_reason: FinishReason | None = None
@@ -267,66 +255,52 @@ class Tokens(_Message, frozen=True):
     tokens: tuple[NewToken, ...]
 
 
-class Abort(_Message, frozen=True):
+class Abort(_OfRequest, frozen=True):
     """coordinator -> leader: hold nothing of it any more; answered by Released. Idempotent.
 
     ``is_doubtful``: its KV may be wrong. Nobody is to find any of it in a cache, nor what lies
     under ``doubtful_hashes``, its prompt's: all may be released, and cached, already.
     """
 
-    request_id: str
-    attempt: int
     is_doubtful: bool = False
     doubtful_hashes: tuple[bytes, ...] = ()
 
 
-class Ask(_Message, frozen=True):
+class Ask(_OfRequest, frozen=True):
     """coordinator -> leader: say again how it stands. Changes nothing.
 
     Answered by ``Released`` when it is not known or over, by the ``Ticket`` again of a decode pool
     that has given one, by ``Progress`` of a prefill pool; a request that waits is not answered for.
     """
 
-    request_id: str
-    attempt: int
 
-
-class RequestFailed(_Message, frozen=True):
+class RequestFailed(_OfRequest, frozen=True):
     """leader -> coordinator: this request cannot go on here."""
 
-    request_id: str
-    attempt: int
     code: str
     message: str
 
 
-class Released(_Message, frozen=True):
+class Released(_OfRequest, frozen=True):
     """leader -> coordinator: no block of this pool is owned by, or in flight for, the request."""
-
-    request_id: str
-    attempt: int
 
 
 # -- what a store is asked to keep -----------------------------------------------------------------
 
 
-class Stored(_Message, frozen=True):
+class Stored(_OfRequest, frozen=True):
     """store -> coordinator: the first ``num_tokens`` of the prompt are in its lowest tier."""
 
-    request_id: str
-    attempt: int
     num_tokens: int
     num_bytes: int = 0  # newly written for it
 
 
-class Collect(_Message, frozen=True):
+class Collect(_OfRequest, frozen=True):
     """coordinator -> store: read these blocks from a pool that has them; answered by Stored.
 
     ``block_hashes`` are those of the prompt's leading full blocks.
     """
 
-    request_id: str
-    attempt: int
     block_hashes: tuple[bytes, ...]
     source_pool_id: str
     source_epoch: int

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from protocol.request import NoToken, SamplingParams, TokenLogprobs
+from protocol.request import Keyed, NoToken, SamplingParams, TokenLogprobs
 
 
 class _Message(
@@ -37,7 +37,7 @@ class HandoffRoute(msgspec.Struct, frozen=True, omit_defaults=True):
     first_logical: int
 
 
-class ChunkWork(msgspec.Struct, frozen=True, omit_defaults=True):
+class ChunkWork(Keyed, frozen=True, omit_defaults=True):
     """One chunk of one request on one ring.
 
     Tokens ``[start, start + len(token_ids))``; ``start`` is a multiple of the block size. The ring
@@ -46,8 +46,6 @@ class ChunkWork(msgspec.Struct, frozen=True, omit_defaults=True):
     their owners.
     """
 
-    request_id: str
-    attempt: int
     chunk: int
     start: int
     token_ids: tuple[int, ...]
@@ -69,18 +67,14 @@ class PrefillPlan(_Message, frozen=True):
     work: tuple[ChunkWork, ...]
 
 
-class SampledToken(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
-    request_id: str
-    attempt: int
+class SampledToken(Keyed, frozen=True, array_like=True, omit_defaults=True):
     token_id: int
     logprobs: TokenLogprobs | None = None
 
 
-class FailedRow(msgspec.Struct, frozen=True, array_like=True):
+class FailedRow(Keyed, frozen=True, array_like=True):
     """A request whose numbers give no token: it ends here, its neighbours in the step do not."""
 
-    request_id: str
-    attempt: int
     why: NoToken
 
 
@@ -92,37 +86,32 @@ def row_result(
 ) -> RowResult:
     """What became of one sampled row."""
     if isinstance(chosen, NoToken):
-        return FailedRow(request_id, attempt, chosen)
-    return SampledToken(request_id, attempt, *chosen)
+        return FailedRow(request_id, attempt, why=chosen)
+    token_id, logprobs = chosen
+    return SampledToken(request_id, attempt, token_id=token_id, logprobs=logprobs)
 
 
 # -- decode ----------------------------------------------------------------------------------------
 
 
-class NewSequence(msgspec.Struct, frozen=True, omit_defaults=True):
+class NewSequence(Keyed, frozen=True, omit_defaults=True):
     """A sequence enters the pool: its followers keep its block table from now on."""
 
-    request_id: str
-    attempt: int
     block_ids: tuple[int, ...]
 
 
-class SequenceStep(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
+class SequenceStep(Keyed, frozen=True, array_like=True, omit_defaults=True):
     """Compute ``token_ids`` at positions from ``start``; sample after the last of them, or not."""
 
-    request_id: str
-    attempt: int
     start: int
     token_ids: tuple[int, ...]
     new_block_ids: tuple[int, ...] = ()  # appended to its block table before the step
     sample: bool = True
 
 
-class SwapBlocks(msgspec.Struct, frozen=True, array_like=True):
+class SwapBlocks(Keyed, frozen=True, array_like=True):
     """Copy a sequence's blocks to host memory (``out``) or back into these blocks."""
 
-    request_id: str
-    attempt: int
     out: bool
     block_ids: tuple[int, ...]
 
@@ -162,7 +151,7 @@ class StepResult(_Message, frozen=True):
         """A rank's results, those that failed apart."""
         tokens = tuple(row for row in rows if isinstance(row, SampledToken))
         failed = tuple(row for row in rows if isinstance(row, FailedRow))
-        return StepResult(step, rank, tokens, compute_s, failed)
+        return StepResult(step=step, rank=rank, tokens=tokens, compute_s=compute_s, failed=failed)
 
 
 def outcomes(results: Iterable[StepResult]) -> dict[tuple[str, int], RowResult]:
@@ -170,7 +159,7 @@ def outcomes(results: Iterable[StepResult]) -> dict[tuple[str, int], RowResult]:
     every = list(results)
     rows: list[RowResult] = [row for result in every for row in result.tokens]
     rows += (row for result in every for row in result.failed)
-    return {(row.request_id, row.attempt): row for row in rows}
+    return {row.key: row for row in rows}
 
 
 StepPlan = PrefillPlan | DecodePlan

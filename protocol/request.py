@@ -7,6 +7,23 @@ import enum
 
 import msgspec
 
+RequestKey = tuple[str, int]  # (request_id, attempt)
+
+
+class Keyed(msgspec.Struct, frozen=True):
+    """What is about one attempt at a request. Messages of another attempt are dropped.
+
+    Construct one as ``Kind(*key, field=...)``: the key in front, everything else by its name.
+    """
+
+    request_id: str
+    attempt: int
+
+    @property
+    def key(self) -> RequestKey:
+        """The attempt's name: (request_id, attempt)."""
+        return self.request_id, self.attempt
+
 
 class FinishReason(enum.StrEnum):
     """Why a sequence ended, in OpenAI's words where they have one."""

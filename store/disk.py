@@ -66,7 +66,7 @@ class Disk:
         except OSError as error:
             text = error.strerror or str(error)
             return PackWritten(job.number, error=text, is_full=error.errno in _FULL)
-        return PackWritten(job.number, name, header)
+        return PackWritten(number=job.number, name=name, header=header)
 
     def _read(self, job: ReadPack) -> PackRead:
         try:

@@ -3,12 +3,14 @@
 from dataclasses import dataclass, field
 
 from kvcache.prefix import block_salt, hash_blocks
-from kvtransfer.events import AskFetch, OpenTargetBlocks
+from kvtransfer.events import OpenTargetBlocks
+from protocol.handoff import Fetch
 from protocol.kv import BlockRef
 from protocol.messages import Collect, Reserve
+from protocol.request import RequestKey
 from protocol.transitions import advance
 from store.states import OFFLOAD, StoreEvent, StoreState
-from store.writing import Chain, Key
+from store.writing import Chain
 
 
 @dataclass(slots=True, eq=False)
@@ -18,7 +20,7 @@ class Offload:
     ``num_blocks`` counts the partial last block too, which is handed over and not kept.
     """
 
-    key: Key
+    key: RequestKey
     hashes: tuple[bytes, ...]  # of its full blocks
     num_blocks: int
     max_first: int  # leading blocks that may be taken as known
@@ -32,7 +34,7 @@ class Offload:
     @staticmethod
     def of(message: Reserve | Collect, block_size: int, model_fingerprint: str) -> "Offload":
         """As it arrives."""
-        key = (message.request_id, message.attempt)
+        key = message.key
         if isinstance(message, Collect):
             source = (message.source_pool_id, message.source_epoch)
             num_blocks = len(message.block_hashes)
@@ -56,13 +58,21 @@ class Offload:
         self.state = advance(OFFLOAD, self.state, event, of=self.key[0])
 
     def open(self) -> OpenTargetBlocks:
-        return OpenTargetBlocks(*self.key, self.first, tuple(self.blocks))
+        return OpenTargetBlocks(*self.key, first_logical=self.first, blocks=tuple(self.blocks))
 
-    def ask(self) -> AskFetch:
+    def ask(self) -> Fetch:
         """Its blocks, from the pool that has them."""
         assert self.source is not None, "it is handed over without asking"
         owners = (0,) * len(self.blocks)
-        return AskFetch(*self.key, *self.source, self.first, owners, self.hashes[self.first :])
+        source_pool_id, source_epoch = self.source
+        return Fetch(
+            *self.key,
+            source_pool_id=source_pool_id,
+            source_epoch=source_epoch,
+            first_logical=self.first,
+            owners=owners,
+            block_hashes=self.hashes[self.first :],
+        )
 
     def chain(self, num_blocks: int) -> Chain:
         """What its first ``num_blocks`` blocks hold."""

@@ -20,9 +20,10 @@ from kvcache.tiers.jobs import PackRead, ReadPack
 from kvtransfer.events import CloseSource, Command
 from protocol.handoff import Fetch
 from protocol.kv import BlockRef
+from protocol.request import RequestKey
 from protocol.transitions import advance
 from store.states import ONBOARDING, StoreEvent, StoreState
-from store.writing import Key, WriteBehind
+from store.writing import WriteBehind
 
 ONBOARDING_TIMEOUT_S = 60.0
 GONE = "the store does not hold all of it any more"
@@ -42,8 +43,8 @@ class Onboarding:
     is_closing: bool = False
 
     @property
-    def key(self) -> Key:
-        return (self.asked.request_id, self.asked.attempt)
+    def key(self) -> RequestKey:
+        return self.asked.key
 
 
 class Onboardings:
@@ -59,7 +60,7 @@ class Onboardings:
         self._pool = pool
         self._index = index
         self._writing = writing
-        self._onboardings: dict[Key, Onboarding] = {}
+        self._onboardings: dict[RequestKey, Onboarding] = {}
         self._reads: dict[int, Onboarding] = {}
         self._num_jobs = 0
         self._commands: list[Command] = []
@@ -70,7 +71,7 @@ class Onboardings:
     def __len__(self) -> int:
         return len(self._onboardings)
 
-    def __contains__(self, key: Key) -> bool:
+    def __contains__(self, key: RequestKey) -> bool:
         return key in self._onboardings
 
     def ask(self, fetch: Fetch, hashes: Sequence[bytes], now: float) -> None:
@@ -127,7 +128,9 @@ class Onboardings:
             places = [self._index.find(onboarding.hashes[position]) for position in wanted]
             indices = tuple(place[1] for place in places if place is not None)
             blocks = tuple(onboarding.blocks[position] for position in wanted)
-            self._commands.append(ReadPack(self._num_jobs, name, indices, blocks))
+            self._commands.append(
+                ReadPack(number=self._num_jobs, name=name, indices=indices, blocks=blocks)
+            )
             self._reads[self._num_jobs] = onboarding
             self._index.pack(name).num_readers += 1
             onboarding.loading[self._num_jobs] = (name, wanted)
@@ -162,7 +165,7 @@ class Onboardings:
         self.num_lent_blocks += len(onboarding.blocks)
         self._commands.append(onboarding.asked.served(tuple(onboarding.blocks)))
 
-    def close(self, key: Key) -> None:
+    def close(self, key: RequestKey) -> None:
         """It is not wanted any more. Idempotent."""
         onboarding = self._onboardings.get(key)
         if onboarding is None or onboarding.is_closing:
@@ -173,7 +176,7 @@ class Onboardings:
         elif onboarding.state is StoreState.SERVING:
             self._commands.append(CloseSource(*key))
 
-    def on_closed(self, key: Key) -> None:
+    def on_closed(self, key: RequestKey) -> None:
         """Nobody reads from its blocks any more."""
         onboarding = self._onboardings.get(key)
         if onboarding is not None and onboarding.state is StoreState.SERVING:

@@ -54,10 +54,11 @@ from protocol.messages import (
     cache_updates,
 )
 from protocol.plans import StepResult
+from protocol.request import RequestKey
 from store.offload import Offload
 from store.onboarding import Onboardings
 from store.states import StoreEvent, StoreState
-from store.writing import Key, WriteBehind
+from store.writing import WriteBehind
 
 HOST, DISK = "cpu", "disk"
 STORAGE_FULL = "insufficient_storage"
@@ -95,7 +96,7 @@ class StoreScheduler:
         self._facts = facts
         self._writing = WriteBehind(pool, index, facts.block_bytes, facts.pack_blocks)
         self._onboardings = Onboardings(pool, index, self._writing)
-        self._offloads: dict[Key, Offload] = {}  # in order of arrival
+        self._offloads: dict[RequestKey, Offload] = {}  # in order of arrival
         self._ended = EndedAttempts()
         self._commands: list[Command] = []
         for update in cache_updates(index.hashes, DISK):
@@ -118,10 +119,10 @@ class StoreScheduler:
             case Fetch():
                 self._onboardings.ask(event, self._wanted(event), now)
             case SourceClosed():
-                self._onboardings.on_closed((event.request_id, event.attempt))
-                self._say_released((event.request_id, event.attempt))
+                self._onboardings.on_closed(event.key)
+                self._say_released(event.key)
             case HandoffBroken(side="source"):
-                self._onboardings.close((event.request_id, event.attempt))
+                self._onboardings.close(event.key)
             case PackWritten():
                 self._on_written(event, now)
             case PackRead():
@@ -134,7 +135,7 @@ class StoreScheduler:
             case Abort():
                 self._on_abort(message)
             case Ask():
-                self._on_ask((message.request_id, message.attempt))
+                self._on_ask(message.key)
             case Pin():
                 self._index.pin(message.owner, message.block_hashes, message.mode)
             case Forget():
@@ -142,7 +143,7 @@ class StoreScheduler:
 
     def _on_deposit(self, message: Reserve | Collect) -> None:
         """Queue it. A duplicate changes nothing; a newer attempt ends the older ones."""
-        key = (message.request_id, message.attempt)
+        key = message.key
         others = [d for d in self._offloads.values() if d.key[0] == message.request_id]
         if self._ended.covers(*key) or any(other.key[1] >= key[1] for other in others):
             return
@@ -158,13 +159,13 @@ class StoreScheduler:
 
     def _wanted(self, event: Fetch) -> tuple[bytes, ...]:
         """The hashes that are asked for; a pool that has none means those of its own hand-off."""
-        offload = self._offloads.get((event.request_id, event.attempt))
+        offload = self._offloads.get(event.key)
         if event.block_hashes or offload is None:
             return event.block_hashes
         return offload.hashes[event.first_logical : event.first_logical + len(event.owners)]
 
     def _on_abort(self, message: Abort) -> None:
-        key = (message.request_id, message.attempt)
+        key = message.key
         offload = self._offloads.get(key)
         self._onboardings.close(key)
         if offload is not None:
@@ -174,7 +175,7 @@ class StoreScheduler:
             self._ended.add(*key)
             self._say_released(key)
 
-    def _on_ask(self, key: Key) -> None:
+    def _on_ask(self, key: RequestKey) -> None:
         """Say again what may have been lost on its way; a ticket is a sign of life, too."""
         offload = self._offloads.get(key)
         if offload is None:
@@ -185,7 +186,7 @@ class StoreScheduler:
     # -- hand-offs into the store ------------------------------------------------------------------
 
     def _on_target(self, event: TargetIsOpen | TargetCommitted | TargetClosed, now: float) -> None:
-        offload = self._offloads.get((event.request_id, event.attempt))
+        offload = self._offloads.get(event.key)
         if offload is None or not offload.holds_handoff:
             return
         match event:
@@ -207,12 +208,12 @@ class StoreScheduler:
                 self._forget(offload)
 
     def _give_ticket(self, offload: Offload) -> None:
-        self._send(Ticket(*offload.key, offload.first * self._facts.block_size))
+        self._send(Ticket(*offload.key, num_cached_tokens=offload.first * self._facts.block_size))
 
     def _on_committed(self, offload: Offload, event: TargetCommitted, now: float) -> None:
         offload.advance(StoreEvent.COMMITTED)
         if offload.source is None:
-            self._send(Committed(*offload.key, event.stats))
+            self._send(Committed(*offload.key, stats=event.stats))
         error = self._end_transfer(offload, len(offload.blocks), now, waits=True)
         if error:
             self._fail(offload, STORAGE_FULL, error)
@@ -236,7 +237,7 @@ class StoreScheduler:
         return error
 
     def _on_broken(self, event: HandoffBroken) -> None:
-        offload = self._offloads.get((event.request_id, event.attempt))
+        offload = self._offloads.get(event.key)
         if offload is not None and offload.state in (StoreState.OPENING, StoreState.RESERVED):
             self._fail(offload, "handoff_failed", event.reason)
 
@@ -251,13 +252,13 @@ class StoreScheduler:
         """Every full block of it is durable."""
         offload.advance(StoreEvent.STORED)
         num_tokens = len(offload.hashes) * self._facts.block_size
-        self._send(Stored(*offload.key, num_tokens))
+        self._send(Stored(*offload.key, num_tokens=num_tokens))
         self._forget(offload)
 
     # -- the ways out ------------------------------------------------------------------------------
 
     def _fail(self, offload: Offload, code: str, message: str) -> None:
-        self._send(RequestFailed(*offload.key, code, message))
+        self._send(RequestFailed(*offload.key, code=code, message=message))
         self._give_up(offload)
 
     def _give_up(self, offload: Offload) -> None:
@@ -275,7 +276,7 @@ class StoreScheduler:
         self._ended.add(*offload.key)
         self._say_released(offload.key)
 
-    def _say_released(self, key: Key) -> None:
+    def _say_released(self, key: RequestKey) -> None:
         if key not in self._offloads and key not in self._onboardings:
             self._send(Released(*key))
 
@@ -329,7 +330,7 @@ class StoreScheduler:
             (HOST, self._pool.take_cache_events(), ()),
         ):
             if stored or evicted:
-                self._send(CacheUpdate(stored, evicted, tier, damaged))
+                self._send(CacheUpdate(stored=stored, evicted=evicted, tier=tier, damaged=damaged))
         self._commands += self._writing.take_jobs()
         self._commands += self._onboardings.take_commands()
         commands, self._commands = self._commands, []

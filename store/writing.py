@@ -19,15 +19,14 @@ from kvcache.blocks import BlockPool
 from kvcache.tiers.index import PackIndex
 from kvcache.tiers.jobs import DeletePacks, DiskJob, PackWritten, WritePack
 from protocol.kv import BlockRef
-
-Key = tuple[str, int]  # (request_id, attempt)
+from protocol.request import RequestKey
 
 
 @dataclass(slots=True)
 class _Write:
     job: WritePack
     num_bytes: int
-    waiters: set[Key] = field(default_factory=set)
+    waiters: set[RequestKey] = field(default_factory=set)
     is_retry: bool = False
 
 
@@ -59,7 +58,7 @@ class WriteBehind:
         self._pack_blocks = pack_blocks
         self._writes: dict[int, _Write] = {}
         self._writing: dict[bytes, int] = {}
-        self._waiting: dict[Key, set[int]] = {}
+        self._waiting: dict[RequestKey, set[int]] = {}
         self._num_jobs = 0
         self._jobs: list[DiskJob] = []
         self._stored: list[bytes] = []
@@ -74,7 +73,9 @@ class WriteBehind:
         """Whether a block is durable, or will be in a moment."""
         return block_hash in self._index or block_hash in self._writing
 
-    def keep(self, key: Key | None, chain: Chain, blocks: Sequence[BlockRef], now: float) -> str:
+    def keep(
+        self, key: RequestKey | None, chain: Chain, blocks: Sequence[BlockRef], now: float
+    ) -> str:
         """Take over ``blocks``, which their offload owns, and write what is not there yet.
 
         Args:
@@ -105,16 +106,16 @@ class WriteBehind:
             self.wait(key, chain.hashes)
         return error
 
-    def wait(self, key: Key, hashes: Sequence[bytes]) -> None:
+    def wait(self, key: RequestKey, hashes: Sequence[bytes]) -> None:
         """``key`` waits until these are durable, as far as they are being written."""
         for number in {self._writing[h] for h in hashes if h in self._writing}:
             self._writes[number].waiters.add(key)
             self._waiting.setdefault(key, set()).add(number)
 
-    def is_waiting(self, key: Key) -> bool:
+    def is_waiting(self, key: RequestKey) -> bool:
         return key in self._waiting
 
-    def forget(self, key: Key) -> None:
+    def forget(self, key: RequestKey) -> None:
         """It does not wait any more; what is being written will be."""
         for number in self._waiting.pop(key, ()):
             if number in self._writes:
@@ -130,7 +131,12 @@ class WriteBehind:
             return "what is kept on disk is pinned, and the disk quota is used up"
         self._num_jobs += 1
         job = WritePack(
-            self._num_jobs, chain.first_logical, chain.parent, chain.hashes, blocks, victims
+            number=self._num_jobs,
+            first_logical=chain.first_logical,
+            parent=chain.parent,
+            hashes=chain.hashes,
+            blocks=blocks,
+            victims=victims,
         )
         for block, block_hash in zip(blocks, chain.hashes, strict=True):
             self._pool.set_hash(block, block_hash)
@@ -151,7 +157,9 @@ class WriteBehind:
 
     # -- what the disk says ------------------------------------------------------------------------
 
-    def on_written(self, done: PackWritten, now: float) -> tuple[list[Key], list[Key]]:
+    def on_written(
+        self, done: PackWritten, now: float
+    ) -> tuple[list[RequestKey], list[RequestKey]]:
         """(who waits for nothing more, who waited for this in vain)."""
         write = self._writes[done.number]
         if done.error and done.is_full and not write.is_retry and self._retry(write, now):
@@ -189,7 +197,14 @@ class WriteBehind:
         write.is_retry = True
         job = write.job
         self._jobs.append(
-            WritePack(job.number, job.first_logical, job.parent, job.hashes, job.blocks, victims)
+            WritePack(
+                number=job.number,
+                first_logical=job.first_logical,
+                parent=job.parent,
+                hashes=job.hashes,
+                blocks=job.blocks,
+                victims=victims,
+            )
         )
         return True
 

@@ -84,13 +84,13 @@ class PackFiles:
             OSError: the disk is full, or fails. No trace of the pack is left.
         """
         header = PackHeader(
-            self._model_fingerprint,
-            self.shape,
-            self.block_bytes,
-            first_logical,
-            parent,
-            tuple(hashes),
-            tuple(self.checksum(block_id) for block_id in block_ids),
+            model_fingerprint=self._model_fingerprint,
+            shape=self.shape,
+            block_bytes=self.block_bytes,
+            first_logical=first_logical,
+            parent=parent,
+            hashes=tuple(hashes),
+            checksums=tuple(self.checksum(block_id) for block_id in block_ids),
         )
         name = f"{hashes[0].hex()}-{len(hashes)}-{os.getpid()}-{next(self._numbers)}"
         part, pack = self.folder / f"{name}{UNFINISHED}", self._path(name)

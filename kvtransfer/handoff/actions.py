@@ -13,8 +13,6 @@ from kvtransfer.plan import ByteRun
 from protocol.handoff import HandoffMessage
 from protocol.kv import KVLayout, PoolEndpoint, RankEndpoint
 
-Key = tuple[str, int]  # (request_id, attempt)
-
 
 @dataclass(frozen=True, slots=True)
 class Send:

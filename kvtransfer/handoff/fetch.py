@@ -1,18 +1,18 @@
 """Hand-offs that their target asks for: a prefill pool fetches a prefix from a decode pool. Pure.
 
-Target's leader: ``AskFetch``, once the target is open --> ``Fetch`` to the source's leader.
-Source's leader: ``Fetch`` goes to its main thread, which answers
-  ``Serve``, for every own rank, to be committed when all is read, or
-  ``FetchRefused``, for the target's leader, to which the hand-off is broken.
-Source's ranks: ``Serve`` --> their heads of all those blocks and layers, in one announcement.
+The same structs go between a rank's threads and between ranks (protocol/handoff.py):
+
+1. target: the leader node asks with ``Fetch`` once its hand-off is open. It goes to the source's
+   leader.
+2. source: ``Fetch`` goes up to the leader node, which answers ``Serve``, or ``FetchRefused``. A
+   refusal breaks the hand-off at the target.
+3. source: ``Serve`` goes to every own rank, and the hand-off is committed when all is read.
+4. Each own rank announces its heads of those blocks, all layers in one segment.
 """
 
-from kvtransfer.events import (
-    AnnounceBlocks,
-    AnnouncedAll,
-    AskFetch,
-    CommitWhenRead,
-)
+import msgspec
+
+from kvtransfer.events import AnnounceBlocks, AnnouncedAll, CommitWhenRead
 from kvtransfer.handoff.actions import Action, Emit, RankState, Send
 from kvtransfer.handoff.leader import LeaderSide
 from kvtransfer.handoff.source import SourceSide
@@ -24,12 +24,12 @@ _NO_TOKEN = 0  # a prefix has no first token
 
 
 class Fetches:
-    """One rank's part in fetches, as the one who asks and as the one who is asked.
+    """One rank's part in fetches, as target and as source.
 
     Args:
         around: who and where this rank is.
         source: announces what is served.
-        leader: commits it, or learns that it is refused.
+        leader: commits it, or breaks the hand-off that is refused.
     """
 
     def __init__(self, around: RankState, source: SourceSide, leader: LeaderSide) -> None:
@@ -37,10 +37,10 @@ class Fetches:
         self._source = source
         self._leader = leader
 
-    def command(self, command: AskFetch | Serve | FetchRefused, now: float) -> list[Action]:
+    def command(self, command: Fetch | Serve | FetchRefused, now: float) -> list[Action]:
         """What the own main thread asks for."""
         match command:
-            case AskFetch():
+            case Fetch():
                 return self._ask(command)
             case Serve():
                 return self._serve(command, now)
@@ -59,34 +59,27 @@ class Fetches:
 
     # -- the pool that misses blocks ---------------------------------------------------------------
 
-    def _ask(self, command: AskFetch) -> list[Action]:
-        key = (command.request_id, command.attempt)
-        if self._around.epoch_of(command.source_pool_id) != command.source_epoch:
-            reason = f"{command.source_pool_id} is gone"
-            return self._leader.on_failed(HandoffFailed(*key, 0, reason, "target"))
-        fetch = Fetch(
-            *key,
-            target_pool_id=self._around.identity.pool_id,
-            target_epoch=self._around.epoch,
-            source_epoch=command.source_epoch,
-            first_logical=command.first_logical,
-            owners=command.owners,
-            block_hashes=command.block_hashes,
+    def _ask(self, fetch: Fetch) -> list[Action]:
+        around = self._around
+        if around.epoch_of(fetch.source_pool_id) != fetch.source_epoch:
+            return self._broken(fetch, "target", f"{fetch.source_pool_id} is gone")
+        # The leader node knows neither its pool's epoch nor who may read from where.
+        fetch = msgspec.structs.replace(
+            fetch, target_pool_id=around.identity.pool_id, target_epoch=around.epoch
         )
-        return [Send(PeerName(command.source_pool_id, 0), fetch)]
+        return [Send(PeerName(fetch.source_pool_id, 0), fetch)]
 
     def _on_refused(self, sender: PeerName, message: FetchRefused) -> list[Action]:
-        around, key = self._around, (message.request_id, message.attempt)
+        around = self._around
         if (
             around.epoch_of(sender.pool_id) != message.source_epoch
             or message.target_epoch != around.epoch
             or sender.rank != 0
         ):
             return around.drop("stale_epoch")
-        if not self._leader.expects(key):
+        if not self._leader.expects(message.key):
             return around.drop("late_refusal")
-        reason = f"{sender.pool_id} refused: {message.reason}"
-        return self._leader.on_failed(HandoffFailed(*key, 0, reason, "target"))
+        return self._broken(message, "target", f"{sender.pool_id} refused: {message.reason}")
 
     # -- the pool that has them --------------------------------------------------------------------
 
@@ -102,17 +95,15 @@ class Fetches:
         return [Emit(message)]
 
     def _serve(self, serve: Serve, now: float) -> list[Action]:
-        key = (serve.request_id, serve.attempt)
         if serve.source_epoch != self._around.epoch:
-            reason = "this pool has a new epoch since it was asked"
-            return self._leader.on_failed(HandoffFailed(*key, 0, reason, "source"))
+            return self._broken(serve, "source", "this pool has a new epoch since it was asked")
         layout = self._around.layout
         ranks = self._around.own_ranks()
         commit = CommitWhenRead(
-            *key,
+            *serve.key,
             target_pool_id=serve.target_pool_id,
             target_epoch=serve.target_epoch,
-            manifest=tuple(SegmentKey(r.rank, _CHUNK, 0, layout.num_layers) for r in ranks),
+            manifest=tuple(_segment(peer.rank, layout.num_layers) for peer in ranks),
             num_tokens=(serve.first_logical + len(serve.blocks)) * layout.block_size,
             first_token_id=_NO_TOKEN,
         )
@@ -120,15 +111,14 @@ class Fetches:
         return [*sends, *self._leader.commit_when_read(commit, now)]
 
     def _on_serve(self, sender: PeerName, message: Serve) -> list[Action]:
-        around, key = self._around, (message.request_id, message.attempt)
+        around = self._around
         if sender != around.leader or message.source_epoch != around.epoch:
             return around.drop("not_our_leader")
-        target_pool_id, target_epoch = message.target_pool_id, message.target_epoch
         first = message.first_logical
         announce = AnnounceBlocks(
-            *key,
-            target_pool_id=target_pool_id,
-            target_epoch=target_epoch,
+            *message.key,
+            target_pool_id=message.target_pool_id,
+            target_epoch=message.target_epoch,
             chunk=_CHUNK,
             layer_start=0,
             layer_end=around.layout.num_layers,
@@ -136,5 +126,17 @@ class Fetches:
             blocks=message.blocks,
             owners=message.owners,
         )
-        all_of_it = AnnouncedAll(*key, target_pool_id, target_epoch)
-        return [*self._source.announce(announce), *self._source.announced_all(all_of_it)]
+        nothing_more = AnnouncedAll(
+            *message.key,
+            target_pool_id=message.target_pool_id,
+            target_epoch=message.target_epoch,
+        )
+        return [*self._source.announce(announce), *self._source.announced_all(nothing_more)]
+
+    def _broken(self, of: Fetch | FetchRefused | Serve, side: str, reason: str) -> list[Action]:
+        failed = HandoffFailed(*of.key, rank=0, reason=reason, side=side)
+        return self._leader.on_failed(failed)
+
+
+def _segment(rank: int, num_layers: int) -> SegmentKey:
+    return SegmentKey(source_rank=rank, chunk=_CHUNK, layer_start=0, layer_end=num_layers)

@@ -7,7 +7,6 @@ from typing import Protocol
 from kvtransfer.events import (
     AnnounceBlocks,
     AnnouncedAll,
-    AskFetch,
     CloseSource,
     CloseTarget,
     Command,
@@ -114,7 +113,7 @@ class Handoffs:
                 return self.leader.open_target(command)
             case CloseTarget():
                 return self.leader.close_target(command)
-            case AskFetch() | Serve() | FetchRefused():
+            case Fetch() | Serve() | FetchRefused():
                 return self.fetches.command(command, now)
             case _:
                 raise AssertionError(f"not a hand-off's command: {command}")

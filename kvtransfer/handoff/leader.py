@@ -21,7 +21,7 @@ from kvtransfer.events import (
     TargetCommitted,
     TargetIsOpen,
 )
-from kvtransfer.handoff.actions import Action, Emit, Key, RankState, Send
+from kvtransfer.handoff.actions import Action, Emit, RankState, Send
 from kvtransfer.handoff.recently_ended import RecentlyEnded
 from kvtransfer.identity import PeerName
 from protocol.handoff import (
@@ -35,7 +35,7 @@ from protocol.handoff import (
     TargetOpened,
     TargetReady,
 )
-from protocol.request import TransferStats
+from protocol.request import RequestKey, TransferStats
 
 SOURCE, TARGET = "source", "target"
 
@@ -59,7 +59,7 @@ class LeaderSide:
 
     def __init__(self, around: RankState) -> None:
         self._around = around
-        self._gatherings: dict[tuple[str, Key], _Gathering] = {}
+        self._gatherings: dict[tuple[str, RequestKey], _Gathering] = {}
         self._committed = RecentlyEnded()  # as source
         self._over = {SOURCE: RecentlyEnded(), TARGET: RecentlyEnded()}
         self._world_size = around.identity.world_size
@@ -71,7 +71,7 @@ class LeaderSide:
     # -- source ------------------------------------------------------------------------------------
 
     def commit_when_read(self, command: CommitWhenRead, now: float) -> list[Action]:
-        key = (command.request_id, command.attempt)
+        key = command.key
         if key in self._over[SOURCE]:
             return self._around.drop("late_commit")
         gathering = self._gather(SOURCE, key)
@@ -81,7 +81,7 @@ class LeaderSide:
         return self._commit_if_done(gathering, now)
 
     def on_source_done(self, message: SourceDone, now: float) -> list[Action]:
-        key = (message.request_id, message.attempt)
+        key = message.key
         if key in self._over[SOURCE]:
             return self._around.drop("late_done")
         gathering = self._gather(SOURCE, key)
@@ -94,7 +94,7 @@ class LeaderSide:
             return []
         if gathering.is_closing or gathering.is_broken:
             return []
-        key = (command.request_id, command.attempt)
+        key = command.key
         announced = {segment for done in gathering.done.values() for segment in done.keys}
         if announced != set(command.manifest):
             return self._broken(SOURCE, key, "what was announced is not what was dealt")
@@ -119,7 +119,7 @@ class LeaderSide:
         return [*sends, Emit(SourceClosed(*key, committed=True))]
 
     def close_source(self, command: CloseSource) -> list[Action]:
-        key = (command.request_id, command.attempt)
+        key = command.key
         if key in self._committed:
             return [Emit(SourceClosed(*key, committed=True))]
         return self._close(SOURCE, key)
@@ -127,7 +127,7 @@ class LeaderSide:
     # -- target ------------------------------------------------------------------------------------
 
     def open_target(self, command: OpenTargetBlocks) -> list[Action]:
-        key = (command.request_id, command.attempt)
+        key = command.key
         self._gather(TARGET, key)
         message = OpenTarget(
             *key,
@@ -139,7 +139,7 @@ class LeaderSide:
         return [Send(rank, message) for rank in self._around.own_ranks()]
 
     def on_target_opened(self, message: TargetOpened) -> list[Action]:
-        key = (message.request_id, message.attempt)
+        key = message.key
         gathering = self._gatherings.get((TARGET, key))
         if gathering is None or message.rank in gathering.opened:
             return self._around.drop("late_opened")
@@ -149,7 +149,7 @@ class LeaderSide:
         return [Emit(TargetIsOpen(*key))]
 
     def on_target_ready(self, message: TargetReady) -> list[Action]:
-        key = (message.request_id, message.attempt)
+        key = message.key
         gathering = self._gatherings.get((TARGET, key))
         if gathering is None:
             return self._around.drop("late_ready")
@@ -160,27 +160,29 @@ class LeaderSide:
             return []
         self._end(TARGET, key)
         stats = _sum(gathering.ready.values())
-        committed = TargetCommitted(*key, message.num_tokens, message.first_token_id, stats)
+        committed = TargetCommitted(
+            *key, num_tokens=message.num_tokens, first_token_id=message.first_token_id, stats=stats
+        )
         return [Emit(committed)]
 
-    def expects(self, key: Key) -> bool:
+    def expects(self, key: RequestKey) -> bool:
         """Whether a hand-off into the own pool is open."""
         return (TARGET, key) in self._gatherings
 
     def close_target(self, command: CloseTarget) -> list[Action]:
-        return self._close(TARGET, (command.request_id, command.attempt))
+        return self._close(TARGET, command.key)
 
     # -- both --------------------------------------------------------------------------------------
 
-    def _close(self, side: str, key: Key) -> list[Action]:
+    def _close(self, side: str, key: RequestKey) -> list[Action]:
         gathering = self._gather(side, key)
         if gathering.is_closing:
             return []
         gathering.is_closing = True
-        return [Send(rank, Close(*key, side)) for rank in self._around.own_ranks()]
+        return [Send(rank, Close(*key, side=side)) for rank in self._around.own_ranks()]
 
     def on_closed(self, message: Closed) -> list[Action]:
-        key = (message.request_id, message.attempt)
+        key = message.key
         gathering = self._gatherings.get((message.side, key))
         if gathering is None or not gathering.is_closing:
             return self._around.drop("late_closed")
@@ -190,13 +192,13 @@ class LeaderSide:
         self._end(message.side, key)
         if message.side == SOURCE:
             return [Emit(SourceClosed(*key, committed=False))]
-        return [Emit(TargetClosed(*key, min(gathering.closed.values())))]
+        return [Emit(TargetClosed(*key, num_whole_blocks=min(gathering.closed.values())))]
 
     def on_failed(self, message: HandoffFailed) -> list[Action]:
-        key = (message.request_id, message.attempt)
+        key = message.key
         return self._broken(message.side, key, f"rank {message.rank}: {message.reason}")
 
-    def _broken(self, side: str, key: Key, reason: str) -> list[Action]:
+    def _broken(self, side: str, key: RequestKey, reason: str) -> list[Action]:
         if key in self._over[side]:
             return self._around.drop("late_failure")
         gathering = self._gather(side, key)
@@ -206,11 +208,11 @@ class LeaderSide:
         self._around.counters["handoffs_broken"] += 1
         return [Emit(HandoffBroken(*key, side=side, reason=reason))]
 
-    def _end(self, side: str, key: Key) -> None:
+    def _end(self, side: str, key: RequestKey) -> None:
         del self._gatherings[side, key]
         self._over[side].add(key)
 
-    def _gather(self, side: str, key: Key) -> _Gathering:
+    def _gather(self, side: str, key: RequestKey) -> _Gathering:
         return self._gatherings.setdefault((side, key), _Gathering())
 
 

@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 
-from kvtransfer.handoff.actions import Key
+from protocol.request import RequestKey
 
 MAX_TOMBS = 4_096
 
@@ -11,13 +11,13 @@ class RecentlyEnded:
     """The last ``MAX_TOMBS`` closed hand-offs of one side of a rank."""
 
     def __init__(self) -> None:
-        self._keys: OrderedDict[Key, None] = OrderedDict()
+        self._keys: OrderedDict[RequestKey, None] = OrderedDict()
 
-    def add(self, key: Key) -> None:
+    def add(self, key: RequestKey) -> None:
         self._keys[key] = None
         self._keys.move_to_end(key)
         if len(self._keys) > MAX_TOMBS:
             self._keys.popitem(last=False)
 
-    def __contains__(self, key: Key) -> bool:
+    def __contains__(self, key: RequestKey) -> bool:
         return key in self._keys

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from kvtransfer.events import AnnounceBlocks, AnnouncedAll
-from kvtransfer.handoff.actions import Action, Key, RankState, Send, Warn
+from kvtransfer.handoff.actions import Action, RankState, Send, Warn
 from kvtransfer.handoff.recently_ended import RecentlyEnded
 from kvtransfer.handoff.states import SOURCE_TABLE, SourceEvent, SourceState
 from kvtransfer.identity import PeerName
@@ -31,6 +31,7 @@ from protocol.handoff import (
     SourceDone,
 )
 from protocol.kv import KVLayout
+from protocol.request import RequestKey
 from protocol.transitions import advance
 
 SUM_EVERY = 8  # sampled: one segment of so many
@@ -40,7 +41,7 @@ SUM_EVERY = 8  # sampled: one segment of so many
 class SourceHandoff:
     """One hand-off that this rank is a source of."""
 
-    key: Key
+    key: RequestKey
     target_pool_id: str
     target_epoch: int
     state: SourceState = SourceState.ANNOUNCING
@@ -78,7 +79,7 @@ class SourceSide:
         self._checksum = checksum
         self._policy = policy
         self._lease_s = lease_s
-        self._handoffs: dict[Key, SourceHandoff] = {}
+        self._handoffs: dict[RequestKey, SourceHandoff] = {}
         self._recently_ended = RecentlyEnded()
         self._all_read = RecentlyEnded()  # of them, those that ended because all was read
         self._num_announced = 0
@@ -103,7 +104,10 @@ class SourceSide:
             return self._break(handoff, f"{handoff.target_pool_id} is gone")
         target = self._around.pools[handoff.target_pool_id]
         key = SegmentKey(
-            self._around.identity.rank, command.chunk, command.layer_start, command.layer_end
+            source_rank=self._around.identity.rank,
+            chunk=command.chunk,
+            layer_start=command.layer_start,
+            layer_end=command.layer_end,
         )
         assert key not in handoff.keys, f"{key} of {handoff.key} is announced twice"
         handoff.keys.add(key)
@@ -118,7 +122,7 @@ class SourceSide:
                 source_pool_id=self._around.identity.pool_id,
                 source_epoch=self._around.epoch,
                 target_epoch=handoff.target_epoch,
-                key=key,
+                segment=key,
                 logical_blocks=part.logical_blocks,
                 blocks=part.blocks,
                 checksum=self._sum(part, endpoint.layout),
@@ -137,7 +141,7 @@ class SourceSide:
         return self._finish_if_read(handoff)
 
     def _open(self, command: AnnounceBlocks | AnnouncedAll) -> SourceHandoff | None:
-        key = (command.request_id, command.attempt)
+        key = command.key
         known = self._handoffs.get(key)
         if known is not None:
             return known if known.state is SourceState.ANNOUNCING else None
@@ -160,7 +164,7 @@ class SourceSide:
     def on_read_done(self, sender: PeerName, message: ReadDone) -> list[Action]:
         """Confirm what is still ours, and only that."""
         around = self._around
-        handoff = self._handoffs.get((message.request_id, message.attempt))
+        handoff = self._handoffs.get(message.key)
         is_current = (
             message.source_epoch == around.epoch
             and around.epoch_of(message.target_pool_id) == message.target_epoch
@@ -169,20 +173,20 @@ class SourceSide:
         if not is_current:
             return around.drop("stale_epoch")
         # Said again of one that is complete: its answer was yes, and an answer never changes.
-        is_ours, was_unread = (message.request_id, message.attempt) in self._all_read, False
+        is_ours, was_unread = message.key in self._all_read, False
         if handoff is not None and handoff.target_pool_id == sender.pool_id:
             unread = handoff.unread.get(sender.rank)
-            was_unread = unread is not None and message.key in unread
+            was_unread = unread is not None and message.segment in unread
             # A second ReadDone of the same segment gets the same answer.
-            is_ours = handoff.is_going_on and unread is not None and message.key in handoff.keys
+            is_ours = handoff.is_going_on and unread is not None and message.segment in handoff.keys
             if unread is not None:
-                unread.discard(message.key)
+                unread.discard(message.segment)
         confirm = Confirm(
             message.request_id,
             message.attempt,
             source_epoch=message.source_epoch,
             target_epoch=message.target_epoch,
-            key=message.key,
+            segment=message.segment,
             valid=is_ours,
         )
         actions: list[Action] = [Send(sender, confirm)]
@@ -197,7 +201,7 @@ class SourceSide:
             or self._around.epoch_of(sender.pool_id) != message.target_epoch
         ):
             return self._around.drop("stale_epoch")
-        handoff = self._handoffs.get((message.request_id, message.attempt))
+        handoff = self._handoffs.get(message.key)
         if handoff is None or handoff.target_pool_id != sender.pool_id:
             return []
         handoff.unread.pop(sender.rank, None)
@@ -207,7 +211,7 @@ class SourceSide:
 
     def on_close(self, message: Close) -> list[Action]:
         """Our leader ends it; answered by Closed, at once or when the readers have ended."""
-        key = (message.request_id, message.attempt)
+        key = message.key
         handoff = self._handoffs.get(key)
         if handoff is None:
             self._recently_ended.add(
@@ -274,11 +278,15 @@ class SourceSide:
         if not handoff.is_going_on:
             return []
         self._advance(handoff, SourceEvent.BREAK)
-        failed = HandoffFailed(*handoff.key, self._around.identity.rank, reason, "source")
+        failed = HandoffFailed(
+            *handoff.key, rank=self._around.identity.rank, reason=reason, side="source"
+        )
         return [Send(self._around.leader, failed)]
 
-    def _closed(self, key: Key) -> Send:
-        return Send(self._around.leader, Closed(*key, self._around.identity.rank, "source"))
+    def _closed(self, key: RequestKey) -> Send:
+        return Send(
+            self._around.leader, Closed(*key, rank=self._around.identity.rank, side="source")
+        )
 
     @staticmethod
     def _advance(handoff: SourceHandoff, event: SourceEvent) -> None:

@@ -16,7 +16,7 @@
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from kvtransfer.handoff.actions import Action, Key, RankState, Send, StartRead
+from kvtransfer.handoff.actions import Action, RankState, Send, StartRead
 from kvtransfer.handoff.recently_ended import RecentlyEnded
 from kvtransfer.handoff.states import TARGET_TABLE, TargetEvent, TargetState
 from kvtransfer.handoff.target_handoff import Read, TargetHandoff, layer_head_bits
@@ -36,6 +36,7 @@ from protocol.handoff import (
     TargetOpened,
     TargetReady,
 )
+from protocol.request import RequestKey
 from protocol.transitions import advance
 
 
@@ -60,7 +61,7 @@ class TargetSide:
         self._checksum = checksum
         self._transport_name = transport_name
         self._max_reads = max_reads
-        self._handoffs: dict[Key, TargetHandoff] = {}
+        self._handoffs: dict[RequestKey, TargetHandoff] = {}
         self._recently_ended = RecentlyEnded()
         self._waiting: deque[Read] = deque()
         self._reads: dict[int, Read] = {}  # in flight
@@ -74,7 +75,7 @@ class TargetSide:
 
     def on_open(self, message: OpenTarget) -> list[Action]:
         """Our leader expects a hand-off into these blocks."""
-        key = (message.request_id, message.attempt)
+        key = message.key
         if key in self._recently_ended or message.target_epoch != self._around.epoch:
             return self._around.drop("stale_open")
         owners = enumerate(message.owners, message.first_logical)
@@ -82,13 +83,13 @@ class TargetSide:
         elsewhere = frozenset(logical for logical, owner in owners if owner != cp_rank)
         handoff = TargetHandoff(key, message.first_logical, message.blocks, elsewhere)
         self._handoffs.setdefault(key, handoff)
-        return [Send(self._around.leader, TargetOpened(*key, self._around.identity.rank))]
+        return [Send(self._around.leader, TargetOpened(*key, rank=self._around.identity.rank))]
 
     def on_announce(self, sender: PeerName, message: Announce, now: float) -> list[Action]:
         """Read it, now or as soon as others have ended."""
         if not self._is_current(sender, message.source_pool_id, message.source_epoch, message):
             return self._around.drop("stale_epoch")
-        key = (message.request_id, message.attempt)
+        key = message.key
         handoff = self._handoffs.get(key)
         if handoff is None:
             if key not in self._recently_ended:
@@ -101,15 +102,15 @@ class TargetSide:
         handoff.sources.add(sender)
         if not handoff.is_going_on:
             return []
-        known = handoff.announced.get(message.key)
+        known = handoff.announced.get(message.segment)
         if known == message:
             return self._around.drop("duplicate")
         if known is not None:
-            return self._doubt(handoff, f"{message.key} was announced in two ways")
+            return self._doubt(handoff, f"{message.segment} was announced in two ways")
         read = self._plan(handoff, sender, message)
         if isinstance(read, str):
             return self._doubt(handoff, read)
-        handoff.announced[message.key] = message
+        handoff.announced[message.segment] = message
         for logical in message.logical_blocks:
             handoff.layer_heads[logical] += read.layer_heads
         self._waiting.append(read)
@@ -131,13 +132,13 @@ class TargetSide:
             return self._finish_if_quiet(handoff) if handoff.state is TargetState.CLOSING else []
         announce = read.announce
         if not is_done:
-            return self._break(handoff, f"the read of {announce.key} failed")
+            return self._break(handoff, f"the read of {announce.segment} failed")
         if announce.checksum is not None and self._checksum(read.runs) != announce.checksum:
             self._around.counters["checksum_mismatches"] += 1
-            return self._doubt(handoff, f"the bytes of {announce.key} do not add up")
-        for layer in range(announce.key.layer_start, announce.key.layer_end):
+            return self._doubt(handoff, f"the bytes of {announce.segment} do not add up")
+        for layer in range(announce.segment.layer_start, announce.segment.layer_end):
             handoff.layer_landed[layer] = now
-        handoff.asked[announce.key] = read.bits
+        handoff.asked[announce.segment] = read.bits
         identity = self._around.identity
         done = ReadDone(
             *read.key,
@@ -145,7 +146,7 @@ class TargetSide:
             target_rank=identity.rank,
             target_epoch=self._around.epoch,
             source_epoch=announce.source_epoch,
-            key=announce.key,
+            segment=announce.segment,
         )
         return [Send(read.source, done)]
 
@@ -153,26 +154,26 @@ class TargetSide:
         """The blocks were still the source's when we had read them, or they were not."""
         if not self._is_current(sender, sender.pool_id, message.source_epoch, message):
             return self._around.drop("stale_epoch")
-        handoff = self._handoffs.get((message.request_id, message.attempt))
+        handoff = self._handoffs.get(message.key)
         if handoff is None:
             return self._around.drop("late_confirm")
         if (
             handoff.source_pool != (sender.pool_id, message.source_epoch)
-            or message.key.source_rank != sender.rank
-            or message.key not in handoff.asked
-            or message.key in handoff.held
+            or message.segment.source_rank != sender.rank
+            or message.segment not in handoff.asked
+            or message.segment in handoff.held
         ):
             return self._around.drop("unasked_confirm")
         if not message.valid:
-            return self._break(handoff, f"{message.key} was given up by its source")
-        handoff.hold(message.key)
+            return self._break(handoff, f"{message.segment} was given up by its source")
+        handoff.hold(message.segment)
         return self._finish_if_complete(handoff, now)
 
     def on_commit(self, sender: PeerName, message: Commit, now: float) -> list[Action]:
         """The source's leader says what exactly has to be here."""
         if not self._is_current(sender, message.source_pool_id, message.source_epoch, message):
             return self._around.drop("stale_epoch")
-        handoff = self._handoffs.get((message.request_id, message.attempt))
+        handoff = self._handoffs.get(message.key)
         if handoff is None or handoff.state is not TargetState.OPEN:
             return self._around.drop("late_commit")
         if sender.rank != 0 or not self._is_from_its_source(handoff, message):
@@ -184,7 +185,7 @@ class TargetSide:
 
     def on_close(self, message: Close) -> list[Action]:
         """Our leader ends it; answered by Closed, at once or when the reads have ended."""
-        key = (message.request_id, message.attempt)
+        key = message.key
         handoff = self._handoffs.get(key)
         if handoff is None:
             self._recently_ended.add(key)
@@ -201,17 +202,17 @@ class TargetSide:
         """The read of a segment, or why it cannot be read."""
         endpoint = self._around.endpoint(sender)
         assert endpoint is not None, "the sender's epoch is known"
-        if len(message.logical_blocks) != len(message.blocks) or message.key.source_rank != (
+        if len(message.logical_blocks) != len(message.blocks) or message.segment.source_rank != (
             sender.rank
         ):
-            return f"{message.key} is not what {sender} can announce"
+            return f"{message.segment} is not what {sender} can announce"
         pairs: list[tuple[int, int]] = []
         for logical, ref in zip(message.logical_blocks, message.blocks, strict=True):
             block_id = handoff.block_id(logical)
             if block_id is None:
-                return f"{message.key} is of logical block {logical} that nobody asked for"
+                return f"{message.segment} is of logical block {logical} that nobody asked for"
             pairs.append((ref.block_id, block_id))
-        layers = range(message.key.layer_start, message.key.layer_end)
+        layers = range(message.segment.layer_start, message.segment.layer_end)
         try:
             runs = plan(endpoint.layout, self._around.layout, layers, pairs)
         except PeerError as error:
@@ -235,7 +236,9 @@ class TargetSide:
             handoff.begin_read(read, now)
             self._num_reads += 1
             self._reads[self._num_reads] = read
-            actions.append(StartRead(self._num_reads, read.incarnation, read.runs))
+            actions.append(
+                StartRead(read_id=self._num_reads, incarnation=read.incarnation, runs=read.runs)
+            )
         return actions
 
     # -- the end -----------------------------------------------------------------------------------
@@ -292,7 +295,9 @@ class TargetSide:
             return []
         self._advance(handoff, TargetEvent.BREAK)
         self._waiting = deque(read for read in self._waiting if read.key != handoff.key)
-        failed = HandoffFailed(*handoff.key, self._around.identity.rank, reason, "target")
+        failed = HandoffFailed(
+            *handoff.key, rank=self._around.identity.rank, reason=reason, side="target"
+        )
         return [Send(self._around.leader, failed)]
 
     def on_pools_changed(self) -> list[Action]:
@@ -327,7 +332,7 @@ class TargetSide:
         del self._handoffs[handoff.key]
         self._recently_ended.add(handoff.key)
 
-    def _reads_ended(self, key: Key, source: PeerName) -> Send:
+    def _reads_ended(self, key: RequestKey, source: PeerName) -> Send:
         identity = self._around.identity
         ended = ReadsEnded(
             *key,
@@ -337,8 +342,10 @@ class TargetSide:
         )
         return Send(source, ended)
 
-    def _closed(self, key: Key, num_whole_blocks: int = 0) -> Send:
-        closed = Closed(*key, self._around.identity.rank, "target", num_whole_blocks)
+    def _closed(self, key: RequestKey, num_whole_blocks: int = 0) -> Send:
+        closed = Closed(
+            *key, rank=self._around.identity.rank, side="target", num_whole_blocks=num_whole_blocks
+        )
         return Send(self._around.leader, closed)
 
     @staticmethod

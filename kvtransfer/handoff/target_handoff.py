@@ -11,20 +11,19 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from kvtransfer.handoff.actions import Key
 from kvtransfer.handoff.states import TargetState
 from kvtransfer.identity import PeerName
 from kvtransfer.plan import ByteRun
 from protocol.handoff import Announce, Commit, SegmentKey
 from protocol.kv import BlockRef, KVLayout
-from protocol.request import TransferStats
+from protocol.request import RequestKey, TransferStats
 
 
 @dataclass(frozen=True, slots=True)
 class Read:
     """A segment on its way."""
 
-    key: Key
+    key: RequestKey
     source: PeerName
     incarnation: str  # the source's at the epoch that announced
     announce: Announce
@@ -37,7 +36,7 @@ class Read:
 class TargetHandoff:
     """One hand-off that this rank is a target of."""
 
-    key: Key
+    key: RequestKey
     first_logical: int
     blocks: tuple[BlockRef, ...]
     elsewhere: frozenset[int] = frozenset()  # logical blocks that lie on other cp ranks

@@ -84,7 +84,7 @@ class CoordinatorLease:
             self._counters["dropped_unwelcome"] += 1
             return False
         if isinstance(message, _OPENS):
-            self._asked[message.request_id, message.attempt] = None
+            self._asked[message.key] = None
         return True
 
     def greeting(self) -> list[ToCoordinator]:
@@ -104,7 +104,7 @@ class CoordinatorLease:
             case GangReady():
                 self._ready = message
             case Released():
-                self._asked.pop((message.request_id, message.attempt), None)
+                self._asked.pop(message.key, None)
             case CacheUpdate():
                 cached = self._cached[message.tier]
                 for block_hash in message.evicted:

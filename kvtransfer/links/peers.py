@@ -193,8 +193,8 @@ class Peers:
             if link.outbox.is_hopeless:
                 self._give_up(link)
             elif link.inbox.due_at <= now:
-                line, inbox = link.inbox.line, link.inbox
-                self._transmit(link, Acknowledgement(line, *inbox.acknowledgement()))
+                ack, held = link.inbox.acknowledgement()
+                self._transmit(link, Acknowledgement(ack_line=link.inbox.line, ack=ack, held=held))
 
     def look(self, now: float) -> bool:
         """Look at the connections, if it is time to; whether :attr:`cut_off` has changed."""
@@ -216,7 +216,8 @@ class Peers:
         return self.cut_off != before
 
     def _numbered(self, link: Link, number: int, message: HandoffMessage) -> Numbered:
-        return Numbered(number, message, link.inbox.line, *link.inbox.acknowledgement())
+        ack, held = link.inbox.acknowledgement()
+        return Numbered(number, message, ack_line=link.inbox.line, ack=ack, held=held)
 
     def _transmit(self, link: Link, frame: Frame) -> None:
         """Put a frame on its way; if the socket takes none now, it is sent again when it is due."""

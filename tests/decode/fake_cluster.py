@@ -11,7 +11,6 @@ from decode.scheduler import DecodeScheduler
 from decode.sequence import Sequence
 from kvcache.blocks import BlockPool
 from kvtransfer.events import (
-    AskFetch,
     CloseSource,
     CloseTarget,
     ControlReceived,
@@ -164,7 +163,7 @@ class Cluster:
         self.served: dict[Key, Serve] = {}  # fetches whose blocks may be read from
         self.closing_served: set[Key] = set()
         self.refused: dict[Key, str] = {}
-        self.asked: dict[Key, AskFetch] = {}  # of a store
+        self.asked: dict[Key, Fetch] = {}  # of a store
         self.tickets: dict[Key, int] = {}
         self.committed: set[Key] = set()
         self.outputs: dict[Key, list[int]] = {}
@@ -275,7 +274,17 @@ class Cluster:
     def fetch(self, key: Key, first_logical: int, end_logical: int) -> None:
         """The prefill pool misses these blocks."""
         owners = tuple(logical % 2 for logical in range(first_logical, end_logical))
-        self._tell(Fetch(*key, "prefill0", 3, 5, first_logical, owners))
+        self._tell(
+            Fetch(
+                *key,
+                source_pool_id="decode0",
+                source_epoch=5,
+                first_logical=first_logical,
+                owners=owners,
+                target_pool_id="prefill0",
+                target_epoch=3,
+            )
+        )
 
     def end_serving(self, key: Key, *, committed: bool) -> None:
         """It has read what it was served, or will not; what it can have read was right."""
@@ -333,7 +342,7 @@ class Cluster:
                     key = (command.request_id, command.attempt)
                     assert key in self.served and key not in self.closing_served
                     self.closing_served.add(key)
-                case AskFetch():
+                case Fetch():
                     self.asked[command.request_id, command.attempt] = command
                 case SendControl(message):
                     self._receive(message)

@@ -71,7 +71,7 @@ class Rank:
             source_pool_id="p",
             source_epoch=EPOCHS["p"],
             target_epoch=EPOCHS["d"],
-            key=SegmentKey(0, 1 + logical, 0, 1),
+            segment=SegmentKey(0, 1 + logical, 0, 1),
             logical_blocks=(logical,),
             blocks=(BlockRef(logical, 1),),
         )
@@ -137,7 +137,7 @@ def test_what_nobody_has_the_right_to_say_is_dropped_and_counted(pool_id: str) -
         target_rank=0,
         target_epoch=1,
         source_epoch=EPOCHS["d"],
-        key=SegmentKey(0, 1, 0, 1),
+        segment=SegmentKey(0, 1, 0, 1),
     )
     target.node.message(PeerName(pool_id, 0), done, 0.0)
     assert target.sent == [] and target.events == []

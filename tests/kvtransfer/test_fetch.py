@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from kvtransfer.events import (
-    AskFetch,
     CloseSource,
     CloseTarget,
     Command,
@@ -70,7 +69,7 @@ def open_and_ask(world: World, cp_size: int) -> None:
     world.ask("prefill0", OpenTargetBlocks(*KEY, FIRST, blocks, owners))
     world.settle()
     assert world.told("prefill0", TargetIsOpen) == [TargetIsOpen(*KEY)]
-    world.ask("prefill0", AskFetch(*KEY, "decode0", EPOCHS["decode0"], FIRST, owners))
+    world.ask("prefill0", Fetch(*KEY, "decode0", EPOCHS["decode0"], FIRST, owners))
     world.settle()
 
 
@@ -123,7 +122,13 @@ def test_a_refusal_breaks_it_for_the_one_who_asked() -> None:
 
 def test_a_refusal_of_nothing_is_dropped() -> None:
     world = World(1, 1, 1)
-    refused = FetchRefused(*KEY, EPOCHS["decode0"], EPOCHS["prefill0"], "what?", "prefill0")
+    refused = FetchRefused(
+        *KEY,
+        target_pool_id="prefill0",
+        target_epoch=EPOCHS["prefill0"],
+        source_epoch=EPOCHS["decode0"],
+        reason="what?",
+    )
     world.ask("decode0", refused)
     world.settle()
     assert world.of("prefill0")[0].events == []
@@ -136,7 +141,7 @@ def test_a_source_that_has_gone_is_not_asked() -> None:
     world.settle()
     world.pools["decode0"] = msgspec.structs.replace(world.pools["decode0"], epoch=4)
     world.meet(*EPOCHS)
-    world.ask("prefill0", AskFetch(*KEY, "decode0", 3, 0, (0,)))
+    world.ask("prefill0", Fetch(*KEY, "decode0", 3, 0, (0,)))
     world.settle()
     assert [broken.side for broken in world.told("prefill0", HandoffBroken)] == ["target"]
     assert world.told("decode0", Fetch) == []
@@ -172,7 +177,7 @@ def test_a_lost_confirmation_commits_nothing() -> None:
     world = World(2, 2, 1)
     open_and_ask(world, 2)
     serve(world)
-    world.settle_without(lambda m: isinstance(m, Confirm) and m.key.source_rank == 1)
+    world.settle_without(lambda m: isinstance(m, Confirm) and m.segment.source_rank == 1)
     assert not world.told("prefill0", TargetCommitted)
 
 
@@ -194,9 +199,15 @@ def test_only_the_right_ones_may_speak() -> None:
     world = World(2, 2, 1)
     open_and_ask(world, 2)
     leader = world.ranks[PeerName("prefill0", 0)]
-    stale = FetchRefused(*KEY, source_epoch=2, target_epoch=EPOCHS["prefill0"], reason="")
+    stale = FetchRefused(
+        *KEY, "prefill0", target_epoch=EPOCHS["prefill0"], source_epoch=2, reason=""
+    )
     from_follower = FetchRefused(
-        *KEY, source_epoch=EPOCHS["decode0"], target_epoch=EPOCHS["prefill0"], reason=""
+        *KEY,
+        "prefill0",
+        target_epoch=EPOCHS["prefill0"],
+        source_epoch=EPOCHS["decode0"],
+        reason="",
     )
     told = len(leader.events)
     leader.node.message(PeerName("decode0", 0), stale, 0.0)
@@ -211,7 +222,14 @@ def test_a_fetch_of_another_epoch_asks_nobody(field: str) -> None:
     leader = world.ranks[PeerName("decode0", 0)]
     epochs = {"source_epoch": EPOCHS["decode0"], "target_epoch": EPOCHS["prefill0"]}
     for epoch, asks in ((epochs[field] - 1, False), (epochs[field], True)):
-        fetch = Fetch(*KEY, "prefill0", **{**epochs, field: epoch}, first_logical=0, owners=(0,))
+        fetch = Fetch(
+            *KEY,
+            source_pool_id="decode0",
+            target_pool_id="prefill0",
+            first_logical=0,
+            owners=(0,),
+            **{**epochs, field: epoch},
+        )
         leader.node.message(PeerName("prefill0", 0), fetch, 0.0)
         assert bool(world.told("decode0", Fetch)) is asks
     assert leader.node.counters["dropped_stale_epoch"] == 1

@@ -367,9 +367,9 @@ def test_an_impossible_announcement_breaks_it_and_reads_nothing(build: Any, fiel
         blocks = (BlockRef(1_000, 0), *message.blocks[1:])
         message = msgspec.structs.replace(message, blocks=blocks)
     elif field == "layer_end":
-        message = msgspec.structs.replace(message, key=SegmentKey(0, 0, 0, 99))
+        message = msgspec.structs.replace(message, segment=SegmentKey(0, 0, 0, 99))
     else:
-        message = msgspec.structs.replace(message, key=SegmentKey(1, 0, 0, 2))
+        message = msgspec.structs.replace(message, segment=SegmentKey(1, 0, 0, 2))
     world.message(PeerName("p", 0), PeerName("d", 0), message)
     assert not world.in_flight()
     world.settle()

@@ -13,7 +13,6 @@ import pytest
 from kvtransfer.events import (
     AnnounceBlocks,
     AnnouncedAll,
-    AskFetch,
     CloseSource,
     CloseTarget,
     Command,
@@ -34,7 +33,7 @@ from prefill.facts import PoolFacts
 from prefill.manifest import layer_groups
 from prefill.placement import Geometry
 from prefill.scheduler import PrefillScheduler
-from protocol.handoff import SegmentKey
+from protocol.handoff import Fetch, SegmentKey
 from protocol.kv import PoolEndpoint
 from protocol.messages import Abort, Prefill, ToCoordinator
 from protocol.plans import ChunkWork, PrefillPlan, SampledToken, StepResult
@@ -76,7 +75,7 @@ class Pool:
     commits: dict[tuple[str, int], CommitWhenRead] = field(default_factory=dict)
     closing: list[tuple[str, int]] = field(default_factory=list)
     fetches: dict[tuple[str, int], OpenTargetBlocks] = field(default_factory=dict)  # not ended
-    asked: dict[tuple[str, int], AskFetch] = field(default_factory=dict)
+    asked: dict[tuple[str, int], Fetch] = field(default_factory=dict)
     closing_fetch: list[tuple[str, int]] = field(default_factory=list)
     announced: dict[tuple[str, int], set[SegmentKey]] = field(default_factory=dict)
     # of each request: how often (tensor-parallel rank, layer, logical block) was announced
@@ -95,7 +94,7 @@ class Pool:
                 case OpenTargetBlocks():
                     assert (command.request_id, command.attempt) not in self.fetches
                     self.fetches[command.request_id, command.attempt] = command
-                case AskFetch():
+                case Fetch():
                     self.asked[command.request_id, command.attempt] = command
                 case CloseTarget():
                     assert (command.request_id, command.attempt) in self.fetches

@@ -10,7 +10,6 @@ from kvcache.tiers.index import PackIndex
 from kvcache.tiers.jobs import DeletePacks, DiskJob, PackRead, PackWritten, ReadPack, WritePack
 from kvcache.tiers.pack import KVShape, PackHeader
 from kvtransfer.events import (
-    AskFetch,
     CloseSource,
     CloseTarget,
     Command,
@@ -120,7 +119,18 @@ class Store:
 
     def lend(self, name: str, hashes: tuple[bytes, ...]) -> Key:
         owners = (0,) * len(hashes)
-        self.tell(Fetch(name, 1, "decode0", 3, 1, 0, owners, hashes))
+        fetch = Fetch(
+            name,
+            1,
+            source_pool_id="store0",
+            source_epoch=1,
+            first_logical=0,
+            owners=owners,
+            block_hashes=hashes,
+            target_pool_id="decode0",
+            target_epoch=3,
+        )
+        self.tell(fetch)
         return name, 1
 
     def kinds(self, name: str) -> list[str]:
@@ -354,7 +364,7 @@ def test_collecting_from_a_decode_pool(make_store: MakeStore) -> None:
     hashes = hashes_of(PROMPT)
     store.tell(ControlReceived(Collect("c", 1, hashes, "decode0", 7)))
     store.tell(TargetIsOpen("c", 1))
-    assert store.commands[-1] == AskFetch("c", 1, "decode0", 7, 0, (0,) * 4, hashes)
+    assert store.commands[-1] == Fetch("c", 1, "decode0", 7, 0, (0,) * 4, hashes)
     store.commit(("c", 1), 16)
     store.write(), store.write()
     assert store.kinds("c") == ["Stored", "Released"]

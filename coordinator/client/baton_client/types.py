@@ -311,7 +311,6 @@ class BlockCounts(msgspec.Struct, frozen=True):
     free: int = 0
     owned: int = 0
     in_flight: int = 0
-    quarantined: int = 0
     cached: int = 0
 
 
