@@ -16,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PLACE = re.compile(r"(<!-- messages: (?P<name>[a-z]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 MODULES = {"control": "protocol/messages.py", "handoff": "protocol/handoff.py"}
+BASES = ("_Message", "_OfRequest")  # of messages, in these modules
 FOLDERS = ("coordinator", "engine", "prefill", "decode", "store", "kvtransfer")
 LEFT_OUT = ("faulty.py",)  # it changes messages in tests of faults, and is no end of any
 
@@ -27,7 +28,7 @@ def messages(module: str) -> list[str]:
         node.name
         for node in tree.body
         if isinstance(node, ast.ClassDef)
-        and any(isinstance(base, ast.Name) and base.id == "_Message" for base in node.bases)
+        and any(isinstance(base, ast.Name) and base.id in BASES for base in node.bases)
     ]
 
 

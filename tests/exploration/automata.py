@@ -178,7 +178,15 @@ class Network:
             return f"{name}({self.describe(inner)})"
         parts = [
             str(getattr(message, part))
-            for part in ("request_id", "attempt", "segment", "side", "valid", "committed", "pool_id")
+            for part in (
+                "request_id",
+                "attempt",
+                "segment",
+                "side",
+                "valid",
+                "committed",
+                "pool_id",
+            )
             if hasattr(message, part)
         ]
         return f"{name} {' '.join(parts)}".strip()
