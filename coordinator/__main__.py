@@ -21,9 +21,10 @@ from typing import NoReturn
 import msgspec
 import uvloop
 
-from coordinator.cluster.control import News, Owner
 from coordinator.config import CoordinatorConfig, read_config
+from coordinator.control import Owner
 from coordinator.http.frontend import Frontend
+from coordinator.node import News
 from coordinator.server import Coordinator, StartFailed
 from protocol.ending import ASKED, DRAIN, END, die_with_parent
 from protocol.errors import ConfigError

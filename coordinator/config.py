@@ -180,7 +180,7 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     num_text_workers: int = 1  # processes for small requests; large ones and documents have others
     text_timeout_s: float = 10.0  # of one stage of reading a request, and a share for its size
     text_memory_bytes: int = 4 << 30  # of the address space of one such process
-    background_chunk_tokens: int = 64  # of each rank, while many wait for answers: see rush.py
+    background_chunk_tokens: int = 64  # of each rank, while many wait for answers: see admission.py
     limits: Limits = Limits()
     data_dir: str = ""  # what must survive a restart: jobs, documents; "" forgets them at the end
     jobs: JobLimits = JobLimits()

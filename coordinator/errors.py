@@ -94,3 +94,8 @@ def quarantined() -> RequestError:
 def internal_error() -> RequestError:
     """A bug of ours; the details are in the log."""
     return RequestError("internal error", code="internal_error", status=500)
+
+
+def shutting_down() -> RequestError:
+    """The cluster ends; another one may take the request."""
+    return RequestError("the server is shutting down", code="shutting_down", status=503)

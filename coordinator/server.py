@@ -14,11 +14,11 @@
 
 import asyncio
 import contextlib
-import dataclasses
 import logging
 import os
 import socket
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
@@ -28,18 +28,17 @@ from typing import cast
 import uvicorn
 
 from coordinator.auth import Tenants
-from coordinator.cluster.control import ControlPlane, Owner
-from coordinator.cluster.faulty import FaultyControlPlane
-from coordinator.cluster.joining import JoinRequirements
-from coordinator.cluster.losses import Timeouts
 from coordinator.cluster.registry import Registry
 from coordinator.config import CoordinatorConfig, public
+from coordinator.control import ControlPlane, Outlet, Owner
+from coordinator.faulty import FaultyOutlet
 from coordinator.http.api import build_app
 from coordinator.http.connections.accepting import Acceptor
 from coordinator.http.connections.connection import GuardedConnection, guarded
 from coordinator.http.connections.kept import Connections, max_connections
 from coordinator.http.connections.listening import bind_http, http_url
 from coordinator.http.documents_api import make_document
+from coordinator.http.door import Door
 from coordinator.http.frontend import Frontend
 from coordinator.http.line_server import LineServer
 from coordinator.jobs.context import JobDependencies, Jobs
@@ -51,8 +50,7 @@ from coordinator.loop.garbage import collect_in_quiet
 from coordinator.loop.lag import INTERVAL_S, LoopLag
 from coordinator.loop.slices import Slices
 from coordinator.loop.turns import InTurns, Turns
-from coordinator.requests.draining import Door
-from coordinator.requests.service import Service
+from coordinator.node import CoordinatorNode
 from coordinator.requests.traces import Traces
 from coordinator.text.tasks import Settings
 from coordinator.text.tokenizing import load_tools, read_model
@@ -128,6 +126,7 @@ class Coordinator:
         self._owner = owner
         self._stop, self._stop_now = asyncio.Event(), asyncio.Event()
         self._door = Door()
+        self._counters: Counter[str] = Counter()  # hits of failpoints
         self._lag = LoopLag()
         tools = load_tools(config)  # and the template compiles
         self._tokenizer, self._text = tools.tokenizer, tools.identity
@@ -155,20 +154,20 @@ class Coordinator:
         Raises:
             StartFailed: see the module's docstring.
         """
-        async with self._control() as (control, registry, router):
-            slices, turns = Slices(), Turns()
-            service = Service(
+        async with self._control() as (control, router):
+            slices, turns, traces = Slices(), Turns(), Traces()
+            node = CoordinatorNode(
                 self._config,
-                registry,
-                control.send,
-                time.monotonic,
-                observed=self._observed,
+                self._model.fingerprint,
+                epoch=self._config.epoch or time.time_ns() // 1_000_000,
                 spread=slices.add,
+                observed=self._lag.observed,
+                num_tenants=partial(len, self._tenants),
+                on_gone=traces.close,
+                wake=control.wake,
             )
-            service.admission.num_tenants = partial(len, self._tenants)
-            control.attach(service)
-            jobs = self._jobs(registry, service, control)
-            http = self._http_server(control, registry, service, jobs, turns)
+            jobs = self._jobs(node)
+            http = self._http_server(node, jobs, turns, traces)
             failure: StartFailed | None = None
             self._workers.start()
             await jobs.start()
@@ -177,14 +176,14 @@ class Coordinator:
                     tasks.create_task(jobs.watch()),
                     tasks.create_task(self._watch_keys()),
                     tasks.create_task(self._measure_lag()),
-                    tasks.create_task(collect_in_quiet(partial(_num_at_work, service, http))),
+                    tasks.create_task(collect_in_quiet(partial(_num_at_work, node, http))),
                 ]
                 serving = tasks.create_task(http.serve(sockets=[self._socket]))
-                plane = tasks.create_task(control.run())
+                plane = tasks.create_task(control.run(node))
                 slicing = tasks.create_task(slices.run())
                 self._on_control(router.address, self.url)
                 try:
-                    await self._wait_ready(control, registry)
+                    await self._wait_ready(control, node)
                     await self._stop.wait()
                     await self._drain(jobs, watching[0])
                 except StartFailed as error:
@@ -194,12 +193,12 @@ class Coordinator:
                         task.cancel()
                     await self._workers.close()
                     await jobs.stop()
-                    service.shut_down()
+                    node.service.shut_down(time.monotonic())
                     await slices.settled()
                     slicing.cancel()
                     http.should_exit = True
                     plane.cancel()
-                    await control.shut_down("the coordinator ends")
+                    await control.shut_down(node, "the coordinator ends")
                     with contextlib.suppress(TimeoutError):
                         await asyncio.wait_for(asyncio.shield(serving), STOP_BUDGET_S)
                     serving.cancel()
@@ -217,10 +216,6 @@ class Coordinator:
         """Requests of one tenant that may wait to be read: as many as may be served."""
         return self._config.limits.tenant_requests(len(self._tenants))
 
-    def _observed(self) -> float:
-        """The clock of every budget for what others do."""
-        return self._lag.observed(time.monotonic())
-
     async def _measure_lag(self) -> None:
         with contextlib.closing(CoreWait()) as core:
             while True:
@@ -232,13 +227,12 @@ class Coordinator:
             await self._key_file.watch()
 
     @asynccontextmanager
-    async def _control(self) -> AsyncIterator[tuple[ControlPlane, Registry, AsyncRouter]]:
+    async def _control(self) -> AsyncIterator[tuple[ControlPlane, AsyncRouter]]:
         try:
             with open_async_context(self._config.token) as context:
                 router = AsyncRouter(context, self._config.control_listen)
-                registry = self._registry()
                 try:
-                    yield self._control_plane(router, registry), registry, router
+                    yield ControlPlane(router, self._outlet(router), self._owner), router
                 finally:
                     # Linger is zero: give the last frames a moment to leave before the socket goes.
                     await asyncio.sleep(0.05)
@@ -246,66 +240,34 @@ class Coordinator:
         finally:
             self._socket.close()
 
-    def _registry(self) -> Registry:
-        config = self._config
-        return Registry(
-            config.pools,
-            JoinRequirements(self._model.fingerprint, config.block_size),
-            coordinator_epoch=config.epoch or time.time_ns() // 1_000_000,
-            timeouts=Timeouts(
-                silent_s=config.heartbeat_timeout_s,
-                starting_s=config.start_silence_s,
-                step_s=config.step_budget_s,
-                rejoin_s=config.rejoin_timeout_s,
-            ),
-            rejoining=config.rejoining,
-        )
+    def _outlet(self, router: AsyncRouter) -> Outlet:
+        if not self._config.failpoints:
+            return Outlet(router)
+        return FaultyOutlet(router, self._config.failpoints, self._counters)
 
-    def _control_plane(self, router: AsyncRouter, registry: Registry) -> ControlPlane:
-        owner, config, clock = self._owner, self._config, self._observed
-        if not config.failpoints:
-            return ControlPlane(router, registry, owner, is_restart=config.is_restart, clock=clock)
-        return FaultyControlPlane(
-            router,
-            registry,
-            owner,
-            is_restart=config.is_restart,
-            clock=clock,
-            failpoints=config.failpoints,
-        )
-
-    def _jobs(self, registry: Registry, service: Service, control: ControlPlane) -> Jobs:
-        ingestor = self._ingestor or Tiering(
-            self._config, registry, service, control.send, time.monotonic
-        )
-        dependencies = self._dependencies(registry, ingestor)
-        return Jobs(dataclasses.replace(dependencies, counters=control.counters))
+    def _jobs(self, node: CoordinatorNode) -> Jobs:
+        ingestor = self._ingestor or Tiering(self._config, node, time.monotonic)
+        return Jobs(self._dependencies(node.registry, ingestor))
 
     def _dependencies(self, registry: Registry, ingestor: Ingestor) -> JobDependencies:
         config, model = self._config, self._model
         longest = partial(registry.max_model_len, config.max_model_len or model.max_model_len)
-        return JobDependencies(config, model, self._text, self._workers, ingestor, longest)
+        return JobDependencies(
+            config, model, self._text, self._workers, ingestor, longest, counters=self._counters
+        )
 
     def _http_server(
-        self,
-        control: ControlPlane,
-        registry: Registry,
-        service: Service,
-        jobs: Jobs,
-        turns: Turns,
+        self, node: CoordinatorNode, jobs: Jobs, turns: Turns, traces: Traces
     ) -> _HttpServer:
         limits = self._config.limits
         connections: Connections[GuardedConnection] = Connections(
             max_connections(limits.max_connections, max_open_files())
         )
-        traces = Traces()
-        service.holding.tell_gone = traces.close
         self.frontend = frontend = Frontend(
             config=self._config,
             model=self._model,
-            registry=registry,
-            control=control,
-            service=service,
+            node=node,
+            counters=self._counters,
             tokenizer=self._tokenizer,
             workers=self._workers,
             bodies=Budget(limits, partial(len, self._tenants)),
@@ -340,7 +302,7 @@ class Coordinator:
     def _line_server(self, frontend: Frontend, tenants: Tenants) -> LineServer:
         return LineServer(frontend, tenants, partial(make_document, frontend))
 
-    async def _wait_ready(self, control: ControlPlane, registry: Registry) -> None:
+    async def _wait_ready(self, control: ControlPlane, node: CoordinatorNode) -> None:
         complete: asyncio.Future[object] = asyncio.ensure_future(control.complete.wait())
         stop: asyncio.Future[object] = asyncio.ensure_future(self._stop.wait())
         refused: asyncio.Future[object] = asyncio.ensure_future(control.refused)
@@ -353,9 +315,8 @@ class Coordinator:
             if refused in done:
                 raise StartFailed(f"a worker was refused: {control.refused.result()}")
             if not done:
-                raise StartFailed(
-                    f"not ready after {self._config.ready_timeout_s:.0f} s: {registry.missing()}"
-                )
+                waited_s, missing = self._config.ready_timeout_s, node.registry.missing()
+                raise StartFailed(f"not ready after {waited_s:.0f} s: {missing}")
             if complete in done:
                 self._on_ready(self.url)
         finally:
@@ -363,6 +324,6 @@ class Coordinator:
             stop.cancel()
 
 
-def _num_at_work(service: Service, http: _HttpServer) -> int:
+def _num_at_work(node: CoordinatorNode, http: _HttpServer) -> int:
     """Requests, or answers that are still being sent."""
-    return max(service.loads.num_active, http.connections.num_at_work)
+    return max(node.service.loads.num_active, http.connections.num_at_work)

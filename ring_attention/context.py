@@ -44,7 +44,7 @@ class RingAttention(AttentionContext):
         last_token_index: among them, of the chunk's last token; None if another rank computes it.
     """
 
-    def __init__(  # noqa: PLR0913 - the parts of a rank, each made and owned by somebody else
+    def __init__(
         self,
         work: ChunkWork,
         cp_rank: int,

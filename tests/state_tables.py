@@ -14,7 +14,7 @@ from typing import Any
 
 import coordinator.jobs.batches.states
 import coordinator.jobs.documents.states
-import coordinator.records.records
+import coordinator.request
 import decode.states
 import kvcache.blocks
 import kvtransfer.handoff.states
@@ -26,7 +26,7 @@ Ways = list[tuple[str, str, str]]  # (state, event, next state)
 
 
 TABLES: dict[str, Mapping[tuple[Any, Any], Enum]] = {
-    "request": coordinator.records.records.TABLE,
+    "request": coordinator.request.TABLE,
     "source": kvtransfer.handoff.states.SOURCE_TABLE,
     "target": kvtransfer.handoff.states.TARGET_TABLE,
     "batch": coordinator.jobs.batches.states.TABLE,

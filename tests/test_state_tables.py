@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from coordinator.records.records import TABLE, Record, RecordEvent, RecordState
+from coordinator.request import TABLE, Request, RequestEvent, RequestState
 from protocol.errors import IllegalTransition
 from protocol.request import SamplingParams
 from protocol.token_ids import TokenIds
@@ -23,20 +23,24 @@ def test_the_document_shows_the_tables_as_they_are() -> None:
         assert drawing(ways) in text, name
 
 
-@pytest.mark.parametrize(("state", "event"), list(itertools.product(RecordState, RecordEvent)))
-def test_a_record_takes_only_the_events_of_its_table(
-    state: RecordState, event: RecordEvent
+@pytest.mark.parametrize(("state", "event"), list(itertools.product(RequestState, RequestEvent)))
+def test_a_request_takes_only_the_events_of_its_table(
+    state: RequestState, event: RequestEvent
 ) -> None:
-    record = Record(
-        "r", 1, TokenIds.of((1, 2)), SamplingParams(max_tokens=1), "tenant", state=state
+    request = Request(
+        request_id="r",
+        prompt_token_ids=TokenIds.of((1, 2)),
+        sampling=SamplingParams(max_tokens=1),
+        tenant="tenant",
+        state=state,
     )
     if (state, event) in TABLE:
-        record.advance(event)
-        assert record.state is TABLE[state, event]
+        request.advance(event)
+        assert request.state is TABLE[state, event]
     else:
         with pytest.raises(IllegalTransition):
-            record.advance(event)
-        assert record.state is state
+            request.advance(event)
+        assert request.state is state
 
 
 @pytest.mark.parametrize("name", sorted(TABLES))

@@ -4,7 +4,7 @@ The life of a request
 1. It arrives at its moment and passes the *gate*: the open one lets everything through at once;
    batching and queueing policies are gates (batching.py, predictor.py).
 2. The router picks a decode pool: by default the coordinator's own placement over its own registry
-   and records; other policies stand in for that one decision (routing.py).
+   and requests; other policies stand in for that one decision (routing.py).
 3. Ticket; then the decode pool computes the prompt, or a prefill pool does and hands it over, by
    the coordinator's own rule.
 4. Every token's moment is kept; nothing is measured anywhere else.
@@ -32,12 +32,10 @@ from bench.simulate.pools import (
 from bench.simulate.step_time import StepTime
 from bench.simulate.workload import Arrival
 from coordinator.cluster.joining import JoinRequirements
-from coordinator.cluster.losses import Timeouts
 from coordinator.cluster.placement import Placement
-from coordinator.cluster.registry import Registry
+from coordinator.cluster.registry import Registry, Timeouts
 from coordinator.config import CoordinatorConfig, ExpectedPool
-from coordinator.records.loads import Loads
-from coordinator.records.records import Record, RecordEvent, as_new_token
+from coordinator.request import Loads, Request, RequestEvent, as_new_token
 from kvcache.prefix import block_salt, hash_blocks
 from kvtransfer.events import ControlReceived, PoolsChanged
 from protocol.messages import (
@@ -99,11 +97,11 @@ class Served:
 class Router(Protocol):
     """Who takes a request; :class:`coordinator.cluster.placement.Placement` is one."""
 
-    def choose_decode(self, record: Record, loads: Loads, now: float) -> str | None:
+    def choose_decode(self, request: Request, loads: Loads, now: float) -> str | None:
         """The decode pool for a request."""
         ...
 
-    def choose_prefill(self, record: Record, loads: Loads) -> str | None:
+    def choose_prefill(self, request: Request, loads: Loads) -> str | None:
         """Its prefill pool, or None if the decode pool computes its prompt."""
         ...
 
@@ -175,9 +173,9 @@ class Cluster:
             placement if make_router is None else make_router(placement, self._registry)
         )
         self._served: dict[str, Served] = {}
-        self._loads = Loads()  # of all records
-        self._records: dict[str, Record] = {}  # of those who are let in and not over
-        self._set_aside: dict[str, Record] = {}  # by preempt
+        self._loads = Loads()  # of all requests
+        self._requests: dict[str, Request] = {}  # of those who are let in and not over
+        self._set_aside: dict[str, Request] = {}  # by preempt
         self._num_left = 0
         self.gate: Gate = OpenGate(self.admit) if make_gate is None else make_gate(self)
 
@@ -233,25 +231,25 @@ class Cluster:
 
     def admit(self, served: Served) -> None:
         """The gate lets it through, for the first time or again."""
-        record = self._set_aside.pop(served.arrival.request_id, None) or self._record(served)
-        pool_id = self._router.choose_decode(record, self._loads, self.world.now)
+        request = self._set_aside.pop(served.arrival.request_id, None) or self._request(served)
+        pool_id = self._router.choose_decode(request, self._loads, self.world.now)
         assert pool_id is not None, "no decode pool serves"
-        self._records[record.request_id] = record
-        record.reserve_on(pool_id, self.world.now)
+        self._requests[request.request_id] = request
+        request.reserve_on(pool_id, self.world.now)
         served.decode_pool = pool_id
-        self.decode[pool_id].on_event(ControlReceived(record.reserve()))
+        self.decode[pool_id].on_event(ControlReceived(request.reserve()))
 
     def preempt(self, served: Served) -> None:
         """Set a request aside until it is admitted again, by the coordinator's way of losing an
         attempt: what it has is cached where it was, and the next attempt goes on after its tokens.
         """
-        record = self._records.pop(served.arrival.request_id)
-        pool = self.decode[record.decode_pool]
-        pool.on_event(ControlReceived(Abort(record.request_id, record.attempt)))
-        record.lose_attempt("preempted")
-        self._set_aside[record.request_id] = record
+        request = self._requests.pop(served.arrival.request_id)
+        pool = self.decode[request.decode_pool]
+        pool.on_event(ControlReceived(Abort(request.request_id, request.attempt)))
+        request.lose_attempt("preempted")
+        self._set_aside[request.request_id] = request
 
-    def _record(self, served: Served) -> Record:
+    def _request(self, served: Served) -> Request:
         arrival = served.arrival
         prompt = arrival.prompt()
         # An application's limit, not the length: nobody knows that.
@@ -260,12 +258,11 @@ class Cluster:
             stop_token_ids=(LAST_TOKEN,),
         )
         hashes = tuple(hash_blocks(prompt, BLOCK_SIZE, block_salt(FINGERPRINT, "")))
-        return Record(
-            arrival.request_id,
-            1,
-            TokenIds.of(prompt),
-            sampling,
-            "tenant",
+        return Request(
+            request_id=arrival.request_id,
+            prompt_token_ids=TokenIds.of(prompt),
+            sampling=sampling,
+            tenant="tenant",
             block_hashes=hashes,
             loads=self._loads,
         )
@@ -286,48 +283,48 @@ class Cluster:
                 self._router.on_cache_update(pool_id, message)
             case RequestFailed():
                 raise AssertionError(f"{pool_id}: {message}")
-            case Progress() | Committed() if message.request_id in self._records:
-                self._on_progress(self._records[message.request_id], message)
+            case Progress() | Committed() if message.request_id in self._requests:
+                self._on_progress(self._requests[message.request_id], message)
 
     @staticmethod
-    def _on_progress(record: Record, message: Progress | Committed) -> None:
+    def _on_progress(request: Request, message: Progress | Committed) -> None:
         if isinstance(message, Progress):
-            record.progress(message.num_done)
+            request.progress(message.num_done)
         else:
-            record.advance(RecordEvent.COMMIT)
+            request.advance(RequestEvent.COMMIT)
 
     def _on_ticket(self, message: Ticket) -> None:
-        record = self._records.get(message.request_id)
-        if record is None or message.attempt != record.attempt:
+        request = self._requests.get(message.request_id)
+        if request is None or message.attempt != request.attempt:
             return  # set aside meanwhile
         served = self._served[message.request_id]
         served.granted_s = self.world.now
         served.num_cached_tokens = message.num_cached_tokens
-        record.grant(message.num_cached_tokens)
-        pool_id = self._router.choose_prefill(record, self._loads)
+        request.grant(message.num_cached_tokens)
+        pool_id = self._router.choose_prefill(request, self._loads)
         if pool_id is None:
-            record.advance(RecordEvent.COMPUTE_HERE)
-            compute = ComputeHere(record.request_id, record.attempt)
-            self.decode[record.decode_pool].on_event(ControlReceived(compute))
+            request.advance(RequestEvent.COMPUTE_HERE)
+            compute = ComputeHere(request.request_id, request.attempt)
+            self.decode[request.decode_pool].on_event(ControlReceived(compute))
             return
-        record.prefill_on(pool_id)
+        request.prefill_on(pool_id)
         served.prefill_pool = pool_id
-        epoch = self._registry.pools[record.decode_pool].epoch
-        self.prefill[pool_id].on_event(ControlReceived(record.prefill(epoch)))
+        epoch = self._registry.pools[request.decode_pool].epoch
+        self.prefill[pool_id].on_event(ControlReceived(request.prefill(epoch)))
 
     def _on_token(self, token: NewToken) -> None:
-        record = self._records.get(token.request_id)
-        if record is None or token.attempt != record.attempt:
+        request = self._requests.get(token.request_id)
+        if request is None or token.attempt != request.attempt:
             return
         served = self._served[token.request_id]
-        for _ in record.accept(token):
+        for _ in request.accept(token):
             served.token_times_s.append(self.world.now)
-            record.advance(RecordEvent.TOKEN)
-        if record.finish_reason is not None:
-            record.advance(RecordEvent.END)
+            request.advance(RequestEvent.TOKEN)
+        if request.finish_reason is not None:
+            request.advance(RequestEvent.END)
             served.is_over = True
             self._num_left -= 1
-            del self._records[token.request_id]
+            del self._requests[token.request_id]
             self.gate.leave(served)
 
 

@@ -1,6 +1,6 @@
 """Who gets the next request: the production router among simpler policies.
 
-All see the same records and prefixes that the coordinator has; only the choice differs. The workers
+All see the requests and prefixes that the coordinator has; only the choice differs. The workers
 are whole colocated pools of different speed; prompts share prefixes as popular as Zipf says, and no
 worker can keep them all.
 """
@@ -20,8 +20,7 @@ from bench.simulate.workload import Arrival, Lengths, poisson, zipf_weights
 from coordinator.cluster.placement import Placement
 from coordinator.cluster.registry import Registry
 from coordinator.cluster.router import PrefixMap
-from coordinator.records.loads import Loads
-from coordinator.records.records import Record
+from coordinator.request import Loads, Request
 from protocol.messages import CacheUpdate
 
 NAME = "routing"
@@ -56,18 +55,18 @@ class Policy:
         self._prefixes = PrefixMap()
         self._num_chosen = 0
 
-    def choose_decode(self, record: Record, loads: Loads, now: float) -> str | None:
+    def choose_decode(self, request: Request, loads: Loads, now: float) -> str | None:
         del now
         pending = {pool_id: loads.decode_tokens(pool_id) for pool_id in self._pool_ids}
         self._num_chosen += 1
-        return self._choose(pending, record)
+        return self._choose(pending, request)
 
-    def _choose(self, pending: dict[str, int], record: Record) -> str:
+    def _choose(self, pending: dict[str, int], request: Request) -> str:
         """The pool, knowing the tokens that each has still to compute."""
         raise NotImplementedError
 
-    def choose_prefill(self, record: Record, loads: Loads) -> str | None:
-        return self._placement.choose_prefill(record, loads)
+    def choose_prefill(self, request: Request, loads: Loads) -> str | None:
+        return self._placement.choose_prefill(request, loads)
 
     def on_cache_update(self, pool_id: str, update: CacheUpdate) -> None:
         self._prefixes.update(pool_id, update.stored, update.evicted)
@@ -75,26 +74,26 @@ class Policy:
 
 
 class RandomPolicy(Policy):
-    def _choose(self, pending: dict[str, int], record: Record) -> str:
-        del record
+    def _choose(self, pending: dict[str, int], request: Request) -> str:
+        del request
         return self._random.choice(list(pending))
 
 
 class RoundRobin(Policy):
-    def _choose(self, pending: dict[str, int], record: Record) -> str:
-        del pending, record
+    def _choose(self, pending: dict[str, int], request: Request) -> str:
+        del pending, request
         return self._pool_ids[self._num_chosen % len(self._pool_ids)]
 
 
 class LeastTokens(Policy):
-    def _choose(self, pending: dict[str, int], record: Record) -> str:
-        del record
+    def _choose(self, pending: dict[str, int], request: Request) -> str:
+        del request
         return min(pending, key=lambda pool_id: (pending[pool_id], pool_id))
 
 
 class TwoChoices(Policy):
-    def _choose(self, pending: dict[str, int], record: Record) -> str:
-        del record
+    def _choose(self, pending: dict[str, int], request: Request) -> str:
+        del request
         seen = self._random.sample(list(pending), min(2, len(pending)))
         return min(seen, key=lambda pool_id: (pending[pool_id], pool_id))
 
@@ -102,9 +101,9 @@ class TwoChoices(Policy):
 class PrefixOnly(Policy):
     """The most cached prefix; whoever comes first among equals, by dice."""
 
-    def _choose(self, pending: dict[str, int], record: Record) -> str:
+    def _choose(self, pending: dict[str, int], request: Request) -> str:
         cached = {
-            pool_id: self._prefixes.num_cached_blocks(pool_id, record.block_hashes)
+            pool_id: self._prefixes.num_cached_blocks(pool_id, request.block_hashes)
             for pool_id in pending
         }
         most = max(cached.values())
@@ -114,9 +113,9 @@ class PrefixOnly(Policy):
 class PrefixAndTokens(Policy):
     """The fewest tokens to wait for, what this prompt would add included."""
 
-    def _choose(self, pending: dict[str, int], record: Record) -> str:
+    def _choose(self, pending: dict[str, int], request: Request) -> str:
         def total(pool_id: str) -> int:
-            num_cached = self._prefixes.num_cached_blocks(pool_id, record.block_hashes)
+            num_cached = self._prefixes.num_cached_blocks(pool_id, request.block_hashes)
             return pending[pool_id] - num_cached * BLOCK_SIZE
 
         return min(pending, key=lambda pool_id: (total(pool_id), pool_id))

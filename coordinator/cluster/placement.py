@@ -19,11 +19,11 @@ from coordinator.cluster.router import (
     computes_here,
 )
 from coordinator.config import CoordinatorConfig
-from coordinator.records.loads import Loads
-from coordinator.records.records import Record, RecordState
+from coordinator.request import Loads, Request, RequestState
 from protocol.messages import CacheUpdate
 
 STORE_TIERS = ("cpu", "disk")
+NO_STORE = ("", 0, 0)
 MAX_DAMAGED = 100_000  # blocks that are remembered
 
 
@@ -86,14 +86,16 @@ class Placement:
         """Leading blocks of a prompt in a pool's device memory."""
         return self._prefixes.num_cached_blocks(pool.pool_id, block_hashes)
 
-    def store_hint(self, record: Record) -> tuple[str, int, int] | None:
+    def store_hint(self, request: Request) -> tuple[str, int, int]:
         """(store, its epoch, tokens of the prompt that it has), if its decode pool has fewer."""
         store = self.store()
-        if store is None or record.is_offload:
-            return None
-        num_blocks = self.num_stored_blocks(record.block_hashes, STORE_TIERS)
-        if num_blocks <= self._prefixes.num_cached_blocks(record.decode_pool, record.block_hashes):
-            return None
+        if store is None or request.is_offload:
+            return NO_STORE
+        num_blocks = self.num_stored_blocks(request.block_hashes, STORE_TIERS)
+        if num_blocks <= self._prefixes.num_cached_blocks(
+            request.decode_pool, request.block_hashes
+        ):
+            return NO_STORE
         return store.pool_id, store.epoch, num_blocks * self._config.block_size
 
     def epoch(self, pool_id: str) -> int:
@@ -103,107 +105,107 @@ class Placement:
         pool = self._registry.pools.get(pool_id)
         return pool is not None and pool.is_serving
 
-    def choose_decode(self, record: Record, loads: Loads, now: float) -> str | None:
+    def choose_decode(self, request: Request, loads: Loads, now: float) -> str | None:
         """The pool for its next attempt, where its session lives from now on; None if none serves.
 
         Args:
             loads: what the pools have to do for all others.
         """
-        if record.is_offload:
+        if request.is_offload:
             store = self.store()  # which is no use without somebody who computes
             is_served = store is not None and bool(self._registry.serving("prefill"))
             return store.pool_id if store is not None and is_served else None
-        unfit = {*record.too_small, *record.flawed}
+        unfit = {*request.too_small, *request.flawed}
         serving = [p for p in self._registry.serving("decode") if p.pool_id not in unfit]
-        blameless = [pool for pool in serving if pool.pool_id not in record.blamed]
+        blameless = [pool for pool in serving if pool.pool_id not in request.blamed]
         candidates = [
-            self._candidate(pool, record, loads.decode_tokens(pool.pool_id))
+            self._candidate(pool, request, loads.decode_tokens(pool.pool_id))
             for pool in blameless or serving
         ]
-        home = self._sessions.home(record.session, now) if record.session else None
-        if record.wait is not None and self.is_serving(record.wait.home):
-            home = record.wait.home
+        home = self._sessions.home(request.session, now) if request.session else None
+        if request.wait is not None and self.is_serving(request.wait.home):
+            home = request.wait.home
         chosen = choose_decode(candidates, home)
         if chosen is None:
             return None
-        if record.session:
-            self._sessions.settle(record.session, chosen.pool_id, now)
+        if request.session:
+            self._sessions.settle(request.session, chosen.pool_id, now)
         return chosen.pool_id
 
-    def is_too_large(self, record: Record) -> bool:
+    def is_too_large(self, request: Request) -> bool:
         """Whether every decode pool that serves has refused it for its size."""
         serving = {pool.pool_id for pool in self._registry.serving("decode")}
-        return bool(serving) and serving <= record.too_small
+        return bool(serving) and serving <= request.too_small
 
-    def choose_prefill(self, record: Record, loads: Loads) -> str | None:
+    def choose_prefill(self, request: Request, loads: Loads) -> str | None:
         """The prefill pool for what its decode pool misses; None if that computes it itself."""
-        num_cached = record.num_target_cached_tokens or 0
+        num_cached = request.num_target_cached_tokens or 0
         threshold = self._config.local_prefill_threshold
-        is_short = computes_here(record.num_attempt_tokens, num_cached, threshold)
-        if is_short and not record.is_offload:
+        is_short = computes_here(request.num_attempt_tokens, num_cached, threshold)
+        if is_short and not request.is_offload:
             return None
-        target = self._registry.pools[record.decode_pool]
+        target = self._registry.pools[request.decode_pool]
         reaching = [
             pool
             for pool in self._registry.serving("prefill")
             if self._registry.can_hand_over(pool, target)
-            and pool.pool_id not in (*record.too_small, *record.flawed)
+            and pool.pool_id not in (*request.too_small, *request.flawed)
         ]
-        blameless = [pool for pool in reaching if pool.pool_id not in record.blamed]
+        blameless = [pool for pool in reaching if pool.pool_id not in request.blamed]
         chosen = choose_prefill(
             [
-                self._candidate(pool, record, loads.prefill_tokens(pool.pool_id))
+                self._candidate(pool, request, loads.prefill_tokens(pool.pool_id))
                 for pool in blameless or reaching
             ]
         )
         return None if chosen is None else chosen.pool_id
 
-    def is_cut(self, record: Record) -> bool:
+    def is_cut(self, request: Request) -> bool:
         """Whether the two pools that work on it have lost sight of each other."""
         pools = self._registry.pools
-        decode, prefill = pools.get(record.decode_pool), pools.get(record.prefill_pool)
+        decode, prefill = pools.get(request.decode_pool), pools.get(request.prefill_pool)
         if decode is None or prefill is None:
             return False
         return decode.pool_id in prefill.cut_off or prefill.pool_id in decode.cut_off
 
-    def can_avoid(self, record: Record, pool_id: str) -> bool:
+    def can_avoid(self, request: Request, pool_id: str) -> bool:
         """Whether another pool that serves could do for it what this one did."""
         roles = [self._registry.pools[pool_id].spec.role]
-        if "prefill" in roles and not record.is_offload:
+        if "prefill" in roles and not request.is_offload:
             roles.append("decode")  # which can compute a prompt as well
         others = (pool.pool_id for role in roles for pool in self._registry.serving(role))
-        return any(other not in (pool_id, *record.flawed) for other in others)
+        return any(other not in (pool_id, *request.flawed) for other in others)
 
-    def has_blameless(self, record: Record) -> bool:
+    def has_blameless(self, request: Request) -> bool:
         """Whether there is a prefill pool that has not lost an attempt of it."""
         serving = self._registry.serving("prefill")
-        return any(pool.pool_id not in record.blamed for pool in serving)
+        return any(pool.pool_id not in request.blamed for pool in serving)
 
     def _cached_tokens(self, pool: Pool, hashes: tuple[bytes, ...]) -> int:
         return self._prefixes.num_cached_blocks(pool.pool_id, hashes) * self._config.block_size
 
-    def _candidate(self, pool: Pool, record: Record, pending_tokens: int) -> Candidate:
-        cached = self._cached_tokens(pool, record.block_hashes)
+    def _candidate(self, pool: Pool, request: Request, pending_tokens: int) -> Candidate:
+        cached = self._cached_tokens(pool, request.block_hashes)
         return Candidate(pool.pool_id, cached, pending_tokens, pool.tokens_per_s)
 
 
-def computed_by(record: Record, pool_id: str) -> bool:
+def computed_by(request: Request, pool_id: str) -> bool:
     """Whether the pool was computing it, as far as is known: it may be what has killed the pool."""
-    if pool_id == record.decode_pool:
-        return record.state in (RecordState.COMPUTING, RecordState.DECODING)
+    if pool_id == request.decode_pool:
+        return request.state in (RequestState.COMPUTING, RequestState.DECODING)
     return (
-        pool_id == record.prefill_pool
-        and record.state is RecordState.PREFILLING
-        and record.is_prefill_begun
-        and record.path is None
+        pool_id == request.prefill_pool
+        and request.state is RequestState.PREFILLING
+        and request.is_prefill_begun
+        and request.path is None
     )
 
 
-def needs(record: Record, pool_id: str) -> bool:
+def needs(request: Request, pool_id: str) -> bool:
     """Whether its attempt cannot go on without the pool."""
-    if pool_id == record.decode_pool:
+    if pool_id == request.decode_pool:
         return True
-    if pool_id != record.prefill_pool:
+    if pool_id != request.prefill_pool:
         return False
     # The first token of the attempt may have been lost with the pool although all was committed.
-    return record.state is RecordState.PREFILLING or record.path is None
+    return request.state is RequestState.PREFILLING or request.path is None

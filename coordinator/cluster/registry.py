@@ -20,9 +20,10 @@ A pool's epoch has the coordinator's in its high bits, so it rises over coordina
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from coordinator.cluster.joining import HelloRefused, JoinRequirements
-from coordinator.cluster.losses import Displaced, Loss, Timeouts
 from coordinator.cluster.pools import Pool, PoolState, Rank
 from coordinator.config import ExpectedPool
 from protocol.errors import PeerError
@@ -42,6 +43,33 @@ from protocol.messages import (
 CHECK_INTERVAL_S = 0.3
 EPOCH_BITS = 20  # a pool's epochs under one coordinator
 Outgoing = tuple[str, ToRank]  # (routing id, message)
+
+
+class Loss(NamedTuple):
+    """A pool is to be lost. ``is_over``: its gang must end; else it may come back."""
+
+    pool_id: str
+    reason: str
+    is_over: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Displaced:
+    """The gang that a pool has must go for a HELLO to be taken. ``is_over``: it must end, too."""
+
+    reason: str
+    is_over: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """For how long what is allowed; in seconds."""
+
+    silent_s: float = 4.0  # a rank of a ready pool
+    starting_s: float = 60.0  # a rank that loads its model
+    step_s: float = 60.0  # one step
+    rejoin_s: float = 10.0  # a gang that is expected back
+    hold_s: float = 3.0  # the others wait so long with it, so that they need not connect twice
 
 
 class Registry:
@@ -196,9 +224,10 @@ class Registry:
         _, rank = self._seen(peer, now)
         rank.heartbeat = message
 
-    def on_other(self, peer: str, now: float) -> None:
-        """Any message is a sign of life."""
-        self._seen(peer, now)
+    def on_other(self, peer: str, now: float) -> tuple[Pool, bool]:
+        """Any message is a sign of life; whose, and whether it leads its pool."""
+        pool, rank = self._seen(peer, now)
+        return pool, pool.ranks.get(0) is rank
 
     def beat(self) -> list[Outgoing]:
         """A word to every rank that has said HELLO: it cannot be sent to one that is gone."""

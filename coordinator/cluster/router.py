@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from coordinator.cluster.hash_set import HashSet
-from coordinator.records.generation import SessionKey
+from coordinator.request import SessionKey
 
 MAX_SESSIONS = 100_000
 

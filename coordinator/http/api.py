@@ -17,14 +17,14 @@ from coordinator.auth import SCOPE_TENANT, AuthMiddleware, Tenants
 from coordinator.errors import error_response
 from coordinator.http.answers.sending import JsonBody
 from coordinator.http.batches_api import add_batches
-from coordinator.http.chat import chat
 from coordinator.http.cluster_api import describe_cluster, version_info
-from coordinator.http.completions import complete
 from coordinator.http.connections.limits import LimitsMiddleware
 from coordinator.http.connections.origins import CORS, OriginMiddleware, Origins
 from coordinator.http.documents_api import add_documents
+from coordinator.http.door import DoorMiddleware
 from coordinator.http.files_api import add_files
 from coordinator.http.frontend import Frontend, RequestContext
+from coordinator.http.generation import PATHS, generate
 from coordinator.http.metrics import (
     connection_families,
     job_families,
@@ -35,7 +35,6 @@ from coordinator.http.metrics import (
     request_families,
     text_families,
 )
-from coordinator.requests.draining import DoorMiddleware
 from coordinator.text.tasks import Json, ReadDetokenize, ReadTokenize
 from protocol.errors import RequestError
 from protocol.logs import num_dropped_lines
@@ -68,19 +67,14 @@ def build_app(frontend: Frontend, tenants: Tenants) -> FastAPI:
 
 
 def _add_generation(app: FastAPI, frontend: Frontend) -> None:
-    @app.post("/v1/completions")
-    async def completions(request: Request) -> Response:
+    async def tokens(request: Request) -> Response:
         context = RequestContext.of(request)
         async with frontend.body(request) as body:
             frontend.check_ready()
-            return await complete(frontend, context, body)
+            return await generate(frontend, context, request.url.path, body)
 
-    @app.post("/v1/chat/completions")
-    async def chat_completions(request: Request) -> Response:
-        context = RequestContext.of(request)
-        async with frontend.body(request) as body:
-            frontend.check_ready()
-            return await chat(frontend, context, body)
+    for path in PATHS:
+        app.add_route(path, tokens, methods=["POST"])
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -160,7 +154,7 @@ def _add_state(app: FastAPI, frontend: Frontend) -> None:
         body, content_type = render(
             (
                 *service.metrics.families(),
-                *request_families(service.loads.num_active, service.num_leaked),
+                *request_families(service.loads.num_active, service.num_leaked(now)),
                 *lag_families(frontend.lag, now),
                 *text_families(frontend.workers, frontend.bodies),
                 *connection_families(frontend.connections),

@@ -39,13 +39,13 @@ def describe_cluster(frontend: Frontend, now: float) -> dict[str, Any]:
         "block_size": frontend.config.block_size,
         "topology_version": registry.version,
         "num_active_requests": service.loads.num_active,
-        "num_leaked": service.num_leaked,
+        "num_leaked": service.num_leaked(now),
         "loop": {
             "lag_s": round(lag.largest(now), 6),
             "step_s": round(lag.longest_step_s(now), 6),
             "num_stalls": lag.num_stalls,
         },
-        "counters": dict(frontend.control.counters),
+        "counters": dict(frontend.counters),
         "storage": None if frontend.jobs is None else frontend.jobs.storage.describe(),
         "pools": [_describe_pool(pool, lag.observed(now)) for pool in registry.pools.values()],
     }

@@ -11,13 +11,13 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from coordinator.config import CoordinatorConfig
+from coordinator.errors import shutting_down
 from coordinator.http.answers import sse
 from coordinator.http.connections.connection import SCOPE_ABORT
 from coordinator.jobs.documents.document import Document
 from coordinator.jobs.documents.documents import Documents
 from coordinator.jobs.documents.events import WrittenEvent
 from coordinator.loop.timeouts import patient
-from coordinator.requests.draining import shutting_down
 
 
 class EventStream(Response):

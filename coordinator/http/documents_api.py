@@ -24,7 +24,6 @@ from coordinator.jobs.documents.documents import Documents, Source
 from coordinator.jobs.documents.states import FINAL, PENDING
 from coordinator.jobs.space import check_space
 from coordinator.jobs.suspects import LINE, Work
-from coordinator.text.packing import unpacked
 from coordinator.text.tasks import Asked, NeedsFile, ReadDocument, Uploaded
 from coordinator.validation.bodies import Body
 from coordinator.validation.document_bodies import (
@@ -122,7 +121,7 @@ async def _accept(
     assert isinstance(found, Asked), found
     source = Source(
         text=found.text,
-        prompt=None if found.prompt is None else unpacked(found.prompt),
+        prompt=None if found.prompt is None else found.prompt.unpacked(),
         path=None if uploaded is None else Path(uploaded.path),
         is_ours=uploaded is not None and uploaded.is_ours,
     )

@@ -1,12 +1,11 @@
 """What the HTTP routes share: the model that is served, its limits, and the way to an answer.
 
 1. ``body`` takes the bytes of a request in; a route has a text worker read them (text/workers.py).
-2. ``choices`` numbers the sequences of what the worker has made of them.
-3. ``Answer`` submits the choices and speaks to the caller.
+2. ``Answer`` submits what the worker has made of them and speaks to the caller.
 """
 
-import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -16,28 +15,27 @@ import msgspec
 from starlette.requests import Request
 
 from coordinator.auth import SCOPE_TENANT, Tenant
-from coordinator.cluster.control import ControlPlane
 from coordinator.cluster.registry import Registry
 from coordinator.config import CoordinatorConfig
+from coordinator.errors import shutting_down
 from coordinator.http.connections.connection import GuardedConnection
 from coordinator.http.connections.kept import Connections
 from coordinator.http.connections.limits import SCOPE_CLIENT_REQUEST_ID, SCOPE_REQUEST_ID
+from coordinator.http.door import Door
 from coordinator.http.start_report import PoolMemory, StartReport, make_report
 from coordinator.jobs.batches.batches import Batches
 from coordinator.jobs.context import Jobs
 from coordinator.jobs.files import Files
-from coordinator.jobs.questions.prompts import Attached, Opened
+from coordinator.jobs.questions.prompts import Opened
 from coordinator.loop.lag import LoopLag
 from coordinator.loop.turns import Turns
-from coordinator.records.generation import Generation
-from coordinator.requests.draining import Door, shutting_down
+from coordinator.node import CoordinatorNode
 from coordinator.requests.service import Service
 from coordinator.requests.traces import Traces
-from coordinator.text.packing import unpacked
-from coordinator.text.tasks import Fields, Prepared, ReadFields
+from coordinator.text.tasks import Fields, ReadFields
 from coordinator.text.workers import TextWorkers
 from coordinator.validation.bodies import Body, Budget, receive_body
-from coordinator.validation.parameters import check_model, mixed_seed
+from coordinator.validation.parameters import check_model
 from modeling.checkpoint.config import ModelConfig
 from modeling.facts import CheckpointFacts
 from modeling.text.tokenizer import Tokenizer
@@ -85,26 +83,12 @@ class RequestContext:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """One sequence of a request; ``prompt_number`` counts its prompts."""
-
-    index: int
-    prompt_number: int
-    generation: Generation
-    echoed: str = ""
-    attached: Attached | None = None  # the document that its prompt begins with
-    prompt_json: msgspec.Raw | None = None  # its prompt's ids, if they are to be shown
-
-
-@dataclass(frozen=True, slots=True)
 class Frontend:
     """The coordinator as its routes see it."""
 
     config: CoordinatorConfig
     model: ModelConfig
-    registry: Registry
-    control: ControlPlane
-    service: Service
+    node: CoordinatorNode
     tokenizer: Tokenizer  # for single tokens: a text is never encoded here
     workers: TextWorkers
     bodies: Budget
@@ -113,11 +97,20 @@ class Frontend:
     turns: Turns
     connections: Connections[GuardedConnection]
     door: Door
+    counters: Counter[str]  # hits of failpoints
     started_at: int  # Unix time
     facts: CheckpointFacts
     jobs: Jobs | None = None  # where documents are offered; these two as well
     files: Files | None = None
     batches: Batches | None = None
+
+    @property
+    def registry(self) -> Registry:
+        return self.node.registry
+
+    @property
+    def service(self) -> Service:
+        return self.node.service
 
     @property
     def max_model_len(self) -> int:
@@ -173,14 +166,14 @@ class Frontend:
 
     def check_ready(self) -> None:
         """Raises RequestError until every pool has served once."""
-        if not self.control.complete.is_set():
+        if not self.node.is_complete:
             raise RequestError("the cluster is starting", code="starting", status=503)
 
     def unready(self, now: float) -> RequestError | None:
         """Why new work had better go elsewhere; what comes nevertheless is served if it can be."""
         if self.door.is_closed:
             return shutting_down()
-        if not self.control.complete.is_set() or not self.registry.serving("decode"):
+        if not self.node.is_complete or not self.registry.serving("decode"):
             return RequestError(self.registry.missing(), code="starting", status=503)
         lag_s = self.lag.largest(now, LAG_MEMORY_S)
         if lag_s > self.config.max_loop_lag_s:
@@ -201,32 +194,6 @@ class Frontend:
         """
         jobs = jobs_of(self, param)
         return await jobs.questions.open(tenant.name, document_id, form, param)
-
-    async def choices(self, context: RequestContext, prepared: Prepared) -> list[Choice]:
-        """Every choice of a request, in OpenAI's order: ``n`` for each prompt."""
-        options = prepared.options
-        session_id = options.session_id or context.session_id
-        choices: list[Choice] = []
-        for number, packed in enumerate(prepared.prompts):
-            prompt, sampling = unpacked(packed), prepared.samplings[number]
-            for _ in range(options.num_choices):
-                index = len(choices)
-                seed = mixed_seed(sampling.seed, index % options.num_choices)
-                generation = Generation(
-                    request_id=f"{context.request_id}-{index}",
-                    prompt_token_ids=prompt.token_ids,
-                    block_hashes=prompt.block_hashes,
-                    sampling=msgspec.structs.replace(sampling, seed=seed),
-                    tenant=context.tenant.name,
-                    cache_salt=prepared.salt,
-                    priority=context.priority,
-                    session=(context.tenant.name, session_id) if session_id else None,
-                )
-                echoed = prepared.echoed[number] if prepared.echoed else ""
-                shown = msgspec.Raw(packed.json)
-                choices.append(Choice(index, number, generation, echoed, prepared.attached, shown))
-            await asyncio.sleep(0)  # long prompts have many hashes: others run in between
-        return choices
 
 
 def jobs_of(frontend: Frontend, param: str | None = None) -> Jobs:

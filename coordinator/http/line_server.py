@@ -7,10 +7,8 @@ from typing import Any
 
 from coordinator.auth import Tenant, Tenants
 from coordinator.errors import error_object, internal_error
-from coordinator.http.answers.answer import Answer
-from coordinator.http.chat import chat
-from coordinator.http.completions import complete
 from coordinator.http.frontend import Frontend, RequestContext
+from coordinator.http.generation import PATHS, generate
 from coordinator.jobs.documents.tiering import BACKGROUND
 from coordinator.validation.bodies import Body
 from protocol.errors import RequestError
@@ -18,7 +16,6 @@ from protocol.errors import RequestError
 # Makes a document for a tenant, as a POST would have it, and returns it when it is ready or has
 # failed. The body has an ``idempotency_key``: asked again, it means the same document.
 CreateDocument = Callable[[Tenant, Body], Awaitable[dict[str, Any]]]
-_MAKERS = {"/v1/completions": complete, "/v1/chat/completions": chat}
 _log = logging.getLogger(__name__)
 
 
@@ -41,7 +38,7 @@ class LineServer:
     @property
     def num_interactive(self) -> int | None:
         """Sequences that are not of lines or documents; None while the cluster serves nobody."""
-        if not self._frontend.control.complete.is_set():
+        if not self._frontend.node.is_complete:
             return None
         return self._frontend.service.loads.num_interactive
 
@@ -61,10 +58,10 @@ class LineServer:
         self, tenant: Tenant, url: str, body: Body, request_id: str
     ) -> tuple[int, dict[str, Any]]:
         self._frontend.check_ready()
-        if url in _MAKERS:
+        if url in PATHS:
             now = time.monotonic()
             context = RequestContext(tenant, request_id, request_id, None, now, priority=BACKGROUND)
-            answer: Answer = await _MAKERS[url](self._frontend, context, body)
+            answer = await generate(self._frontend, context, url, body)
             return await answer.gather()
         if self._create_document is None:
             raise RequestError(f"{url} is not offered here", code="not_found", status=404)

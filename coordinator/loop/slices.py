@@ -79,12 +79,6 @@ class Slices:
                 self._waiting.popleft()
 
 
-def at_once(work: Iterator[None]) -> None:
-    """Do all of it now, for drivers without a loop."""
-    for _ in work:
-        pass
-
-
 def parts_of(message: ToCoordinator) -> Iterator[ToCoordinator]:
     """A message that is too long for one go, as several that say the same in this order."""
     if isinstance(message, Tokens) and len(message.tokens) > PART_TOKENS:

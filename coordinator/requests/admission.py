@@ -9,6 +9,7 @@
 """
 
 import math
+from collections import deque
 from collections.abc import Callable
 
 from coordinator.config import Limits
@@ -17,6 +18,7 @@ from protocol.errors import RequestError
 MAX_RETRY_AFTER_S = 60.0
 FIRST_RETRY_AFTER_S = 5.0  # before anything has ended, so that nothing is known
 RATE_WINDOW_S = 30.0
+MANY, RUSH_WINDOW_S = 5, 10.0  # requests, and the time within which so many are a rush
 
 
 class Departures:
@@ -71,7 +73,7 @@ class Admission:
     """
 
     def __init__(self, limits: Limits, num_tenants: Callable[[], int]) -> None:
-        self.num_tenants = num_tenants
+        self._num_tenants = num_tenants
         self._limits = limits
         self._departures = Departures()
         self._queue = Queue()
@@ -99,7 +101,10 @@ class Admission:
         if self._closed is not None:
             raise self._closed
         num_own, num_all = held
-        most, most_own = self._limits.max_requests, self._limits.tenant_requests(self.num_tenants())
+        most, most_own = (
+            self._limits.max_requests,
+            self._limits.tenant_requests(self._num_tenants()),
+        )
         if num > most_own:
             raise RequestError(
                 f"{num} sequences, at most {most_own} are served at one time",
@@ -126,3 +131,23 @@ class Admission:
                 status=429,
                 retry_after_s=wait_s,
             )
+
+
+class Rush:
+    """How often requests come for which somebody waits: work in the background makes way for many.
+
+    A segment of a document in small chunks takes about twice as long, and lets a request that comes
+    meanwhile begin after a small chunk instead of a whole one. That is worth it where requests keep
+    coming; few of them, each of which waits for one chunk at most, do not slow a document down.
+    """
+
+    def __init__(self) -> None:
+        self._arrivals: deque[float] = deque(maxlen=MANY)
+
+    def arrived(self, now: float) -> None:
+        """A request was submitted for which somebody waits."""
+        self._arrivals.append(now)
+
+    def is_on(self, now: float) -> bool:
+        """Whether MANY have come within RUSH_WINDOW_S."""
+        return len(self._arrivals) == MANY and now - self._arrivals[0] < RUSH_WINDOW_S

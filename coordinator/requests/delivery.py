@@ -3,20 +3,9 @@
 import asyncio
 import contextlib
 from collections.abc import Sequence
-from typing import Protocol
 
 from protocol.errors import RequestError
-from protocol.messages import NewToken, ToCoordinator
-
-
-class StoreListener(Protocol):
-    """Who keeps documents in a store, and hears of what is no request."""
-
-    def on_store_message(self, message: ToCoordinator) -> None: ...
-
-    def on_pool_lost(self, pool_id: str) -> None: ...
-
-    def on_pool_serving(self, pool_id: str) -> None: ...
+from protocol.messages import NewToken
 
 
 class Delivery:

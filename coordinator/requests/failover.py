@@ -1,4 +1,4 @@
-"""Attempts that were lost, and when the next one starts. Pure; time comes as an argument.
+"""What costs a request an attempt, and when the next one starts. Pure; time comes as an argument.
 
 ::
 
@@ -16,11 +16,10 @@ A waiting request is due at once, but for three reasons:
    ``SUSPECT_WAIT_S``.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 
 from coordinator.config import CoordinatorConfig
-from coordinator.records.attempts import Wait
-from coordinator.records.records import Record, RecordState
+from coordinator.request import Request, RequestState, Wait
 from coordinator.requests.quarantine import Quarantine
 from protocol.errors import RequestError
 
@@ -28,54 +27,36 @@ PAUSE_S = 1.0
 SUSPECT_WAIT_S = 10.0
 NUM_TOKENS_TO_CLEAR = 8  # past the point of a death; a pool may have been some tokens ahead of us
 
-# What a pool may say of an attempt that another one can heal.
-HEALED_BY_ANOTHER = frozenset({"handoff_failed", "stale_target"})
-TOO_SMALL = "kv_capacity_exceeded"
-
 
 class Failover:
     """The requests that are WAITING, and those that are suspected.
 
     Args:
         config: budgets.
-        start: begins the next attempt; False when no pool can take it.
-        fail: ends a request with an error.
-        clock: monotonic seconds.
     """
 
-    def __init__(
-        self,
-        config: CoordinatorConfig,
-        start: Callable[[Record], bool],
-        fail: Callable[[Record, RequestError], None],
-        clock: Callable[[], float],
-    ) -> None:
+    def __init__(self, config: CoordinatorConfig) -> None:
         self.quarantine = Quarantine(config.poison_deaths, config.quarantine_s)
         self._config = config
-        self._start = start
-        self._fail = fail
-        self._clock = clock
-        self._waiting: dict[str, Record] = {}  # in order of their losses
-        self._suspects: dict[str, Record] = {}
+        self._waiting: dict[str, Request] = {}  # in order of their losses
+        self._suspects: dict[str, Request] = {}
         self._at_large: set[str] = set()  # suspects that are not WAITING
 
     def lose(
-        self, record: Record, error: RequestError, *, home: str = "", pause: bool = False
-    ) -> None:
-        """An attempt cannot go on: prepare the next one, or end the request.
+        self, request: Request, error: RequestError, now: float, *, home: str, pause: bool
+    ) -> bool:
+        """An attempt cannot go on: whether there may be another one, for which it waits now.
 
         Args:
             error: why; its code names the reason.
-            home: a pool that still has something of it.
+            home: a pool that still has something of it, or "".
             pause: there is nobody else to ask.
         """
-        now = self._clock()
-        if record.attempt >= self._config.max_attempts:
-            self._fail(record, error)
-            return
-        closing = (home, record.attempt) if home else None
-        record.lose_attempt(error.code)
-        record.wait = Wait(
+        if request.attempt >= self._config.max_attempts:
+            return False
+        closing = (home, request.attempt) if home else None
+        request.lose_attempt(error.code)
+        request.wait = Wait(
             since=now,
             until=now + self._config.failover_wait_s,
             error=error,
@@ -83,77 +64,114 @@ class Failover:
             home=home,
             closing=closing,
         )
-        self._waiting[record.request_id] = record
-        self._at_large.discard(record.request_id)
+        self._waiting[request.request_id] = request
+        self._at_large.discard(request.request_id)
+        return True
 
-    def forget(self, record: Record) -> None:
+    def started(self, request: Request) -> None:
+        """Its next attempt has begun."""
+        request.wait = None
+        del self._waiting[request.request_id]
+        if request.request_id in self._suspects:
+            self._at_large.add(request.request_id)
+
+    def forget(self, request: Request) -> None:
         """It has ended, however."""
-        self._waiting.pop(record.request_id, None)
-        self._suspects.pop(record.request_id, None)
-        self._at_large.discard(record.request_id)
+        self._waiting.pop(request.request_id, None)
+        self._suspects.pop(request.request_id, None)
+        self._at_large.discard(request.request_id)
 
-    def go_on(self) -> Iterator[None]:
-        """Start what is due; end what has waited for too long. A step for each that waits."""
-        for record in list(self._waiting.values()):
-            self.go_on_with(record)
-            yield
+    def waiting(self) -> list[Request]:
+        """Those that wait, in the order in which they lost an attempt."""
+        return list(self._waiting.values())
 
-    def go_on_with(self, record: Record) -> None:
-        """The same for one of them, if it still waits."""
-        wait = record.wait
-        if wait is None or record.state is not RecordState.WAITING:
-            return
-        now = self._clock()
-        if self._is_due(record, wait, now) and self._start(record):
-            record.wait = None
-            del self._waiting[record.request_id]
-            if record.request_id in self._suspects:
-                self._at_large.add(record.request_id)
-        elif now >= wait.until:
-            self._fail(record, wait.error)
+    def suspects(self) -> list[Request]:
+        """Those that may have waited for another suspect."""
+        return list(self._suspects.values())
 
-    def go_on_with_suspects(self) -> Iterator[None]:
-        """The same for those that may have waited for another suspect."""
-        for record in list(self._suspects.values()):
-            self.go_on_with(record)
-            yield
-
-    def _is_due(self, record: Record, wait: Wait, now: float) -> bool:
+    def is_due(self, request: Request, wait: Wait, now: float) -> bool:
+        """Whether its next attempt may start."""
         if now < wait.not_before:
             return False
-        if wait.closing in record.holders and now - wait.since < self._config.resume_wait_s:
+        if wait.closing in request.holders and now - wait.since < self._config.resume_wait_s:
             return False
         return not (
-            record.runs_alone and now - wait.since < SUSPECT_WAIT_S and bool(self._at_large)
+            request.runs_alone and now - wait.since < SUSPECT_WAIT_S and bool(self._at_large)
         )
 
     # -- who was it? -------------------------------------------------------------------------------
 
-    def on_death(self, on_board: Iterable[Record]) -> bytes | None:
+    def on_death(self, on_board: Iterable[Request], now: float) -> bytes | None:
         """A pool has died while it computed these; the fingerprint that is quarantined for it."""
-        now, records = self._clock(), list(on_board)
-        guilty = self.quarantine.on_death([record.fingerprint for record in records], now)
-        for record in records:
-            record.suspected_at = record.num_output_tokens
+        requests = list(on_board)
+        guilty = self.quarantine.on_death([request.fingerprint for request in requests], now)
+        for request in requests:
+            request.suspected_at = request.num_output_tokens
             # Who had got a token out of the pool is less likely to have killed it than who had not.
-            is_unknown = record.num_output_tokens == record.num_replayed_tokens
-            record.runs_alone = is_unknown or self.quarantine.is_doubtful(record.fingerprint, now)
-            self._suspects[record.request_id] = record
-            self._at_large.add(record.request_id)
+            is_unknown = request.num_output_tokens == request.num_replayed_tokens
+            request.runs_alone = is_unknown or self.quarantine.is_doubtful(request.fingerprint, now)
+            self._suspects[request.request_id] = request
+            self._at_large.add(request.request_id)
         return guilty
 
-    def on_tokens(self, record: Record) -> bool:
+    def on_tokens(self, request: Request) -> bool:
         """It has got further: past the point of a death it is cleared; whether it was now."""
-        if record.suspected_at is None:
+        if request.suspected_at is None:
             return False
-        if record.num_output_tokens < record.suspected_at + NUM_TOKENS_TO_CLEAR:
+        if request.num_output_tokens < request.suspected_at + NUM_TOKENS_TO_CLEAR:
             return False
-        self.clear(record)
+        self.clear(request)
         return True
 
-    def clear(self, record: Record) -> None:
+    def clear(self, request: Request) -> None:
         """It was not the cause of any death."""
-        record.suspected_at, record.runs_alone = None, False
-        self._suspects.pop(record.request_id, None)
-        self._at_large.discard(record.request_id)
-        self.quarantine.clear(record.fingerprint)
+        request.suspected_at, request.runs_alone = None, False
+        self._suspects.pop(request.request_id, None)
+        self._at_large.discard(request.request_id)
+        self.quarantine.clear(request.fingerprint)
+
+
+# -- messages that did not come ------------------------------------------------------------------
+#
+# Messages are lost when a connection to the coordinator breaks; between ranks they are sent again,
+# but two pools may not reach each other at all. No request depends on a single message: a pool that
+# is silent about it is asked how it stands, and what cannot come any more costs an attempt.
+
+
+def overdue(
+    request: Request, config: CoordinatorConfig, now: float, *, is_cut: bool = False
+) -> RequestError | None:
+    """Why this attempt will come to nothing, or None while it may. Call it once in a while.
+
+    Args:
+        is_cut: its two pools do not reach each other at the moment.
+    """
+    if request.state is RequestState.WAITING or not request.is_active:
+        return None
+    if is_cut and request.state is RequestState.PREFILLING:
+        text = f"{request.prefill_pool} and {request.decode_pool} do not reach each other"
+        return RequestError(text, code="handoff_failed", status=503)
+    if not request.lacks_a_message:
+        request.stalled_since = None
+    elif request.stalled_since is None:
+        request.stalled_since = now
+    elif now - request.stalled_since > config.stall_timeout_s:
+        return _stalled("a message about this request was lost")
+    is_handing_over = request.state is RequestState.PREFILLING and request.path is not None
+    if is_handing_over and now - request.prefilled_at > config.handoff_timeout_s:
+        return _stalled("its KV was not handed over in time")
+    return None
+
+
+def pools_to_ask(request: Request, config: CoordinatorConfig, now: float) -> list[str]:
+    """Pools that work on it, when none has said anything of it for a while."""
+    if request.state is RequestState.WAITING or not request.is_active:
+        return []
+    if now - request.heard_at <= config.stall_timeout_s:
+        return []
+    request.heard_at = now
+    return sorted(pool_id for pool_id, attempt in request.holders if attempt == request.attempt)
+
+
+def _stalled(message: str) -> RequestError:
+    return RequestError(message, code="stalled", status=503)

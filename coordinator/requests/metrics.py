@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 
-from coordinator.records.records import Record
+from coordinator.request import Request
 from protocol.request import FinishReason
 from protocol.timeline import TimelineEvent
 
@@ -49,24 +49,24 @@ class Metrics:
         self._exposed_transfer = Histogram()
         self._total = Histogram()
 
-    def observe(self, record: Record) -> None:
+    def observe(self, request: Request) -> None:
         """Count a request that has just ended; offloads only by how they end."""
-        ended = "stored" if record.is_offload else record.finish_reason or FinishReason.ERROR
-        outcome = record.error_code or str(ended)
+        ended = "stored" if request.is_offload else request.finish_reason or FinishReason.ERROR
+        outcome = request.error_code or str(ended)
         self._outcomes[outcome] += 1
-        self._lost_attempts.update(ended.reason for ended in record.lost)
-        if record.is_offload:
+        self._lost_attempts.update(ended.reason for ended in request.lost)
+        if request.is_offload:
             return
-        self._num_prompt_tokens["cached"] += record.num_cached_tokens
-        self._num_prompt_tokens["computed"] += record.num_computed_tokens or 0
-        first = record.timeline.between(TimelineEvent.ARRIVED, TimelineEvent.FIRST_TOKEN)
+        self._num_prompt_tokens["cached"] += request.num_cached_tokens
+        self._num_prompt_tokens["computed"] += request.num_computed_tokens or 0
+        first = request.timeline.between(TimelineEvent.ARRIVED, TimelineEvent.FIRST_TOKEN)
         if first is not None:
             self._first_token.observe(first)
-        total = record.timeline.between(TimelineEvent.ARRIVED, TimelineEvent.FINISHED)
+        total = request.timeline.between(TimelineEvent.ARRIVED, TimelineEvent.FINISHED)
         if total is not None:
             self._total.observe(total)
-        if record.stats is not None:
-            self._exposed_transfer.observe(record.stats.exposed_s)
+        if request.stats is not None:
+            self._exposed_transfer.observe(request.stats.exposed_s)
 
     def families(self) -> Iterator[Metric]:
         """Everything that was counted."""

@@ -13,8 +13,7 @@ from typing import Any
 
 import msgspec
 
-from coordinator.records.paths import describe_path
-from coordinator.records.records import Record
+from coordinator.request import Request
 from protocol.timeline import TimelineEvent
 
 MAX_TRACES = 1024
@@ -37,8 +36,8 @@ class Trace:
     tenant: str
     model: str
     created: int
-    num_sequences: int = 1  # that it becomes; the records come one by one
-    records: list[Record | msgspec.Raw] = field(default_factory=list)  # or what is told of one
+    num_sequences: int = 1  # that it becomes; the requests come one by one
+    requests: list[Request | msgspec.Raw] = field(default_factory=list)  # or what is told of one
     num_closed: int = 0
     number: int = 0  # in the order of their arrival
 
@@ -51,42 +50,42 @@ class Trace:
             "model": self.model,
             "created": self.created,
             "requests": [
-                record if isinstance(record, msgspec.Raw) else _describe(record)
-                for record in self.records
+                request if isinstance(request, msgspec.Raw) else _describe(request)
+                for request in self.requests
             ],
         }
 
     def close(self, index: int) -> None:
-        """Nothing more happens to one of its records."""
-        record = self.records[index] if index < len(self.records) else None
-        if isinstance(record, Record):
-            self.records[index] = msgspec.Raw(msgspec.json.encode(_describe(record)))
+        """Nothing more happens to one of its requests."""
+        request = self.requests[index] if index < len(self.requests) else None
+        if isinstance(request, Request):
+            self.requests[index] = msgspec.Raw(msgspec.json.encode(_describe(request)))
             self.num_closed += 1
 
 
-def _describe(record: Record) -> dict[str, Any]:
-    arrived = record.timeline.times.get(TimelineEvent.ARRIVED, 0.0)
+def _describe(request: Request) -> dict[str, Any]:
+    arrived = request.timeline.times.get(TimelineEvent.ARRIVED, 0.0)
     return {
-        "request_id": record.request_id,
-        "attempt": record.attempt,
-        "state": record.state.value,
-        "finish_reason": record.finish_reason,
-        "error_code": record.error_code or None,
-        "num_prompt_tokens": record.num_prompt_tokens,
-        "num_output_tokens": record.num_output_tokens,
-        "lost_attempts": [dataclasses.asdict(ended) for ended in record.lost],
-        "num_cached_tokens": record.num_cached_tokens,
-        "num_prefilled_tokens": record.num_prefilled_tokens,
-        "decode_pool": record.decode_pool or None,
-        "prefill_pool": record.prefill_pool or None,
+        "request_id": request.request_id,
+        "attempt": request.attempt,
+        "state": request.state.value,
+        "finish_reason": request.finish_reason,
+        "error_code": request.error_code or None,
+        "num_prompt_tokens": request.num_prompt_tokens,
+        "num_output_tokens": request.num_output_tokens,
+        "lost_attempts": [dataclasses.asdict(ended) for ended in request.lost],
+        "num_cached_tokens": request.num_cached_tokens,
+        "num_prefilled_tokens": request.num_prefilled_tokens,
+        "decode_pool": request.decode_pool or None,
+        "prefill_pool": request.prefill_pool or None,
         "events": {
-            event.value: round(record.timeline.times[event] - arrived, 6)
+            event.value: round(request.timeline.times[event] - arrived, 6)
             for event in TimelineEvent
-            if event in record.timeline.times
+            if event in request.timeline.times
         },
-        "prefill": None if record.path is None else _builtins(record.path),
-        "transfer": None if record.stats is None else _builtins(record.stats),
-        "path": describe_path(record),
+        "prefill": None if request.path is None else _builtins(request.path),
+        "transfer": None if request.stats is None else _builtins(request.stats),
+        "path": request.describe_path(),
     }
 
 
@@ -125,9 +124,9 @@ class Traces:
         ):
             self._forget_oldest()
 
-    def close(self, record: Record) -> None:
-        """Nothing more happens to a record. Of one that was never added, nothing is kept."""
-        request_id, _, index = record.request_id.rpartition("-")
+    def close(self, request: Request) -> None:
+        """Nothing more happens to a request. Of one that was never added, nothing is kept."""
+        request_id, _, index = request.request_id.rpartition("-")
         trace = self._open.get(request_id)
         if trace is None:
             return

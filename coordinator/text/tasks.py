@@ -6,6 +6,7 @@ some. Long answers are packed: whoever gets one copies or maps it, and never wal
 """
 
 import enum
+import struct
 from typing import Protocol
 
 import msgspec
@@ -16,11 +17,15 @@ from coordinator.jobs.batches.batch import LineEdit, LineError
 from coordinator.jobs.documents.document import Document
 from coordinator.jobs.documents.table import Idempotency
 from coordinator.jobs.questions.prompts import Attached, Opened
-from coordinator.text.tokenizing import TextIdentity
+from coordinator.text.tokenizing import Prompt, TextIdentity
 from coordinator.validation.bodies import Body
 from coordinator.validation.parameters import Options
+from kvcache.prefix import HASH_BYTES
 from modeling.checkpoint.config import ModelConfig
 from protocol.request import SamplingParams
+from protocol.token_ids import TokenIds
+
+_HASH = struct.Struct(f"{HASH_BYTES}s")
 
 
 class Stage(enum.IntEnum):
@@ -96,6 +101,11 @@ class PackedPrompt(_Message, frozen=True):
     token_ids: memoryview
     block_hashes: memoryview
     json: memoryview = memoryview(b"null")  # the ids as an answer shows them, if it is to
+
+    def unpacked(self) -> Prompt:
+        """The prompt; its token ids stay in the memory that the worker has filled."""
+        hashes = tuple(digest for (digest,) in _HASH.iter_unpack(self.block_hashes))
+        return Prompt(TokenIds(self.token_ids), hashes)
 
 
 class Encoded(_Message, frozen=True):

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from coordinator.errors import shutting_down
 from coordinator.text.fair_queue import FairQueue
 from coordinator.text.process import SILENCE_FACTOR, WorkerLost, WorkerProcess
 from coordinator.text.tasks import (
@@ -119,10 +120,9 @@ class TextWorkers:
         if self._serving:
             await asyncio.wait(self._serving)
         self._serving = []
-        error = RequestError("the server is shutting down", code="shutting_down", status=503)
         for lane in (self._small, self._large, self._documents):
             while (job := lane.queue.take()) is not None:
-                _refuse(job, error)
+                _refuse(job, shutting_down())
 
     async def run(self, tenant: str, task: Task, body: Body = NO_BODY) -> Result:
         """The answer to a task, which is not :class:`Refused`.
@@ -195,8 +195,7 @@ class TextWorkers:
                 _refuse(job, _too_slow(lost, config.text_timeout_s) if lost.is_late else _died())
             return None
         except asyncio.CancelledError:
-            error = RequestError("the server is shutting down", code="shutting_down", status=503)
-            _refuse(job, error)
+            _refuse(job, shutting_down())
             await worker.end()
             raise
         self.counters["done"] += 1

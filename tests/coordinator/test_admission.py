@@ -5,7 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator.config import Limits
-from coordinator.requests.admission import MAX_RETRY_AFTER_S, Admission, Departures
+from coordinator.requests.admission import (
+    MANY,
+    MAX_RETRY_AFTER_S,
+    RUSH_WINDOW_S,
+    Admission,
+    Departures,
+    Rush,
+)
 from protocol.errors import RequestError
 
 LIMITS = Limits(max_requests=100, tenant_share=0.75)
@@ -90,9 +97,31 @@ def test_before_anything_has_ended() -> None:
 
 
 def test_the_share_follows_the_number_of_keys() -> None:
-    admission = Admission(LIMITS, lambda: 1)
+    tenants = ["a"]
+    admission = Admission(LIMITS, lambda: len(tenants))
     admission.check("a", 1, (80, 80), 0.0)
-    admission.num_tenants = lambda: 2
+    tenants.append("b")
     assert refusal(admission, 1, (80, 80), 0.0).status == 429
-    admission.num_tenants = lambda: 1
+    tenants.pop()
     admission.check("a", 1, (80, 80), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("pause_s", "is_on"), [(5.0, False), (2.6, False), (2.4, True), (1.0, True), (0.01, True)]
+)
+def test_only_many_requests_make_a_rush(pause_s: float, is_on: bool) -> None:
+    rush = Rush()
+    for number in range(20):
+        rush.arrived(number * pause_s)
+    assert rush.is_on(19 * pause_s) == is_on
+
+
+def test_a_rush_is_over_when_they_stay_away() -> None:
+    rush = Rush()
+    assert not rush.is_on(0.0)
+    for _ in range(MANY - 1):
+        rush.arrived(0.0)
+        assert not rush.is_on(0.0)
+    rush.arrived(0.0)
+    assert rush.is_on(RUSH_WINDOW_S - 0.1)
+    assert not rush.is_on(RUSH_WINDOW_S)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from coordinator.records.records import Record, RecordState
+from coordinator.request import Request, RequestState
 from coordinator.requests.service import Service
 from decode.memory import SequenceMemory
 from decode.sequence import Sequence
@@ -51,22 +51,22 @@ def test_without_faults_all_is_exact() -> None:
     cluster.settle()
     for index in range(12):
         cluster.assert_exact(f"r{index}", 6)
-        assert cluster.records[f"r{index}"].attempt == 1
+        assert cluster.requests[f"r{index}"].attempt == 1
 
 
 @pytest.mark.parametrize("num_tokens", range(9))
 def test_a_decode_pool_is_lost_after_each_number_of_tokens(num_tokens: int) -> None:
     cluster = WholeCluster(TWO_AND_TWO)
     cluster.submit("a", prompt_of(40), 9)
-    record = cluster.records["a"]
-    run_until(cluster, lambda: record.num_output_tokens == num_tokens and record.decode_pool)
-    victim = record.decode_pool
+    request = cluster.requests["a"]
+    run_until(cluster, lambda: request.num_output_tokens == num_tokens and request.decode_pool)
+    victim = request.decode_pool
     cluster.kill_pool(victim)
-    assert record.is_active and record.decode_pool not in (victim, "")
+    assert request.is_active and request.decode_pool not in (victim, "")
     cluster.settle()
     assert cluster.tokens("a") == reference(prompt_of(40), 9)
-    assert (record.attempt, record.finish_reason) == (2, "length")
-    assert [(lost.reason, lost.decode_pool) for lost in record.lost] == [("worker_lost", victim)]
+    assert (request.attempt, request.finish_reason) == (2, "length")
+    assert [(lost.reason, lost.decode_pool) for lost in request.lost] == [("worker_lost", victim)]
 
 
 @pytest.mark.parametrize("num_blocks", range(10))
@@ -74,25 +74,25 @@ def test_a_prefill_pool_is_lost_after_each_number_of_blocks(num_blocks: int) -> 
     """What was handed over by then is fetched back, and not computed again."""
     cluster = WholeCluster(TWO_AND_TWO)
     cluster.submit("a", prompt_of(43), 5)
-    record = cluster.records["a"]
+    request = cluster.requests["a"]
 
     def is_far_enough() -> bool:
-        is_reserved = record.state is RecordState.PREFILLING
+        is_reserved = request.state is RequestState.PREFILLING
         return is_reserved and cluster.num_arrived(("a", 1)) >= num_blocks
 
     run_until(cluster, is_far_enough)
-    victim, home = record.prefill_pool, record.decode_pool
+    victim, home = request.prefill_pool, request.decode_pool
     num_kept = min(cluster.num_arrived(("a", 1)), 43 // 4)
     assert num_blocks <= num_kept <= num_blocks + 3, "a segment may be of several blocks"
     cluster.kill_pool(victim)
-    assert record.state is RecordState.WAITING, "its decode pool is still closing the hand-off"
+    assert request.state is RequestState.WAITING, "its decode pool is still closing the hand-off"
     cluster.settle()
     assert cluster.tokens("a") == reference(prompt_of(43), 5)
-    assert record.attempt == 2 and record.decode_pool == home
+    assert request.attempt == 2 and request.decode_pool == home
     [again] = [m for _, m in cluster.dispatched if isinstance(m, Prefill) and m.attempt == 2]
     assert again.num_target_tokens == 4 * num_kept
-    if record.prefill_pool and num_kept:
-        assert record.path is not None and record.path.num_fetched_tokens == 4 * num_kept
+    if request.prefill_pool and num_kept:
+        assert request.path is not None and request.path.num_fetched_tokens == 4 * num_kept
 
 
 def test_a_finished_request_is_given_up_with_the_pool_that_was_to_hand_it_over() -> None:
@@ -100,11 +100,11 @@ def test_a_finished_request_is_given_up_with_the_pool_that_was_to_hand_it_over()
     decode pool would not know that there is nothing to wait for."""
     cluster = WholeCluster(TWO_AND_TWO)
     cluster.submit("a", prompt_of(20), 1)
-    record = cluster.records["a"]
-    run_until(cluster, lambda: record.state is RecordState.ENDING)
-    home = record.decode_pool
-    assert record.holders == {(record.prefill_pool, 1), (home, 1)}
-    cluster.kill_pool(record.prefill_pool)
+    request = cluster.requests["a"]
+    run_until(cluster, lambda: request.state is RequestState.ENDING)
+    home = request.decode_pool
+    assert request.holders == {(request.prefill_pool, 1), (home, 1)}
+    cluster.kill_pool(request.prefill_pool)
     assert Abort("a", 1) in cluster.to_pools[home]
     cluster.settle()
     assert cluster.tokens("a") == reference(prompt_of(20), 1)
@@ -113,30 +113,30 @@ def test_a_finished_request_is_given_up_with_the_pool_that_was_to_hand_it_over()
 def test_it_waits_for_a_pool_and_goes_on_when_one_serves() -> None:
     cluster = WholeCluster(SMALLEST)
     cluster.submit("a", prompt_of(12), 9)
-    record = cluster.records["a"]
-    run_until(cluster, lambda: record.num_output_tokens == 3)
+    request = cluster.requests["a"]
+    run_until(cluster, lambda: request.num_output_tokens == 3)
     cluster.kill_pool("decode0")
     cluster.sweep(20.0)
-    assert record.state is RecordState.WAITING
+    assert request.state is RequestState.WAITING
     with pytest.raises(RequestError) as caught:
         cluster.submit("b", prompt_of(3), 3)
     assert caught.value.code == "no_workers"
     cluster.start_pool("decode0")
-    assert record.state is RecordState.RESERVING
+    assert request.state is RequestState.RESERVING
     cluster.settle()
     assert cluster.tokens("a") == reference(prompt_of(12), 9)
-    assert record.lost[0].num_output_tokens == 3
+    assert request.lost[0].num_output_tokens == 3
 
 
 def test_it_ends_with_an_error_when_no_pool_comes() -> None:
     cluster = WholeCluster(SMALLEST)
     cluster.submit("a", prompt_of(12), 9)
-    record = cluster.records["a"]
-    run_until(cluster, lambda: record.num_output_tokens == 3)
+    request = cluster.requests["a"]
+    run_until(cluster, lambda: request.num_output_tokens == 3)
     cluster.kill_pool("decode0")
     for _ in range(31):
         cluster.sweep()
-    assert (record.finish_reason, record.error_code) == ("error", "worker_lost")
+    assert (request.finish_reason, request.error_code) == ("error", "worker_lost")
     error = cluster.deliveries["a"]._error
     assert error is not None and (error.code, error.status) == ("worker_lost", 503)
     cluster.settle()
@@ -145,24 +145,24 @@ def test_it_ends_with_an_error_when_no_pool_comes() -> None:
 def test_attempts_are_bounded() -> None:
     cluster = WholeCluster(TWO_AND_TWO, max_attempts=3, poison_deaths=100)
     cluster.submit("a", prompt_of(12), 30)
-    record = cluster.records["a"]
+    request = cluster.requests["a"]
     for attempt in (1, 2, 3):
-        run_until(cluster, lambda: record.state is RecordState.DECODING)
-        assert record.attempt == attempt
-        victim = record.decode_pool
+        run_until(cluster, lambda: request.state is RequestState.DECODING)
+        assert request.attempt == attempt
+        victim = request.decode_pool
         cluster.kill_pool(victim)
         cluster.start_pool(victim)
-    assert (record.error_code, len(record.lost)) == ("worker_lost", 2)
+    assert (request.error_code, len(request.lost)) == ("worker_lost", 2)
     cluster.settle()
 
 
 def test_an_abort_while_it_waits_frees_what_is_left() -> None:
     cluster = WholeCluster(TWO_AND_TWO)
     cluster.submit("a", prompt_of(43), 5)
-    record = cluster.records["a"]
-    run_until(cluster, lambda: record.num_prefilled_tokens > 8)
-    cluster.kill_pool(record.prefill_pool)
-    assert record.state is RecordState.WAITING
+    request = cluster.requests["a"]
+    run_until(cluster, lambda: request.num_prefilled_tokens > 8)
+    cluster.kill_pool(request.prefill_pool)
+    assert request.state is RequestState.WAITING
     cluster.abort("a")
     cluster.settle()
     assert cluster.tokens("a") == []
@@ -309,20 +309,20 @@ def _keep_a_block_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _take_tokens_of_any_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
-    def careless(self: Service, request_id: str, attempt: int) -> Record | None:  # noqa: ARG001
-        return self._records.get(request_id)
+    def careless(self: Service, request_id: str, attempt: int) -> Request | None:  # noqa: ARG001
+        return self.requests.get(request_id)
 
-    def any_index(self: Record, token: NewToken) -> list[NewToken]:
+    def any_index(self: Request, token: NewToken) -> list[NewToken]:
         self.output_token_ids.append(token.token_id)
         self.finish_reason = token.finish_reason
         return [token]
 
     monkeypatch.setattr(Service, "_find", careless)
-    monkeypatch.setattr(Record, "accept", any_index)
+    monkeypatch.setattr(Request, "accept", any_index)
 
 
 def _forget_the_tokens_that_were_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Record, "attempt_token_ids", property(lambda self: self.prompt_token_ids))
+    monkeypatch.setattr(Request, "attempt_token_ids", property(lambda self: self.prompt_token_ids))
 
 
 @pytest.mark.parametrize(
@@ -375,7 +375,7 @@ def test_what_can_never_fit_ends_with_an_error_and_what_fits_in_one_pool_does_no
     cluster.submit("never", prompt_of(100), 3)
     cluster.submit("large", prompt_of(60, 1), 3)
     cluster.settle()
-    assert cluster.records["never"].error_code == "kv_capacity_exceeded"
+    assert cluster.requests["never"].error_code == "kv_capacity_exceeded"
     error = cluster.deliveries["never"]._error
     assert error is not None and error.status == 400
     assert cluster.tokens("large") == reference(prompt_of(60, 1), 3)
@@ -391,7 +391,7 @@ def test_a_poison_request_takes_two_pools_with_it_and_its_neighbours_complete(se
     neighbours = [f"n{i}" for i in range(6)]
     for index, name in enumerate(neighbours):
         cluster.submit(name, prompt_of(rng.choice([6, 14, 30]), index), 25)
-    run_until(cluster, lambda: all(cluster.records[n].num_output_tokens > 1 for n in neighbours))
+    run_until(cluster, lambda: all(cluster.requests[n].num_output_tokens > 1 for n in neighbours))
     cluster.poison = prompt_of(rng.choice([3, 20, 30]), 40)
     cluster.submit("poison", cluster.poison, 5)
     num_deaths = 0
@@ -406,12 +406,12 @@ def test_a_poison_request_takes_two_pools_with_it_and_its_neighbours_complete(se
             if pool_id not in cluster.pools and rng.random() < 0.3:
                 cluster.start_pool(pool_id)
         cluster.sweep(0.05)
-        if not cluster.records["poison"].is_active:
+        if not cluster.requests["poison"].is_active:
             break
     for pool_id in cluster.specs.keys() - cluster.pools.keys():
         cluster.start_pool(pool_id)
     cluster.settle()
-    assert cluster.records["poison"].error_code == "request_quarantined"
+    assert cluster.requests["poison"].error_code == "request_quarantined"
     assert num_deaths == 2
     for name in neighbours:
         assert cluster.tokens(name) == reference(cluster.prompts[name], 25)
@@ -432,8 +432,8 @@ def test_bystanders_of_many_deaths_are_not_quarantined() -> None:
     rng = random.Random(1)
     for round_ in range(8):
         target = 10 * (round_ + 1)
-        records = [cluster.records[name] for name in names]
-        while not all(record.num_output_tokens >= target for record in records):
+        requests = [cluster.requests[name] for name in names]
+        while not all(request.num_output_tokens >= target for request in requests):
             for action in cluster.choices():
                 action()
         victim = rng.choice(["decode0", "decode1"])
@@ -447,18 +447,19 @@ def test_bystanders_of_many_deaths_are_not_quarantined() -> None:
 def test_late_messages_of_a_lost_attempt_change_nothing() -> None:
     cluster = WholeCluster(TWO_AND_TWO)
     cluster.submit("a", prompt_of(30), 6)
-    record = cluster.records["a"]
-    run_until(cluster, lambda: record.num_output_tokens == 3)
-    decode = cluster.pools[record.decode_pool]
-    home = record.decode_pool
+    request = cluster.requests["a"]
+    run_until(cluster, lambda: request.num_output_tokens == 3)
+    decode = cluster.pools[request.decode_pool]
+    home = request.decode_pool
     cluster.step(home)
     cluster.step(home)
     late = list(decode.to_coordinator)
     assert late
-    cluster.service._lose(record, RequestError("x", code="stalled", status=503))
+    error = RequestError("x", code="stalled", status=503)
+    cluster.service._lose(request, error, cluster.now)
     for message in late:
-        cluster.service.on_message(home, message)
-    assert record.num_output_tokens == 3
+        cluster.service.on_message(home, message, cluster.now)
+    assert request.num_output_tokens == 3
     cluster.settle()
     assert cluster.tokens("a") == reference(prompt_of(30), 6)
     assert [m for _, m in cluster.dispatched if isinstance(m, Abort)]
@@ -471,10 +472,10 @@ def test_a_decode_pool_that_no_prefill_pool_reaches_computes_prompts_itself(
     """What has arrived is kept, and pools that reach each other again hand over again."""
     cluster = WholeCluster(SMALLEST)
     cluster.submit("a", prompt_of(34), 5)
-    record = cluster.records["a"]
+    request = cluster.requests["a"]
 
     def is_far_enough() -> bool:
-        return record.prefill_pool != "" and cluster.num_arrived(("a", 1)) >= num_blocks
+        return request.prefill_pool != "" and cluster.num_arrived(("a", 1)) >= num_blocks
 
     run_until(cluster, is_far_enough)
     peer = cluster.registry.pools["decode0"].leader
@@ -482,9 +483,9 @@ def test_a_decode_pool_that_no_prefill_pool_reaches_computes_prompts_itself(
     cluster.sweep()
     cluster.settle()
     cluster.assert_exact("a", 5)
-    assert (record.attempt, record.prefill_pool) == (2, "")
-    assert [lost.reason for lost in record.lost] == ["handoff_failed"]
+    assert (request.attempt, request.prefill_pool) == (2, "")
+    assert [lost.reason for lost in request.lost] == ["handoff_failed"]
     cluster.registry.on_heartbeat(peer, Heartbeat(2, 0.0), cluster.now)
     cluster.submit("b", prompt_of(34, 7), 5)
     cluster.settle()
-    assert cluster.records["b"].lost == [] and cluster.records["b"].prefill_pool == "prefill0"
+    assert cluster.requests["b"].lost == [] and cluster.requests["b"].prefill_pool == "prefill0"

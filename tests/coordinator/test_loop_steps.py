@@ -18,8 +18,8 @@ from typing import Any
 import httpx
 import pytest
 
-from coordinator.cluster.control import Owner
 from coordinator.config import CoordinatorConfig, ExpectedPool
+from coordinator.control import Owner
 from coordinator.server import Coordinator
 from modeling.checkpoint.config import load_config
 

@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator.cluster.joining import HelloRefused, JoinRequirements
-from coordinator.cluster.losses import Timeouts
 from coordinator.cluster.pools import PoolState
-from coordinator.cluster.registry import EPOCH_BITS, Registry
+from coordinator.cluster.registry import EPOCH_BITS, Registry, Timeouts
 from coordinator.config import ExpectedPool
 from modeling.checkpoint.config import load_config
 from protocol.errors import PeerError

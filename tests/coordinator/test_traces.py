@@ -6,8 +6,7 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.records.attempts import EndedAttempt
-from coordinator.records.records import Record
+from coordinator.request import EndedAttempt, Request
 from coordinator.requests.traces import Trace, Traces
 from protocol.request import PrefillPath, SamplingParams
 from protocol.timeline import TimelineEvent
@@ -33,11 +32,11 @@ def test_the_latest_are_kept_as_far_as_there_is_room(
     for number, (num_sequences, client_id, tenant) in enumerate(requests):
         added = Trace(f"r{number}", client_id, tenant, "model", 0, num_sequences)
         traces.add(added)
-        added.records += [record(f"r{number}-{index}") for index in range(num_sequences)]
+        added.requests += [request(f"r{number}-{index}") for index in range(num_sequences)]
         kept.append(added)
         while len(kept) > 4 or (sum(one.num_sequences for one in kept) > 12 and len(kept) > 1):
             kept.pop(0)
-        ending = [one for trace in kept for one in trace.records if isinstance(one, Record)]
+        ending = [one for trace in kept for one in trace.requests if isinstance(one, Request)]
         for one in chance.sample(ending, chance.randint(0, len(ending))):
             traces.close(one)
         assert len(traces) == len(kept)
@@ -53,8 +52,13 @@ def test_the_latest_are_kept_as_far_as_there_is_room(
         assert not any(traces.find(request_id, "tenant") for request_id in gone)
 
 
-def record(request_id: str) -> Record:
-    made = Record(request_id, 1, TokenIds.of((1, 2, 3)), SamplingParams(max_tokens=4), "tenant")
+def request(request_id: str) -> Request:
+    made = Request(
+        request_id=request_id,
+        prompt_token_ids=TokenIds.of((1, 2, 3)),
+        sampling=SamplingParams(max_tokens=4),
+        tenant="tenant",
+    )
     made.timeline.mark(TimelineEvent.ARRIVED, 5.0)
     made.timeline.mark(TimelineEvent.RELEASED, 6.5)
     made.lost.append(EndedAttempt(1, "decode0", "", 2, "worker_lost"))
@@ -66,19 +70,19 @@ def test_what_is_told_of_a_record_is_the_same_when_it_is_gone() -> None:
     traces = Traces()
     wide = trace(1, 3, "client")
     traces.add(wide)
-    wide.records += [record(f"r1-{index}") for index in range(2)]
+    wide.requests += [request(f"r1-{index}") for index in range(2)]
     before = msgspec.json.encode(wide.describe())
-    for one in list(wide.records):
-        assert isinstance(one, Record)
+    for one in list(wide.requests):
+        assert isinstance(one, Request)
         traces.close(one)
         traces.close(one)
     assert msgspec.json.encode(wide.describe()) == before
-    assert not any(isinstance(one, Record) for one in wide.records)
+    assert not any(isinstance(one, Request) for one in wide.requests)
 
 
 def test_records_of_which_nothing_is_kept_are_closed_in_silence() -> None:
     traces = Traces(max_traces=1)
     traces.add(trace(1, 1, "a"))
     for request_id in ("r1-0", "r2-0", "document-x", "bare"):
-        traces.close(record(request_id))
+        traces.close(request(request_id))
     assert traces.find("r1", "tenant") is not None

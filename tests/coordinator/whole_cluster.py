@@ -1,4 +1,4 @@
-"""The coordinator's service with real leader and rank nodes, in memory, in any order of events.
+"""The coordinator's node with real leader and rank nodes, in memory, in any order of events.
 
 What is played here: the memory of the ranks, whose KV of a token is ``(position, token)`` and whose
 next token is a function of all KV that they see; one queue in each direction of each pool to the
@@ -11,15 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from coordinator.cluster.joining import JoinRequirements
-from coordinator.cluster.losses import Timeouts
-from coordinator.cluster.registry import Registry
 from coordinator.config import CoordinatorConfig, ExpectedPool
-from coordinator.loop.slices import at_once
-from coordinator.records.generation import Generation
-from coordinator.records.records import Record
+from coordinator.node import CoordinatorNode, Report, Send
+from coordinator.request import Request
 from coordinator.requests.delivery import Delivery
-from coordinator.requests.service import Service
+from coordinator.requests.service import at_once
 from decode.batch import SchedulerLimits
 from decode.scheduler import DecodeScheduler
 from engine.rank_node import RankNode
@@ -36,15 +32,18 @@ from prefill.manifest import layer_groups
 from prefill.placement import Geometry
 from prefill.scheduler import PrefillScheduler
 from protocol.handoff import HandoffMessage
-from protocol.kv import KVLayout, PoolEndpoint
+from protocol.kv import KVLayout
 from protocol.messages import (
     PROTOCOL_VERSION,
     Connected,
     GangAddress,
     GangReady,
     Hello,
+    Shutdown,
     ToCoordinator,
+    Topology,
     ToRank,
+    Welcome,
 )
 from protocol.plans import (
     DecodePlan,
@@ -55,6 +54,7 @@ from protocol.plans import (
     StepResult,
 )
 from protocol.request import NoToken, SamplingParams
+from protocol.token_ids import TokenIds
 from tests.decode.fake_cluster import NAN, FakeRank, next_token, reference
 
 Key = tuple[str, int]
@@ -221,24 +221,23 @@ class WholeCluster:
             **{"local_prefill_threshold": 4, **config},
         )
         self.now = 0.0
-        self.registry = Registry(
-            self.config.pools,
-            JoinRequirements(FINGERPRINT, BLOCK_SIZE),
-            coordinator_epoch=1,
-            timeouts=Timeouts(),
-        )
         self.slices: deque[Iterator[None]] = deque()
         spread = self.slices.append if in_slices else at_once
-        self.service = Service(self.config, self.registry, self._send, lambda: self.now, spread)
+        self.node = CoordinatorNode(
+            self.config, FINGERPRINT, epoch=1, spread=spread, wake=self._obey_coordinator
+        )
+        self.registry, self.service = self.node.registry, self.node.service
         self.pools: dict[str, Pool] = {}
         self.to_pools: dict[str, deque[ToRank]] = {}
         self.links: dict[Link, deque[HandoffMessage]] = {}
         self.reads: list[Reading] = []
-        self.records: dict[str, Record] = {}
+        self.requests: dict[str, Request] = {}
         self.deliveries: dict[str, Delivery] = {}
         self.prompts: dict[str, tuple[int, ...]] = {}
         self.num_lives: dict[str, int] = {}
         self.dispatched: list[tuple[str, ToRank]] = []
+        self.lost: list[tuple[str, str]] = []  # pools, and why, as the launcher is told
+        self.to_restart: list[str] = []  # pools that the coordinator has ended
         self.poison: tuple[int, ...] | None = None  # a prompt that kills what computes it
         self.is_read_at_once = False  # what is announced, before the step has ended
         self.broken: set[str] = set()  # pools that compute KV that is not finite
@@ -256,13 +255,21 @@ class WholeCluster:
         """
         hashes = hash_blocks(prompt, BLOCK_SIZE, block_salt(FINGERPRINT, ""))
         sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
-        generation = Generation(name, prompt, tuple(hashes), sampling, "tenant")
         delivery = Delivery()
-        self.records[name] = self.service.submit(generation, delivery, 0, self.now)
+        request = Request(
+            request_id=name,
+            prompt_token_ids=TokenIds.of(prompt),
+            block_hashes=tuple(hashes),
+            sampling=sampling,
+            tenant="tenant",
+            receiver=delivery,
+        )
+        self.service.submit(request, self.now)
+        self.requests[name] = request
         self.deliveries[name], self.prompts[name] = delivery, prompt
 
     def abort(self, name: str) -> None:
-        self.service.abort(self.records[name])
+        self.service.abort(self.requests[name], self.now)
 
     def tokens(self, name: str) -> list[int]:
         """What the caller has been given, checked: each token once, in order."""
@@ -276,51 +283,57 @@ class WholeCluster:
         """It comes up, for the first time or again, and serves."""
         spec = self.specs[pool_id]
         life = self.num_lives[pool_id] = self.num_lives.get(pool_id, 0) + 1
-        pool = Pool(self, spec, life)
+        pool = self.pools[pool_id] = Pool(self, spec, life)
+        self.to_pools[pool_id] = deque()
         for rank in pool.ranks:
             gang = GangAddress("", "") if rank.identity.is_leader else None
             where = (spec.role, pool_id, spec.cp_size, 1, rank.endpoint, FINGERPRINT, 1000, gang)
-            self.registry.on_hello(_peer(rank), Hello(PROTOCOL_VERSION, *where), self.now)
+            self._say(rank, Hello(PROTOCOL_VERSION, *where))
         for rank in pool.ranks:
-            self.registry.on_gang_ready(_peer(rank), GangReady(), self.now)
-            rank.node.welcomed(self.registry.pools[pool_id].epoch)
-        self.pools[pool_id] = pool
-        self.to_pools[pool_id] = deque()
-        self._tell_pools()
-        for peer in list(self.registry._peers):
-            self.registry.on_connected(peer, Connected(self.registry.version), self.now)
-        self.service.on_pool_serving(pool_id)
+            self._say(rank, GangReady())
+        for other in self.pools.values():
+            for rank in other.ranks:
+                self._say(rank, Connected(self.registry.version))
 
     def kill_pool(self, pool_id: str) -> None:
         """It is gone, with all that it has not said; the coordinator notices at once."""
+        self._end_pool(pool_id)
+        self.node.lose_pool(pool_id, "killed", self.now)
+
+    def _end_pool(self, pool_id: str) -> None:
         gone = {rank.identity.incarnation for rank in self.pools[pool_id].ranks}
         del self.pools[pool_id], self.to_pools[pool_id]
         self.links = {link: queue for link, queue in self.links.items() if not gone & set(link)}
         self.reads = [one for one in self.reads if one.rank.identity.incarnation not in gone]
-        self.registry.lose(pool_id, "killed")
-        self._tell_pools()
-        self.service.on_pool_lost(pool_id)
 
-    def _tell_pools(self) -> None:
-        endpoints = tuple(
-            PoolEndpoint(
-                pool_id,
-                pool.spec.role,
-                self.registry.pools[pool_id].epoch,
-                pool.spec.cp_size,
-                1,
-                tuple(rank.endpoint for rank in pool.ranks),
-            )
-            for pool_id, pool in self.pools.items()
-        )
-        for pool in self.pools.values():
-            for rank in pool.ranks:
-                rank.node.pools_changed(endpoints, self.now)
-            pool.events.append(PoolsChanged(endpoints))
+    def _say(self, rank: Rank, message: ToCoordinator) -> None:
+        self.node.on_message(rank.identity.routing_id, message, self.now)
 
-    def _send(self, pool_id: str, message: ToRank) -> None:
-        if pool_id in self.to_pools:
-            self.to_pools[pool_id].append(message)
+    def _obey_coordinator(self) -> None:
+        for command in self.node.take_commands():
+            if isinstance(command, Send):
+                self._hear(command.peer, command.message)
+            elif isinstance(command, Report) and "lost" in command.news:
+                self.lost.append((str(command.news["lost"]), str(command.news["reason"])))
+
+    def _hear(self, peer: str, message: ToRank) -> None:
+        """What is about a request waits in a queue; what is about the pools is heard at once."""
+        ranks = (rank for pool in self.pools.values() for rank in pool.ranks)
+        rank = next((rank for rank in ranks if rank.identity.routing_id == peer), None)
+        if rank is None:
+            return
+        match message:
+            case Welcome():
+                rank.node.welcomed(message.pool_epoch)
+            case Shutdown():
+                self._end_pool(rank.identity.pool_id)
+                self.to_restart.append(rank.identity.pool_id)
+            case Topology():
+                rank.node.pools_changed(message.pools, self.now)
+                if rank.identity.is_leader:
+                    rank.events.append(PoolsChanged(message.pools))
+            case _:
+                self.to_pools[rank.identity.pool_id].append(message)
 
     def deliver_to_pool(self, pool_id: str) -> None:
         message = self.to_pools[pool_id].popleft()
@@ -328,14 +341,17 @@ class WholeCluster:
         self.pools[pool_id].events.append(ControlReceived(message))
 
     def deliver_to_coordinator(self, pool_id: str) -> None:
-        self.service.on_message(pool_id, self.pools[pool_id].to_coordinator.popleft())
+        pool = self.pools[pool_id]
+        self._say(pool.ranks[0], pool.to_coordinator.popleft())
 
-    def sweep(self, seconds: float = 1.0) -> list[tuple[str, str]]:
+    def sweep(self, seconds: float = 1.0) -> None:
         self.now += seconds
         for pool in self.pools.values():
             for rank in pool.ranks:
                 rank.node.tick(self.now)
-        return self.service.sweep(self.now)
+        self.node.sweep(self.now)
+        while self.to_restart:
+            self.start_pool(self.to_restart.pop())
 
     # -- a step ------------------------------------------------------------------------------------
 
@@ -478,9 +494,9 @@ class WholeCluster:
                 self.slice()
             self.round()
             self.sweep(0.25)
-            if not self.service._records:
+            if not self.service.requests:
                 break
-        assert not self.service._records, f"never ends: {self.service._records}"
+        assert not self.service.requests, f"never ends: {self.service.requests}"
         for _ in range(3):
             for pool_id in self.pools:
                 self.step(pool_id)
@@ -491,31 +507,33 @@ class WholeCluster:
     def assert_loads(self) -> None:
         """What is counted as requests change is what all of them add up to."""
         loads = self.service.loads
-        records = list(self.service._records.values())
-        active = [record for record in records if record.is_active]
+        requests = list(self.service.requests.values())
+        active = [request for request in requests if request.is_active]
         assert loads.num_active == len(active)
-        assert loads.num_interactive == sum(record.priority == 0 for record in active)
-        assert loads.num_held("tenant") == len(records)
+        assert loads.num_interactive == sum(request.priority == 0 for request in active)
+        assert loads.num_held("tenant") == len(requests)
         for pool_id in self.specs:
-            decode = [record for record in active if record.decode_pool == pool_id]
+            decode = [request for request in active if request.decode_pool == pool_id]
             assert loads.decode_tokens(pool_id) == sum(
-                record.pending_decode_tokens
-                + (0 if record.prefill_pool else record.pending_prefill_tokens)
-                for record in decode
+                request.pending_decode_tokens
+                + (0 if request.prefill_pool else request.pending_prefill_tokens)
+                for request in decode
             )
             assert loads.prefill_tokens(pool_id) == sum(
-                record.pending_prefill_tokens for record in active if record.prefill_pool == pool_id
+                request.pending_prefill_tokens
+                for request in active
+                if request.prefill_pool == pool_id
             )
-        ending = [record.request_id for record in records if not record.is_active]
+        ending = [request.request_id for request in requests if not request.is_active]
         assert sorted(self.service.holding._ending) == sorted(ending)
 
     def assert_exact(self, name: str, max_tokens: int) -> None:
         """Each token once and right; all of them, or an explicit error after the last."""
-        record, tokens = self.records[name], self.tokens(name)
+        request, tokens = self.requests[name], self.tokens(name)
         assert tokens == reference(self.prompts[name], len(tokens)), name
         error = self.deliveries[name]._error
-        if error is None and record.finish_reason not in (None, "abort"):
-            assert len(tokens) == max_tokens, (name, record.finish_reason)
+        if error is None and request.finish_reason not in (None, "abort"):
+            assert len(tokens) == max_tokens, (name, request.finish_reason)
 
     def assert_caches_finite(self) -> None:
         """No pool has KV that is not finite where a later prompt would find it."""
@@ -526,8 +544,3 @@ class WholeCluster:
                 for block_id in space._by_hash.values():
                     slots = [pool.ranks[cp_rank].slots[block_id, o] for o in range(BLOCK_SIZE)]
                     assert all(token_id != NAN for _, token_id in slots), (pool_id, block_id)
-
-
-def _peer(rank: Rank) -> str:
-    """As the coordinator's socket knows it."""
-    return rank.identity.routing_id

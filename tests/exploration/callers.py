@@ -1,36 +1,28 @@
-"""The coordinator: the real service and registry, and the callers in front of them.
+"""The coordinator: the real node, and the callers in front of it.
 
 Callers come in the order of their numbers: they are alike but for their names, so any other order
 is one of these with other names. Each may leave at any time.
 """
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from coordinator.cluster.joining import HelloRefused, JoinRequirements
-from coordinator.cluster.losses import Timeouts
-from coordinator.cluster.pools import PoolState
-from coordinator.cluster.registry import Registry
 from coordinator.config import CoordinatorConfig, ExpectedPool
-from coordinator.records.generation import Generation
-from coordinator.records.records import Record
-from coordinator.requests.delivery import Delivery
-from coordinator.requests.service import Service
+from coordinator.node import CoordinatorNode, Send
+from coordinator.request import Request
 from kvcache.prefix import block_salt, hash_blocks
-from protocol.errors import RequestError
+from protocol.errors import PeerError, RequestError
 from protocol.kv import RankEndpoint
 from protocol.messages import (
     PROTOCOL_VERSION,
-    Connected,
     GangAddress,
-    GangReady,
     Hello,
     NewToken,
-    Refused,
     ToCoordinator,
-    ToRank,
 )
 from protocol.request import FinishReason, SamplingParams
+from protocol.token_ids import TokenIds
 from tests.exploration.inputs import (
     COORDINATOR,
     Died,
@@ -65,7 +57,7 @@ class Calls:
     is_patient: bool = True
 
 
-class Collector(Delivery):
+class Collector:
     """A caller that keeps what it is given, and knows what that should be."""
 
     def __init__(self, last_token: int) -> None:
@@ -107,24 +99,13 @@ class Coordinator:
             poison_deaths=100,
         )
         self.outbox: Outbox = []
-        self.registry = Registry(
-            config.pools, JoinRequirements(FINGERPRINT, BLOCK_SIZE), coordinator_epoch=1,
-            timeouts=Timeouts(),
-        )  # fmt: skip
-        self.service = Service(config, self.registry, self._send, self._clock)
+        self.node = CoordinatorNode(config, FINGERPRINT, epoch=1)
+        self.service = self.node.service
         self._now = 0.0
         self._calls = calls
         self._num_submitted = 0
-        self._callers: dict[str, tuple[Record | None, Collector]] = {}
+        self._callers: dict[str, tuple[Request | None, Collector]] = {}
         self._lives: dict[str, int] = {}
-
-    def _clock(self) -> float:
-        return self._now
-
-    def _send(self, pool_id: str, message: ToRank) -> None:
-        pool = self.registry.pools[pool_id]
-        if pool.state is PoolState.READY:
-            self._say(pool.leader, message)
 
     # -- steps of its own --------------------------------------------------------------------------
 
@@ -134,9 +115,11 @@ class Coordinator:
         if self._num_submitted < self._calls.num_requests:
             found.append(Submit())
         if self._calls.may_leave:
-            found += [Leave(name) for name, (record, _) in self._callers.items() if _is_on(record)]
-        records = [record for record, _ in self._callers.values() if record is not None]
-        waits = [record.wait for record in records if record.is_active]
+            found += [
+                Leave(name) for name, (request, _) in self._callers.items() if _is_on(request)
+            ]
+        requests = [request for request, _ in self._callers.values() if request is not None]
+        waits = [request.wait for request in requests if request.is_active]
         if any(
             wait is not None and (wait.not_before > self._now or not self._calls.is_patient)
             for wait in waits
@@ -151,12 +134,13 @@ class Coordinator:
             case Submit():
                 self._submit()
             case Leave():
-                record, _ = self._callers[option.request_id]
-                assert record is not None
-                self.service.abort(record)
+                request, _ = self._callers[option.request_id]
+                assert request is not None
+                self.service.abort(request, self._now)
             case Wait():
                 self._now += MOMENT_S
-                self.service.sweep(self._now)
+                self.node.sweep(self._now)
+        self._obey()
 
     def _submit(self) -> None:
         number = self._num_submitted
@@ -166,55 +150,40 @@ class Coordinator:
         name = f"r{number}"
         sampling = SamplingParams(max_tokens=self._calls.max_tokens, temperature=0.0)
         hashes = tuple(hash_blocks(prompt, BLOCK_SIZE, block_salt(FINGERPRINT, "")))
-        generation = Generation(name, prompt, hashes, sampling, "tenant")
-        record = None
+        request = Request(
+            request_id=name,
+            prompt_token_ids=TokenIds.of(prompt),
+            block_hashes=hashes,
+            sampling=sampling,
+            tenant="tenant",
+            receiver=collector,
+        )
         try:
-            record = self.service.submit(generation, collector, 0, self._now)
+            self.service.submit(request, self._now)
         except RequestError as error:
             collector.fail(error)
-        self._callers[name] = (record, collector)
+            self._callers[name] = (None, collector)
+            return
+        self._callers[name] = (request, collector)
 
     # -- what it is told ---------------------------------------------------------------------------
 
     def receive(self, sender: str, message: Message) -> None:
         """By a rank, by name; or by the launcher."""
         if isinstance(message, Died):
-            self._deliver(self.registry.lose(message.pool_id, "killed"))
-            self.service.on_pool_lost(message.pool_id)
+            self.node.lose_pool(message.pool_id, "killed", self._now)
             for name in message.next:
                 self._say(name, Start())
-            return
-        if isinstance(message, Hello):
-            self._on_hello(sender, message)
-            return
-        known = self.registry.pool_of(sender)
-        if known is None:
-            return  # of a gang that is lost nothing is heard any more
-        match message:
-            case GangReady():
-                self._deliver(self.registry.on_gang_ready(sender, message, self._now))
-            case Connected():
-                before = self._serving()
-                self.registry.on_connected(sender, message, self._now)
-                for pool_id in self._serving() - before:
-                    self.service.on_pool_serving(pool_id)
-            case _:
-                assert isinstance(message, ToCoordinator)
-                if known[0].state is PoolState.READY:
-                    self.service.on_message(known[0].pool_id, message)
+        else:
+            assert isinstance(message, ToCoordinator)
+            with contextlib.suppress(PeerError):  # of a gang that is lost nothing is heard any more
+                self.node.on_message(sender, message, self._now)
+        self._obey()
 
-    def _on_hello(self, sender: str, message: Hello) -> None:
-        try:
-            self._deliver(self.registry.on_hello(sender, message, self._now))
-        except HelloRefused as error:  # of a gang that has died since
-            self._say(sender, Refused(str(error)))
-
-    def _serving(self) -> set[str]:
-        return {pool.pool_id for pool in self.registry.pools.values() if pool.is_serving}
-
-    def _deliver(self, outgoing: Sequence[tuple[str, ToRank]]) -> None:
-        for peer, message in outgoing:
-            self._say(peer, message)
+    def _obey(self) -> None:
+        for command in self.node.take_commands():
+            if isinstance(command, Send):
+                self._say(command.peer, command.message)
 
     def _say(self, receiver: str, message: Message) -> None:
         self.outbox.append((COORDINATOR, receiver, message))
@@ -224,7 +193,7 @@ class Coordinator:
     @property
     def is_quiet(self) -> bool:
         """Nobody will come, and nothing is expected of anybody."""
-        return self._num_submitted == self._calls.num_requests and not self.service._records
+        return self._num_submitted == self._calls.num_requests and not self.service.requests
 
     def problems(self, may_fail: bool) -> list[str]:
         """What callers would complain about when all is over.
@@ -233,9 +202,9 @@ class Coordinator:
             may_fail: something has befallen the cluster that can cost an attempt.
         """
         found = []
-        for name, (record, collector) in self._callers.items():
+        for name, (request, collector) in self._callers.items():
             num_tokens = len(collector.tokens) - 1
-            if num_tokens == self._calls.max_tokens or _has_left(record):
+            if num_tokens == self._calls.max_tokens or _has_left(request):
                 continue
             if not (collector.error and may_fail):
                 found.append(f"{name} has ended after {num_tokens} tokens: {collector.error!r}")
@@ -251,9 +220,9 @@ def hello(pool: ExpectedPool, endpoint: RankEndpoint, life: int) -> Hello:
     )  # fmt: skip
 
 
-def _is_on(record: Record | None) -> bool:
-    return record is not None and record.is_active
+def _is_on(request: Request | None) -> bool:
+    return request is not None and request.is_active
 
 
-def _has_left(record: Record | None) -> bool:
-    return record is not None and record.finish_reason is FinishReason.ABORT
+def _has_left(request: Request | None) -> bool:
+    return request is not None and request.finish_reason is FinishReason.ABORT

@@ -19,7 +19,7 @@ from typing import TypeVar, cast
 
 import msgspec
 
-from coordinator.records.attempts import Wait
+from coordinator.request import Wait
 from kvtransfer.events import HandoffBroken
 from kvtransfer.handoff.recently_ended import RecentlyEnded
 from protocol.errors import RequestError
@@ -50,12 +50,14 @@ LEFT_OUT: dict[str, frozenset[str]] = {
         | {"num_fetched_tokens"}
     ),
     "RequestMemory": frozenset({"_facts", "_costs"}),
-    "Service": frozenset({"metrics", "_config", "_spread", "_is_sweeping", "admission", "loads"}),
+    "CoordinatorNode": frozenset({"is_complete"}),
+    "Service": frozenset({"metrics", "_config", "_is_sweeping", "admission", "loads"}),
     "Holding": frozenset({"_ending"}),
     "Placement": frozenset({"_config"}),
     "Failover": frozenset({"_config"}),
     "Registry": frozenset({"_requirements", "_timeouts"}),
-    "Record": frozenset({"timeline", "stats", "loads", "_share"}),
+    "Rank": frozenset({"last_seen"}),
+    "Request": frozenset({"timeline", "stats", "loads", "_share"}),
 }
 # Mappings of which only the keys and values matter, by attribute.
 UNORDERED = frozenset(

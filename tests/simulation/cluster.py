@@ -1,22 +1,21 @@
 """The real coordinator's logic, the gangs, the wires between them, and deaths."""
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from coordinator.cluster.joining import JoinRequirements
-from coordinator.cluster.losses import Timeouts
-from coordinator.cluster.pools import PoolState
-from coordinator.cluster.registry import Registry
 from coordinator.config import CoordinatorConfig, ExpectedPool
-from coordinator.requests.service import Service
+from coordinator.node import CoordinatorNode, Send
 from kvtransfer.events import ControlReceived, PoolsChanged
+from protocol.errors import PeerError
 from protocol.messages import (
     PROTOCOL_VERSION,
     Connected,
     GangAddress,
     GangReady,
     Hello,
+    Shutdown,
     ToCoordinator,
     Topology,
     ToRank,
@@ -32,6 +31,7 @@ from tests.simulation.world import EventLoop
 
 TICK_S = 0.25
 SWEEP_S = 1.0
+ABOUT_POOLS = (Welcome, Topology, Shutdown)
 
 
 class Cluster:
@@ -57,19 +57,13 @@ class Cluster:
             max_attempts=8,
             poison_deaths=100,  # deaths here are nobody's fault
         )
-        self.registry = Registry(
-            config.pools,
-            JoinRequirements(FINGERPRINT, BLOCK_SIZE),
-            coordinator_epoch=1,
-            timeouts=Timeouts(),
-        )
-        self.service = Service(config, self.registry, self._send, lambda: world.now)
+        self.node = CoordinatorNode(config, FINGERPRINT, epoch=1, wake=self._obey)
+        self.registry, self.service = self.node.registry, self.node.service
         self.disk = SimulatedDisk(quota_blocks=world.random.randint(6, 40))
         self.gangs: dict[str, Gang[Any]] = {}
         self._lives = dict.fromkeys(self.num_blocks, 0)
         self._everyone: dict[str, Rank] = {}
         self._peers: dict[str, tuple[Gang[Any], Rank]] = {}
-        self._serving: set[tuple[str, int]] = set()
         for pool_id in self.num_blocks:
             self.start(pool_id)
         world.at(TICK_S, self._tick)
@@ -84,7 +78,7 @@ class Cluster:
         self.world.at(TICK_S, self._tick)
 
     def _sweep(self) -> None:
-        self.service.sweep(self.world.now)
+        self.node.sweep(self.world.now)
         self.world.at(SWEEP_S, self._sweep)
 
     # -- gangs come and go -------------------------------------------------------------------------
@@ -113,7 +107,7 @@ class Cluster:
                 GangAddress("", "") if rank.identity.is_leader else None,
                 gang_start=self._lives[pool_id],
             )  # fmt: skip
-            self._deliver(self.registry.on_hello(peer, hello, self.world.now))
+            self.node.on_message(peer, hello, self.world.now)
 
     def _kind(self, spec: ExpectedPool) -> Callable[..., Gang[Any]]:
         if spec.role == "store":
@@ -123,7 +117,7 @@ class Cluster:
     def tell_store(self, message: ToRank) -> None:
         """What its keeper of documents has to say."""
         for pool in self.registry.serving("store"):
-            self._send(pool.pool_id, message)
+            self.node.send(pool.pool_id, message)
 
     def kill(self, pool_id: str) -> None:
         """All processes of a gang are gone; the coordinator notices later."""
@@ -139,8 +133,7 @@ class Cluster:
 
     def _lose(self, pool_id: str) -> None:
         self.world.note(f"{pool_id} is lost")
-        self._deliver(self.registry.lose(pool_id, "killed"))
-        self.service.on_pool_lost(pool_id)
+        self.node.lose_pool(pool_id, "killed", self.world.now)
 
     def pause(self, pool_id: str, seconds: float) -> None:
         """Its leader does nothing for a while."""
@@ -149,19 +142,17 @@ class Cluster:
 
     # -- the control plane -------------------------------------------------------------------------
 
-    def _deliver(self, outgoing: Iterable[tuple[str, ToRank]]) -> None:
-        """What the registry says is never lost: it comes with a new line."""
-        for peer, message in outgoing:
-            self.world.send(("to", peer), partial(self._at_rank, peer, message))
+    def _obey(self) -> None:
+        for command in self.node.take_commands():
+            if isinstance(command, Send):
+                self._send(command.peer, command.message)
 
-    def _send(self, pool_id: str, message: ToRank) -> None:
-        """What the service says about a request."""
-        pool = self.registry.pools[pool_id]
+    def _send(self, peer: str, message: ToRank) -> None:
+        """What is about pools is never lost: it comes with a new connection."""
+        is_safe = isinstance(message, ABOUT_POOLS)
         name = type(message).__name__
-        if pool.state is not PoolState.READY:
-            return
-        if not self.world.happens(self.world.model.lost_control, f"lost {name}"):
-            self.world.send(("to", pool.leader), partial(self._at_rank, pool.leader, message))
+        if is_safe or not self.world.happens(self.world.model.lost_control, f"lost {name}"):
+            self.world.send(("to", peer), partial(self._at_rank, peer, message))
 
     def _at_rank(self, peer: str, message: ToRank) -> None:
         gang, rank = self._peers[peer]
@@ -181,33 +172,18 @@ class Cluster:
                 gang.on_event(ControlReceived(message))
 
     def _reply(self, peer: str, message: GangReady | Connected) -> None:
-        self.world.send(("from", peer), partial(self._at_registry, peer, message))
-
-    def _at_registry(self, peer: str, message: GangReady | Connected) -> None:
-        if self.registry.pool_of(peer) is None:
-            return  # lost meanwhile
-        if isinstance(message, GangReady):
-            self._deliver(self.registry.on_gang_ready(peer, message, self.world.now))
-        else:
-            self.registry.on_connected(peer, message, self.world.now)
-        serving = {
-            (pool.pool_id, pool.epoch) for pool in self.registry.pools.values() if pool.is_serving
-        }
-        for pool_id, _ in serving - self._serving:
-            self.service.on_pool_serving(pool_id)
-        self._serving = serving
+        self.world.send(("from", peer), partial(self._at_node, peer, message))
 
     def _from_leader(self, gang: Gang[Any], message: ToCoordinator) -> None:
         name = type(message).__name__
-        if self.world.happens(self.world.model.lost_control, f"lost {name}"):
-            return
-        link = ("from", gang.ranks[0].identity.incarnation)
-        self.world.send(link, partial(self._at_service, gang, message))
+        if not self.world.happens(self.world.model.lost_control, f"lost {name}"):
+            leader = gang.ranks[0]
+            link = ("from", leader.identity.incarnation)
+            self.world.send(link, partial(self._at_node, _peer(leader), message))
 
-    def _at_service(self, gang: Gang[Any], message: ToCoordinator) -> None:
-        """Of a gang that is lost nothing is heard any more."""
-        if self.registry.pool_of(_peer(gang.ranks[0])) is not None:
-            self.service.on_message(gang.spec.pool_id, message)
+    def _at_node(self, peer: str, message: ToCoordinator) -> None:
+        with contextlib.suppress(PeerError):  # of a gang that is lost nothing is heard any more
+            self.node.on_message(peer, message, self.world.now)
 
 
 def _peer(rank: Rank) -> str:

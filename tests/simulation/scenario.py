@@ -13,13 +13,12 @@ from functools import partial
 from random import Random
 
 from coordinator.config import ExpectedPool
-from coordinator.records.generation import Generation
-from coordinator.records.records import Record
-from coordinator.requests.delivery import Delivery
+from coordinator.request import Request
 from kvcache.prefix import block_salt, hash_blocks
 from protocol.errors import BatonError, RequestError
 from protocol.messages import Forget, NewToken, Pin
 from protocol.request import SamplingParams
+from protocol.token_ids import TokenIds
 from tests.simulation.cluster import Cluster
 from tests.simulation.gangs import FINGERPRINT
 from tests.simulation.model import BLOCK_SIZE, VOCAB_SIZE, reference
@@ -39,11 +38,10 @@ FAULT_MODELS = (
 )
 
 
-class Collector(Delivery):
+class Collector:
     """A client that keeps what it is given."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.tokens: list[int] = []
         self.problem = ""
         self.error = ""
@@ -70,12 +68,12 @@ class Client:
     follow_ups: int
     is_offload: bool = False
     delivery: Collector = field(default_factory=Collector)
-    record: Record | None = None
+    request: Request | None = None
     has_left: bool = False
 
     @property
     def is_over(self) -> bool:
-        return self.record is None or not self.record.is_active
+        return self.request is None or not self.request.is_active
 
     def verdict(self) -> str:
         """What is wrong with it; empty if nothing is."""
@@ -173,28 +171,36 @@ class _Scenario:
         sampling = SamplingParams(max_tokens=client.max_tokens, temperature=0.0)
         hashes = tuple(hash_blocks(client.prompt, BLOCK_SIZE, block_salt(FINGERPRINT, "")))
         session = ("tenant", client.session) if client.session else None
-        generation = Generation(
-            client.name, client.prompt, hashes, sampling, "tenant", session=session,
-            is_offload=client.is_offload, priority=int(client.is_offload),
-        )  # fmt: skip
+        request = Request(
+            request_id=client.name,
+            prompt_token_ids=TokenIds.of(client.prompt),
+            block_hashes=hashes,
+            sampling=sampling,
+            tenant="tenant",
+            receiver=client.delivery,
+            session=session,
+            is_offload=client.is_offload,
+            priority=int(client.is_offload),
+        )
         if client.is_offload:
             mode = self._random.choice(("soft", "hard"))
             self._cluster.tell_store(Pin(client.name, hashes[: self._random.randint(0, 9)], mode))
             if self._random.random() < 0.2:
                 self._cluster.tell_store(Forget(hashes))
         try:
-            client.record = service.submit(generation, client.delivery, 0, world.now)
+            service.submit(request, world.now)
         except RequestError as error:
             client.delivery.fail(error)
             return
+        client.request = request
         if self._random.random() < 0.2:
             world.at(self._random.random() * 2, partial(self._leave, client))
 
     def _leave(self, client: Client) -> None:
-        if client.record is not None and client.record.is_active:
+        if client.request is not None and client.request.is_active:
             self._world.faults["left"] += 1
             client.has_left = True
-            self._cluster.service.abort(client.record)
+            self._cluster.service.abort(client.request, self._world.now)
 
     def _ask_again(self) -> None:
         """Whose request has ended and who has more to ask does so, with what it was told."""
@@ -231,7 +237,7 @@ class _Scenario:
             num_tokens=sum(len(client.delivery.tokens) for client in clients),
             errors=Counter(c.delivery.error for c in clients if c.delivery.error),
             num_attempts_lost=sum(
-                client.record.attempt - 1 for client in clients if client.record is not None
+                client.request.attempt - 1 for client in clients if client.request is not None
             ),
             faults=dict(self._world.faults),
             virtual_s=self._world.now,

@@ -22,17 +22,19 @@ from starlette.types import Receive, Scope, Send
 from coordinator.errors import error_object, error_response
 from coordinator.http.answers import sse
 from coordinator.http.answers.sending import body_messages
-from coordinator.http.answers.shapes import ChoiceState, Header, Shape, cache_miss_of, usage_of
+from coordinator.http.answers.shapes import Choice, Header, Shape, cache_miss_of, usage_of
 from coordinator.http.connections.connection import SCOPE_ABORT
-from coordinator.http.frontend import Choice, Frontend, RequestContext
+from coordinator.http.frontend import Frontend, RequestContext
 from coordinator.loop.slices import Pace
 from coordinator.loop.timeouts import patient
 from coordinator.loop.turns import Lane
-from coordinator.records.paths import describe_path
+from coordinator.request import Request
 from coordinator.requests.delivery import Delivery
 from coordinator.requests.traces import Trace
+from coordinator.text.tasks import Prepared
+from coordinator.text.tokenizing import Prompt
 from coordinator.text.tokens import ChoiceText, TextDelta
-from coordinator.validation.parameters import Options
+from coordinator.validation.parameters import mixed_seed
 from protocol.errors import RequestError
 from protocol.messages import NewToken
 from protocol.request import FinishReason
@@ -50,22 +52,17 @@ class Answer(Response):
     """The answer to one request, as Starlette calls it. Used once."""
 
     def __init__(
-        self,
-        frontend: Frontend,
-        context: RequestContext,
-        options: Options,
-        choices: Sequence[Choice],
-        shape: Shape,
+        self, frontend: Frontend, context: RequestContext, prepared: Prepared, shape: Shape
     ) -> None:
         super().__init__()
         self._frontend = frontend
         self._context = context
-        self._options = options
-        self._choices = choices
+        self._prepared = prepared
+        self._options = prepared.options
         self._shape = shape
         self._header = Header(context.request_id, int(time.time()), frontend.config.model_name)
         self._delivery = Delivery()
-        self._states: list[ChoiceState] = []
+        self._choices: list[Choice] = []
 
     async def gather(self) -> tuple[int, dict[str, Any]]:
         """Status and body, sent to nobody. Cancelling it ends the answer."""
@@ -110,34 +107,61 @@ class Answer(Response):
             self._abort()
 
     def _abort(self) -> None:
-        for state in self._states:
-            self._frontend.service.abort(state.record)
+        for choice in self._choices:
+            self._frontend.service.abort(choice.request, time.monotonic())
 
     async def _submit(self) -> None:
+        """Submit every choice, in OpenAI's order: ``n`` for each prompt."""
         await self._frontend.turns.take(Lane.NEW)
+        service, prepared = self._frontend.service, self._prepared
         trace = Trace(
-            self._context.request_id,
-            self._context.client_request_id,
-            self._context.tenant.name,
-            self._header.model,
-            self._header.created,
-            len(self._choices),
+            request_id=self._context.request_id,
+            client_request_id=self._context.client_request_id,
+            tenant=self._context.tenant.name,
+            model=self._header.model,
+            created=self._header.created,
+            num_sequences=len(prepared.prompts) * self._options.num_choices,
         )
-        self._frontend.service.check_room(trace.tenant, len(self._choices))
+        service.check_room(trace.tenant, trace.num_sequences, time.monotonic())
         self._frontend.traces.add(trace)
-        tokenizer = self._frontend.tokenizer
-        skip_special = self._options.skip_special_tokens
-        for choice in self._choices:
-            record = self._frontend.service.submit(
-                choice.generation, self._delivery, choice.index, self._context.arrived
-            )
-            stream = tokenizer.stream(
-                skip_special_tokens=skip_special, continuing=self._shape.continues_prompt
-            )
-            text = ChoiceText(stream, self._options.text)
-            self._states.append(ChoiceState(choice, record, text))
-            trace.records.append(record)
-            await self._frontend.turns.take(Lane.NEW)
+        for number, packed in enumerate(prepared.prompts):
+            prompt = packed.unpacked()
+            for _ in range(self._options.num_choices):
+                choice = self._choice(number, prompt)
+                service.submit(choice.request, time.monotonic(), self._context.arrived)
+                self._choices.append(choice)
+                trace.requests.append(choice.request)
+                await self._frontend.turns.take(Lane.NEW)
+
+    def _choice(self, prompt_number: int, prompt: Prompt) -> Choice:
+        prepared, options, context = self._prepared, self._options, self._context
+        index, session_id = len(self._choices), options.session_id or context.session_id
+        sampling = prepared.samplings[prompt_number]
+        seed = mixed_seed(sampling.seed, index % options.num_choices)
+        request = Request(
+            request_id=f"{context.request_id}-{index}",
+            prompt_token_ids=prompt.token_ids,
+            block_hashes=prompt.block_hashes,
+            sampling=msgspec.structs.replace(sampling, seed=seed),
+            tenant=context.tenant.name,
+            receiver=self._delivery,
+            choice=index,
+            cache_salt=prepared.salt,
+            session=(context.tenant.name, session_id) if session_id else None,
+            priority=context.priority,
+        )
+        stream = self._frontend.tokenizer.stream(
+            skip_special_tokens=options.skip_special_tokens,
+            continuing=self._shape.continues_prompt,
+        )
+        return Choice(
+            request=request,
+            text=ChoiceText(stream, options.text),
+            prompt_number=prompt_number,
+            echoed=prepared.echoed[prompt_number] if prepared.echoed else "",
+            attached=prepared.attached,
+            prompt_json=msgspec.Raw(prepared.prompts[prompt_number].json),
+        )
 
     async def _arrivals(self, timeout_s: float | None = None) -> Arrivals:
         """What has come for the caller, when it is this answer's turn."""
@@ -145,26 +169,27 @@ class Answer(Response):
         await self._frontend.turns.take(Lane.ANSWERS)
         return arrivals
 
-    def _take(self, arrivals: Arrivals) -> Iterator[tuple[ChoiceState, TextDelta]]:
+    def _take(self, arrivals: Arrivals) -> Iterator[tuple[Choice, TextDelta]]:
         for index, tokens in arrivals:
-            state = self._states[index]
-            if state.text.finish_reason is not None:
+            choice = self._choices[index]
+            if choice.text.finish_reason is not None:
                 continue  # arrived after its stop string
-            piece = state.text.push(tokens)
-            state.num_tokens += len(piece.tokens)
+            piece = choice.text.push(tokens)
+            choice.num_tokens += len(piece.tokens)
             self._frontend.service.metrics.num_output_tokens += len(piece.tokens)
-            state.unsent.extend(piece.tokens)
+            choice.unsent.extend(piece.tokens)
             if piece.finish_reason is not None:
-                state.stop_reason = piece.stop_reason
-                self._frontend.service.abort(state.record, reason=FinishReason.STOP)
-            yield state, piece
+                choice.stop_reason = piece.stop_reason
+                now = time.monotonic()
+                self._frontend.service.abort(choice.request, now, reason=FinishReason.STOP)
+            yield choice, piece
 
     @property
     def _is_finished(self) -> bool:
-        return all(state.text.finish_reason is not None for state in self._states)
+        return all(choice.text.finish_reason is not None for choice in self._choices)
 
     def _path_header(self) -> tuple[bytes, bytes]:
-        paths = ", ".join(describe_path(state.record) for state in self._states)
+        paths = ", ".join(choice.request.describe_path() for choice in self._choices)
         return b"x-baton-path", paths.encode("latin-1", "replace")
 
     # -- whole -------------------------------------------------------------------------------------
@@ -175,18 +200,18 @@ class Answer(Response):
         while not self._is_finished:
             arrivals = await self._arrivals()
             pace.begin()
-            for state, piece in self._take(arrivals):
-                texts[state.choice.index].append(piece.text)
-                if len(state.unsent) >= GATHERED_TOKENS:
-                    self._shape.gather(state)
+            for choice, piece in self._take(arrivals):
+                texts[choice.request.choice].append(piece.text)
+                if len(choice.unsent) >= GATHERED_TOKENS:
+                    self._shape.gather(choice)
                 await pace.breathe()
-        choices = []
-        for state, text in zip(self._states, texts, strict=True):
-            self._shape.gather(state)
-            choices.append(self._shape.whole_choice(state, "".join(text)))
+        shown = []
+        for choice, text in zip(self._choices, texts, strict=True):
+            self._shape.gather(choice)
+            shown.append(self._shape.whole_choice(choice, "".join(text)))
             await pace.breathe()
-        answer = self._shape.whole(self._header, choices, usage_of(self._states))
-        return {**answer, **cache_miss_of(self._states)}
+        answer = self._shape.whole(self._header, shown, usage_of(self._choices))
+        return {**answer, **cache_miss_of(self._choices)}
 
     async def _send_whole(self, send: Send) -> None:
         body = msgspec.json.encode(await self._whole())
@@ -240,33 +265,33 @@ class Answer(Response):
         await self._send_part(send, b"".join(events))
 
     def _events(self, arrivals: Arrivals) -> Iterator[bytes]:
-        for state, piece in self._take(arrivals):
+        for choice, piece in self._take(arrivals):
             shows_all = self._shape.return_token_ids or self._shape.with_logprobs
-            if piece.text or not state.is_started or (shows_all and state.unsent):
-                yield self._chunk(self._shape.content(state, piece.text))
-                state.is_started = True
-                state.unsent.clear()
+            if piece.text or not choice.is_started or (shows_all and choice.unsent):
+                yield self._chunk(self._shape.content(choice, piece.text))
+                choice.is_started = True
+                choice.unsent.clear()
             if piece.finish_reason is not None:
-                yield self._chunk(self._shape.final(state))
+                yield self._chunk(self._shape.final(choice))
 
-    def _chunk(self, choice: dict[str, Any]) -> bytes:
-        chunk = self._shape.chunk(self._header, [choice])
+    def _chunk(self, shown: dict[str, Any]) -> bytes:
+        chunk = self._shape.chunk(self._header, [shown])
         if self._options.continuous_usage:
-            chunk["usage"] = usage_of(self._states)
+            chunk["usage"] = usage_of(self._choices)
         elif self._options.include_usage:
             chunk["usage"] = None
         return sse.event(chunk)
 
     def _usage_chunk(self) -> dict[str, Any]:
         chunk = self._shape.chunk(self._header, [])
-        return {**chunk, "usage": usage_of(self._states), **cache_miss_of(self._states)}
+        return {**chunk, "usage": usage_of(self._choices), **cache_miss_of(self._choices)}
 
     def _progress(self) -> tuple[int, int] | None:
-        records = [state.record for state in self._states]
-        done = sum(record.num_prefilled_tokens for record in records)
-        if done == 0 or any(record.num_output_tokens for record in records):
+        requests = [choice.request for choice in self._choices]
+        done = sum(request.num_prefilled_tokens for request in requests)
+        if done == 0 or any(request.num_output_tokens for request in requests):
             return None
-        return done, sum(record.num_prompt_tokens for record in records)
+        return done, sum(request.num_prompt_tokens for request in requests)
 
     async def _send_part(self, send: Send, body: bytes) -> None:
         if body:

@@ -9,19 +9,25 @@ import msgspec
 
 from coordinator.http.answers.growing_json import GrowingLists
 from coordinator.http.answers.logprobs import chat_logprobs, completion_logprobs
-from coordinator.http.frontend import Choice
-from coordinator.records.records import Record
+from coordinator.jobs.questions.prompts import Attached
+from coordinator.request import Request
 from coordinator.text.tokens import ChoiceText, ShownToken
 from protocol.request import FinishReason
 
 
 @dataclass(slots=True)
-class ChoiceState:
-    """How far one choice has got; ``unsent`` are tokens whose text is not complete yet."""
+class Choice:
+    """One request of an answer, and how much of it its caller has seen.
 
-    choice: Choice
-    record: Record
+    ``unsent`` are tokens whose text is not complete yet.
+    """
+
+    request: Request
     text: ChoiceText
+    prompt_number: int  # among those of the HTTP request
+    echoed: str = ""
+    attached: Attached | None = None  # the document that its prompt begins with
+    prompt_json: msgspec.Raw | None = None  # its prompt's ids, if they are to be shown
     num_tokens: int = 0
     is_started: bool = False
     unsent: list[ShownToken] = field(default_factory=list)
@@ -63,54 +69,54 @@ class Shape(ABC):
         """A complete answer, of its ``whole_choice``s."""
         return {**self._object(header, self.whole_object, choices), "usage": usage}
 
-    def gather(self, state: ChoiceState) -> None:
+    def gather(self, choice: Choice) -> None:
         """Put the unsent tokens into what a whole answer shows of them."""
-        logprobs = self._shape_logprobs(state)
+        logprobs = self._shape_logprobs(choice)
         if logprobs is not None:
-            state.logprobs.add(logprobs)
-        state.token_ids.add({"token_ids": [shown.token.token_id for shown in state.unsent]})
-        state.unsent.clear()
+            choice.logprobs.add(logprobs)
+        choice.token_ids.add({"token_ids": [shown.token.token_id for shown in choice.unsent]})
+        choice.unsent.clear()
 
-    def content(self, state: ChoiceState, text: str) -> dict[str, Any]:
+    def content(self, choice: Choice, text: str) -> dict[str, Any]:
         """A choice of a chunk: ``text`` and the unsent tokens."""
-        choice = {
-            "index": state.choice.index,
-            **self._delta(state, text),
-            "logprobs": self._shape_logprobs(state),
+        shown = {
+            "index": choice.request.choice,
+            **self._delta(choice, text),
+            "logprobs": self._shape_logprobs(choice),
             "finish_reason": None,
         }
         if self.return_token_ids:
-            choice["token_ids"] = [shown.token.token_id for shown in state.unsent]
-            if not state.is_started:
-                choice["prompt_token_ids"] = state.choice.prompt_json
-        return choice
+            shown["token_ids"] = [shown.token.token_id for shown in choice.unsent]
+            if not choice.is_started:
+                shown["prompt_token_ids"] = choice.prompt_json
+        return shown
 
-    def final(self, state: ChoiceState) -> dict[str, Any]:
+    def final(self, choice: Choice) -> dict[str, Any]:
         """A choice of a chunk that says why it ended."""
-        choice = {
-            "index": state.choice.index,
+        shown = {
+            "index": choice.request.choice,
             **self._empty_delta(),
             "logprobs": None,
-            "finish_reason": _finish_reason(state),
-            "stop_reason": state.stop_reason,
+            "finish_reason": _finish_reason(choice),
+            "stop_reason": choice.stop_reason,
         }
         if self.return_token_ids:
-            choice["token_ids"] = []
-        return choice
+            shown["token_ids"] = []
+        return shown
 
-    def whole_choice(self, state: ChoiceState, text: str) -> msgspec.Raw:
+    def whole_choice(self, choice: Choice, text: str) -> msgspec.Raw:
         """A choice that has ended, and whose tokens have all been gathered."""
-        choice = {
-            "index": state.choice.index,
+        shown = {
+            "index": choice.request.choice,
             **self._whole_text(text),
-            "logprobs": state.logprobs.whole() if self.with_logprobs else None,
-            "finish_reason": _finish_reason(state),
-            "stop_reason": state.stop_reason,
+            "logprobs": choice.logprobs.whole() if self.with_logprobs else None,
+            "finish_reason": _finish_reason(choice),
+            "stop_reason": choice.stop_reason,
         }
         if self.return_token_ids:
-            choice.update(state.token_ids.whole())
-            choice["prompt_token_ids"] = state.choice.prompt_json
-        return msgspec.Raw(msgspec.json.encode(choice))
+            shown.update(choice.token_ids.whole())
+            shown["prompt_token_ids"] = choice.prompt_json
+        return msgspec.Raw(msgspec.json.encode(shown))
 
     def _object(
         self, header: Header, name: str, choices: Sequence[dict[str, Any] | msgspec.Raw]
@@ -124,7 +130,7 @@ class Shape(ABC):
         }
 
     @abstractmethod
-    def _delta(self, state: ChoiceState, text: str) -> dict[str, Any]: ...
+    def _delta(self, choice: Choice, text: str) -> dict[str, Any]: ...
 
     @abstractmethod
     def _empty_delta(self) -> dict[str, Any]: ...
@@ -133,7 +139,7 @@ class Shape(ABC):
     def _whole_text(self, text: str) -> dict[str, Any]: ...
 
     @abstractmethod
-    def _shape_logprobs(self, state: ChoiceState) -> dict[str, Any] | None: ...
+    def _shape_logprobs(self, choice: Choice) -> dict[str, Any] | None: ...
 
 
 class CompletionShape(Shape):
@@ -142,8 +148,8 @@ class CompletionShape(Shape):
     chunk_object = "text_completion"
     continues_prompt = True
 
-    def _delta(self, state: ChoiceState, text: str) -> dict[str, Any]:
-        return {"text": text if state.is_started else state.choice.echoed + text}
+    def _delta(self, choice: Choice, text: str) -> dict[str, Any]:
+        return {"text": text if choice.is_started else choice.echoed + text}
 
     def _empty_delta(self) -> dict[str, Any]:
         return {"text": ""}
@@ -151,10 +157,10 @@ class CompletionShape(Shape):
     def _whole_text(self, text: str) -> dict[str, Any]:
         return {"text": text}
 
-    def _shape_logprobs(self, state: ChoiceState) -> dict[str, Any] | None:
+    def _shape_logprobs(self, choice: Choice) -> dict[str, Any] | None:
         if not self.with_logprobs:
             return None
-        return completion_logprobs(state.unsent, self._bytes_of, len(state.choice.echoed))
+        return completion_logprobs(choice.unsent, self._bytes_of, len(choice.echoed))
 
 
 class ChatShape(Shape):
@@ -163,8 +169,8 @@ class ChatShape(Shape):
     chunk_object = "chat.completion.chunk"
     continues_prompt = False
 
-    def _delta(self, state: ChoiceState, text: str) -> dict[str, Any]:
-        if state.is_started:
+    def _delta(self, choice: Choice, text: str) -> dict[str, Any]:
+        if choice.is_started:
             return {"delta": {"content": text}}
         return {"delta": {"role": "assistant", "content": text}}
 
@@ -174,21 +180,21 @@ class ChatShape(Shape):
     def _whole_text(self, text: str) -> dict[str, Any]:
         return {"message": {"role": "assistant", "content": text, "refusal": None}}
 
-    def _shape_logprobs(self, state: ChoiceState) -> dict[str, Any] | None:
-        return chat_logprobs(state.unsent, self._bytes_of) if self.with_logprobs else None
+    def _shape_logprobs(self, choice: Choice) -> dict[str, Any] | None:
+        return chat_logprobs(choice.unsent, self._bytes_of) if self.with_logprobs else None
 
 
-def _finish_reason(state: ChoiceState) -> str:
-    reason = state.text.finish_reason
+def _finish_reason(choice: Choice) -> str:
+    reason = choice.text.finish_reason
     return "stop" if reason is None else reason.value if reason in _SAID else "stop"
 
 
-def cache_miss_of(states: Sequence[ChoiceState]) -> dict[str, Any]:
+def cache_miss_of(choices: Sequence[Choice]) -> dict[str, Any]:
     """``cache_miss``, when less of a document was found than it promised; else nothing."""
-    for state in states:
-        attached, record = state.choice.attached, state.record
+    for choice in choices:
+        attached, request = choice.attached, choice.request
         if attached is not None:
-            miss = attached.cache_miss(record.num_cached_tokens, is_retried=bool(record.lost))
+            miss = attached.cache_miss(request.num_cached_tokens, is_retried=bool(request.lost))
             return {} if miss is None else {"cache_miss": miss}
     return {}
 
@@ -196,12 +202,12 @@ def cache_miss_of(states: Sequence[ChoiceState]) -> dict[str, Any]:
 _SAID = (FinishReason.STOP, FinishReason.LENGTH)
 
 
-def usage_of(states: Sequence[ChoiceState]) -> dict[str, Any]:
+def usage_of(choices: Sequence[Choice]) -> dict[str, Any]:
     """Tokens so far: each prompt once, each choice's output."""
-    prompts = {state.choice.prompt_number: state.record for state in reversed(states)}
-    num_prompt = sum(record.num_prompt_tokens for record in prompts.values())
-    num_output = sum(state.num_tokens for state in states)
-    num_cached = sum(record.num_cached_tokens for record in prompts.values())
+    prompts = {choice.prompt_number: choice.request for choice in reversed(choices)}
+    num_prompt = sum(request.num_prompt_tokens for request in prompts.values())
+    num_output = sum(choice.num_tokens for choice in choices)
+    num_cached = sum(request.num_cached_tokens for request in prompts.values())
     return {
         "prompt_tokens": num_prompt,
         "completion_tokens": num_output,

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from coordinator.jobs.documents.document import Document
 from coordinator.jobs.documents.files import TOKENS, DocumentFiles
 from coordinator.jobs.documents.identity import MODEL_CHANGED, OF_TOKENS, ModelFacts, mismatch
-from coordinator.text.packing import unpacked
 from coordinator.text.tasks import Encoded, EncodeDocument, LoadDocument, PackedPrompt, Workers
 from coordinator.text.tokenizing import Prompt
 from protocol.errors import RequestError
@@ -71,7 +70,7 @@ class DocumentTokens:
             return kept
         found = await self._workers.run(document.tenant, LoadDocument(self._folder, document))
         assert isinstance(found, PackedPrompt), found
-        prompt = unpacked(found)
+        prompt = found.unpacked()
         self.keep(document.document_id, prompt)
         return prompt
 
@@ -88,7 +87,7 @@ class DocumentTokens:
         task = EncodeDocument(self._folder, document, max_tokens)
         found = await self._workers.run(document.tenant, task)
         assert isinstance(found, Encoded), found
-        prompt = unpacked(found.prompt)
+        prompt = found.prompt.unpacked()
         await finished(self._files.write_tokens, document.document_id, prompt.token_ids)
         self.keep(document.document_id, prompt)
         return Encoding(prompt, found.shown, found.varies_with)

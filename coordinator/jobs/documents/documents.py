@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from coordinator.config import JobLimits
+from coordinator.errors import shutting_down
 from coordinator.jobs.documents.document import (
     HARD,
     Change,
@@ -41,7 +42,6 @@ from coordinator.jobs.documents.watchers import Watchers
 from coordinator.jobs.gate import Gate
 from coordinator.jobs.space import check_space
 from coordinator.jobs.suspects import DOCUMENT, Name
-from coordinator.requests.draining import shutting_down
 from coordinator.text.tokenizing import Prompt
 from protocol.errors import IllegalTransition, RequestError
 

@@ -11,15 +11,13 @@ from collections.abc import Callable, Sequence
 
 from coordinator.cluster.placement import STORE_TIERS, Placement
 from coordinator.cluster.pools import Pool
-from coordinator.cluster.registry import Registry
 from coordinator.config import CoordinatorConfig
 from coordinator.errors import pool_failure
 from coordinator.jobs.documents.ingestor import IngestRequest, IngestResult, Residence
 from coordinator.loop.timeouts import patient
-from coordinator.records.generation import Generation
-from coordinator.records.records import Record
+from coordinator.node import CoordinatorNode
+from coordinator.request import Request
 from coordinator.requests.delivery import Delivery
-from coordinator.requests.service import Service
 from protocol.errors import RequestError
 from protocol.messages import (
     Abort,
@@ -29,9 +27,9 @@ from protocol.messages import (
     RequestFailed,
     Stored,
     ToCoordinator,
-    ToRank,
 )
 from protocol.request import SamplingParams
+from protocol.token_ids import TokenIds
 
 BACKGROUND = 1  # the priority of what nobody waits for
 PROGRESS_S = 0.25
@@ -43,30 +41,23 @@ class Tiering:
 
     Args:
         config: which pools there should be.
-        registry: which serve.
-        service: runs the segments.
-        send: to a pool's leader.
+        node: knows which serve, and runs the segments.
         clock: monotonic seconds.
     """
 
     def __init__(
-        self,
-        config: CoordinatorConfig,
-        registry: Registry,
-        service: Service,
-        send: Callable[[str, ToRank], None],
-        clock: Callable[[], float],
+        self, config: CoordinatorConfig, node: CoordinatorNode, clock: Callable[[], float]
     ) -> None:
         self._config = config
-        self._registry = registry
-        self._service = service
-        self._placement: Placement = service.placement
-        self._send = send
+        self._registry = node.registry
+        self._service = node.service
+        self._placement: Placement = node.service.placement
+        self._send = node.send
         self._clock = clock
         self._expects_store = any(pool.role == "store" for pool in config.pools)
         self._pins: dict[str, tuple[str, tuple[bytes, ...]]] = {}
         self._collecting: dict[str, asyncio.Future[None]] = {}
-        service.listener = self
+        node.service.listener = self
 
     # -- what the cluster has ----------------------------------------------------------------------
 
@@ -140,30 +131,33 @@ class Tiering:
         await self._run(request, lambda _: None, is_offload=False)
 
     async def _run(
-        self, request: IngestRequest, on_progress: Callable[[int], None], *, is_offload: bool
+        self, segment: IngestRequest, on_progress: Callable[[int], None], *, is_offload: bool
     ) -> IngestResult:
         now, delivery = self._clock(), Delivery()
         has_rush = self._service.rush.is_on(now)
-        generation = Generation(
-            request_id=request.request_id,
-            prompt_token_ids=request.token_ids,
-            block_hashes=request.block_hashes,
+        request = Request(
+            request_id=segment.request_id,
+            prompt_token_ids=TokenIds.of(segment.token_ids),
+            block_hashes=segment.block_hashes,
             sampling=SamplingParams(max_tokens=1, temperature=0.0),
-            tenant=request.tenant,
-            cache_salt=request.cache_salt,
+            tenant=segment.tenant,
+            receiver=delivery,
+            cache_salt=segment.cache_salt,
             is_offload=is_offload,
             priority=BACKGROUND,
             chunk_tokens=self._config.background_chunk_tokens if has_rush else 0,
-            ring_size=request.ring_size,
+            ring_size=segment.ring_size,
         )
-        record = self._service.submit(generation, delivery, 0, now)
+        self._service.submit(request, now)
         try:
-            while record.is_active:
+            while request.is_active:
                 await delivery.take(PROGRESS_S)
-                on_progress(max(record.num_prefilled_tokens, record.num_target_cached_tokens or 0))
+                on_progress(
+                    max(request.num_prefilled_tokens, request.num_target_cached_tokens or 0)
+                )
         finally:
-            self._service.abort(record)
-        return _result(record, self._clock() - now)
+            self._service.abort(request, self._clock())
+        return _result(request, self._clock() - now)
 
     async def _collect(self, request: IngestRequest) -> None:
         """Have the store read a prompt from the decode pool that has just computed it."""
@@ -251,11 +245,11 @@ def _num_tokens(pool: Pool) -> int:
     return sum(layout.num_blocks * layout.block_size for layout in layouts if layout.tp_rank == 0)
 
 
-def _result(record: Record, seconds: float) -> IngestResult:
-    path = record.path
+def _result(request: Request, seconds: float) -> IngestResult:
+    path = request.path
     return IngestResult(
-        num_computed_tokens=record.num_computed_tokens or 0,
-        num_cached_tokens=record.num_cached_tokens,
+        num_computed_tokens=request.num_computed_tokens or 0,
+        num_cached_tokens=request.num_cached_tokens,
         ring_size=1 if path is None else path.ring_size,
         compute_s=seconds if path is None else path.compute_s,
     )

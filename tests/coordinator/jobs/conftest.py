@@ -14,12 +14,11 @@ from typing import Any
 import httpx
 import pytest
 
-from coordinator.cluster.control import ControlPlane, Owner
-from coordinator.cluster.registry import Registry
 from coordinator.config import CoordinatorConfig, ExpectedPool, JobLimits
+from coordinator.control import Owner
 from coordinator.jobs.context import Jobs
 from coordinator.jobs.documents.ingestor import SimulatedIngestor
-from coordinator.requests.service import Service
+from coordinator.node import CoordinatorNode
 from coordinator.server import Coordinator
 from kvcache.prefix import block_salt, hash_blocks
 from modeling.checkpoint.config import load_config
@@ -54,11 +53,10 @@ class _Coordinator(Coordinator):
     min_free_bytes = 0
     jobs: Jobs | None = None
 
-    def _jobs(self, registry: Registry, service: Service, control: ControlPlane) -> Jobs:
-        del service, control  # the ingestor is a fake
+    def _jobs(self, node: CoordinatorNode) -> Jobs:
         assert self._ingestor is not None
         surroundings = dataclasses.replace(
-            self._dependencies(registry, self._ingestor), min_free_bytes=self.min_free_bytes
+            self._dependencies(node.registry, self._ingestor), min_free_bytes=self.min_free_bytes
         )
         self.jobs = Jobs(surroundings)
         return self.jobs

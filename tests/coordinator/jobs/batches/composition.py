@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.auth import Tenant, Tenants
-from coordinator.cluster.control import ControlPlane
 from coordinator.cluster.registry import Registry
 from coordinator.config import BatchLimits, CoordinatorConfig, ExpectedPool, Limits
 from coordinator.http.frontend import Frontend
@@ -18,7 +17,7 @@ from coordinator.http.line_server import LineServer
 from coordinator.jobs.batches.input import request_of
 from coordinator.jobs.context import JobDependencies, Jobs
 from coordinator.jobs.documents.ingestor import Ingestor
-from coordinator.requests.service import Service
+from coordinator.node import CoordinatorNode
 from coordinator.server import Coordinator
 from coordinator.validation.bodies import Body
 
@@ -87,8 +86,8 @@ class WithBatches(Coordinator):
     def _dependencies(self, registry: Registry, ingestor: Ingestor) -> JobDependencies:
         return dataclasses.replace(super()._dependencies(registry, ingestor), clock=self.clock)
 
-    def _jobs(self, registry: Registry, service: Service, control: ControlPlane) -> Jobs:
-        self.jobs = super()._jobs(registry, service, control)
+    def _jobs(self, node: CoordinatorNode) -> Jobs:
+        self.jobs = super()._jobs(node)
         return self.jobs
 
     def _line_server(self, frontend: Frontend, tenants: Tenants) -> LineServer:

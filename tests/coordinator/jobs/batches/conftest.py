@@ -14,8 +14,8 @@ import httpx
 import openai
 import pytest
 
-from coordinator.cluster.control import Owner
 from coordinator.config import CoordinatorConfig
+from coordinator.control import Owner
 from tests.coordinator.jobs.batches.composition import POOLS, Clock, WithBatches, config_of
 
 DEADLINE_S = 20.0

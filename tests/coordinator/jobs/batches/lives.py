@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.auth import Tenants
-from coordinator.cluster.control import Owner
 from coordinator.config import JobLimits, public
+from coordinator.control import Owner
 from coordinator.http.frontend import Frontend
 from coordinator.http.line_server import LineServer
 from coordinator.jobs.batches.batches import BatchRequest

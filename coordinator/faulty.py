@@ -1,21 +1,22 @@
-"""Failpoints of the coordinator: its control plane and its event loop, made to fail when told to.
+"""Failpoints of the coordinator: its messages to ranks and its event loop, made to fail.
 
-It stands in for :class:`ControlPlane` only if failpoints are configured; what they do to a message
-on its way to a rank is what a broken network would, and what they do to the loop is what a bug or
-somebody's input would.
+:class:`FaultyOutlet` stands in for :class:`Outlet` only if failpoints are configured; what they do
+to a message on its way to a rank is what a broken network would, and what they do to the loop is
+what a bug or somebody's input would.
 """
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections import Counter
 
-from coordinator.cluster.control import ControlPlane, Owner
-from coordinator.cluster.registry import Registry
+from coordinator.control import Outlet
 from protocol.crash_points import exit_here
+from protocol.errors import PeerError
 from protocol.failpoints import (
     CONTROL_SEND,
     DELAY,
@@ -31,24 +32,21 @@ from protocol.messages import ToRank
 from protocol.sockets import AsyncRouter
 
 
-class FaultyControlPlane(ControlPlane):
-    """Drops, repeats and delays what is sent to ranks, or dies of it."""
+class FaultyOutlet(Outlet):
+    """Drops, repeats and delays what is sent to ranks, or dies of it.
 
-    def __init__(
-        self,
-        router: AsyncRouter,
-        registry: Registry,
-        owner: Owner,
-        *,
-        is_restart: bool,
-        clock: Callable[[], float],
-        failpoints: str,
-    ) -> None:
-        super().__init__(router, registry, owner, is_restart=is_restart, clock=clock)
-        self._failpoints = Failpoints(failpoints, self.counters)
+    Args:
+        router: bound.
+        failpoints: see ``protocol.failpoints``.
+        counters: of their hits.
+    """
+
+    def __init__(self, router: AsyncRouter, failpoints: str, counters: Counter[str]) -> None:
+        super().__init__(router)
+        self._failpoints = Failpoints(failpoints, counters)
         self._late: set[asyncio.Task[None]] = set()
 
-    async def _send_one(self, peer: str, message: ToRank) -> None:
+    async def send(self, peer: str, message: ToRank) -> None:
         kind = kind_of(type(message))
         stall = self._failpoints.reach(LOOP, kind)
         if stall is not None:
@@ -62,13 +60,14 @@ class FaultyControlPlane(ControlPlane):
             self._late.add(task)
             task.add_done_callback(self._late.discard)
         if action not in (DELAY, DROP):
-            await super()._send_one(peer, message)
+            await super().send(peer, message)
         if action == DUPLICATE:
-            await super()._send_one(peer, message)
+            await super().send(peer, message)
 
     async def _send_late(self, seconds: float, peer: str, message: ToRank) -> None:
         await asyncio.sleep(seconds)
-        await super()._send_one(peer, message)
+        with contextlib.suppress(PeerError):  # that it is gone shows in the next message
+            await super().send(peer, message)
 
 
 def stall_here(fault: Fault, name: str) -> None:

@@ -9,7 +9,7 @@ import logging
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from protocol.errors import RequestError
+from coordinator.errors import shutting_down
 
 _log = logging.getLogger(__name__)
 _TAKEN = ("POST", "PUT", "PATCH")  # they ask for work, or for something to be kept
@@ -93,8 +93,3 @@ class DoorMiddleware:
         finally:
             if has_entered:
                 door.leave()
-
-
-def shutting_down() -> RequestError:
-    """The cluster ends; another one may take the request."""
-    return RequestError("the server is shutting down", code="shutting_down", status=503)
