@@ -3,7 +3,8 @@
 import argparse
 import sys
 
-from bench.simulate.command import add_arguments, complaint, run
+from bench.simulate.command import add_arguments, run
+from protocol.errors import ConfigError
 
 
 def main() -> int:
@@ -11,11 +12,10 @@ def main() -> int:
         prog="bench.simulate", description="What a policy is worth, with its null case."
     )
     add_arguments(parser)
-    arguments = parser.parse_args()
-    wrong = complaint(arguments)
-    if wrong:
-        parser.error(wrong)
-    return run(arguments)
+    try:
+        return run(parser.parse_args())
+    except ConfigError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bench.load.analysis.intervals import percentile
+
 # 97.5 % point of Student's t for 1, 2, ... 30 degrees of freedom; beyond, the normal one is near.
 T_975 = (
     12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281,
@@ -69,12 +71,6 @@ def slope(xs: Sequence[float], ys: Sequence[float]) -> float:
     return statistics.linear_regression(xs, ys).slope
 
 
-def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least ``share`` of them do not exceed."""
-    ordered = sorted(values)
-    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
-
-
 def pick(rows: Sequence[Mapping[str, Any]], figure: str, **where: object) -> list[float]:
     """A figure of all rows that have it and match, in their order: one for each seed."""
     return [
@@ -84,21 +80,14 @@ def pick(rows: Sequence[Mapping[str, Any]], figure: str, **where: object) -> lis
     ]
 
 
-def wilson(num_hits: int, num_all: int) -> tuple[float, float]:
-    """95 % interval of a share (E. B. Wilson, 1927)."""
-    if num_all == 0:
-        return 0.0, 1.0
-    z2 = NORMAL_975**2
-    share = num_hits / num_all
-    centre = share + z2 / (2 * num_all)
-    half = NORMAL_975 * math.sqrt(share * (1 - share) / num_all + z2 / (4 * num_all**2))
-    scale = 1 + z2 / num_all
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
-
-
 def _half_width(values: Sequence[float]) -> float:
     if len(values) < 2:
         return math.inf
     freedom = len(values) - 1
     t = T_975[freedom - 1] if freedom <= len(T_975) else NORMAL_975
     return t * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def tail(values: Sequence[float], share: float = 0.99) -> float:
+    """The smallest value that at least ``share`` of them do not exceed."""
+    return percentile(sorted(values), share)

@@ -1,19 +1,17 @@
-"""Pools on virtual time: the production nodes as they are, and a watch in place of a device.
+"""Pools whose steps take as long as a model of a machine says: the real nodes, and no device.
 
-A plan takes as long as the step-time model says, and brings a token for whoever is sampled. The
-token is the end of the answer when the answer has the length that was drawn for it, as an
-end-of-sequence token would be; the scheduler does not know before.
+A plan brings a token for whoever is sampled. The token is the end of the answer when the answer has
+the length that was drawn for it, as an end-of-sequence token would be; the scheduler does not know
+before.
 """
 
 from abc import abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from random import Random
 from typing import Generic
 
+from bench.simulate.gangs import Gang, Site
 from bench.simulate.step_time import StepTime
-from coordinator.config import ExpectedPool
 from decode.batch import SchedulerLimits
 from decode.scheduler import DecodeScheduler
 from engine.leader_node import P
@@ -24,84 +22,58 @@ from prefill.facts import PoolFacts
 from prefill.placement import Geometry
 from prefill.scheduler import PrefillScheduler
 from protocol.kv import KVLayout
-from protocol.messages import ToCoordinator
 from protocol.plans import ChunkWork, DecodePlan, PrefillPlan, SampledToken, StepResult
-from tests.simulation.gangs import Gang
-from tests.simulation.ranks import Rank
-from tests.simulation.world import EventLoop, FaultModel
 
-FINGERPRINT = "experiment"
+FINGERPRINT = "virtual"
 BLOCK_SIZE = 32
 MAX_MODEL_LEN = 1 << 20
 VOCAB_SIZE = 1 << 31
 PLAIN_TOKEN, LAST_TOKEN = 2, 3
 GROUPS = (range(1),)  # one layer stands for all
-
-Tell = Callable[[ToCoordinator], None]
-
-
-def calm_world() -> EventLoop:
-    """Virtual time without accidents, in which messages and bytes take none."""
-    return EventLoop(0, FaultModel(delay_s=0.0, read_s=0.0))
-
-
-@dataclass(slots=True)
-class Usage:
-    """What a pool has done with its time."""
-
-    num_steps: int = 0
-    busy_s: float = 0.0
-    seq_s: float = 0.0  # time of each step times the sequences it sampled
-    num_chunk_tokens: int = 0
+PROBE_TOKENS = 128  # of the chunk by which a pool measures its speed when it starts
 
 
 @dataclass(frozen=True, slots=True)
-class Site:
-    """What the pools of a cluster have in common.
+class Machine:
+    """How long steps take, and how long answers are.
 
-    ``lengths`` is how many tokens the answer to each request has, shared with whoever adds
-    requests, and ``everyone`` has all ranks by incarnation.
+    Args:
+        steps: the model.
+        lengths: tokens of the answer to each request, filled by whoever asks.
     """
 
-    world: EventLoop
     steps: StepTime
     lengths: dict[str, int]
-    everyone: dict[str, Rank] = field(default_factory=dict)
 
 
 class VirtualPool(Gang[P], Generic[P]):
     """A pool whose steps take as long as the step-time model says.
 
     Args:
-        site: where it is.
-        spec: what it is.
-        tell: takes what it says to the coordinator.
-        shape: blocks of each rank, and tokens of a block.
+        num_blocks: of each rank.
         overhead_s: added to every step.
     """
 
     turn_s = 1e-9  # what arrives at the same moment is taken in together
 
-    def __init__(
-        self,
-        site: Site,
-        spec: ExpectedPool,
-        tell: Tell,
-        shape: tuple[int, int],
-        overhead_s: float,
-    ) -> None:
-        num_blocks, block_size = shape
-        layout = KVLayout(1, num_blocks, 1, 0, 1, block_size, 1, "float32")
-        super().__init__(site.world, site.everyone, spec, 1, [layout] * spec.num_ranks, tell)
-        self.usage = Usage()
-        self._site = site
+    def __init__(self, site: Site, machine: Machine, *, num_blocks: int, overhead_s: float) -> None:
+        self.steps = machine.steps
+        self.num_steps = 0
+        self.busy_s = 0.0
+        self._lengths = machine.lengths
         self._overhead_s = overhead_s
+        layout = KVLayout(1, num_blocks, 1, 0, 1, BLOCK_SIZE, 1, "float32")
+        super().__init__(site, [layout] * site.spec.num_ranks)
 
     def _step_s(self, plan: P) -> float:
         seconds = self._plan_s(plan) + self._overhead_s
-        self.usage.num_steps += 1
-        self.usage.busy_s += seconds
+        self.num_steps += 1
+        self.busy_s += seconds
         return seconds
+
+    def _sampled(self, request_id: str, attempt: int, num_before: int) -> SampledToken:
+        is_last = num_before + 1 >= self._lengths[request_id]
+        return SampledToken(request_id, attempt, LAST_TOKEN if is_last else PLAIN_TOKEN)
 
     @abstractmethod
     def _plan_s(self, plan: P) -> float:
@@ -110,34 +82,37 @@ class VirtualPool(Gang[P], Generic[P]):
 
 @dataclass(frozen=True, slots=True)
 class DecodeSetting:
-    """A decode pool of one rank."""
+    """A decode pool of one rank; its steps take ``slowness`` times as long as the machine's."""
 
     token_budget: int = 512
     max_num_sequences: int = 32
     num_blocks: int = 8192
-    block_size: int = BLOCK_SIZE
-    slowness: float = 1.0  # its steps take so many times as long
+    slowness: float = 1.0
     overhead_s: float = 0.0
 
 
 class VirtualDecode(VirtualPool[DecodePlan]):
     """A decode pool."""
 
-    def __init__(self, site: Site, pool_id: str, setting: DecodeSetting, tell: Tell) -> None:
+    def __init__(self, site: Site, machine: Machine, setting: DecodeSetting) -> None:
         self.setting = setting
-        shape = (setting.num_blocks, setting.block_size)
-        spec = ExpectedPool(pool_id, "decode", 1, 1)
-        super().__init__(site, spec, tell, shape, setting.overhead_s)
+        self.tokens_per_s = PROBE_TOKENS / (
+            machine.steps.step_s(0, 0, [(PROBE_TOKENS, 0)]) * setting.slowness
+        )
+        super().__init__(
+            site, machine, num_blocks=setting.num_blocks, overhead_s=setting.overhead_s
+        )
 
-    def _make_node(self, world: EventLoop) -> DecodeScheduler:
-        del world
+    def _make_node(self) -> DecodeScheduler:
         setting = self.setting
-        pool = BlockPool(setting.num_blocks, setting.block_size)
+        pool = BlockPool(setting.num_blocks, BLOCK_SIZE)
         limits = SchedulerLimits(MAX_MODEL_LEN, setting.token_budget, setting.max_num_sequences)
         self._scheduler = DecodeScheduler(pool, limits, FINGERPRINT)
         return self._scheduler
 
     def _plan_s(self, plan: DecodePlan) -> float:
+        if not plan.sequences:
+            return 0.0  # sequences are dropped, nothing is computed
         num_seqs = sum_kv = 0
         chunks: list[tuple[int, int]] = []
         for step in plan.sequences:
@@ -146,19 +121,14 @@ class VirtualDecode(VirtualPool[DecodePlan]):
                 sum_kv += step.start + 1
             else:
                 chunks.append((len(step.token_ids), step.start))
-        if not plan.sequences:
-            return 0.0  # sequences are dropped, nothing is computed
-        seconds = self._site.steps.step_s(num_seqs, sum_kv, chunks) * self.setting.slowness
-        self.usage.seq_s += num_seqs * seconds
-        self.usage.num_chunk_tokens += sum(new for new, _ in chunks)
-        return seconds
+        return self.steps.step_s(num_seqs, sum_kv, chunks) * self.setting.slowness
 
     def _execute(self, plan: DecodePlan) -> list[StepResult]:
-        tokens = []
-        for sequence in self._scheduler.sampled(plan):
-            is_last = sequence.num_generated_tokens + 1 >= self._site.lengths[sequence.key[0]]
-            tokens.append(SampledToken(*sequence.key, LAST_TOKEN if is_last else PLAIN_TOKEN))
-        return [StepResult(plan.step, 0, tuple(tokens))]
+        tokens = tuple(
+            self._sampled(*sequence.key, sequence.num_generated_tokens)
+            for sequence in self._scheduler.sampled(plan)
+        )
+        return [StepResult(plan.step, 0, tokens)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,15 +146,15 @@ class PrefillSetting:
 class VirtualPrefill(VirtualPool[PrefillPlan]):
     """A prefill pool. The answer to a request whose answer has one token ends here."""
 
-    def __init__(self, site: Site, pool_id: str, setting: PrefillSetting, tell: Tell) -> None:
+    def __init__(self, site: Site, machine: Machine, setting: PrefillSetting) -> None:
         self.setting = setting
-        self._costs = site.steps.costs
-        shape = (setting.num_blocks, BLOCK_SIZE)
-        spec = ExpectedPool(pool_id, "prefill", setting.cp_size, 1)
-        super().__init__(site, spec, tell, shape, setting.overhead_s)
+        alone_s = machine.steps.chunk_s(PROBE_TOKENS, 0, 1)
+        self.tokens_per_s = setting.cp_size * PROBE_TOKENS / alone_s
+        super().__init__(
+            site, machine, num_blocks=setting.num_blocks, overhead_s=setting.overhead_s
+        )
 
-    def _make_node(self, world: EventLoop) -> PrefillScheduler:
-        del world
+    def _make_node(self) -> PrefillScheduler:
         setting = self.setting
         self._announcers = [
             Announcer(
@@ -204,40 +174,31 @@ class VirtualPrefill(VirtualPool[PrefillPlan]):
             max_num_sequences=setting.max_num_sequences,
             step_target_s=setting.step_target_s,
         )
-        return PrefillScheduler(facts, self._costs)
+        return PrefillScheduler(facts, self.steps.costs)
 
     def _plan_s(self, plan: PrefillPlan) -> float:
         """Each rank executes its items in the plan's order; a ring starts when all of it can."""
         free_s = [0.0] * self.setting.cp_size
         for work in plan.work:
-            num_tokens, size = len(work.token_ids), len(work.ring)
             started_s = max(free_s[rank] for rank in work.ring)
-            ended_s = started_s + self._site.steps.chunk_s(num_tokens, work.start, size)
+            took_s = self.steps.chunk_s(len(work.token_ids), work.start, len(work.ring))
             for rank in work.ring:
-                free_s[rank] = ended_s
-            self.usage.num_chunk_tokens += num_tokens
+                free_s[rank] = started_s + took_s
         return max(free_s)
 
     def _execute(self, plan: PrefillPlan) -> list[StepResult]:
         for work in plan.work:
             for announcer in self._announcers:
                 announcer.play(work)
-        tokens = tuple(self._sample(work) for work in plan.work if work.is_last)
+        tokens = tuple(self._first(work) for work in plan.work if work.is_last)
         return [StepResult(plan.step, 0, tokens)]
 
-    def _sample(self, work: ChunkWork) -> SampledToken:
-        is_last = self._site.lengths[work.request_id] <= 1
-        token_id = LAST_TOKEN if is_last else PLAIN_TOKEN
-        return SampledToken(work.request_id, work.attempt, token_id)
+    def _first(self, work: ChunkWork) -> SampledToken:
+        return self._sampled(work.request_id, work.attempt, 0)
 
     def _do(self, command: Command) -> None:
         if isinstance(command, CommitWhenRead):  # all but the last bytes have moved meanwhile
-            seconds = self._site.steps.handoff_s(command.num_tokens)
+            seconds = self.steps.handoff_s(command.num_tokens)
             self.world.at(seconds, partial(self.ranks[0].command, command))
         else:
             super()._do(command)
-
-
-def seeded(*parts: object) -> Random:
-    """A generator for one purpose: the same in every process."""
-    return Random(" ".join(map(str, parts)))

@@ -1,24 +1,22 @@
-"""What an experiment has found, printed and kept: NAME.md, NAME.jsonl and NAME.png.
+"""What an experiment has found, printed and kept: NAME.md, NAME.jsonl and a picture for each plot.
 
-Every report says what clock its figures are from. What was not measured on a running model carries
-the word "simulated" across its plot.
+Every report says what clock its figures are from.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from bench.environment import describe, headline
-from protocol.errors import ConfigError
+from bench.report.drawing.plot import Axis, Band, Layer, Line, Plot, Rule
+from bench.report.drawing.svg import file_of
+from bench.simulate.estimates import Estimate
 
 VIRTUAL = (
-    "Virtual time: the production schedulers, router and block accounting decide; how long a step "
-    "takes is a model's word, and no device computed anything."
+    "Virtual time: the production coordinator, schedulers and block accounting decide; how long a "
+    "step takes is a model's word, and no device computed anything."
 )
-EXACT = "Exact replay: no time is involved, blocks are counted."
-COLOURS = ("#1f4e79", "#c55a11", "#3a7d44", "#7f3c8d", "#b8860b", "#5f6b73", "#c0392b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +43,7 @@ class Scale:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Figures in words."""
+    """Figures in words; the first column names the row."""
 
     title: str
     header: Sequence[str]
@@ -55,19 +53,6 @@ class Table:
         lines = [f"**{self.title}**", "", f"| {' | '.join(self.header)} |"]
         lines.append("| --- |" + " ---: |" * (len(self.header) - 1))
         return "\n".join(lines + [f"| {' | '.join(row)} |" for row in self.rows])
-
-    def text(self) -> str:
-        """In columns, for a terminal."""
-        widths = [
-            max(len(row[column]) for row in (self.header, *self.rows))
-            for column in range(len(self.header))
-        ]
-        lines = [self.title]
-        for row in (self.header, *self.rows):
-            first, *others = zip(row, widths, strict=True)
-            cells = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
-            lines.append("  " + "  ".join(cells))
-        return "\n".join(lines)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,51 +74,42 @@ class Report:
 
     name: str
     question: str
-    clock: str
     setting: Sequence[str]
     tables: Sequence[Table]
     nulls: Sequence[NullCase]
     reading: Sequence[str]  # what it shows, the losses too, and what it does not
     rows: Sequence[Mapping[str, object]]
-    draw: Callable[[Any], None]  # on a matplotlib figure
-    size: tuple[float, float] = (10.0, 4.2)  # of the figure, in inches
+    plots: Sequence[Plot]
     live_part: str = ""  # what in it is of a running machine after all
-    extra: Mapping[str, object] = field(default_factory=dict)
 
     @property
-    def clocks(self) -> str:
-        return f"{self.clock} {self.live_part}".rstrip()
-
-    @property
-    def is_simulated(self) -> bool:
-        return self.clock == VIRTUAL
-
-    def text(self) -> str:
-        """For a terminal."""
-        parts = [f"== {self.name}: {self.question}", self.clocks, *self.setting, ""]
-        parts += [f"{table.text()}\n" for table in self.tables]
-        parts += [f"null case: {null}" for null in self.nulls]
-        return "\n".join(parts + [f"- {line}" for line in self.reading])
+    def clock(self) -> str:
+        return f"{VIRTUAL} {self.live_part}".rstrip()
 
     def markdown(self, command: str, num_seeds: int) -> str:
-        """For a reader."""
-        setting = "\n".join(f"- {line}" for line in self.setting)
-        nulls = "\n".join(f"- {null}." for null in self.nulls)
-        reading = "\n".join(f"- {line}" for line in self.reading)
-        tables = "\n\n".join(table.markdown() for table in self.tables)
-        return (
-            f"# {self.question}\n\n`{command}`, {num_seeds} seeds. {headline()}.\n\n"
-            f"{self.clocks}\n\n{setting}\n\n![{self.name}]({self.name}.png)\n\n"
-            f"## What it shows\n\n{reading}\n\n## Null case\n\n{nulls}\n\n## Figures\n\n{tables}\n"
-        )
+        """For a reader, in a terminal or of the kept page."""
+        parts = [
+            f"# {self.question}",
+            f"`{command}`, {num_seeds} seeds. {headline()}.",
+            self.clock,
+            _listed(self.setting),
+            "\n".join(f"![{plot.title}]({plot.key}.svg)" for plot in self.plots),
+            "## What it shows",
+            _listed(self.reading),
+            "## Null case",
+            _listed([f"{null}." for null in self.nulls]),
+            "## Figures",
+            *(table.markdown() for table in self.tables),
+        ]
+        return "\n\n".join(parts) + "\n"
+
+
+def _listed(lines: Sequence[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def save(report: Report, folder: Path, command: str, num_seeds: int) -> None:
-    """Write the three files.
-
-    Raises:
-        ConfigError: matplotlib is not installed.
-    """
+    """Write the files."""
     folder.mkdir(parents=True, exist_ok=True)
     text = report.markdown(command, num_seeds)
     (folder / f"{report.name}.md").write_text(text, encoding="utf-8")
@@ -141,36 +117,35 @@ def save(report: Report, folder: Path, command: str, num_seeds: int) -> None:
         "experiment": report.name,
         "command": command,
         "seeds": num_seeds,
-        "clock": report.clocks,
+        "clock": report.clock,
         "setting": list(report.setting),
         "null_cases": [str(null) for null in report.nulls],
         "environment": describe(),
-        **report.extra,
     }
     lines = [json.dumps(row) for row in (head, *report.rows)]
     (folder / f"{report.name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    draw(report, folder / f"{report.name}.png")
+    for plot in report.plots:
+        (folder / f"{plot.key}.svg").write_text(file_of(plot), encoding="utf-8")
 
 
-def draw(report: Report, path: Path) -> None:
-    """Write the plot.
+def curves(
+    key: str,
+    title: str,
+    axes: tuple[Axis, Axis],
+    found: Mapping[str, Sequence[tuple[float, Estimate]]],
+    rule: Rule | None = None,
+) -> Plot:
+    """A plot of estimates, each with its interval as a band, against a figure.
 
-    Raises:
-        ConfigError: matplotlib is not installed.
+    Args:
+        axes: across and up.
+        found: (x, estimate) of each curve, by its name.
+        rule: a line to compare with.
     """
-    try:
-        from matplotlib.figure import Figure  # slow, and only wanted here
-    except ImportError as error:
-        raise ConfigError('no matplotlib: pip install "baton-serve[plots]"') from error
-    figure = Figure(figsize=report.size, layout="constrained")
-    report.draw(figure)
-    for axes in figure.axes:
-        axes.grid(visible=True, color="#e4e4e4", linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-    if report.is_simulated:
-        figure.text(
-            0.5, 0.5, "simulated", fontsize=56, color="#000000", alpha=0.07,
-            rotation=20, ha="center", va="center", zorder=10,
-        )  # fmt: skip
-    figure.savefig(path, dpi=120)
+    layers: list[Layer] = []
+    for color, (name, points) in enumerate(found.items()):
+        layers.append(Band(color, tuple((x, y.low, y.high) for x, y in points)))
+        layers.append(Line(name, color, tuple((x, y.value) for x, y in points), dots=True))
+    if rule is not None:
+        layers.append(rule)
+    return Plot(key, f"{title} (simulated)", axes[0], axes[1], tuple(layers))

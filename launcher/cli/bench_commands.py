@@ -4,9 +4,9 @@ import argparse
 import shlex
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench.simulate.command import add_arguments, run
 from launcher.cli.bench_flags import (
     EXIT_INVALID,
     EXIT_MISSED,
@@ -45,12 +45,7 @@ def add_bench(commands: Any) -> None:  # noqa: ANN401 - argparse's class for thi
     sweep.set_defaults(start=_sweep)
     add_reports(kinds)
     experiment = kinds.add_parser("experiment", help="what scheduling is worth, on virtual time")
-    add = experiment.add_argument
-    add("names", nargs="+", metavar="NAME", help="all, or one; a wrong name lists them")
-    add("--seeds", type=int, default=5, help="of the traffic (default 5)")
-    add("--size", type=float, default=1.0, help="share of the requests (1)")
-    add("--no-live", action="store_true", help="leave out what runs a model")
-    add("--save", type=Path, metavar="DIR", help="keep results in DIR/experiments")
+    add_arguments(experiment)
     experiment.set_defaults(start=_experiment)
 
 
@@ -73,11 +68,6 @@ def _without_secrets(argv: list[str]) -> list[str]:
 
 
 def _experiment(arguments: argparse.Namespace, _command: str) -> int:
-    from bench.simulate.command import complaint, run
-
-    wrong = complaint(arguments)
-    if wrong:
-        raise ConfigError(wrong)
     return run(arguments)
 
 

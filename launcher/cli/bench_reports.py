@@ -42,7 +42,7 @@ def add_reports(kinds: Any) -> None:  # noqa: ANN401 - argparse's class for this
     add("--output", type=Path, metavar="DIR", help="default: the folder, if it is one")
     add("--from", dest="source", choices=FORMATS, help="the arguments are another harness's files")
     add("--no-plots", action="store_true", help="the HTML file alone, no plots/*.svg")
-    add("--example", action="store_true", help="of made-up runs: how a report looks")
+    add("--example", action="store_true", help="of simulated runs: how a report looks")
     add("--seed", type=int, default=0, metavar="N", help="of the example")
     report.set_defaults(start=_report)
     _add_compare(kinds)
@@ -88,15 +88,15 @@ def _report(arguments: argparse.Namespace, _command: str) -> int:
 
 
 def _runs_of(arguments: argparse.Namespace) -> "Sequence[Run]":
-    from bench.report.example import sample_runs
     from bench.report.runs import Run, load_runs
+    from bench.simulate.example import example_runs
 
     if arguments.example == bool(arguments.folders):
         raise ConfigError("name folders of runs, or give --example")
     if arguments.output is None and (len(arguments.folders) != 1 or arguments.source):
         raise ConfigError("say with --output DIR where the report is to go")
     if arguments.example:
-        return sample_runs(arguments.seed)
+        return example_runs(arguments.seed)
     if arguments.source:
         return [Run(path, *_read(arguments.source, path)) for path in arguments.folders]
     return load_runs(arguments.folders)

@@ -19,6 +19,8 @@ from bench.load.record import RequestRecord
 from bench.load.workload.prompts import Api, Dialect
 from bench.load.workload.schedule import Planned, Schedule
 from bench.load.workload.sessions import Segment, Turn
+from bench.report.runs import Run
+from bench.simulate.example import example_runs
 from tests.bench.toy_server import ToyConfig, ToyServer
 
 START = Callable[..., str]
@@ -32,6 +34,12 @@ class Driven:
     audit: Audit
     server: ToyServer
     started: float
+
+
+@pytest.fixture(scope="session")
+def simulated() -> list[Run]:
+    """Runs of two clusters at two rates, with all that clusters tell."""
+    return example_runs(1, (2.0, 4.0))
 
 
 @pytest.fixture

@@ -1,40 +1,25 @@
-"""The real coordinator's logic, the gangs, the wires between them, and deaths."""
+"""The in-memory cluster with accidents: gangs that are killed, paused, and come back."""
 
-import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from bench.simulate.cluster import Cluster
+from bench.simulate.event_loop import EventLoop
+from bench.simulate.gangs import Gang, Site
 from coordinator.config import CoordinatorConfig, ExpectedPool
-from coordinator.node import CoordinatorNode, Send
-from kvtransfer.events import ControlReceived, PoolsChanged
-from protocol.errors import PeerError
-from protocol.messages import (
-    PROTOCOL_VERSION,
-    Connected,
-    GangAddress,
-    GangReady,
-    Hello,
-    Shutdown,
-    ToCoordinator,
-    Topology,
-    ToRank,
-    Welcome,
-)
+from protocol.messages import ToRank
 from tests.simulation.decoding import DecodeGang
-from tests.simulation.gangs import FINGERPRINT, MAX_MODEL_LEN, Gang
+from tests.simulation.gangs import FINGERPRINT, MAX_MODEL_LEN
 from tests.simulation.model import BLOCK_SIZE, layout
 from tests.simulation.prefilling import PrefillGang
-from tests.simulation.ranks import Rank
 from tests.simulation.storing import SimulatedDisk, StoreGang
-from tests.simulation.world import EventLoop
 
 TICK_S = 0.25
 SWEEP_S = 1.0
-ABOUT_POOLS = (Welcome, Topology, Shutdown)
 
 
-class Cluster:
+class MortalCluster(Cluster):
     """Everything but the clients.
 
     Args:
@@ -43,8 +28,8 @@ class Cluster:
     """
 
     def __init__(self, world: EventLoop, pools: Sequence[tuple[ExpectedPool, int]]) -> None:
-        self.world = world
         self.num_blocks = {spec.pool_id: count for spec, count in pools}
+        self.disk = SimulatedDisk(quota_blocks=world.random.randint(6, 40))
         config = CoordinatorConfig(
             token="simulated",
             model="arithmetic",
@@ -57,17 +42,21 @@ class Cluster:
             max_attempts=8,
             poison_deaths=100,  # deaths here are nobody's fault
         )
-        self.node = CoordinatorNode(config, FINGERPRINT, epoch=1, wake=self._obey)
-        self.registry, self.service = self.node.registry, self.node.service
-        self.disk = SimulatedDisk(quota_blocks=world.random.randint(6, 40))
-        self.gangs: dict[str, Gang[Any]] = {}
-        self._lives = dict.fromkeys(self.num_blocks, 0)
-        self._everyone: dict[str, Rank] = {}
-        self._peers: dict[str, tuple[Gang[Any], Rank]] = {}
-        for pool_id in self.num_blocks:
-            self.start(pool_id)
+        super().__init__(
+            world, config, self._gang, fingerprint=FINGERPRINT, max_model_len=MAX_MODEL_LEN
+        )
         world.at(TICK_S, self._tick)
         world.at(SWEEP_S, self._sweep)
+
+    def _gang(self, site: Site) -> Gang[Any]:
+        spec = site.spec
+        layouts = [
+            layout(self.num_blocks[spec.pool_id], rank % spec.tp_size, spec.tp_size)
+            for rank in range(spec.num_ranks)
+        ]
+        if spec.role == "store":
+            return StoreGang(self.disk, site, layouts)
+        return DecodeGang(site, layouts) if spec.role == "decode" else PrefillGang(site, layouts)
 
     def _tick(self) -> None:
         for gang in self.gangs.values():
@@ -81,43 +70,12 @@ class Cluster:
         self.node.sweep(self.world.now)
         self.world.at(SWEEP_S, self._sweep)
 
-    # -- gangs come and go -------------------------------------------------------------------------
-
-    def start(self, pool_id: str) -> None:
-        """A gang comes up, for the first time or again, and says HELLO."""
-        self._lives[pool_id] += 1
-        spec = self.registry.pools[pool_id].spec
-        kind = self._kind(spec)
-        gang: Gang[Any] = kind(
-            self.world, self._everyone, spec, self._lives[pool_id],
-            [
-                layout(self.num_blocks[pool_id], rank % spec.tp_size, spec.tp_size)
-                for rank in range(spec.num_ranks)
-            ],
-            lambda message: self._from_leader(gang, message),
-        )  # fmt: skip
-        self.gangs[pool_id] = gang
-        self.world.note(f"{pool_id} starts for the {self._lives[pool_id]}. time")
-        for rank in gang.ranks:
-            peer = _peer(rank)
-            self._peers[peer] = (gang, rank)
-            hello = Hello(
-                PROTOCOL_VERSION, spec.role, pool_id, spec.cp_size, spec.tp_size,
-                rank.identity.endpoint(rank.memory.layout), FINGERPRINT, MAX_MODEL_LEN,
-                GangAddress("", "") if rank.identity.is_leader else None,
-                gang_start=self._lives[pool_id],
-            )  # fmt: skip
-            self.node.on_message(peer, hello, self.world.now)
-
-    def _kind(self, spec: ExpectedPool) -> Callable[..., Gang[Any]]:
-        if spec.role == "store":
-            return partial(StoreGang, self.disk)
-        return DecodeGang if spec.role == "decode" else PrefillGang
-
     def tell_store(self, message: ToRank) -> None:
         """What its keeper of documents has to say."""
-        for pool in self.registry.serving("store"):
+        for pool in self.node.registry.serving("store"):
             self.node.send(pool.pool_id, message)
+
+    # -- accidents ---------------------------------------------------------------------------------
 
     def kill(self, pool_id: str) -> None:
         """All processes of a gang are gone; the coordinator notices later."""
@@ -139,53 +97,3 @@ class Cluster:
         """Its leader does nothing for a while."""
         self.world.faults["paused"] += 1
         self.gangs[pool_id].paused_until = self.world.now + seconds
-
-    # -- the control plane -------------------------------------------------------------------------
-
-    def _obey(self) -> None:
-        for command in self.node.take_commands():
-            if isinstance(command, Send):
-                self._send(command.peer, command.message)
-
-    def _send(self, peer: str, message: ToRank) -> None:
-        """What is about pools is never lost: it comes with a new connection."""
-        is_safe = isinstance(message, ABOUT_POOLS)
-        name = type(message).__name__
-        if is_safe or not self.world.happens(self.world.model.lost_control, f"lost {name}"):
-            self.world.send(("to", peer), partial(self._at_rank, peer, message))
-
-    def _at_rank(self, peer: str, message: ToRank) -> None:
-        gang, rank = self._peers[peer]
-        if not gang.is_alive:
-            return
-        match message:
-            case Welcome():
-                rank.node.welcomed(message.pool_epoch)
-                gang.wake()  # what its leader has to say first of all
-                self._reply(peer, GangReady())
-            case Topology():
-                rank.node.pools_changed(message.pools, self.world.now)
-                if rank.identity.is_leader:
-                    gang.on_event(PoolsChanged(message.pools))
-                self._reply(peer, Connected(message.version))
-            case _:
-                gang.on_event(ControlReceived(message))
-
-    def _reply(self, peer: str, message: GangReady | Connected) -> None:
-        self.world.send(("from", peer), partial(self._at_node, peer, message))
-
-    def _from_leader(self, gang: Gang[Any], message: ToCoordinator) -> None:
-        name = type(message).__name__
-        if not self.world.happens(self.world.model.lost_control, f"lost {name}"):
-            leader = gang.ranks[0]
-            link = ("from", leader.identity.incarnation)
-            self.world.send(link, partial(self._at_node, _peer(leader), message))
-
-    def _at_node(self, peer: str, message: ToCoordinator) -> None:
-        with contextlib.suppress(PeerError):  # of a gang that is lost nothing is heard any more
-            self.node.on_message(peer, message, self.world.now)
-
-
-def _peer(rank: Rank) -> str:
-    """As the coordinator's socket knows it."""
-    return rank.identity.routing_id

@@ -7,15 +7,21 @@ from kvtransfer.events import ControlReceived, Event
 from protocol.messages import Reserve
 from protocol.plans import DecodePlan, SampledToken, SequenceStep, StepResult, SwapBlocks
 from tests.simulation.gangs import FINGERPRINT, MAX_MODEL_LEN, CheckedGang, Key
-from tests.simulation.model import BLOCK_SIZE, NUM_LAYERS, positions_of, states, token_of
-from tests.simulation.world import EventLoop
+from tests.simulation.model import (
+    BLOCK_SIZE,
+    NUM_LAYERS,
+    positions_of,
+    states,
+    token_of,
+    total,
+    write,
+)
 
 
 class DecodeGang(CheckedGang[DecodePlan]):
     """A decode pool."""
 
-    def _make_node(self, world: EventLoop) -> DecodeScheduler:
-        del world
+    def _make_node(self) -> DecodeScheduler:
         self._tokens: dict[Key, list[int]] = {}  # of each sequence, as far as they are known
         self._tables: dict[Key, list[int]] = {}
         self._host: dict[Key, list[list[list[bytes]]]] = {}
@@ -63,12 +69,12 @@ class DecodeGang(CheckedGang[DecodePlan]):
         for position, state in list(enumerate(states(tokens[:end])))[step.start :]:
             for rank in self.ranks:
                 block = table[position // BLOCK_SIZE]
-                rank.memory.write(range(NUM_LAYERS), block, position, state)
+                write(rank.memory, range(NUM_LAYERS), block, position, state)
         if not step.sample:
             return None
-        total = sum(
-            rank.memory.total(block, positions_of(logical, end))
+        found = sum(
+            total(rank.memory, block, positions_of(logical, end))
             for rank in self.ranks
             for logical, block in enumerate(table[: -(-end // BLOCK_SIZE)])
         )
-        return SampledToken(*key, token_of(total))
+        return SampledToken(*key, token_of(found))

@@ -6,10 +6,9 @@ as they are found in the ranks' memories: a stale, foreign, missing or misplaced
 token, up to one chance in VOCAB_SIZE.
 """
 
-import zlib
 from collections.abc import Iterable, Sequence
 
-from kvtransfer.plan import ByteRun
+from bench.simulate.ranks import Memory
 from protocol.kv import KVLayout
 
 NUM_LAYERS, NUM_HEADS, BLOCK_SIZE = 2, 2, 4
@@ -73,62 +72,25 @@ def positions_of(logical: int, end: int) -> range:
     return range(logical * BLOCK_SIZE, min((logical + 1) * BLOCK_SIZE, end))
 
 
-class Memory:
-    """One rank's KV, as bytes in the order of its layout."""
+def write(memory: Memory, layers: range, block_id: int, position: int, state: int) -> None:
+    """K and V of one token of these layers, for all heads of the rank."""
+    offset, layout = position % BLOCK_SIZE, memory.layout
+    for layer in layers:
+        for head in range(layout.num_kv_heads):
+            base = layout.offset(layer, block_id, head) // 4 + offset
+            k = row(state, layer, head + layout.first_kv_head)
+            memory.words[base], memory.words[base + BLOCK_SIZE] = k, k ^ _MASK
 
-    def __init__(self, layout: KVLayout) -> None:
-        self.layout = layout
-        self.bytes = bytearray(b"\xa5" * layout.num_bytes)
-        self._words = memoryview(self.bytes).cast("I")
 
-    def write(self, layers: range, block_id: int, position: int, state: int) -> None:
-        """K and V of one token of these layers, for all heads of this rank."""
-        offset = position % BLOCK_SIZE
-        for layer in layers:
-            for head in range(self.layout.num_kv_heads):
-                base = self.layout.offset(layer, block_id, head) // 4 + offset
-                k = row(state, layer, head + self.layout.first_kv_head)
-                self._words[base], self._words[base + BLOCK_SIZE] = k, k ^ _MASK
-
-    def total(self, block_id: int, positions: range) -> int:
-        """What the rows of a block add; ``positions`` are the ones that it holds."""
-        total = 0
-        for layer in range(NUM_LAYERS):
-            for head in range(self.layout.num_kv_heads):
-                base = self.layout.offset(layer, block_id, head) // 4
-                number = head + self.layout.first_kv_head
-                for position in positions:
-                    at = base + position % BLOCK_SIZE
-                    k, v = self._words[at], self._words[at + BLOCK_SIZE]
-                    total += weigh(k, v, (position, layer, number))
-        return total
-
-    def save(self, block_id: int) -> list[bytes]:
-        """Each layer's part of a block."""
-        return [bytes(self.bytes[place]) for place in self._parts(block_id)]
-
-    def restore(self, block_id: int, saved: Sequence[bytes]) -> None:
-        for place, part in zip(self._parts(block_id), saved, strict=True):
-            self.bytes[place] = part
-
-    def _parts(self, block_id: int) -> list[slice]:
-        starts = [self.layout.offset(layer, block_id, 0) for layer in range(NUM_LAYERS)]
-        return [slice(start, start + self.layout.block_bytes) for start in starts]
-
-    def read_from(self, source: "Memory", runs: Sequence[ByteRun]) -> None:
-        """What a transport does when the bytes of a read land."""
-        for run in runs:
-            found = source.bytes[run.source_offset : run.source_offset + run.num_bytes]
-            self.bytes[run.target_offset : run.target_offset + run.num_bytes] = found
-
-    def source_checksum(self, runs: Sequence[ByteRun]) -> int:
-        return self._checksum((run.source_offset, run.num_bytes) for run in runs)
-
-    def target_checksum(self, runs: Sequence[ByteRun]) -> int:
-        return self._checksum((run.target_offset, run.num_bytes) for run in runs)
-
-    def _checksum(self, pieces: Iterable[tuple[int, int]]) -> int:
-        found = 0
-        for start, size in pieces:
-            found = zlib.crc32(self.bytes[start : start + size], found)
-        return found
+def total(memory: Memory, block_id: int, positions: range) -> int:
+    """What the rows of a block add; ``positions`` are the ones that it holds."""
+    found, layout = 0, memory.layout
+    for layer in range(NUM_LAYERS):
+        for head in range(layout.num_kv_heads):
+            base = layout.offset(layer, block_id, head) // 4
+            number = head + layout.first_kv_head
+            for position in positions:
+                at = base + position % BLOCK_SIZE
+                k, v = memory.words[at], memory.words[at + BLOCK_SIZE]
+                found += weigh(k, v, (position, layer, number))
+    return found

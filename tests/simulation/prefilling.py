@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 
+from bench.simulate.ranks import Rank
 from kvtransfer.events import ControlReceived, Event
 from prefill.announcer import Announcer
 from prefill.facts import PoolFacts
@@ -19,9 +20,9 @@ from tests.simulation.model import (
     positions_of,
     states,
     token_of,
+    total,
+    write,
 )
-from tests.simulation.ranks import Rank
-from tests.simulation.world import EventLoop
 
 CHUNK_TOKENS = 12
 FETCH_TIMEOUT_S = 3.0
@@ -43,8 +44,7 @@ class FlatCosts:
 class PrefillGang(CheckedGang[PrefillPlan]):
     """A prefill pool."""
 
-    def _make_node(self, world: EventLoop) -> PrefillScheduler:
-        del world
+    def _make_node(self) -> PrefillScheduler:
         spec, groups = self.spec, layer_groups(NUM_LAYERS, 1)
         self._prompts: dict[Key, tuple[int, ...]] = {}
         self._announcers = [
@@ -87,20 +87,20 @@ class PrefillGang(CheckedGang[PrefillPlan]):
             announcer.play(work, partial(self._write, rank, work))
         if not work.is_last:
             return None
-        total = sum(
-            rank.memory.total(block.block_id, positions_of(block.logical, end))
+        found = sum(
+            total(rank.memory, block.block_id, positions_of(block.logical, end))
             for rank in self.ranks
             for block in work.blocks
             if block.cp_rank == rank.identity.cp_rank
         )
-        return SampledToken(work.request_id, work.attempt, token_of(total))
+        return SampledToken(work.request_id, work.attempt, token_of(found))
 
     def _write(self, rank: Rank, work: ChunkWork, layer: int) -> None:
         """The chunk's blocks that lie on a rank."""
         for position, state in enumerate(self._states_of(work), work.start):
             block = work.blocks[position // BLOCK_SIZE]
             if block.cp_rank == rank.identity.cp_rank:
-                rank.memory.write(range(layer, layer + 1), block.block_id, position, state)
+                write(rank.memory, range(layer, layer + 1), block.block_id, position, state)
 
     def _states_of(self, work: ChunkWork) -> list[int]:
         """The chunk's. They are those of the prompt: KV alone does not tell them."""

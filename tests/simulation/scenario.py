@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from random import Random
 
+from bench.simulate.event_loop import EventLoop, FaultModel
 from coordinator.config import ExpectedPool
 from coordinator.request import Request
 from kvcache.prefix import block_salt, hash_blocks
@@ -19,10 +20,9 @@ from protocol.errors import BatonError, RequestError
 from protocol.messages import Forget, NewToken, Pin
 from protocol.request import SamplingParams
 from protocol.token_ids import TokenIds
-from tests.simulation.cluster import Cluster
+from tests.simulation.cluster import MortalCluster
 from tests.simulation.gangs import FINGERPRINT
 from tests.simulation.model import BLOCK_SIZE, VOCAB_SIZE, reference
-from tests.simulation.world import EventLoop, FaultModel
 
 HORIZON_S = 6.0  # in which clients come and accidents happen
 LIMIT_S = 400.0
@@ -125,7 +125,7 @@ class _Scenario:
         self._world = EventLoop(seed, FAULT_MODELS[seed % len(FAULT_MODELS)])
         pools = _pools(random)
         self._has_store = any(spec.role == "store" for spec, _ in pools)
-        self._cluster = Cluster(self._world, pools)
+        self._cluster = MortalCluster(self._world, pools)
         self._random = random
         self._texts = [_text(random, 48) for _ in range(2)]
         self._clients: list[Client] = []
@@ -167,7 +167,7 @@ class _Scenario:
     def _submit(self, client: Client) -> None:
         self._num_coming -= 1
         self._clients.append(client)
-        service, world = self._cluster.service, self._world
+        service, world = self._cluster.node.service, self._world
         sampling = SamplingParams(max_tokens=client.max_tokens, temperature=0.0)
         hashes = tuple(hash_blocks(client.prompt, BLOCK_SIZE, block_salt(FINGERPRINT, "")))
         session = ("tenant", client.session) if client.session else None
@@ -200,7 +200,7 @@ class _Scenario:
         if client.request is not None and client.request.is_active:
             self._world.faults["left"] += 1
             client.has_left = True
-            self._cluster.service.abort(client.request, self._world.now)
+            self._cluster.node.service.abort(client.request, self._world.now)
 
     def _ask_again(self) -> None:
         """Whose request has ended and who has more to ask does so, with what it was told."""
@@ -245,7 +245,7 @@ class _Scenario:
         )
 
     def _is_quiet(self) -> bool:
-        if self._num_coming or self._cluster.service.loads.num_active:
+        if self._num_coming or self._cluster.node.service.loads.num_active:
             return False
         self._ask_again()
         return not self._num_coming and self._world.now > HORIZON_S and not self._what_is_left()

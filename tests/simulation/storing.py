@@ -1,9 +1,11 @@
 """A store: the real node over a simulated memory, and a disk that survives it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Never, assert_never
+from typing import Never, assert_never
 
+from bench.simulate.gangs import Site
 from kvcache.blocks import BlockPool
 from kvcache.tiers.index import PackIndex
 from kvcache.tiers.jobs import (
@@ -17,11 +19,11 @@ from kvcache.tiers.jobs import (
 )
 from kvcache.tiers.pack import KVShape, PackHeader
 from kvtransfer.events import Command
+from protocol.kv import KVLayout
 from protocol.plans import StepResult
 from store.scheduler import StoreFacts, StoreScheduler
 from tests.simulation.gangs import FINGERPRINT, CheckedGang
 from tests.simulation.model import BLOCK_SIZE, NUM_HEADS, NUM_LAYERS
-from tests.simulation.world import EventLoop
 
 DISK_S = 0.02
 PACK_BLOCKS = 4
@@ -44,16 +46,16 @@ class StoreGang(CheckedGang[Never]):
         disk: of all its lives.
     """
 
-    def __init__(self, disk: SimulatedDisk, *arguments: Any) -> None:
+    def __init__(self, disk: SimulatedDisk, site: Site, layouts: Sequence[KVLayout]) -> None:
         self._disk = disk
-        super().__init__(*arguments)
+        super().__init__(site, layouts)
 
-    def _make_node(self, world: EventLoop) -> StoreScheduler:
+    def _make_node(self) -> StoreScheduler:
         memory = self.ranks[0].memory
         self._block_bytes = NUM_LAYERS * memory.layout.block_bytes
         index = PackIndex(self._disk.quota_blocks * self._block_bytes)
         for name, (header, _) in self._disk.packs.items():
-            index.add(name, header, world.now)
+            index.add(name, header, self.world.now)
         facts = StoreFacts(BLOCK_SIZE, self._block_bytes, PACK_BLOCKS, FINGERPRINT)
         return StoreScheduler(BlockPool(memory.layout.num_blocks, BLOCK_SIZE), index, facts)
 

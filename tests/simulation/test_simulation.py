@@ -4,9 +4,10 @@ import functools
 
 import pytest
 
-from tests.simulation.model import BLOCK_SIZE, Memory, layout, reference, states, token_of
+from bench.simulate.event_loop import EventLoop, FaultModel
+from bench.simulate.ranks import Memory
+from tests.simulation.model import BLOCK_SIZE, layout, reference, states, token_of, total, write
 from tests.simulation.scenario import FAULT_MODELS, run
-from tests.simulation.world import EventLoop, FaultModel
 
 NUM_QUICK = 210
 NUM_THOROUGH = 20_000
@@ -72,16 +73,16 @@ def test_the_model_needs_every_row_in_its_place(spoil: str | None) -> None:
     table = [5, 0, 3]
     for memory in ranks:
         for position, state in enumerate(states(prompt)):
-            memory.write(range(2), table[position // BLOCK_SIZE], position, state)
+            write(memory, range(2), table[position // BLOCK_SIZE], position, state)
     if spoil == "swap":
         table = [0, 5, 3]
     elif spoil == "stale":
         table = [5, 1, 3]
     elif spoil == "flip":
         ranks[1].bytes[ranks[1].layout.offset(1, 3, 0)] ^= 1
-    total = sum(
-        memory.total(block, range(index * BLOCK_SIZE, (index + 1) * BLOCK_SIZE))
+    found = sum(
+        total(memory, block, range(index * BLOCK_SIZE, (index + 1) * BLOCK_SIZE))
         for memory in ranks
         for index, block in enumerate(table)
     )
-    assert (token_of(total) == reference(prompt, 1)[0]) is (spoil is None)
+    assert (token_of(found) == reference(prompt, 1)[0]) is (spoil is None)

@@ -14,7 +14,7 @@ from random import Random
 import msgspec
 
 from bench.load.workload.arrival import Arrival, Replay, before, check_arrival, grid_of
-from bench.load.workload.sessions import Cancellations, Segment, Turn, Workload, check_workload
+from bench.load.workload.sessions import Cancellations, Segment, Turn, TurnSource, check_workload
 from bench.load.workload.traces import BLOCK_SIZE, Row, turn_of
 from protocol.errors import ConfigError
 
@@ -73,7 +73,7 @@ class Schedule(msgspec.Struct, frozen=True):
 
 
 def draw(
-    workload: Workload,
+    workload: TurnSource,
     arrival: Arrival,
     seed: int,
     *,

@@ -6,6 +6,7 @@ exactly as far as they begin with the same segments; everything else differs fro
 
 from collections.abc import Iterator
 from random import Random
+from typing import Protocol
 
 import msgspec
 
@@ -33,6 +34,12 @@ class Turn(msgspec.Struct, frozen=True):
     max_tokens: int
     think_s: float = 0.0
     keeps_history: bool = False
+
+
+class TurnSource(Protocol):
+    """What draws sessions, without end."""
+
+    def sessions(self, random: Random) -> Iterator[tuple[Turn, ...]]: ...
 
 
 class Lengths(msgspec.Struct, frozen=True, tag="lengths", tag_field="kind"):
@@ -180,8 +187,8 @@ class Cancellations(msgspec.Struct, frozen=True):
         return after_s if goes else None
 
 
-def check_workload(workload: Workload, cancellations: Cancellations | None = None) -> Workload:
-    """The same.
+def check_workload(workload: TurnSource, cancellations: Cancellations | None = None) -> None:
+    """Nothing, where it can be drawn from.
 
     Raises:
         ConfigError: a length in it is none, or a share is not between 0 and 1.
@@ -195,4 +202,3 @@ def check_workload(workload: Workload, cancellations: Cancellations | None = Non
         raise ConfigError("a share must lie between 0 and 1")
     if isinstance(workload, PrefixTree) and min(workload.depth, workload.fanout) < 1:
         raise ConfigError("prefix_tree: depth and fanout must be at least 1")
-    return workload

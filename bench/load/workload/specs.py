@@ -23,7 +23,8 @@ def workload_of(spec: str) -> Workload:
     except msgspec.ValidationError as error:
         raise ConfigError(f"workload {spec!r}: {error}; {_kinds(Workload)}") from error
     _refuse_unknown(fields, workload, spec)
-    return check_workload(workload)
+    check_workload(workload)
+    return workload
 
 
 def arrival_of(spec: str, rate: float | None) -> Arrival:

@@ -22,7 +22,6 @@ from bench.report.drawing.plot import (
 )
 from bench.report.drawing.scale import Scale, scale, tick_text, ticks
 
-FONT_PX = 12
 LINE_HEIGHT = 17
 KEY_WIDTH = 24  # of a legend's sample
 GAP = 18  # between two entries of a legend

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from bench.report.drawing.plot import Axis, Unit
 
 STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
-SECOND_STEPS = (1.0, 2.0, 5.0, 10.0)
 NO_BREAK = "\u00a0"
 LOG_FLOOR = 1e-6  # nothing that is drawn on a logarithmic axis is smaller: a microsecond
 

@@ -30,8 +30,8 @@ from bench.load.workload.arrival import Poisson
 from bench.load.workload.prompts import Dialect
 from bench.load.workload.schedule import draw
 from bench.load.workload.sessions import Lengths
-from bench.report.example import sample_run
 from protocol.errors import ConfigError
+from tests.bench.example import sample_run
 from tests.bench.toy_server import ToyConfig
 
 START = Callable[..., str]

@@ -11,9 +11,9 @@ from bench.load.driving.driver import Target
 from bench.load.planning import Options, recipe_of
 from bench.load.record import read_run, write_run
 from bench.load.workload.prompts import Api, Dialect
-from bench.report.example import sample_run
 from launcher.__main__ import main
 from protocol.errors import ConfigError
+from tests.bench.example import sample_run
 from tests.bench.toy_server import ToyConfig
 
 LOAD = ["--workload", "lengths:prompt=64,output=4", "--rate", "40", "--requests", "12"]

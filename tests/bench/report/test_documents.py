@@ -7,9 +7,9 @@ import pytest
 
 from bench.load.record import RequestRecord
 from bench.report.drawing.plot import Dots, LaneText, Line, Plot, Spans
-from bench.report.example import sample_run
 from bench.report.figures.documents import documents
 from bench.report.runs import Run, Side, sides_of
+from tests.bench.example import sample_run
 from tests.bench.records import record
 
 

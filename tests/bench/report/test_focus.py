@@ -8,9 +8,9 @@ import msgspec
 from bench.load.record import Manifest, write_run
 from bench.report.build import build_report
 from bench.report.drawing.plot import Line, Plot
-from bench.report.example import sample_run, sample_runs
 from bench.report.focus import focus
 from bench.report.runs import Run, load_runs, sides_of
+from tests.bench.example import sample_run, sample_runs
 from tests.bench.records import record
 
 SLO = {"default": {"ttft_ms": 100, "tpot_ms": 50, "target": 0.9}}

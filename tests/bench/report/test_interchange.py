@@ -12,8 +12,8 @@ from bench.load.analysis.slo import tpot_of
 from bench.load.interchange.aiperf import export_aiperf, import_aiperf
 from bench.load.interchange.vllm import export_vllm, import_vllm
 from bench.load.record import Manifest, RequestRecord
-from bench.report.example import sample_run
 from protocol.errors import ConfigError
+from tests.bench.example import sample_run
 
 
 def _one_target() -> tuple[Manifest, list[RequestRecord]]:

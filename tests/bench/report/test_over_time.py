@@ -13,10 +13,10 @@ from bench.report.build import build_report
 from bench.report.drawing.layout import frame_of
 from bench.report.drawing.plot import Line, Plot
 from bench.report.drawing.svg import NARROW, WIDE
-from bench.report.example import sample_run, sample_runs
 from bench.report.figures.cluster import kv_use, occupancy, prompt_tokens, rates_of
 from bench.report.figures.slices import NUM_SLICES, slices, time_axis
 from bench.report.runs import Run, Side, renamed, sides_of
+from tests.bench.example import sample_run
 from tests.bench.records import record
 
 Points = tuple[tuple[float, float], ...]
@@ -145,8 +145,8 @@ def test_first_tokens_have_a_median_and_a_p99_in_each_slice() -> None:
     assert [y for _, y in _line(plot, "t, p99")] == pytest.approx([0.198])
 
 
-def test_plots_over_time_have_one_axis() -> None:
-    report = build_report(sample_runs(0, (4,)))
+def test_plots_over_time_have_one_axis(simulated: list[Run]) -> None:
+    report = build_report(simulated[:1])
     (section,) = [section for section in report.sections if section.key == "time"]
     *timed, lag = section.groups
     plots = [item for group in timed for item in group if isinstance(item, Plot)]
@@ -167,8 +167,8 @@ def _lines(plot: Plot) -> list[Line]:
     return [layer for layer in plot.layers if isinstance(layer, Line)]
 
 
-def test_what_was_not_told_is_said() -> None:
-    (run,) = sample_runs(0, (4,))
+def test_what_was_not_told_is_said(simulated: list[Run]) -> None:
+    run = simulated[0]
     partly = [sample for sample in run.samples if sample.target == "disaggregated"]
     foreign = [msgspec.structs.replace(one, timeline=None) for one in run.records]
     leads = []
@@ -184,20 +184,9 @@ def test_what_was_not_told_is_said() -> None:
         assert titles[key].endswith(": disaggregated")
 
 
-def test_a_renamed_run_keeps_its_samples() -> None:
-    (run,) = sample_runs(0, (4,))
-    sides = sides_of([renamed(run, "before")])
+def test_a_renamed_run_keeps_its_samples(simulated: list[Run]) -> None:
+    sides = sides_of([renamed(simulated[0], "before")])
     assert [side.name for side in sides] == ["before: disaggregated", "before: colocated"]
     assert all(side.samples for side in sides)
     times = [sample.at_s for sample in sides[0].samples]
     assert times == sorted(times)
-
-
-def test_the_examples_blocks_are_all_accounted_for() -> None:
-    for run in sample_runs(0, (3, 12)):
-        for sample in run.samples:
-            for pool in sample.pools:
-                (space,) = pool.blocks
-                held = space.owned + space.in_flight
-                assert space.held == held >= 0
-                assert space.free >= 0

@@ -13,9 +13,9 @@ from bench.load.record import Manifest, RequestRecord, write_run
 from bench.report.build import build_report
 from bench.report.drawing.plot import Line
 from bench.report.drawing.svg import NARROW, WIDE, draw
-from bench.report.example import sample_run, sample_runs
 from bench.report.page import render
 from bench.report.runs import Run, load_runs
+from tests.bench.example import sample_run
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=y>\"'&\x00\x1b]\ud800"
 SECTIONS = ["summary", "load", "latency", "phases", "documents", "time", "requests"]
@@ -44,19 +44,14 @@ class _Page(HTMLParser):
         return [attrs["id"] or "" for name, attrs in self.tags if name == tag and "id" in attrs]
 
 
-@pytest.fixture(scope="module")
-def example() -> list[Run]:
-    return sample_runs(seed=1, rates=(3, 6))
-
-
 def _manifest(**changes: object) -> Manifest:
     manifest, _ = sample_run(0, 2.0, 1.0)
     changes = {"valid": True, "invalid_reasons": [], **changes}
     return msgspec.structs.replace(manifest, **changes)
 
 
-def test_every_section_is_there(example: list[Run]) -> None:
-    page = _Page(render(build_report(example)))
+def test_every_section_is_there(simulated: list[Run]) -> None:
+    page = _Page(render(build_report(simulated)))
     assert page.ids("section") == SECTIONS
     for words in ("SLO attainment against rate", "Goodput per accelerator", "interactivity"):
         assert words in page.text
@@ -66,8 +61,8 @@ def test_every_section_is_there(example: list[Run]) -> None:
         assert words in page.text
 
 
-def test_nothing_is_loaded(example: list[Run]) -> None:
-    text = render(build_report(example))
+def test_nothing_is_loaded(simulated: list[Run]) -> None:
+    text = render(build_report(simulated))
     page = _Page(text)
     loading = {"src", "srcset", "data", "poster", "action", "background", "xlink:href"}
     for tag, attributes in page.tags:
@@ -77,8 +72,8 @@ def test_nothing_is_loaded(example: list[Run]) -> None:
     assert not re.search(r"@import|url\(|fetch\(|XMLHttpRequest|import\(|https?://", text)
 
 
-def test_every_drawing_is_valid_xml_at_both_widths(example: list[Run]) -> None:
-    plots = build_report(example).plots
+def test_every_drawing_is_valid_xml_at_both_widths(simulated: list[Run]) -> None:
+    plots = build_report(simulated).plots
     assert len({plot.key for plot in plots}) == len(plots) >= 20
     for plot in plots:
         for width in (WIDE, NARROW):
@@ -185,9 +180,9 @@ def test_a_page_stays_small_however_many_requests_there_are() -> None:
     assert sizes[1] < 4 * sizes[0]
 
 
-def test_a_deadline_far_above_every_request_is_told_instead_of_drawn(example: list[Run]) -> None:
+def test_a_deadline_far_above_every_request_is_told_instead_of_drawn(simulated: list[Run]) -> None:
     far = {"default": {"ttft_s": 900, "target": 0.9}}
-    run = Run(Path("run"), _manifest(slo=far), example[0].records)
+    run = Run(Path("run"), _manifest(slo=far), simulated[0].records)
     plots = [p for p in build_report([run]).plots if p.key.startswith("ttft-length")]
     assert len(plots) == 2
     for plot in plots:

@@ -14,7 +14,6 @@ from bench.load.analysis.goodput import Point, Verdict
 from bench.load.record import write_run
 from bench.load.sweep import SWEEP_FILE, SweepRecord
 from bench.report.drawing.plot import Line
-from bench.report.example import sample_run, sample_runs
 from bench.report.figures.load import attainment, goodput
 from bench.report.figures.load_points import load_points
 from bench.report.files import write_report
@@ -22,6 +21,7 @@ from bench.report.focus import focus
 from bench.report.runs import load_runs, sides_of, write_comparison
 from bench.report.terminal import show
 from protocol.errors import ConfigError
+from tests.bench.example import sample_run, sample_runs
 
 
 def _sweep(folder: Path, rates: tuple[float, ...] = (2.0, 6.0), num_rounds: int = 2) -> Path:

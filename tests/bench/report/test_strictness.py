@@ -8,10 +8,10 @@ import pytest
 
 from bench.load.record import RequestRecord
 from bench.report.drawing.plot import Band, Line, Plot, Rule
-from bench.report.example import sample_run, sample_runs
 from bench.report.figures.load_points import load_points
 from bench.report.figures.strictness import FACTORS, attainment_by_scale
 from bench.report.runs import Run, sides_of
+from tests.bench.example import sample_run, sample_runs
 from tests.bench.records import record
 
 SLO = {"default": {"ttft_ms": 100, "tpot_ms": 50, "target": 0.9}}

@@ -7,9 +7,9 @@ import msgspec
 
 from bench.load.analysis.validity import STOPPED
 from bench.load.sweep import SweepRecord
-from bench.report.example import sample_run
 from bench.report.runs import Run
 from bench.report.verdict import judge
+from tests.bench.example import sample_run
 
 
 def _run(name: str = "run", sweep: SweepRecord | None = None, **changes: Any) -> Run:

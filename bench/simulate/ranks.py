@@ -1,20 +1,61 @@
-"""One rank: its memory, and the real node of its transfer thread."""
+"""One rank: its memory as bytes, and the real node of its transfer thread."""
 
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
+from bench.simulate.event_loop import EventLoop
 from engine.rank_node import RankNode
 from kvtransfer.events import Command, Event
 from kvtransfer.handoff.actions import StartRead
 from kvtransfer.handoff.handoffs import HandoffPolicy
 from kvtransfer.identity import PeerName, RankIdentity
+from kvtransfer.plan import ByteRun
 from protocol.handoff import HandoffMessage
 from protocol.kv import KVLayout
-from tests.simulation.model import Memory
-from tests.simulation.world import EventLoop
 
 LEASE_S = 2.0
 MAX_READS = 3
+
+
+class Memory:
+    """One rank's KV, as bytes in the order of its layout."""
+
+    def __init__(self, layout: KVLayout) -> None:
+        self.layout = layout
+        self.bytes = bytearray(b"\xa5" * layout.num_bytes)
+        self.words = memoryview(self.bytes).cast("I")
+
+    def save(self, block_id: int) -> list[bytes]:
+        """Each layer's part of a block."""
+        return [bytes(self.bytes[place]) for place in self._parts(block_id)]
+
+    def restore(self, block_id: int, saved: Sequence[bytes]) -> None:
+        for place, part in zip(self._parts(block_id), saved, strict=True):
+            self.bytes[place] = part
+
+    def _parts(self, block_id: int) -> list[slice]:
+        layout = self.layout
+        starts = [layout.offset(layer, block_id, 0) for layer in range(layout.num_layers)]
+        return [slice(start, start + layout.block_bytes) for start in starts]
+
+    def read_from(self, source: "Memory", runs: Sequence[ByteRun]) -> None:
+        """What a transport does when the bytes of a read land."""
+        for run in runs:
+            found = source.bytes[run.source_offset : run.source_offset + run.num_bytes]
+            self.bytes[run.target_offset : run.target_offset + run.num_bytes] = found
+
+    def source_checksum(self, runs: Sequence[ByteRun]) -> int:
+        return self._checksum((run.source_offset, run.num_bytes) for run in runs)
+
+    def target_checksum(self, runs: Sequence[ByteRun]) -> int:
+        return self._checksum((run.target_offset, run.num_bytes) for run in runs)
+
+    def _checksum(self, pieces: Iterable[tuple[int, int]]) -> int:
+        found = 0
+        for start, size in pieces:
+            found = zlib.crc32(self.bytes[start : start + size], found)
+        return found
 
 
 class Rank:

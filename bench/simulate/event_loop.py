@@ -34,12 +34,12 @@ class EventLoop:
 
     Args:
         seed: of everything.
-        model: what happens to messages and reads.
+        model: what happens to messages and reads; by default neither takes time nor goes wrong.
     """
 
-    def __init__(self, seed: int, model: FaultModel) -> None:
+    def __init__(self, seed: int = 0, model: FaultModel | None = None) -> None:
         self.random = Random(seed)
-        self.model = model
+        self.model = model or FaultModel(delay_s=0.0, read_s=0.0)
         self.now = 0.0
         self.faults: Counter[str] = Counter()
         self.trace: deque[str] = deque(maxlen=TRACE_LENGTH)

@@ -1,21 +1,15 @@
-"""An example run of a disaggregated and a colocated server, drawn from a seed: no server is asked.
+"""Made-up runs of a disaggregated and a colocated server, drawn from a seed: no server is asked.
 
-It is what ``baton bench report --example`` shows: how a report looks before one has figures. The
-two servers are queues: the disaggregated one prefills on its own pool and hands over, the colocated
-one stalls the tokens of everybody while it prefills. Their report says that it is made up.
+The two servers are queues: the disaggregated one prefills on its own pool and hands over, the
+colocated one stalls the tokens of everybody while it prefills.
 """
 
-import math
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from random import Random
 
 from bench.load.record import FORMAT_VERSION, Manifest, RequestRecord
-from bench.load.samples import Blocks, ClusterSample, PoolSample
-from bench.report.figures.phases import DECODE, Phase, phases_of
 from bench.report.runs import Run
 
 PREFILL_S_PER_TOKEN = 4e-5
@@ -30,14 +24,6 @@ TARGETS = [
     {"name": "disaggregated", "url": "example:", "model": "example", "num_accelerators": 4},
     {"name": "colocated", "url": "example:", "model": "example", "num_accelerators": 4},
 ]
-
-
-BLOCK_SIZE = 16
-NUM_BLOCKS = 24_000
-PREFILL_PHASES = ("prefill compute", "queue and prefill")
-QUEUE_PHASES = ("prefill queue",)
-
-Lived = list[tuple[RequestRecord, dict[str, Phase]]]
 
 
 @dataclass(slots=True)
@@ -194,98 +180,5 @@ def sample_runs(seed: int = 0, rates: tuple[float, ...] = (2, 6, 10, 14, 18)) ->
     runs: list[Run] = []
     for rate in rates:
         manifest, records = sample_run(seed, rate)
-        folder, states = Path(f"rate-{rate:g}"), sample_states(records)
-        runs.append(Run(folder, manifest, records, samples=states))
+        runs.append(Run(Path(f"rate-{rate:g}"), manifest, records))
     return runs
-
-
-# ---- what the servers would have said of themselves --------------------------------------------
-
-
-def sample_states(records: Sequence[RequestRecord]) -> list[ClusterSample]:
-    """Both servers, once a second."""
-    found: list[ClusterSample] = []
-    for target in dict.fromkeys(record.target for record in records):
-        lived: Lived = [
-            (record, {phase.name: phase for phase in phases_of(record)})
-            for record in records
-            if record.target == target and record.outcome == "ok"
-        ]
-        ends = [record.finished_s or 0.0 for record, _ in lived]
-        totals = _totals(lived)
-        is_split = any("prefill compute" in phases for _, phases in lived)
-        for second in range(math.ceil(max(ends, default=0.0)) + 1):
-            at_s = float(second)
-            pools = _pools(lived, totals, at_s, is_split=is_split)
-            num_active = sum(r.sent_s <= at_s < (r.finished_s or 0.0) for r, _ in lived)
-            found.append(ClusterSample(target, at_s, 0.002, num_active, pools))
-    return found
-
-
-def _totals(lived: Lived) -> dict[str, tuple[list[float], list[float]]]:
-    """(instants, totals from then on) of each counter."""
-    steps: dict[str, list[tuple[float, int]]] = {"prompt": [], "cached": [], "output": []}
-    for record, _ in lived:
-        first_s = record.token_times_s[0]
-        steps["prompt"].append((first_s, record.num_prompt_tokens))
-        steps["cached"].append((first_s, record.num_cached_tokens or 0))
-        steps["output"] += [(at_s, 1) for at_s in record.token_times_s]
-    found: dict[str, tuple[list[float], list[float]]] = {}
-    for name, own in steps.items():
-        own.sort()
-        found[name] = [at for at, _ in own], list(accumulate(float(count) for _, count in own))
-    return found
-
-
-def _pools(
-    lived: Lived, totals: dict[str, tuple[list[float], list[float]]], at_s: float, *, is_split: bool
-) -> tuple[PoolSample, ...]:
-    def total(name: str) -> float:
-        instants, sums = totals[name]
-        index = bisect_right(instants, at_s)
-        return sums[index - 1] if index else 0.0
-
-    prefilling = _during(lived, PREFILL_PHASES, at_s)
-    waiting = _during(lived, QUEUE_PHASES, at_s)
-    decoding = _during(lived, (DECODE,), at_s)
-    computed = total("prompt") - total("cached")
-    counters = {
-        "prompt_tokens_total": total("prompt"),
-        "cached_tokens_total": total("cached"),
-        "output_tokens_total": total("output"),
-        "preemptions_total": 0.0,
-    }
-    filled = _blocks([*decoding, *([] if is_split else prefilling)], computed)
-    running = len(decoding) + (0 if is_split else len(prefilling))
-    decode = PoolSample("decode0", "decode", True, running, 0, 0, (filled,), counters)
-    if not is_split:
-        return (decode,)
-    prefill = PoolSample(
-        "prefill0",
-        "prefill",
-        True,
-        len(prefilling),
-        len(waiting),
-        sum(record.num_prompt_tokens for record in waiting),
-        (_blocks(prefilling, computed),),
-        {"prefill_computed_tokens": computed, "prefill_cached_tokens": total("cached")},
-    )
-    return prefill, decode
-
-
-def _during(lived: Lived, names: Sequence[str], at_s: float) -> list[RequestRecord]:
-    """Those that are in one of these phases."""
-    return [
-        record
-        for record, phases in lived
-        for name in names
-        if name in phases and phases[name].start_s <= at_s - record.intended_s < phases[name].end_s
-    ]
-
-
-def _blocks(held_by: Sequence[RequestRecord], computed: float) -> Blocks:
-    """What these requests hold, and what all before them have left in the cache."""
-    owned = sum(-(-(r.num_prompt_tokens + r.num_output_tokens) // BLOCK_SIZE) for r in held_by)
-    owned = min(owned, NUM_BLOCKS)
-    cached = min(NUM_BLOCKS - owned, int(computed / BLOCK_SIZE))
-    return Blocks(NUM_BLOCKS, NUM_BLOCKS - owned - cached, owned, cached=cached)
