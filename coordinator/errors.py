@@ -91,6 +91,11 @@ def quarantined() -> RequestError:
     )
 
 
+def invalid_value(param: str, message: str) -> RequestError:
+    """A field, or a part of a query, has a value that it cannot have."""
+    return RequestError(message, code="invalid_value", param=param)
+
+
 def internal_error() -> RequestError:
     """A bug of ours; the details are in the log."""
     return RequestError("internal error", code="internal_error", status=500)

@@ -277,8 +277,6 @@ class Coordinator:
             started_at=int(time.time()),
             facts=self._facts,
             jobs=jobs,
-            files=jobs.files,
-            batches=jobs.batches,
             turns=turns,
             connections=connections,
         )

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from coordinator.jobs.storage import SECRET_NAME, keep_secret
+from coordinator.jobs.engine.disk import SECRET_NAME, keep_secret
 from protocol.errors import ConfigError
 
 log = logging.getLogger(__name__)

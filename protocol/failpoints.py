@@ -71,7 +71,7 @@ ACTIONS: dict[str, frozenset[str]] = {
     SEGMENT_AFTER: _LATE,  # a document's segment is stored, and not recorded
     RESULT_ANSWERED: _LATE,  # a line of a batch is answered, and not recorded
     RESULT_APPEND: _LATE,  # lines are in the files of a batch, which are not synced
-    RESULT_DONE: _LATE,  # both files are synced, neither has its name
+    RESULT_DONE: _LATE,  # both files are whole, neither has its name
     PACK_WRITTEN: _FULL,
     PACK_SYNCED: _FULL,
     PACK_RENAMED: _FULL,  # the folder is not synced
@@ -87,9 +87,9 @@ def kind_of(message: type) -> str:
 CHANGES = frozenset(
     {
         *("owner_claimed", "document_added", "document_changed", "document_deleted"),
-        *("deletion_finished", "file_added", "file_deleted", "files_expired", "batch_added"),
-        *("batch_changed", "batch_closed", "batches_forgotten", "lines_added", "lines_removed"),
-        *("line_answered", "judged"),
+        *("batch_added", "batch_changed", "batch_closed", "cleaned_up", "judged"),
+        *("lines_added", "lines_removed", "line_answered"),
+        *("file_added", "file_deleted", "files_expired"),
     }
 )
 KINDS: dict[str, frozenset[str]] = {

@@ -160,7 +160,7 @@ def _add_state(app: FastAPI, frontend: Frontend) -> None:
                 *connection_families(frontend.connections),
                 *log_families(num_dropped_lines(), frontend.registry.pools.values()),
                 *pool_families(frontend.registry.pools.values()),
-                *([] if frontend.jobs is None else job_families(frontend.jobs.gate)),
+                *job_families(frontend.jobs.gate),
             ),
             request.headers.get("accept", ""),
         )

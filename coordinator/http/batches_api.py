@@ -6,10 +6,11 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from coordinator.http.files_api import MAX_TTL_S, MIN_TTL_S, as_list, read_limit, tenant_of
+from coordinator.http.files_api import MAX_TTL_S, MIN_TTL_S
 from coordinator.http.frontend import Frontend
+from coordinator.http.listing import listed, tenant_of
 from coordinator.jobs.batches.batch import describe_batch
-from coordinator.jobs.batches.batches import Batches, BatchRequest
+from coordinator.jobs.batches.batches import BatchRequest
 from coordinator.validation.schemas import validate
 
 MAX_PAGE, DEFAULT_PAGE = 100, 20
@@ -33,50 +34,38 @@ class BatchBody(BaseModel):
 
 
 def add_batches(app: FastAPI, frontend: Frontend) -> None:
-    """Add the routes, if this coordinator has batches."""
-    if frontend.batches is None:
-        return
-    _add_making(app, frontend, frontend.batches)
-    _add_looking(app, frontend.batches)
+    """Add the routes."""
+    batches = frontend.jobs.batches
 
-
-def _add_making(app: FastAPI, frontend: Frontend, batches: Batches) -> None:
     @app.post("/v1/batches")
     async def create(request: Request) -> dict[str, Any]:
         body = validate(BatchBody, await frontend.fields(request))
         expiry = body.output_expires_after
-        batch = await batches.create(
-            BatchRequest(
-                tenant_of(request),
-                frontend.config.model_name,
-                body.input_file_id,
-                body.endpoint,
-                body.completion_window,
-                body.metadata,
-                None if expiry is None else expiry.seconds,
-            )
+        asked = BatchRequest(
+            tenant=tenant_of(request),
+            model=frontend.config.model_name,
+            input_file_id=body.input_file_id,
+            endpoint=body.endpoint,
+            completion_window=body.completion_window,
+            metadata=body.metadata,
+            output_ttl_s=None if expiry is None else expiry.seconds,
         )
-        return describe_batch(batch)
+        return describe_batch(await batches.create(asked))
+
+    @app.get("/v1/batches")
+    async def page(request: Request) -> Response:
+        return await listed(request, batches.table.page, describe_batch, DEFAULT_PAGE, MAX_PAGE)
+
+    @app.get("/v1/batches/{batch_id}")
+    async def get(request: Request, batch_id: str) -> dict[str, Any]:
+        return describe_batch(await batches.table.get(tenant_of(request), batch_id))
 
     @app.post("/v1/batches/{batch_id}/cancel")
     async def cancel(request: Request, batch_id: str) -> Response:
-        batch, was_running = await batches.cancel(tenant_of(request), batch_id)
+        batch, was_running = await batches.engine.cancel(tenant_of(request), batch_id)
         return JSONResponse(describe_batch(batch), status_code=202 if was_running else 200)
 
     @app.post("/v1/batches/{batch_id}/retry")
     async def retry(request: Request, batch_id: str) -> Response:
         batch = await batches.retry(tenant_of(request), batch_id)
         return JSONResponse(describe_batch(batch), status_code=202)
-
-
-def _add_looking(app: FastAPI, batches: Batches) -> None:
-    @app.get("/v1/batches")
-    async def page(request: Request) -> dict[str, Any]:
-        query = request.query_params
-        limit = read_limit(query.get("limit"), DEFAULT_PAGE, MAX_PAGE)
-        found, has_more = await batches.page(tenant_of(request), query.get("after"), limit)
-        return as_list([describe_batch(batch) for batch in found], has_more=has_more)
-
-    @app.get("/v1/batches/{batch_id}")
-    async def get(request: Request, batch_id: str) -> dict[str, Any]:
-        return describe_batch(await batches.get(tenant_of(request), batch_id))

@@ -46,7 +46,7 @@ def describe_cluster(frontend: Frontend, now: float) -> dict[str, Any]:
             "num_stalls": lag.num_stalls,
         },
         "counters": dict(frontend.counters),
-        "storage": None if frontend.jobs is None else frontend.jobs.storage.describe(),
+        "storage": frontend.jobs.disk.describe(),
         "pools": [_describe_pool(pool, lag.observed(now)) for pool in registry.pools.values()],
     }
 

@@ -15,8 +15,8 @@ from coordinator.errors import shutting_down
 from coordinator.http.answers import sse
 from coordinator.http.connections.connection import SCOPE_ABORT
 from coordinator.jobs.documents.document import Document
-from coordinator.jobs.documents.documents import Documents
-from coordinator.jobs.documents.events import WrittenEvent
+from coordinator.jobs.engine.engine import Engine
+from coordinator.jobs.engine.table import WrittenEvent
 from coordinator.loop.timeouts import patient
 
 
@@ -24,7 +24,7 @@ class EventStream(Response):
     """One reader's stream, as Starlette calls it. Used once.
 
     Args:
-        documents: all of them.
+        engine: of the documents.
         config: how long to wait for a reader, and to be silent.
         document: which is the reader's.
         starting_after: number of the last event that the reader has.
@@ -32,15 +32,15 @@ class EventStream(Response):
 
     def __init__(
         self,
-        documents: Documents,
+        engine: Engine[Document],
         config: CoordinatorConfig,
         document: Document,
         starting_after: int,
     ) -> None:
         super().__init__()
-        self._documents = documents
+        self._engine = engine
         self._config = config
-        self._document_id = document.document_id
+        self._document_id = document.id
         self._tenant = document.tenant
         self._last = starting_after
 
@@ -48,7 +48,7 @@ class EventStream(Response):
         work = asyncio.create_task(self._stream(send))
         watcher = asyncio.create_task(_until_disconnect(receive))
         try:
-            with self._documents.watchers.watching(self._tenant):
+            with self._engine.watchers.watching(self._tenant):
                 await asyncio.wait({work, watcher}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for task in (work, watcher):
@@ -66,11 +66,11 @@ class EventStream(Response):
     async def _stream(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": sse.HEADERS})
         while True:
-            if self._documents.table.changes.is_closed:  # no [DONE]: there may be more to come
+            if self._engine.table.changes.is_closed:  # no [DONE]: there may be more to come
                 await self._send(send, sse.error_event(shutting_down()), is_last=True)
                 return
-            news = self._documents.table.changes.ticket(self._document_id)
-            events, may_come = await self._documents.events(self._document_id, self._last)
+            news = self._engine.table.changes.ticket(self._document_id)
+            events, may_come = await self._engine.events(self._document_id, self._last)
             if events:
                 self._last = events[-1].sequence
                 await self._send(send, b"".join(map(self._frame, events)))
@@ -88,7 +88,15 @@ class EventStream(Response):
             await self._send(send, sse.keep_alive(None))
 
     def _frame(self, event: WrittenEvent) -> bytes:
-        data = sse.event(event.describe(self._document_id))
+        data = sse.event(
+            {
+                "type": event.kind,
+                "sequence_number": event.sequence,
+                "document_id": self._document_id,
+                "created_at": round(event.at, 3),
+                **event.data,
+            }
+        )
         return f"id: {event.sequence}\nevent: {event.kind}\n".encode() + data
 
     async def _send(self, send: Send, body: bytes, *, is_last: bool = False) -> None:

@@ -1,6 +1,7 @@
 """``/v1/files``, in OpenAI's shape: paths to functions."""
 
 import asyncio
+from functools import partial
 from typing import Any
 from urllib.parse import quote
 
@@ -8,11 +9,12 @@ from fastapi import FastAPI, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from coordinator.auth import SCOPE_TENANT
+from coordinator.errors import invalid_value
 from coordinator.http.connections.connection import SCOPE_ABORT
 from coordinator.http.frontend import Frontend
-from coordinator.http.uploads import Upload, receive_upload
-from coordinator.jobs.files import BATCH, FilePage, Files, StoredFile, new_file_id
+from coordinator.http.listing import listed, tenant_of
+from coordinator.http.uploads import Upload
+from coordinator.jobs.files.files import BATCH, Files, StoredFile, new_file_id
 from coordinator.loop.timeouts import patient
 from protocol.errors import RequestError
 
@@ -23,48 +25,19 @@ READ_BYTES = 256 << 10
 
 
 def add_files(app: FastAPI, frontend: Frontend) -> None:
-    """Add the routes, if this coordinator keeps files."""
-    if frontend.files is None:
-        return
-    files = frontend.files
-    _add_upload(app, frontend, files)
-    _add_looking(app, frontend, files)
+    """Add the routes."""
+    files = frontend.jobs.files
 
-
-def _add_upload(app: FastAPI, frontend: Frontend, files: Files) -> None:
     @app.post("/v1/files")
     async def create(request: Request) -> dict[str, Any]:
-        limits, min_free_bytes = frontend.config.limits, files.limits.min_free_bytes
-        async with (
-            frontend.room_for_upload(request),
-            receive_upload(request, files.folder, limits, min_free_bytes) as upload,
-        ):
+        async with frontend.upload(request, files.folder.path) as upload:
             file = _as_file(files, tenant_of(request), upload)
             return describe_file(await files.add(file, upload.path))
 
-    @app.delete("/v1/files/{file_id}")
-    async def delete(request: Request, file_id: str) -> dict[str, Any]:
-        await files.delete(tenant_of(request), file_id)
-        return {"id": file_id, "object": "file", "deleted": True}
-
-
-def _add_looking(app: FastAPI, frontend: Frontend, files: Files) -> None:
     @app.get("/v1/files")
-    async def page(request: Request) -> dict[str, Any]:
-        query = request.query_params
-        order = query.get("order", "desc")
-        if order not in ("asc", "desc"):
-            raise _invalid("order", "order is asc or desc")
-        found, has_more = await files.page(
-            tenant_of(request),
-            FilePage(
-                query.get("after"),
-                read_limit(query.get("limit"), MAX_PAGE, MAX_PAGE),
-                is_ascending=order == "asc",
-                purpose=query.get("purpose"),
-            ),
-        )
-        return as_list([describe_file(file) for file in found], has_more=has_more)
+    async def page(request: Request) -> Response:
+        read = partial(files.page, purpose=request.query_params.get("purpose"))
+        return await listed(request, read, describe_file, MAX_PAGE, MAX_PAGE)
 
     @app.get("/v1/files/{file_id}")
     async def get(request: Request, file_id: str) -> dict[str, Any]:
@@ -74,6 +47,11 @@ def _add_looking(app: FastAPI, frontend: Frontend, files: Files) -> None:
     async def content(request: Request, file_id: str) -> Response:
         file = await files.get(tenant_of(request), file_id)
         return _Content(files, file, frontend.config.send_timeout_s)
+
+    @app.delete("/v1/files/{file_id}")
+    async def delete(request: Request, file_id: str) -> dict[str, Any]:
+        await files.delete(tenant_of(request), file_id)
+        return {"id": file_id, "object": "file", "deleted": True}
 
 
 class _Content(Response):
@@ -124,42 +102,12 @@ def describe_file(file: StoredFile) -> dict[str, Any]:
     }
 
 
-def tenant_of(request: Request) -> str:
-    """The name of whoever asks."""
-    name: str = request.scope[SCOPE_TENANT].name
-    return name
-
-
-def read_limit(given: str | None, default: int, most: int) -> int:
-    """How much of a list is wanted; too much is taken for the most there is.
-
-    Raises:
-        RequestError: it is no number, or below one.
-    """
-    if given is None:
-        return default
-    if not given.isascii() or not given.isdigit() or int(given[:9]) < 1:
-        raise _invalid("limit", f"limit is a number between 1 and {most}")
-    return min(int(given[:9]), most)
-
-
-def as_list(data: list[dict[str, Any]], *, has_more: bool) -> dict[str, Any]:
-    """A page of a list, in OpenAI's shape."""
-    return {
-        "object": "list",
-        "data": data,
-        "first_id": data[0]["id"] if data else None,
-        "last_id": data[-1]["id"] if data else None,
-        "has_more": has_more,
-    }
-
-
 def _as_file(files: Files, tenant: str, upload: Upload) -> StoredFile:
     purpose = upload.fields.get("purpose")
     if purpose is None:
         raise RequestError("purpose is missing", code="missing_required_parameter", param="purpose")
     if purpose not in PURPOSES:
-        raise _invalid("purpose", f"purpose must be one of {', '.join(PURPOSES)}")
+        raise invalid_value("purpose", f"purpose must be one of {', '.join(PURPOSES)}")
     now = int(files.clock())
     ttl_s = _ttl(upload.fields)
     if ttl_s is None and purpose == BATCH:
@@ -182,14 +130,10 @@ def _ttl(fields: dict[str, str]) -> int | None:
     if anchor is None and seconds is None:
         return None
     if anchor != "created_at":
-        raise _invalid("expires_after", "expires_after[anchor] must be created_at")
+        raise invalid_value("expires_after", "expires_after[anchor] must be created_at")
     digits = (seconds or "")[:16]
     if not (digits.isascii() and digits.isdigit() and MIN_TTL_S <= int(digits) <= MAX_TTL_S):
-        raise _invalid(
+        raise invalid_value(
             "expires_after", f"expires_after[seconds] is between {MIN_TTL_S} and {MAX_TTL_S}"
         )
     return int(digits)
-
-
-def _invalid(param: str, message: str) -> RequestError:
-    return RequestError(message, code="invalid_value", param=param)

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -23,9 +24,8 @@ from coordinator.http.connections.kept import Connections
 from coordinator.http.connections.limits import SCOPE_CLIENT_REQUEST_ID, SCOPE_REQUEST_ID
 from coordinator.http.door import Door
 from coordinator.http.start_report import PoolMemory, StartReport, make_report
-from coordinator.jobs.batches.batches import Batches
+from coordinator.http.uploads import Upload, receive_upload
 from coordinator.jobs.context import Jobs
-from coordinator.jobs.files import Files
 from coordinator.jobs.questions.prompts import Opened
 from coordinator.loop.lag import LoopLag
 from coordinator.loop.turns import Turns
@@ -100,9 +100,7 @@ class Frontend:
     counters: Counter[str]  # hits of failpoints
     started_at: int  # Unix time
     facts: CheckpointFacts
-    jobs: Jobs | None = None  # where documents are offered; these two as well
-    files: Files | None = None
-    batches: Batches | None = None
+    jobs: Jobs
 
     @property
     def registry(self) -> Registry:
@@ -139,16 +137,18 @@ class Frontend:
             yield body
 
     @asynccontextmanager
-    async def room_for_upload(self, request: Request) -> AsyncIterator[None]:
-        """What an upload has in memory while it goes to the disk, for as long as the block runs.
+    async def upload(self, request: Request, folder: Path) -> AsyncIterator[Upload]:
+        """The file that a form brings, in ``folder`` while the block runs, on the disk.
 
         Raises:
-            RequestError: there is no room for it.
+            RequestError: there is no room for it, or it is no form with one file.
         """
         tenant, began = request.scope[SCOPE_TENANT].name, time.monotonic()
+        limits, min_free_bytes = self.config.limits, self.jobs.min_free_bytes
         self.bodies.take(tenant, UPLOAD_BYTES)
         try:
-            yield
+            async with receive_upload(request, folder, limits, min_free_bytes) as upload:
+                yield upload
         finally:
             self.bodies.give_back(tenant, UPLOAD_BYTES, time.monotonic() - began)
 
@@ -190,19 +190,6 @@ class Frontend:
         """A document that a request names.
 
         Raises:
-            RequestError: it cannot be used so, or this cluster has none.
+            RequestError: it cannot be used so.
         """
-        jobs = jobs_of(self, param)
-        return await jobs.questions.open(tenant.name, document_id, form, param)
-
-
-def jobs_of(frontend: Frontend, param: str | None = None) -> Jobs:
-    """Documents, files and batches.
-
-    Raises:
-        RequestError: this cluster offers none.
-    """
-    if frontend.jobs is None:
-        code = "unsupported_content" if param == "messages" else "unsupported_parameter"
-        raise RequestError("documents are not offered by this server", code=code, param=param)
-    return frontend.jobs
+        return await self.jobs.questions.open(tenant.name, document_id, form, param)

@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 
 from coordinator.cluster.pools import Pool
 from coordinator.http.connections.kept import Connections
-from coordinator.jobs.gate import Gate
+from coordinator.jobs.engine.gate import Gate
 from coordinator.loop.lag import LoopLag
 from coordinator.requests.metrics import counter_family
 from coordinator.text.workers import TextWorkers

@@ -21,7 +21,7 @@ from starlette.requests import Request
 
 from coordinator.config import Limits
 from coordinator.http.connections.limits import SCOPE_IS_UPLOAD
-from coordinator.jobs.space import check_space, told_when_full
+from coordinator.jobs.engine.disk import check_space, told_when_full
 from protocol.errors import RequestError
 
 FILE_FIELD = "file"

@@ -1,4 +1,4 @@
-"""Everything of the jobs, built once: the database, and what works on it.
+"""Everything of the jobs, built once: the database, the engine's two kinds of work, the files.
 
 Without a data folder the database is in memory and the files are in a temporary folder: all of it
 is gone at the end.
@@ -13,34 +13,32 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import msgspec
-
 from coordinator.config import CoordinatorConfig
-from coordinator.jobs.batches.batches import Batches
+from coordinator.jobs.batches.batch import Batch
+from coordinator.jobs.batches.batches import Batches, BatchParts
 from coordinator.jobs.batches.input import Inputs
-from coordinator.jobs.batches.runner import BatchRunner, LineServer
-from coordinator.jobs.batches.table import SCHEMA as BATCH_SCHEMA
-from coordinator.jobs.batches.table import BatchTable
-from coordinator.jobs.database import Database
+from coordinator.jobs.batches.lines import LineTable
+from coordinator.jobs.batches.work import BatchWork, LineServer
+from coordinator.jobs.documents.admission import Admission
+from coordinator.jobs.documents.document import Document
+from coordinator.jobs.documents.document_files import DocumentFiles
 from coordinator.jobs.documents.document_tokens import DocumentTokens
-from coordinator.jobs.documents.documents import Documents, Parts
-from coordinator.jobs.documents.files import DocumentFiles
+from coordinator.jobs.documents.documents import Documents
 from coordinator.jobs.documents.identity import ModelFacts
 from coordinator.jobs.documents.ingestor import Ingestor
-from coordinator.jobs.documents.maintenance import Maintenance
+from coordinator.jobs.documents.parts import DocumentParts
 from coordinator.jobs.documents.pins import PinPolicy
-from coordinator.jobs.documents.preparing import Preparing
-from coordinator.jobs.documents.rows import SCHEMA as DOCUMENT_SCHEMA
-from coordinator.jobs.documents.runner import Runner
-from coordinator.jobs.documents.table import DocumentTable
-from coordinator.jobs.files import SCHEMA as FILE_SCHEMA
-from coordinator.jobs.files import Files
-from coordinator.jobs.gate import SCHEMA as GATE_SCHEMA
-from coordinator.jobs.gate import Budget, Gate
-from coordinator.jobs.marks import Marks, boot_id
+from coordinator.jobs.documents.work import DocumentWork
+from coordinator.jobs.engine.database import Database
+from coordinator.jobs.engine.disk import DiskWatch
+from coordinator.jobs.engine.engine import Engine
+from coordinator.jobs.engine.gate import Budget, Gate
+from coordinator.jobs.engine.marks import Marks, boot_id
+from coordinator.jobs.engine.table import JobTable
+from coordinator.jobs.files.files import Files
+from coordinator.jobs.files.quotas import Quota
 from coordinator.jobs.questions.questions import Questions
-from coordinator.jobs.quotas import Quota
-from coordinator.jobs.storage import Storage
+from coordinator.jobs.schema import prepare
 from coordinator.text.tasks import Workers
 from coordinator.text.tokenizing import TextIdentity
 from modeling.checkpoint.config import ModelConfig
@@ -59,7 +57,7 @@ ROOM_TO_ASK = 1  # tokens that must fit behind a document
 
 @dataclass(frozen=True, slots=True)
 class JobDependencies:
-    """What the jobs find in a coordinator."""
+    """What the jobs need of a coordinator."""
 
     config: CoordinatorConfig
     model: ModelConfig
@@ -73,132 +71,125 @@ class JobDependencies:
 
 
 class Jobs:
-    """The jobs of a coordinator. Create it in its event loop, then ``start``.
+    """The jobs of a coordinator. Create it in its event loop, then ``attach``, then ``start``.
 
     Raises:
         ConfigError: the data folder cannot be used.
     """
 
     def __init__(self, dependencies: JobDependencies) -> None:
-        config = dependencies.config
+        config, clock = dependencies.config, dependencies.clock
         self._leftovers = contextlib.ExitStack()
-        self._workers = dependencies.workers
-        if config.data_dir:
-            self.folder = Path(config.data_dir)
-            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        else:
-            self.folder = self._leftovers.enter_context(temporary_folder("baton-jobs-"))
+        self.folder = self._folder(config.data_dir)
         self.min_free_bytes = dependencies.min_free_bytes or config.batches.min_free_bytes
         secret = config.secret if config.data_dir else ""
-        self.storage = Storage(self.folder, secret, self.min_free_bytes)
+        self.disk = DiskWatch(self.folder, secret, self.min_free_bytes)
         path = self.folder / DATABASE_NAME if config.data_dir else None
         if path is not None:
             path.touch(mode=0o600, exist_ok=True)  # it holds the tenants' salts
         crash_points = CrashPoints(config.failpoints, dependencies.counters)
-        schema = (*DOCUMENT_SCHEMA, *FILE_SCHEMA, *BATCH_SCHEMA, *GATE_SCHEMA)
-        self.database = Database(path, schema, crash_points, self.storage.ballast)
+        self.database = Database(path, prepare, crash_points, self.disk.ballast)
         self._leftovers.callback(self.database.close)
-        self.storage.refusal = self.database.refusal
-        self.gate = self._gate(dependencies)
-        clock = dependencies.clock
-        self._quota = _quota(dependencies)
+        self.disk.refusal = self.database.refusal
+        self.gate = self._gate(config, clock)
+        self._leftovers.callback(self.gate.close)
+        quota = _quota(dependencies)
         self.files = Files(
-            *(self.database, self.folder / "files", config.batches, clock, crash_points),
-            check_quota=self._quota.check,
+            self.database, self.folder / "files", config.batches, clock, crash_points, quota
         )
-        inputs = Inputs(self.folder / "batches", crash_points)
-        table = BatchTable(self.database, clock)
-        self.batches = Batches(table, self.files, inputs, config.batches, self.gate)
-        self._batch_runner: BatchRunner | None = None
-        self.documents = self._documents(dependencies, crash_points)
+        self.documents = self._documents(dependencies, quota, crash_points)
+        self.batches = self._batches(dependencies, crash_points)
         self.questions = Questions(self.documents)
+        self.recovered = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
-    def _gate(self, dependencies: JobDependencies) -> Gate:
-        config = dependencies.config
+    def _folder(self, data_dir: str) -> Path:
+        if not data_dir:
+            return self._leftovers.enter_context(temporary_folder("baton-jobs-"))
+        folder = Path(data_dir)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return folder
+
+    def _gate(self, config: CoordinatorConfig, clock: Callable[[], float]) -> Gate:
         max_deaths = config.jobs.max_crashes
         # Some of the starts are left for what is not our doing.
         most = max(max_deaths, config.restart_budget - SPARE_STARTS)
-        gate = Gate(
-            self.database,
-            Marks(self.folder / "marks", boot_id()),
-            Budget(max_deaths, most if config.restart_budget else 0, config.restart_window_s),
-            dependencies.clock,
-        )
-        self._leftovers.callback(gate.close)
-        return gate
+        budget = Budget(max_deaths, most if config.restart_budget else 0, config.restart_window_s)
+        return Gate(self.database, Marks(self.folder / "marks", boot_id()), budget, clock)
 
-    def _documents(self, dependencies: JobDependencies, crash_points: CrashPoints) -> Documents:
-        config, model, ingestor = dependencies.config, dependencies.model, dependencies.ingestor
-        limits, max_model_len = config.jobs, dependencies.max_model_len
-
-        def max_tokens() -> int:
-            return min(ingestor.max_tokens(), max_model_len() - ROOM_TO_ASK)
-
+    def _documents(
+        self, dependencies: JobDependencies, quota: Quota, crash_points: CrashPoints
+    ) -> Documents:
+        config, ingestor = dependencies.config, dependencies.ingestor
+        limits = config.jobs
+        table = JobTable(self.database, Document, dependencies.clock, limits.max_events)
+        files = DocumentFiles(self.folder / "documents", crash_points)
         facts = ModelFacts(
             name=config.model_name,
-            fingerprint=model.fingerprint,
+            fingerprint=dependencies.model.fingerprint,
             block_size=config.block_size,
-            kv_dtype=config.kv_dtype or model.dtype,
+            kv_dtype=config.kv_dtype or dependencies.model.dtype,
             text=dependencies.text,
         )
-        num_prefill_pools = sum(pool.role == "prefill" for pool in config.pools)
-        files = DocumentFiles(self.folder / "documents", crash_points)
-        tokens = DocumentTokens(files, dependencies.workers, facts)
-        policy = PinPolicy(limits, self._quota.bytes_per_token)
-        table = DocumentTable(self.database, limits, dependencies.clock, self._quota)
-        preparing = Preparing(table, files, tokens, limits, max_tokens, crash_points)
-        max_running = limits.max_running or max(1, num_prefill_pools)
-        limits = msgspec.structs.replace(limits, max_running=max_running)
-        runner = Runner(table, preparing, ingestor, policy, limits, self.gate)
-        maintenance = Maintenance(table, files, tokens, ingestor, runner, self.gate)
-        return Documents(
-            Parts(
-                table=table,
-                files=files,
-                tokens=tokens,
-                ingestor=ingestor,
-                policy=policy,
-                runner=runner,
-                maintenance=maintenance,
-                gate=self.gate,
-                limits=limits,
-                max_tokens=max_tokens,
-                min_free_bytes=self.min_free_bytes,
-            )
+
+        def max_tokens() -> int:
+            return min(ingestor.max_tokens(), dependencies.max_model_len() - ROOM_TO_ASK)
+
+        pins = PinPolicy(limits, quota.bytes_per_token)
+        parts = DocumentParts(
+            table=table,
+            files=files,
+            tokens=DocumentTokens(files, dependencies.workers, facts),
+            ingestor=ingestor,
+            admission=Admission(table, limits, quota, pins),
+            gate=self.gate,
+            limits=limits,
+            crash_points=crash_points,
+            max_tokens=max_tokens,
+            min_free_bytes=self.min_free_bytes,
         )
+        num_prefill_pools = sum(pool.role == "prefill" for pool in config.pools)
+        work = DocumentWork(parts, limits.max_running or max(1, num_prefill_pools))
+        return Documents(parts, Engine(work, table, self.gate, limits))
+
+    def _batches(self, dependencies: JobDependencies, crash_points: CrashPoints) -> Batches:
+        table = JobTable(self.database, Batch, dependencies.clock)
+        parts = BatchParts(
+            table=table,
+            lines=LineTable(self.database, table),
+            files=self.files,
+            inputs=Inputs(self.folder / "batches", crash_points),
+            gate=self.gate,
+            limits=dependencies.config.batches,
+        )
+        self._batch_work = BatchWork(parts, dependencies.workers)
+        engine = Engine(self._batch_work, table, self.gate, dependencies.config.jobs)
+        return Batches(parts, engine)
 
     def attach(self, server: LineServer) -> None:
-        """Who answers the lines of batches; before ``start``."""
-        self._batch_runner = BatchRunner(self.batches, server, self._workers)
+        """Say who answers the lines of batches."""
+        self._batch_work.server = server
 
     async def start(self) -> None:
-        """Go on with what an earlier process has left; before anything is taken in."""
-        self._tasks = [asyncio.create_task(self._work())]
-        self._tasks.append(asyncio.create_task(self.storage.watch()))
-        if self._batch_runner is not None:
-            self._tasks.append(asyncio.create_task(self._batch_runner.run()))
+        """Go on with what an earlier process has left."""
+        self._tasks = [asyncio.create_task(work) for work in (self._work(), self.disk.run())]
 
     async def _work(self) -> None:
         await self._recover()
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self.documents.runner.run())
-            tasks.create_task(self.documents.maintenance.run())
+            tasks.create_task(self.documents.engine.run())
+            tasks.create_task(self.batches.engine.run())
 
     async def _recover(self) -> None:
-        documents = self.documents
-        while True:
+        while not self.recovered.is_set():
             try:
-                await self.files.recover()
-                await documents.table.claim()
                 await self.gate.recover()
-                await documents.maintenance.recover()
-                await documents.runner.recover()
-                await documents.maintenance.tell_pins()
-                return
+                await self.files.recover()
+                await self.documents.engine.recover()
+                await self.batches.engine.recover()
+                self.recovered.set()
             except RequestError as error:  # a full disk: requests are served nevertheless
-                _log.error("documents wait: %s", error)
-                documents.table.refusal = error
+                _log.error("jobs wait: %s", error)
                 await asyncio.sleep(RECOVERY_PAUSE_S)
 
     async def watch(self) -> None:

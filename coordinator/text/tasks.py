@@ -15,7 +15,7 @@ from coordinator.auth import Tenant
 from coordinator.config import CoordinatorConfig
 from coordinator.jobs.batches.batch import LineEdit, LineError
 from coordinator.jobs.documents.document import Document
-from coordinator.jobs.documents.table import Idempotency
+from coordinator.jobs.engine.table import Idempotency
 from coordinator.jobs.questions.prompts import Attached, Opened
 from coordinator.text.tokenizing import Prompt, TextIdentity
 from coordinator.validation.bodies import Body

@@ -20,9 +20,8 @@ from typing import Any
 import msgspec
 
 from coordinator.jobs.batches.input import LineReader, request_of
-from coordinator.jobs.documents.document import Document
-from coordinator.jobs.documents.files import DocumentFiles
-from coordinator.jobs.documents.sizes import check_size
+from coordinator.jobs.documents.document import Document, check_size
+from coordinator.jobs.documents.document_files import read_text, read_tokens
 from coordinator.jobs.questions.canonical import EncodedDocument, encode_document
 from coordinator.jobs.questions.prompts import Contents, Opened
 from coordinator.text.confinement import close_all_but, confine
@@ -129,9 +128,9 @@ class TextWorker:
     def _result(self, call: Call, file: int | None) -> Result:
         match call.task:
             case EncodeDocument(folder, document, max_tokens):
-                return self._encoded(DocumentFiles(Path(folder)), document, max_tokens)
+                return self._encoded(Path(folder), document, max_tokens)
             case LoadDocument(folder, document):
-                return self._packed(document, self._loaded(DocumentFiles(Path(folder)), document))
+                return self._packed(document, self._loaded(Path(folder), document))
             case ReadLines(endpoint):
                 assert file is not None, "a batch's input is a file"
                 return self._lines(endpoint, file)
@@ -211,34 +210,34 @@ class TextWorker:
     # -- documents ---------------------------------------------------------------------------------
 
     def _contents(self, opened: Opened) -> Contents:
-        files, document = DocumentFiles(Path(opened.folder)), opened.document
+        folder, document = Path(opened.folder), opened.document
 
         def text() -> str:
-            found = files.read_text(document.document_id)
+            found = read_text(folder, document.id)
             self._enter(Stage.ENCODING, len(found))
             return found
 
-        return Contents(lambda: self._loaded(files, document), text)
+        return Contents(lambda: self._loaded(folder, document), text)
 
-    def _encoded(self, files: DocumentFiles, document: Document, max_tokens: int) -> Encoded:
-        encoded = self._encode(files, document)
+    def _encoded(self, folder: Path, document: Document, max_tokens: int) -> Encoded:
+        encoded = self._encode(folder, document)
         check_size(len(encoded.token_ids), max_tokens)
         packed = self._packed(document, encoded.token_ids)
         return Encoded(packed, encoded.shown, encoded.varies_with)
 
-    def _encode(self, files: DocumentFiles, document: Document) -> EncodedDocument:
-        text = files.read_text(document.document_id)
+    def _encode(self, folder: Path, document: Document) -> EncodedDocument:
+        text = read_text(folder, document.id)
         self._enter(Stage.ENCODING, len(text))
         system = [{"role": m.role, "content": m.content} for m in document.system]
         return encode_document(self._tools, text, document.form, system, datetime.now())
 
-    def _loaded(self, files: DocumentFiles, document: Document) -> list[int]:
+    def _loaded(self, folder: Path, document: Document) -> list[int]:
         try:
-            return list(files.read_tokens(document.document_id))
+            return list(read_tokens(folder, document.id))
         except RequestError:
             if document.kind == "token_ids":
                 raise
-            encoded = self._encode(files, document)  # its text is there still
+            encoded = self._encode(folder, document)  # its text is there still
             if encoded.shown != document.shown:  # of another day: the hashes would be others
                 raise
             return encoded.token_ids

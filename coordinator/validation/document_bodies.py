@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from coordinator.config import JobLimits, Limits
 from coordinator.jobs.documents.document import CHAT, TEXT, Document, Pin, SystemMessage, new_id
 from coordinator.jobs.documents.pins import read_duration, read_pin
-from coordinator.jobs.documents.table import Idempotency
+from coordinator.jobs.engine.table import Idempotency
 from coordinator.jobs.parsing.formats import HEAD_BYTES, identify, plain_name, unprocessable
 from coordinator.text.tasks import Asked, NeedsFile, ReadDocument, Uploaded
 from coordinator.validation.chat_body import read_messages
@@ -96,7 +96,7 @@ def read_document(
     charset = uploaded.charset if uploaded is not None else ""
     salt = task.tenant.cache_salt(None)
     document = Document(
-        document_id=new_id(),
+        id=new_id(),
         tenant=task.tenant.name,
         cache_salt=salt,
         created_at=task.now,

@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 
 from coordinator.config import BatchLimits, CoordinatorConfig, ExpectedPool
-from coordinator.jobs.database import Database
 from coordinator.jobs.documents.document import Document
+from coordinator.jobs.documents.document_files import DocumentFiles
 from coordinator.jobs.documents.document_tokens import DocumentTokens
-from coordinator.jobs.documents.files import DocumentFiles
 from coordinator.jobs.documents.identity import ModelFacts
-from coordinator.jobs.files import BATCH, SCHEMA, Files, StoredFile
+from coordinator.jobs.engine.database import Database
+from coordinator.jobs.files.files import BATCH, Files, StoredFile
+from coordinator.jobs.schema import prepare
 from coordinator.text.in_process import InProcessWorkers
 from coordinator.text.tasks import Settings
 from coordinator.text.tokenizing import TextIdentity
@@ -66,10 +67,14 @@ def test_a_place_ends_the_process_as_a_kill_does() -> None:
     assert done.stderr == b"failpoint jobs.commit.after.line_answered: exit\n"
 
 
+def prepare_item(connection: sqlite3.Connection) -> None:
+    connection.execute("CREATE TABLE item (name TEXT)")
+
+
 def test_a_full_disk_at_a_commit_changes_nothing() -> None:
     async def run() -> None:
         crash_points = CrashPoints("jobs.commit.before.file_added:fail@1")
-        database = Database(None, ("CREATE TABLE item (name TEXT)",), crash_points)
+        database = Database(None, prepare_item, crash_points)
 
         def add(connection: sqlite3.Connection) -> None:
             connection.execute("INSERT INTO item VALUES ('a')")
@@ -90,13 +95,13 @@ def test_a_full_disk_at_a_commit_changes_nothing() -> None:
 def test_an_upload_that_a_full_disk_refuses_leaves_nothing(tmp_path: Path, place: str) -> None:
     async def run() -> None:
         crash_points = CrashPoints(f"{place}:fail")
-        database = Database(None, SCHEMA, crash_points)
+        database = Database(None, prepare, crash_points)
         files = Files(database, tmp_path / "files", BatchLimits(), lambda: 1.0, crash_points)
         (arrived := tmp_path / "arrived").write_bytes(b"abc")
         with pytest.raises(RequestError) as caught:
             await files.add(StoredFile("file-a", "t", BATCH, "in", 3, 1), arrived)
         assert caught.value.code == "insufficient_storage"
-        assert list(files.folder.iterdir()) == []
+        assert list(files.folder.path.iterdir()) == []
         database.close()
 
     asyncio.run(run())
@@ -106,10 +111,10 @@ def test_a_source_that_a_full_disk_refuses_is_told(tmp_path: Path) -> None:
     files = DocumentFiles(tmp_path / "documents", CrashPoints("jobs.file.write:fail"))
     (arrived := tmp_path / "arrived").write_bytes(b"abc")
     with pytest.raises(RequestError, match="disk is full"):
-        files.adopt("doc_a", arrived)
+        files.take_source("doc_a", arrived, is_ours=True)
     with pytest.raises(RequestError, match="disk is full"):
         files.write("doc_a", "text", b"abc")
-    assert list(files.folder.iterdir()) == []
+    assert list(files.folder.path.iterdir()) == []
 
 
 def test_who_stops_an_encoding_finds_it_ended(tmp_path: Path) -> None:
@@ -123,7 +128,9 @@ def test_who_stops_an_encoding_finds_it_ended(tmp_path: Path) -> None:
         workers = InProcessWorkers(Settings(config, load_config("arithmetic"), os.getpid()))
         facts = ModelFacts("arithmetic", "f", 4, "float32", TextIdentity("", ""))
         tokens = DocumentTokens(files, workers, facts)
-        document = Document("doc_a", "t", "salt", 0.0, "text", form="text")
+        document = Document(
+            id="doc_a", tenant="t", cache_salt="salt", created_at=0.0, kind="text", form="text"
+        )
         encoding = asyncio.create_task(tokens.encode(document, 100))
         async with asyncio.timeout(20):
             while not crash_points.hits:  # noqa: ASYNC110 - a thread's doing

@@ -4,19 +4,16 @@ Of a line the database has the place in the input file, not the text; of an answ
 that will be written.
 """
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import msgspec
 
-from coordinator.jobs.batches.states import TABLE, BatchEvent, BatchState
-from protocol.transitions import advance
+from coordinator.jobs.batches.states import ENDED, OPEN, RUNNING, TABLE, WRITING, BatchState
+from coordinator.jobs.engine.job import Job
 
 DOCUMENTS = "/v1/documents"
 ENDPOINTS = ("/v1/completions", "/v1/chat/completions", DOCUMENTS)
-# When a state was entered; callers read it under this name.
-TIMES: dict[BatchState, str] = {
-    state: f"{state.value}_at" for state in BatchState if state is not BatchState.VALIDATING
-}
 # What OpenAI's clients do not know, and see as something else.
 SHOWN = {BatchState.EXPIRING: BatchState.FINALIZING, BatchState.SET_ASIDE: BatchState.FAILED}
 
@@ -39,49 +36,48 @@ class Usage(msgspec.Struct, frozen=True):
 
     def plus(self, other: "Usage") -> "Usage":
         return Usage(
-            self.num_input_tokens + other.num_input_tokens,
-            self.num_cached_tokens + other.num_cached_tokens,
-            self.num_output_tokens + other.num_output_tokens,
+            num_input_tokens=self.num_input_tokens + other.num_input_tokens,
+            num_cached_tokens=self.num_cached_tokens + other.num_cached_tokens,
+            num_output_tokens=self.num_output_tokens + other.num_output_tokens,
         )
 
 
-class Batch(msgspec.Struct, frozen=True):
-    """A batch. Times are Unix seconds. The files get their ids at the start, so that a second
-    attempt at writing one, after a crash, replaces what the first has left.
+class Batch(Job, frozen=True, omit_defaults=True, kw_only=True):
+    """A batch. The files get their ids at the start, so that a second attempt at writing one, after
+    a crash, replaces what the first has left.
     """
 
-    batch_id: str
-    tenant: str
+    KIND: ClassVar[str] = "batch"
+    TABLE: ClassVar[Mapping[Any, Any]] = TABLE
+    PENDING: ClassVar[frozenset[Any]] = OPEN
+    BEGUN: ClassVar[frozenset[Any]] = frozenset()  # it goes on in the state in which it is
+    CANCELLED: ClassVar[frozenset[Any]] = frozenset({BatchState.CANCELLING, BatchState.CANCELLED})
+    CLEANED: ClassVar[frozenset[Any]] = ENDED
+
+    state: BatchState = BatchState.VALIDATING
     model: str
     endpoint: str
     input_file_id: str
     completion_window: str
-    created_at: int
     expires_at: int
+    keep_until: int  # when it is forgotten
     output_file_id: str
     error_file_id: str
     output_ttl_s: int
     metadata: dict[str, str] | None = None
-    state: BatchState = BatchState.VALIDATING
-    times: dict[str, int] = {}
     num_lines: int = 0
     num_completed: int = 0
     num_failed: int = 0
     usage: Usage = Usage()
-    errors: tuple[LineError, ...] = ()
+    errors: tuple[LineError, ...] = ()  # of its input
     has_output: bool = False  # whether the files have been written, and have lines
     has_errors: bool = False
 
-    def stepped(self, event: BatchEvent, now: float, **changes: Any) -> "Batch":  # noqa: ANN401 - fields of this class
-        """The batch after an event.
-
-        Raises:
-            IllegalTransition: the table does not have it.
-        """
-        state = advance(TABLE, self.state, event, of=self.batch_id)
-        entered = {TIMES[state]: int(now)} if state in TIMES else {}
-        times = {**self.times, **entered}
-        return msgspec.structs.replace(self, state=state, times=times, **changes)
+    @property
+    def due_at(self) -> float | None:
+        if self.state in WRITING:
+            return None
+        return self.expires_at if self.state in RUNNING else self.keep_until
 
 
 class Line(msgspec.Struct, frozen=True):
@@ -120,27 +116,24 @@ class Result(msgspec.Struct, frozen=True):
 
 def describe_batch(batch: Batch) -> dict[str, Any]:
     """A batch as callers see it, in OpenAI's shape."""
-    shown = SHOWN.get(batch.state, batch.state)
     usage = batch.usage
-    times = {f"{state.value}_at": batch.times.get(name) for state, name in TIMES.items()}
-    for state, other in SHOWN.items():
-        hidden = times.pop(f"{state.value}_at")
-        times[f"{other.value}_at"] = times[f"{other.value}_at"] or hidden
     errors = [msgspec.structs.asdict(error) for error in batch.errors]
+    if batch.error is not None:
+        errors.append(msgspec.structs.asdict(LineError(batch.error.code, batch.error.message)))
     return {
-        "id": batch.batch_id,
+        "id": batch.id,
         "object": "batch",
         "endpoint": batch.endpoint,
         "model": batch.model,
         "errors": {"object": "list", "data": errors} if errors else None,
         "input_file_id": batch.input_file_id,
         "completion_window": batch.completion_window,
-        "status": shown.value,
+        "status": SHOWN.get(batch.state, batch.state).value,
         "output_file_id": batch.output_file_id if batch.has_output else None,
         "error_file_id": batch.error_file_id if batch.has_errors else None,
-        "created_at": batch.created_at,
+        "created_at": int(batch.created_at),
         "expires_at": batch.expires_at,
-        **times,
+        **_times(batch),
         "request_counts": {
             "total": batch.num_lines,
             "completed": batch.num_completed,
@@ -157,6 +150,18 @@ def describe_batch(batch: Batch) -> dict[str, Any]:
     }
 
 
+def _times(batch: Batch) -> dict[str, int | None]:
+    """When each state was entered that callers know, in OpenAI's order."""
+    times: dict[str, int | None] = {}
+    for state in BatchState:
+        if state is BatchState.VALIDATING or state in SHOWN:
+            continue  # created_at has the first one
+        hidden = [other for other, shown in SHOWN.items() if shown is state]
+        found = [batch.times[s.value] for s in (state, *hidden) if s.value in batch.times]
+        times[f"{state.value}_at"] = int(found[0]) if found else None
+    return times
+
+
 def answered(
     batch: Batch, line: Line, reply: tuple[int, dict[str, Any]], request_id: str
 ) -> Result:
@@ -166,10 +171,10 @@ def answered(
     response = {"status_code": status, "request_id": request_id, "body": body}
     made = body.get("id") if line.url == DOCUMENTS and not is_error else None
     return Result(
-        _text(batch, line.number, line.custom_id, response, None),
-        is_error,
-        Usage() if is_error else _usage(body),
-        made if isinstance(made, str) else None,
+        text=_text(batch, line.number, line.custom_id, response, None),
+        is_error=is_error,
+        usage=Usage() if is_error else _usage(body),
+        document_id=made if isinstance(made, str) else None,
     )
 
 
@@ -191,7 +196,7 @@ def _text(
     error: dict[str, Any] | None,
 ) -> bytes:
     # The same line has the same id, however often it is run.
-    line_id = f"batch_req_{batch.batch_id.removeprefix('batch_')}_{number}"
+    line_id = f"batch_req_{batch.id.removeprefix('batch_')}_{number}"
     return msgspec.json.encode(
         {"id": line_id, "custom_id": custom_id, "response": response, "error": error}
     )
@@ -203,5 +208,7 @@ def _usage(body: dict[str, Any]) -> Usage:
         return Usage()
     details = usage.get("prompt_tokens_details") or {}
     return Usage(
-        usage["prompt_tokens"], details.get("cached_tokens", 0), usage["completion_tokens"]
+        num_input_tokens=usage["prompt_tokens"],
+        num_cached_tokens=details.get("cached_tokens", 0),
+        num_output_tokens=usage["completion_tokens"],
     )

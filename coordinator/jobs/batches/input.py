@@ -13,64 +13,52 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from coordinator.config import BatchLimits, Limits
+from coordinator.errors import invalid_value
 from coordinator.jobs.batches.batch import DOCUMENTS, Line, LineEdit, LineError
-from coordinator.jobs.files import sync_folder
+from coordinator.jobs.files.folder import DurableFolder
 from coordinator.validation.bodies import Body
 from coordinator.validation.json_body import parse_json
 from protocol.crash_points import CrashPoints
 from protocol.errors import RequestError
-from protocol.failpoints import FILE_REMOVED, FILE_RENAMED
 
 CUSTOM = "custom:"  # a document_id that begins so names a line of the same batch
 MAX_CUSTOM_ID_CHARS = 512
 
 
 class Inputs:
-    """The inputs of all batches that are not over.
-
-    ``add``, ``remove`` and ``recover`` block: call them in a thread.
+    """The inputs of all batches that are not over. The methods that write block.
 
     Args:
-        folder: for them alone; made if it is not there.
+        path: of the folder, for them alone.
         crash_points: told of what becomes durable.
     """
 
-    def __init__(self, folder: Path, crash_points: CrashPoints | None = None) -> None:
-        self._crash_points = CrashPoints() if crash_points is None else crash_points
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._found = {path.name for path in folder.iterdir()}
+    def __init__(self, path: Path, crash_points: CrashPoints | None = None) -> None:
+        self.folder = DurableFolder(path, crash_points)
 
     def add(self, batch_id: str, source: Path) -> None:
         """Keep a file, on the same disk, as the input of a batch until ``remove``."""
-        os.link(source, self._path(batch_id))
-        self._crash_points.reach(FILE_RENAMED, "input")
-        sync_folder(self.folder)
+        self.folder.link(source, batch_id, "input")
 
     def remove(self, batch_id: str) -> None:
-        self._path(batch_id).unlink(missing_ok=True)
-        self._crash_points.reach(FILE_REMOVED, "input")
+        """Idempotent."""
+        self.folder.remove(batch_id, "input")
 
     def recover(self, batch_ids: Collection[str]) -> None:
         """Remove what an earlier process has left, but for the inputs of these batches."""
-        for name in self._found.difference(batch_ids):
-            self.remove(name)  # what has come since may be of a batch that is being written
-        self._found.clear()
+        self.folder.sweep(batch_ids, "input")
 
     @contextmanager
     def whole(self, batch_id: str) -> Iterator[Body]:
         """All lines, for :class:`LineReader`."""
-        with self._path(batch_id).open("rb") as file:
+        with (self.folder.path / batch_id).open("rb") as file:
             yield Body(file=file.fileno(), length=os.fstat(file.fileno()).st_size)
 
     @contextmanager
     def line(self, batch_id: str, line: Line, edit: LineEdit) -> Iterator[Body]:
         """The request of a line, for :func:`request_of`."""
-        with self._path(batch_id).open("rb") as file:
+        with (self.folder.path / batch_id).open("rb") as file:
             yield Body(file=file.fileno(), offset=line.offset, length=line.size, line=edit)
-
-    def _path(self, batch_id: str) -> Path:
-        return self.folder / batch_id
 
 
 def request_of(data: bytes, edit: LineEdit, limits: Limits) -> dict[str, Any]:
@@ -126,7 +114,9 @@ class LineReader:
         fields = parse_json(data, self._json_limits)
         custom_id, url = fields.get("custom_id"), fields.get("url")
         if not isinstance(custom_id, str) or not 0 < len(custom_id) <= MAX_CUSTOM_ID_CHARS:
-            raise _wrong("custom_id", f"must be a text of 1 to {MAX_CUSTOM_ID_CHARS} characters")
+            raise invalid_value(
+                "custom_id", f"custom_id must be a text of 1 to {MAX_CUSTOM_ID_CHARS} characters"
+            )
         if custom_id in self._by_custom_id:
             raise RequestError(
                 f"custom_id {custom_id[:64]!r} is that of an earlier line, too",
@@ -134,14 +124,14 @@ class LineReader:
                 param="custom_id",
             )
         if fields.get("method") != "POST":
-            raise _wrong("method", "must be POST")
+            raise invalid_value("method", "method must be POST")
         if not isinstance(url, str) or url not in self._urls:
-            raise _wrong("url", f"must be the batch's endpoint, or {DOCUMENTS}")
+            raise invalid_value("url", f"url must be the batch's endpoint, or {DOCUMENTS}")
         body = fields.get("body")
         if not isinstance(body, dict):
-            raise _wrong("body", "must be an object")
+            raise invalid_value("body", "body must be an object")
         if body.get("stream"):
-            raise _wrong("stream", "cannot be true in a batch")
+            raise invalid_value("stream", "stream cannot be true in a batch")
         depends_on = self._dependency(body)
         return Line(number, offset, len(data), custom_id, url, depends_on)
 
@@ -151,7 +141,10 @@ class LineReader:
             return None
         made_by = self._by_custom_id.get(named.pop())
         if named or made_by is None or made_by.url != DOCUMENTS:
-            raise _wrong("document_id", f"names a line of this batch: one earlier, to {DOCUMENTS}")
+            raise invalid_value(
+                "document_id",
+                f"document_id names a line of this batch: one earlier, to {DOCUMENTS}",
+            )
         return made_by.number
 
     def _refuse(
@@ -171,7 +164,3 @@ def _references(body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         given = candidate.get("document_id") if isinstance(candidate, dict) else None
         if isinstance(given, str) and given.startswith(CUSTOM):
             yield candidate
-
-
-def _wrong(param: str, what: str) -> RequestError:
-    return RequestError(f"{param} {what}", code="invalid_value", param=param)

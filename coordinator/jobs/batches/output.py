@@ -5,38 +5,36 @@ between, the next one writes them again under the same names.
 """
 
 import asyncio
-import os
 from collections.abc import Sequence
 from typing import BinaryIO
 
 from coordinator.jobs.batches.batch import Batch, unanswered
-from coordinator.jobs.batches.table import BatchTable, Written
-from coordinator.jobs.files import BATCH_OUTPUT, Files, StoredFile
-from coordinator.jobs.space import told_when_full
+from coordinator.jobs.batches.lines import LineTable, Written
+from coordinator.jobs.engine.disk import told_when_full
+from coordinator.jobs.files.files import BATCH_OUTPUT, Files, StoredFile
 from protocol.failpoints import RESULT_APPEND, RESULT_DONE
 
 
-async def write_files(batch: Batch, table: BatchTable, files: Files) -> list[StoredFile]:
-    """Both files of a batch that is ending, those that have no lines left out.
+async def write_files(batch: Batch, lines: LineTable, files: Files) -> list[StoredFile]:
+    """Write both files of a batch that is ending, those that have no lines left out.
 
     Raises:
         RequestError: the disk is full. What has been written is not seen by anybody.
     """
+    folder, crash_points = files.folder, files.folder.crash_points
     names = (batch.output_file_id, batch.error_file_id)
-    paths = [files.path(f"{name}.new") for name in names]
+    paths = [folder.new(name) for name in names]
     with told_when_full(), paths[0].open("wb") as output, paths[1].open("wb") as errors:
         after = 0
-        while rows := await table.rows(batch.batch_id, after):
+        while rows := await lines.rows(batch.id, after):
             await asyncio.to_thread(_write, batch, rows, output, errors)
-            await files.crash_points.pass_by(RESULT_APPEND)
+            await crash_points.pass_by(RESULT_APPEND)
             after = rows[-1].number
-        sizes = [await asyncio.to_thread(_sync, file) for file in (output, errors)]
-    await files.crash_points.pass_by(RESULT_DONE)
+    await crash_points.pass_by(RESULT_DONE)
     written = []
-    for name, path, size in zip(names, paths, sizes, strict=True):
-        if size:
-            with told_when_full():
-                await asyncio.to_thread(files.move_durably, path, files.path(name), "output")
+    for name, path in zip(names, paths, strict=True):
+        if size := path.stat().st_size:
+            await asyncio.to_thread(folder.adopt, path, name, "output")
             written.append(_as_file(batch, name, size, int(files.clock())))
         else:
             await asyncio.to_thread(path.unlink)
@@ -52,19 +50,13 @@ def _write(batch: Batch, rows: Sequence[Written], output: BinaryIO, errors: Bina
         file.write(text + b"\n")
 
 
-def _sync(file: BinaryIO) -> int:
-    file.flush()
-    os.fsync(file.fileno())
-    return file.tell()
-
-
 def _as_file(batch: Batch, file_id: str, size_bytes: int, now: int) -> StoredFile:
     kind = "output" if file_id == batch.output_file_id else "error"
     return StoredFile(
         file_id=file_id,
         tenant=batch.tenant,
         purpose=BATCH_OUTPUT,
-        file_name=f"{batch.batch_id}_{kind}.jsonl",
+        file_name=f"{batch.id}_{kind}.jsonl",
         size_bytes=size_bytes,
         created_at=now,
         expires_at=now + batch.output_ttl_s,

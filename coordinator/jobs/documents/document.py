@@ -1,24 +1,27 @@
-"""One document as the database keeps it: the one truth about it. Pure; no clock, no files.
-
-Fields are in the order of a document's life. A :class:`Change` is a new value and the events that
-tell of it: both are written in one transaction, or neither.
-"""
+"""One document as the database keeps it, and as its owner sees it. Pure; no clock, no files."""
 
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
-from coordinator.jobs.documents.states import TABLE, DocumentEvent, DocumentState
+from coordinator.jobs.documents.states import (
+    FINAL,
+    PENDING,
+    TABLE,
+    WORKING,
+    DocumentState,
+)
+from coordinator.jobs.engine.job import Job, Notice
+from coordinator.jobs.parsing.formats import unprocessable
 from protocol.errors import RequestError
-from protocol.transitions import advance
 
-ID_PREFIX = "doc_"
-CHAT, TEXT = "chat", "text"  # forms: see canonical.py
+CHAT, TEXT = "chat", "text"  # forms: see questions/canonical.py
 NO_PIN, SOFT, HARD = "none", "soft", "hard"
 ANY_TIER = "any"
+_KEEPS_KV = frozenset({DocumentState.PREFILLING, DocumentState.STORING, DocumentState.READY})
 
 
 class Pin(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -49,22 +52,9 @@ class Pin(msgspec.Struct, frozen=True, omit_defaults=True):
         }
 
 
-class Failure(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Why a document could not be made."""
-
-    code: str
-    message: str
-    status: int = 500
-    param: str | None = None
-
-    @staticmethod
-    def of(error: RequestError) -> "Failure":
-        return Failure(error.code, error.message, error.status, error.param)
-
-
 def new_id() -> str:
     """An id that nobody guesses."""
-    return f"{ID_PREFIX}{secrets.token_hex(16)}"
+    return f"doc_{secrets.token_hex(16)}"
 
 
 class SystemMessage(msgspec.Struct, frozen=True):
@@ -74,29 +64,33 @@ class SystemMessage(msgspec.Struct, frozen=True):
     content: str
 
 
-class Document(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A document, and the job that makes it. Only :class:`~documents.Documents` writes one."""
+class Document(Job, frozen=True, omit_defaults=True, kw_only=True):
+    """A document, and the job that makes it. Fields are in the order of its life."""
 
-    document_id: str
-    tenant: str
+    KIND: ClassVar[str] = "document"
+    TABLE: ClassVar[Mapping[Any, Any]] = TABLE
+    PENDING: ClassVar[frozenset[Any]] = PENDING
+    BEGUN: ClassVar[frozenset[Any]] = WORKING
+    CANCELLED: ClassVar[frozenset[Any]] = frozenset({DocumentState.CANCELLED})
+    CLEANED: ClassVar[frozenset[Any]] = frozenset()  # only what is deleted leaves nothing
+
+    state: DocumentState = DocumentState.QUEUED
     cache_salt: str
-    created_at: float
     kind: str  # of its source: "text", "messages", "token_ids" or "file"
+    num_bytes: int = 0  # of its source
     media_type: str = "text/plain"
     charset: str = ""  # that came with the file
     file_name: str = ""
     form: str = CHAT
     system: tuple[SystemMessage, ...] = ()
     display_name: str = ""
-    metadata: dict[str, Any] = {}
-    priority: int = 0
+    metadata: dict[str, Any] = {}  # noqa: RUF012 - msgspec makes a new one
     deadline: float | None = None  # Unix time
     ring_size: int = 0  # asked for; 0 is auto
     pin: Pin = Pin()
 
     model: str = ""
     fingerprint: str = ""  # of the model whose tokens they are
-    status: str = DocumentState.QUEUED.value
     attempt: int = 0  # counted before the work begins
     num_parse_crashes: int = 0
     num_tokens: int = 0  # 0 before they are known
@@ -108,16 +102,10 @@ class Document(msgspec.Struct, frozen=True, omit_defaults=True):
     num_cached: int = 0
     used_ring_size: int = 0
     compute_s: float = 0.0
-    ready_at: float | None = None
-    error: Failure | None = None
     kv_dtype: str = ""  # that its KV was kept in
     tokenizer: str = ""  # digest of what made its tokens; "" of token ids, which nothing has made
     template: str = ""  # the same, of what has shown it
     shown: str = ""  # digest of the template's text up to the document's end; of form chat
-
-    @property
-    def state(self) -> DocumentState:
-        return DocumentState(self.status)
 
     @property
     def num_blocks(self) -> int:
@@ -125,64 +113,30 @@ class Document(msgspec.Struct, frozen=True, omit_defaults=True):
         return self.num_tokens // self.block_size if self.block_size else 0
 
     @property
-    def num_promised(self) -> int:
-        """Tokens that a question about it need not compute."""
-        return self.num_blocks * self.block_size
+    def due_at(self) -> float | None:
+        moments = [self.pin.expires_at] if self.pin.expires_at > 0 else []
+        if self.deadline is not None and self.is_pending:
+            moments.append(self.deadline)
+        return min(moments, default=None)
 
-    def after(self, event: DocumentEvent, **changes: Any) -> "Document":  # noqa: ANN401 - any field
-        """The document after an event.
+    def columns(self) -> dict[str, object]:
+        return {
+            **super().columns(),
+            "num_bytes": self.num_bytes,
+            "num_tokens": self.num_tokens,
+            "kept_tokens": self.num_tokens if self.state in _KEEPS_KV else 0,
+            # One that has ended holds nothing.
+            "pin_mode": NO_PIN if self.state in FINAL else self.pin.mode,
+            "first_hash": self.first_hash,
+        }
 
-        Raises:
-            IllegalTransition: the table does not have it.
-        """
-        following = advance(TABLE, self.state, event, of=self.document_id)
-        return msgspec.structs.replace(self, status=following.value, **changes)
-
-
-@dataclass(frozen=True, slots=True)
-class DocumentNotice:
-    """Something to tell about a document; numbered when it is written."""
-
-    kind: str  # "state", "progress", "warning" or "expired"
-    data: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """A document's next value, and what is told of it."""
-
-    document: Document
-    events: tuple[DocumentNotice, ...] = ()
-
-
-def state_event(document: Document) -> DocumentNotice:
-    """Says where the document is now."""
-    data: dict[str, Any] = {"status": document.status, "attempt": document.attempt}
-    if document.state is DocumentState.FAILED and document.error is not None:
-        data["error"] = describe_failure(document.error)
-    if document.state is DocumentState.PREFILLING:
-        data["resumed_from_token"] = document.num_resumed_tokens
-    return DocumentNotice("state", data)
-
-
-def stepped(document: Document, event: DocumentEvent, **changes: Any) -> Change:  # noqa: ANN401 - any field
-    """The change that an event is.
-
-    Raises:
-        IllegalTransition: the table does not have it.
-    """
-    following = document.after(event, **changes)
-    return Change(following, (state_event(following),))
-
-
-def describe_failure(failure: Failure) -> dict[str, Any]:
-    """An error as callers see it."""
-    return {
-        "code": failure.code,
-        "message": failure.message,
-        "param": failure.param,
-        "status": failure.status,
-    }
+    def state_notice(self) -> Notice:
+        data: dict[str, Any] = {"status": self.state.value, "attempt": self.attempt}
+        if self.state is DocumentState.FAILED and self.error is not None:
+            data["error"] = self.error.describe()
+        if self.state is DocumentState.PREFILLING:
+            data["resumed_from_token"] = self.num_resumed_tokens
+        return Notice("state", data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,8 +157,9 @@ def describe(
     done = document.num_done if live is None else max(live.num_done, document.num_done)
     rate = live.tokens_per_s if live is not None else _mean_rate(document)
     is_running = document.state is DocumentState.PREFILLING
+    ready_at = document.times.get(DocumentState.READY.value)
     return {
-        "id": document.document_id,
+        "id": document.id,
         "object": "document",
         "created_at": int(document.created_at),
         "model": document.model,
@@ -213,7 +168,7 @@ def describe(
         "metadata": document.metadata,
         "form": document.form,
         "source": {"type": document.kind, "media_type": document.media_type},
-        "status": document.status,
+        "status": document.state.value,
         "priority": document.priority,
         "deadline": document.deadline,
         "tokens": {
@@ -233,24 +188,39 @@ def describe(
             "cache_creation_tokens": document.num_computed,
             "cache_read_tokens": document.num_cached,
         },
-        "ready_at": None if document.ready_at is None else int(document.ready_at),
-        "error": None if document.error is None else describe_failure(document.error),
+        "ready_at": None if ready_at is None else int(ready_at),
+        "error": None if document.error is None else document.error.describe(),
         "mismatch": None,
     }
 
 
 def chunks(num_tokens: int, done: int, segment_tokens: int) -> dict[str, int]:
     """Segments: those that are whole, of all."""
-    whole = -(-num_tokens // segment_tokens) if num_tokens and done >= num_tokens else None
-    return {
-        "total": -(-num_tokens // segment_tokens),
-        "done": done // segment_tokens if whole is None else whole,
-    }
+    total = -(-num_tokens // segment_tokens)
+    is_whole = num_tokens > 0 and done >= num_tokens
+    return {"total": total, "done": total if is_whole else done // segment_tokens}
 
 
 def eta_s(num_tokens: int, done: int, tokens_per_s: float) -> float | None:
     """Seconds until the rest is computed, at this rate."""
     return round((num_tokens - done) / tokens_per_s, 2) if tokens_per_s else None
+
+
+def check_size(num_tokens: int, max_tokens: int) -> None:
+    """Refuse a document that can never be held.
+
+    Raises:
+        RequestError: naming both numbers.
+    """
+    if num_tokens == 0:
+        raise unprocessable("the document is empty: it has no tokens")
+    if num_tokens > max_tokens:
+        raise RequestError(
+            f"the document has {num_tokens} tokens and this cluster can hold {max_tokens}: "
+            f"split it, or serve with more KV memory or a longer context",
+            code="document_too_large",
+            param="source",
+        )
 
 
 def _mean_rate(document: Document) -> float:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from coordinator.jobs.documents.document import Document
-from coordinator.jobs.documents.files import TOKENS, DocumentFiles
+from coordinator.jobs.documents.document_files import TOKENS, DocumentFiles
 from coordinator.jobs.documents.identity import MODEL_CHANGED, OF_TOKENS, ModelFacts, mismatch
 from coordinator.text.tasks import Encoded, EncodeDocument, LoadDocument, PackedPrompt, Workers
 from coordinator.text.tokenizing import Prompt
@@ -40,7 +40,7 @@ class DocumentTokens:
     def __init__(self, files: DocumentFiles, workers: Workers, facts: ModelFacts) -> None:
         self.facts = facts
         self._files = files
-        self._folder = str(files.folder)
+        self._folder = str(files.folder.path)
         self._workers = workers
         self._kept: OrderedDict[str, Prompt] = OrderedDict()
 
@@ -52,7 +52,7 @@ class DocumentTokens:
         """Whether its tokens are what would be made of it now, and need not be made."""
         if not document.num_tokens or self.mismatch(document) in OF_TOKENS:
             return False
-        return self._files.has(document.document_id, TOKENS)
+        return self._files.has(document.id, TOKENS)
 
     def is_current(self, document: Document) -> bool:
         """Whether it is prepared: its KV is of use as the model is served now, if it is stored."""
@@ -64,14 +64,14 @@ class DocumentTokens:
         Raises:
             RequestError: ``document_damaged``.
         """
-        kept = self._kept.get(document.document_id)
+        kept = self._kept.get(document.id)
         if kept is not None:
-            self._kept.move_to_end(document.document_id)
+            self._kept.move_to_end(document.id)
             return kept
         found = await self._workers.run(document.tenant, LoadDocument(self._folder, document))
         assert isinstance(found, PackedPrompt), found
         prompt = found.unpacked()
-        self.keep(document.document_id, prompt)
+        self.keep(document.id, prompt)
         return prompt
 
     async def encode(self, document: Document, max_tokens: int) -> Encoding:
@@ -88,13 +88,13 @@ class DocumentTokens:
         found = await self._workers.run(document.tenant, task)
         assert isinstance(found, Encoded), found
         prompt = found.prompt.unpacked()
-        await finished(self._files.write_tokens, document.document_id, prompt.token_ids)
-        self.keep(document.document_id, prompt)
+        await finished(self._files.write_tokens, document.id, prompt.token_ids)
+        self.keep(document.id, prompt)
         return Encoding(prompt, found.shown, found.varies_with)
 
     def is_at_hand(self, document: Document) -> bool:
         """Whether nothing is read or made for ``prompt``."""
-        return document.document_id in self._kept or not self.has_tokens(document)
+        return document.id in self._kept or not self.has_tokens(document)
 
     def forget(self, document_id: str) -> None:
         self._kept.pop(document_id, None)

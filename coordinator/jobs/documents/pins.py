@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 
 from coordinator.config import JobLimits
+from coordinator.errors import invalid_value
 from coordinator.jobs.documents.document import ANY_TIER, HARD, NO_PIN, SOFT, Pin
 from protocol.errors import RequestError
 
@@ -31,7 +32,9 @@ def read_duration(value: str | float, param: str) -> float:
     else:
         seconds = float(value)
     if not seconds > 0:
-        raise _invalid(param, f"{param}: a duration is a text such as '90s', '15m', '2h' or '7d'")
+        raise invalid_value(
+            param.split(".")[0], f"{param}: a duration is a text such as '90s', '15m', '2h' or '7d'"
+        )
     return seconds
 
 
@@ -58,14 +61,16 @@ def read_pin(
     """
     tier = ANY_TIER if tier is None else tier
     if tier not in TIERS:
-        raise _invalid("pin", f"pin.tier must be one of {', '.join(TIERS)}")
+        raise invalid_value("pin", f"pin.tier must be one of {', '.join(TIERS)}")
     if tier != ANY_TIER and tier not in tiers:
-        raise _invalid("pin", f"pin.tier: this cluster has no {tier} tier, but {', '.join(tiers)}")
+        raise invalid_value(
+            "pin", f"pin.tier: this cluster has no {tier} tier, but {', '.join(tiers)}"
+        )
     if mode == NO_PIN:
         return Pin(tier=tier)
     ttl_s = limits.default_pin_s if ttl is None else read_duration(ttl, "pin.ttl")
     if ttl_s > limits.max_pin_s:
-        raise _invalid(
+        raise invalid_value(
             "pin", f"pin.ttl is {ttl_s:.0f} s, a pin lasts at most {limits.max_pin_s:.0f} s"
         )
     return Pin(mode, ttl_s, tier, bool(sliding))
@@ -100,28 +105,17 @@ class PinPolicy:
         Raises:
             RequestError: ``pin_quota_exceeded``, with both numbers.
         """
-        if pin.mode == HARD:
-            needed = (pinned.num_hard_tokens + num_tokens) * self.bytes_per_token
-            if needed > self.max_hard_bytes:
-                raise _exceeded("your hard pins", needed, self.max_hard_bytes)
-        if pin.is_set:
-            needed = (pinned.num_tokens + num_tokens) * self.bytes_per_token
-            if needed > self.max_bytes:
-                raise _exceeded("all pins together", needed, self.max_bytes)
-            needed = (pinned.num_own_tokens + num_tokens) * self.bytes_per_token
-            if needed > self.max_own_bytes:
-                raise _exceeded("your pins", needed, self.max_own_bytes)
-
-
-def _exceeded(what: str, needed: int, allowed: int) -> RequestError:
-    return RequestError(
-        f"with this document {what} would take {needed} bytes, of {allowed} that may be pinned: "
-        f"unpin another document, or choose a lesser pin",
-        code="pin_quota_exceeded",
-        param="pin",
-        status=409,
-    )
-
-
-def _invalid(param: str, message: str) -> RequestError:
-    return RequestError(message, code="invalid_value", param=param.split(".")[0])
+        for what, num_pinned, allowed, is_meant in (
+            ("your hard pins", pinned.num_hard_tokens, self.max_hard_bytes, pin.mode == HARD),
+            ("all pins together", pinned.num_tokens, self.max_bytes, pin.is_set),
+            ("your pins", pinned.num_own_tokens, self.max_own_bytes, pin.is_set),
+        ):
+            needed = (num_pinned + num_tokens) * self.bytes_per_token
+            if is_meant and needed > allowed:
+                raise RequestError(
+                    f"with this document {what} would take {needed} bytes, of {allowed} that may "
+                    f"be pinned: unpin another document, or choose a lesser pin",
+                    code="pin_quota_exceeded",
+                    param="pin",
+                    status=409,
+                )

@@ -1,36 +1,24 @@
 """Computes a document's KV segment by segment; each is a checkpoint.
 
 Nothing is remembered of how far it got but what is stored: the next attempt, of this process or of
-another, on pools of any shape, begins at the longest prefix that the store has then.
+another, on pools of any shape, begins at the longest prefix that the store has then. A segment that
+fails ends the attempt, and the next attempt (engine/runner.py) begins with it.
 """
 
 import asyncio
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import msgspec
 
-from coordinator.config import JobLimits
-from coordinator.jobs.documents.document import (
-    SOFT,
-    Change,
-    Document,
-    DocumentNotice,
-    Live,
-    chunks,
-    eta_s,
-    stepped,
-)
-from coordinator.jobs.documents.document_tokens import DocumentTokens
-from coordinator.jobs.documents.ingestor import Ingestor, IngestRequest, IngestResult
+from coordinator.jobs.documents.document import SOFT, Document, Live, chunks, eta_s
+from coordinator.jobs.documents.ingestor import IngestRequest, IngestResult
+from coordinator.jobs.documents.parts import DocumentParts
 from coordinator.jobs.documents.states import DocumentEvent, DocumentState
-from coordinator.jobs.documents.table import DocumentTable
-from coordinator.jobs.gate import Gate
-from coordinator.jobs.suspects import DOCUMENT, Work
-from coordinator.jobs.turns import Turn
+from coordinator.jobs.engine.job import Notice
+from coordinator.jobs.engine.suspects import Work
+from coordinator.jobs.engine.turns import Turn
 from coordinator.text.tokenizing import Prompt
-from protocol.crash_points import CrashPoints
 from protocol.errors import RequestError
 from protocol.failpoints import SEGMENT_AFTER, SEGMENT_BEFORE
 
@@ -46,163 +34,119 @@ def segment_ends(num_stored: int, num_tokens: int, segment_tokens: int) -> Itera
         yield end
 
 
-class Segments:
-    """Computes documents. ``live`` says how those that are being computed stand.
+async def compute_segments(
+    parts: DocumentParts, document: Document, turn: Turn, on_segment: Callable[[], None]
+) -> None:
+    """Bring a document from PREFILLING to READY.
 
     Args:
-        table: of the documents.
-        ingestor: does the work.
-        limits: the size of a segment.
-        tokens: has the tokens.
-        crash_points: told of what becomes durable.
-        gate: that each segment goes through.
+        parts: of the documents.
+        document: with its tokens.
+        turn: offered to others before each segment.
+        on_segment: called behind each.
+
+    Raises:
+        RequestError: as ``Ingestor.compute``, or when the store cannot hold the document.
+        IllegalTransition: it was ended meanwhile.
     """
-
-    def __init__(
-        self,
-        table: DocumentTable,
-        ingestor: Ingestor,
-        limits: JobLimits,
-        tokens: DocumentTokens,
-        crash_points: CrashPoints,
-        gate: Gate,
-    ) -> None:
-        self.crash_points = crash_points
-        self.gate = gate
-        self.live: dict[str, Live] = {}
-        self.table = table
-        self.ingestor = ingestor
-        self.limits = limits
-        self.tokens = tokens
-        block_size = tokens.facts.block_size
-        self.segment_tokens = max(1, limits.segment_tokens // block_size) * block_size
-
-    async def compute(
-        self, document: Document, turn: Turn, on_segment: Callable[[], object]
-    ) -> None:
-        """From PREFILLING to READY.
-
-        Args:
-            document: with its tokens.
-            turn: offered to others before each segment.
-            on_segment: called behind each.
-
-        Raises:
-            RequestError: as ``Ingestor.compute``, or when the store cannot hold the document.
-            IllegalTransition: it was ended meanwhile.
-        """
-        async with self.gate.work(Work(DOCUMENT, document.document_id, LOADING)):
-            prompt = await self.tokens.prompt(document)
-        run = _Run(self, document, prompt, turn, on_segment)
+    async with parts.gate.work(Work(Document.KIND, document.id, LOADING)):
+        prompt = await parts.tokens.prompt(document)
+    attempt = _Attempt(parts, document, prompt)
+    try:
         for _ in range(MAX_ROUNDS):
-            await run.compute_missing()
-            await self.table.change(
-                document.document_id, lambda found: stepped(found, DocumentEvent.COMPUTED)
-            )
-            num_stored = self.ingestor.num_stored_blocks(prompt.block_hashes)
+            await attempt.compute_missing(turn, on_segment)
+            await parts.table.change(document.id, lambda d: d.after(DocumentEvent.COMPUTED))
+            num_stored = parts.ingestor.num_stored_blocks(prompt.block_hashes)
             if num_stored >= len(prompt.block_hashes):
-                await self._finish(document.document_id, prompt)
+                await _finish(parts, document.id, prompt)
                 return
-            await self.table.change(
-                document.document_id, lambda found: stepped(found, DocumentEvent.LOSE_BLOCKS)
-            )
-        raise RequestError(
-            f"the store loses blocks of this document as fast as they come: it holds {num_stored} "
-            f"of its {len(prompt.block_hashes)}; make it larger, or unpin others",
-            code="kv_capacity_exceeded",
-            status=507,
-        )
-
-    async def _finish(self, document_id: str, prompt: Prompt) -> None:
-        def work(found: Document) -> Change:
-            now = self.table.clock()
-            pin = found.pin.begin(now)
-            return stepped(
-                found,
-                DocumentEvent.STORED,
-                pin=pin,
-                ready_at=now,
-                num_done=found.num_tokens,
-                error=None,
-            )
-
-        document = await self.table.change(document_id, work)
-        if document.pin.is_set:
-            self.ingestor.pin(document_id, prompt.block_hashes, document.pin.mode)
-        else:
-            self.ingestor.unpin(document_id)
+            await parts.table.change(document.id, lambda d: d.after(DocumentEvent.LOSE_BLOCKS))
+    finally:
+        parts.live.pop(document.id, None)
+    raise RequestError(
+        f"the store loses blocks of this document as fast as they come: it holds {num_stored} "
+        f"of its {len(prompt.block_hashes)}; make it larger, or unpin others",
+        code="kv_capacity_exceeded",
+        status=507,
+    )
 
 
-class _Run:
+async def _finish(parts: DocumentParts, document_id: str, prompt: Prompt) -> None:
+    now = parts.table.clock()
+    document = await parts.table.change(
+        document_id,
+        lambda found: found.after(
+            DocumentEvent.STORED, pin=found.pin.begin(now), num_done=found.num_tokens, error=None
+        ),
+    )
+    if document.pin.is_set:
+        parts.ingestor.pin(document_id, prompt.block_hashes, document.pin.mode)
+    else:
+        parts.ingestor.unpin(document_id)
+
+
+class _Attempt:
     """One attempt at one document."""
 
-    def __init__(
-        self,
-        segments: Segments,
-        document: Document,
-        prompt: Prompt,
-        turn: Turn,
-        on_segment: Callable[[], object],
-    ) -> None:
-        self._segments = segments
+    def __init__(self, parts: DocumentParts, document: Document, prompt: Prompt) -> None:
+        self._parts = parts
         self._document = document
         self._prompt = prompt
-        self._turn = turn
-        self._on_segment = on_segment
         self._began = time.monotonic()
-        self._num_begun_with = 0
+        self._num_begun_with: int | None = None
         self._num_computed = 0  # by this attempt
         self._serial = 0
 
-    async def compute_missing(self) -> None:
-        """Every segment from the longest stored prefix on."""
-        segments, prompt = self._segments, self._prompt
-        num_stored = segments.ingestor.num_stored_blocks(prompt.block_hashes)
-        if num_stored >= len(prompt.block_hashes) and prompt.block_hashes:
-            resumed = len(prompt.token_ids)  # what is behind the last full block is never kept
-        else:
-            resumed = num_stored * segments.tokens.facts.block_size
-        if self._serial == 0:
+    async def compute_missing(self, turn: Turn, on_segment: Callable[[], None]) -> None:
+        """Compute every segment from the longest stored prefix on."""
+        parts, hashes, total = self._parts, self._prompt.block_hashes, len(self._prompt.token_ids)
+        num_stored = parts.ingestor.num_stored_blocks(hashes)
+        resumed = num_stored * parts.block_size
+        if num_stored >= len(hashes) > 0:
+            resumed = total  # what is behind the last full block is never kept
+        if self._num_begun_with is None:
             self._num_begun_with = resumed
-            values = {"num_resumed_tokens": resumed, "num_done": resumed, "num_cached": resumed}
-            await self._change(values)
+            self._document = await parts.table.change(
+                self._document.id,
+                lambda found: msgspec.structs.replace(
+                    found, num_resumed_tokens=resumed, num_done=resumed, num_cached=resumed
+                ),
+            )
         self._show(resumed)
-        for end in segment_ends(resumed, len(prompt.token_ids), segments.segment_tokens):
-            await self._turn.renew()
+        for end in segment_ends(resumed, total, parts.segment_tokens):
+            await turn.renew()
             # By number, not by tokens: part of a segment may be stored when it is begun again.
-            number = -(-end // segments.segment_tokens)
-            work = Work(DOCUMENT, self._document.document_id, LOADING + number)
-            async with segments.gate.work(work):
-                await segments.crash_points.pass_by(SEGMENT_BEFORE)
+            number = -(-end // parts.segment_tokens)
+            async with parts.gate.work(Work(Document.KIND, self._document.id, LOADING + number)):
+                await parts.crash_points.pass_by(SEGMENT_BEFORE)
                 result = await self._segment(end)
-                await segments.crash_points.pass_by(SEGMENT_AFTER)
-                self._num_computed += result.num_computed_tokens
-                self._show(end)
+                await parts.crash_points.pass_by(SEGMENT_AFTER)
                 await self._written(end, result)
-            self._on_segment()
+            on_segment()
 
     async def _segment(self, end: int) -> IngestResult:
-        segments, document = self._segments, self._document
+        parts, document = self._parts, self._document
         self._serial += 1
         request = IngestRequest(
-            document_id=document.document_id,
-            request_id=f"{document.document_id}-{document.attempt}-{self._serial}",
+            document_id=document.id,
+            request_id=f"{document.id}-{document.attempt}-{self._serial}",
             token_ids=self._prompt.token_ids.head(end),
-            block_hashes=self._prompt.block_hashes[: end // segments.tokens.facts.block_size],
+            block_hashes=self._prompt.block_hashes[: end // parts.block_size],
             tenant=document.tenant,
             cache_salt=document.cache_salt,
             ring_size=document.ring_size,
         )
         # What is being made is not evicted for something else that is.
         mode = document.pin.mode if document.pin.is_set else SOFT
-        segments.ingestor.pin(document.document_id, request.block_hashes, mode)
-        task = asyncio.create_task(segments.ingestor.compute(request, self._show))
+        parts.ingestor.pin(document.id, request.block_hashes, mode)
+        task = asyncio.create_task(parts.ingestor.compute(request, self._show))
         try:
             shown = self._live.num_done
-            while not (await asyncio.wait({task}, timeout=segments.limits.progress_interval_s))[0]:
+            while not (await asyncio.wait({task}, timeout=parts.limits.progress_interval_s))[0]:
                 if self._live.num_done != shown:
                     shown = self._live.num_done
-                    await self._change({}, self._progress(document.used_ring_size))
+                    progress = self._progress(document.used_ring_size)
+                    await parts.table.change(document.id, lambda found: found, progress)
             return task.result()
         finally:
             if not task.done():
@@ -210,51 +154,46 @@ class _Run:
                 await asyncio.wait({task})
 
     async def _written(self, end: int, result: IngestResult) -> None:
-        num_computed = result.num_computed_tokens
-        progress = self._progress(result.ring_size)
+        self._num_computed += result.num_computed_tokens
+        self._show(end)
 
-        def work(found: Document) -> Change:
+        def work(found: Document) -> Document:
             if found.state is not DocumentState.PREFILLING:
-                return stepped(found, DocumentEvent.COMPUTED)  # raises: it was ended meanwhile
-            following = msgspec.structs.replace(
+                return found.after(DocumentEvent.COMPUTED)  # raises: it was ended meanwhile
+            return msgspec.structs.replace(
                 found,
                 num_done=end,
-                num_computed=found.num_computed + num_computed,
+                num_computed=found.num_computed + result.num_computed_tokens,
                 num_cached=max(0, end - self._num_computed),
                 used_ring_size=result.ring_size,
                 compute_s=found.compute_s + result.compute_s,
             )
-            return Change(following, (progress,))
 
-        self._document = await self._segments.table.change(self._document.document_id, work)
-
-    async def _change(self, values: dict[str, Any], *events: DocumentNotice) -> None:
-        self._document = await self._segments.table.change(
-            self._document.document_id,
-            lambda found: Change(msgspec.structs.replace(found, **values), events),
-        )
+        progress = self._progress(result.ring_size)
+        self._document = await self._parts.table.change(self._document.id, work, progress)
 
     @property
     def _live(self) -> Live:
-        return self._segments.live[self._document.document_id]
+        return self._parts.live[self._document.id]
 
     def _show(self, num_done: int) -> None:
         elapsed = time.monotonic() - self._began
-        rate = (num_done - self._num_begun_with) / elapsed if elapsed > 0 else 0.0
-        self._segments.live[self._document.document_id] = Live(num_done, max(rate, 0.0))
+        num_new = num_done - (self._num_begun_with or 0)
+        rate = max(num_new, 0) / elapsed if elapsed > 0 else 0.0
+        self._parts.live[self._document.id] = Live(num_done, rate)
 
-    def _progress(self, ring_size: int) -> DocumentNotice:
+    def _progress(self, ring_size: int) -> Notice:
         live, total = self._live, len(self._prompt.token_ids)
         tokens = {
             "total": total,
             "done": live.num_done,
             "cached": max(0, live.num_done - self._num_computed),
         }
-        return DocumentNotice(
+        return Notice(
             "progress",
             {
                 "tokens": tokens,
-                "chunks": chunks(total, live.num_done, self._segments.segment_tokens),
+                "chunks": chunks(total, live.num_done, self._parts.segment_tokens),
                 "rate_tok_s": round(live.tokens_per_s, 1),
                 "eta_s": eta_s(total, live.num_done, live.tokens_per_s),
                 "ring_size": ring_size or None,

@@ -10,6 +10,8 @@ the process that worked on it, or read it, is set aside: it has FAILED, from whe
 
 import enum
 
+from coordinator.jobs.engine.job import JobEvent
+
 
 class DocumentState(enum.Enum):
     QUEUED = "queued"
@@ -30,15 +32,10 @@ class DocumentEvent(enum.Enum):
     COMPUTED = "computed"
     STORED = "stored"
     LOSE_BLOCKS = "lose_blocks"  # some of what was stored has gone meanwhile
-    REQUEUE = "requeue"  # it cannot go on for now, or the process that worked on it has ended
     EVICT = "evict"
     DAMAGE = "damage"
     REWARM = "rewarm"
     RESUME = "resume"
-    FAIL = "fail"
-    SET_ASIDE = "set_aside"  # processes have died of it
-    CANCEL = "cancel"
-    EXPIRE = "expire"
 
 
 WORKING = frozenset({DocumentState.TOKENIZING, DocumentState.PREFILLING, DocumentState.STORING})
@@ -46,46 +43,39 @@ PENDING = WORKING | {
     DocumentState.QUEUED
 }  # something is still to be done, without anybody's asking
 FINAL = frozenset({DocumentState.FAILED, DocumentState.CANCELLED, DocumentState.EXPIRED})
-USABLE = frozenset(
-    {DocumentState.READY, DocumentState.EVICTED, DocumentState.DAMAGED}
-)  # a question may name it
+# A question may name it.
+USABLE = frozenset({DocumentState.READY, DocumentState.EVICTED, DocumentState.DAMAGED})
 
-TABLE: dict[tuple[DocumentState, DocumentEvent], DocumentState] = {
+TABLE: dict[tuple[DocumentState, DocumentEvent | JobEvent], DocumentState] = {
     (DocumentState.QUEUED, DocumentEvent.START): DocumentState.TOKENIZING,
     (DocumentState.TOKENIZING, DocumentEvent.TOKENIZED): DocumentState.PREFILLING,
     (DocumentState.PREFILLING, DocumentEvent.COMPUTED): DocumentState.STORING,
     (DocumentState.STORING, DocumentEvent.STORED): DocumentState.READY,
     (DocumentState.STORING, DocumentEvent.LOSE_BLOCKS): DocumentState.PREFILLING,
-    (DocumentState.TOKENIZING, DocumentEvent.REQUEUE): DocumentState.QUEUED,
-    (DocumentState.PREFILLING, DocumentEvent.REQUEUE): DocumentState.QUEUED,
-    (DocumentState.STORING, DocumentEvent.REQUEUE): DocumentState.QUEUED,
+    (DocumentState.TOKENIZING, JobEvent.REQUEUE): DocumentState.QUEUED,
+    (DocumentState.PREFILLING, JobEvent.REQUEUE): DocumentState.QUEUED,
+    (DocumentState.STORING, JobEvent.REQUEUE): DocumentState.QUEUED,
     (DocumentState.READY, DocumentEvent.EVICT): DocumentState.EVICTED,
     (DocumentState.EVICTED, DocumentEvent.REWARM): DocumentState.QUEUED,
-    (
-        DocumentState.READY,
-        DocumentEvent.REWARM,
-    ): DocumentState.QUEUED,  # as it was made it is of no use now
+    # As it was made it is of no use now.
+    (DocumentState.READY, DocumentEvent.REWARM): DocumentState.QUEUED,
     (DocumentState.READY, DocumentEvent.DAMAGE): DocumentState.DAMAGED,
     (DocumentState.DAMAGED, DocumentEvent.REWARM): DocumentState.QUEUED,
     (DocumentState.FAILED, DocumentEvent.RESUME): DocumentState.QUEUED,
     (DocumentState.CANCELLED, DocumentEvent.RESUME): DocumentState.QUEUED,
+    **{(state, JobEvent.FAIL): DocumentState.FAILED for state in DocumentState if state in PENDING},
     **{
-        (state, DocumentEvent.FAIL): DocumentState.FAILED
-        for state in DocumentState
-        if state in PENDING
-    },
-    **{
-        (state, DocumentEvent.SET_ASIDE): DocumentState.FAILED
+        (state, JobEvent.SET_ASIDE): DocumentState.FAILED
         for state in DocumentState
         if state in PENDING | USABLE
     },
     **{
-        (state, DocumentEvent.CANCEL): DocumentState.CANCELLED
+        (state, JobEvent.CANCEL): DocumentState.CANCELLED
         for state in DocumentState
         if state in PENDING
     },
     **{
-        (state, DocumentEvent.EXPIRE): DocumentState.EXPIRED
+        (state, JobEvent.EXPIRE): DocumentState.EXPIRED
         for state in DocumentState
         if state in PENDING
     },

@@ -13,7 +13,7 @@ from coordinator.cluster.placement import STORE_TIERS, Placement
 from coordinator.cluster.pools import Pool
 from coordinator.config import CoordinatorConfig
 from coordinator.errors import pool_failure
-from coordinator.jobs.documents.ingestor import IngestRequest, IngestResult, Residence
+from coordinator.jobs.documents.ingestor import Ingestor, IngestRequest, IngestResult, Residence
 from coordinator.loop.timeouts import patient
 from coordinator.node import CoordinatorNode
 from coordinator.request import Request
@@ -36,8 +36,8 @@ PROGRESS_S = 0.25
 COLLECT_TIMEOUT_S = 60.0
 
 
-class Tiering:
-    """Implements :class:`coordinator.jobs.documents.ingestor.Ingestor`.
+class Tiering(Ingestor):
+    """The ingestor of a cluster; ``Ingestor`` says what each method promises.
 
     Args:
         config: which pools there should be.
@@ -54,7 +54,9 @@ class Tiering:
         self._placement: Placement = node.service.placement
         self._send = node.send
         self._clock = clock
-        self._expects_store = any(pool.role == "store" for pool in config.pools)
+        roles = {pool.role for pool in config.pools}
+        self._expects_store = "store" in roles
+        self._has_prefill = "prefill" in roles
         self._pins: dict[str, tuple[str, tuple[bytes, ...]]] = {}
         self._collecting: dict[str, asyncio.Future[None]] = {}
         node.service.listener = self
@@ -63,15 +65,12 @@ class Tiering:
 
     @property
     def is_ready(self) -> bool:
-        """Whether a segment can be taken now."""
         if self._expects_store and self._placement.store() is None:
             return False
-        role = "prefill" if self._config_pools("prefill") else "decode"
-        return bool(self._registry.serving(role))
+        return bool(self._registry.serving("prefill" if self._has_prefill else "decode"))
 
     @property
     def tiers(self) -> tuple[str, ...]:
-        """From the fastest to the most durable one."""
         return ("gpu", *STORE_TIERS) if self._expects_store else ("gpu",)
 
     def max_tokens(self) -> int:
@@ -84,18 +83,15 @@ class Tiering:
         return min(largest, default=0)
 
     def num_stored_blocks(self, block_hashes: Sequence[bytes]) -> int:
-        """Leading blocks that lie in the most durable tier there is."""
         if self._expects_store:
             return self._placement.num_stored_blocks(block_hashes, ("disk",))
         pools = self._registry.serving("decode")
         return max((self._placement.num_cached(pool, block_hashes) for pool in pools), default=0)
 
     def has_damaged(self, block_hashes: Sequence[bytes]) -> bool:
-        """Whether the store has found packs of these damaged."""
         return self._placement.has_damaged(block_hashes)
 
     def residency(self, block_hashes: Sequence[bytes]) -> list[Residence]:
-        """Where they lie now, as far as the pools have told."""
         places = [(pool, "gpu", "") for pool in self._registry.serving("decode")]
         places += [
             (pool, tier, tier) for pool in self._registry.serving("store") for tier in STORE_TIERS
@@ -111,23 +107,13 @@ class Tiering:
     async def compute(
         self, request: IngestRequest, on_progress: Callable[[int], None]
     ) -> IngestResult:
-        """Have a segment computed and kept.
-
-        Raises:
-            RequestError: see :class:`coordinator.jobs.documents.ingestor.Ingestor`.
-        """
-        is_offload = self._expects_store and bool(self._config_pools("prefill"))
+        is_offload = self._expects_store and self._has_prefill
         result = await self._run(request, on_progress, is_offload=is_offload)
         if self._expects_store and not is_offload:
             await self._collect(request)
         return result
 
     async def warm(self, request: IngestRequest) -> None:
-        """Bring a document into the device memory of a decode pool.
-
-        Raises:
-            RequestError: as ``compute``.
-        """
         await self._run(request, lambda _: None, is_offload=False)
 
     async def _run(
@@ -181,18 +167,13 @@ class Tiering:
             del self._collecting[name]
             self._send(store.pool_id, Abort(name, 1))
 
-    def _config_pools(self, role: str) -> list[str]:
-        return [pool.pool_id for pool in self._config.pools if pool.role == role]
-
     # -- what the store is told --------------------------------------------------------------------
 
     def pin(self, document_id: str, block_hashes: Sequence[bytes], mode: str) -> None:
-        """Keep them; told again when a store comes back."""
         self._pins[document_id] = (mode, tuple(block_hashes))
         self._tell_pin(document_id)
 
     def unpin(self, document_id: str) -> None:
-        """Idempotent."""
         if self._pins.pop(document_id, None) is not None:
             self._tell_pin(document_id)
 
@@ -203,7 +184,6 @@ class Tiering:
             self._send(store.pool_id, Pin(document_id, hashes, mode))
 
     async def forget(self, block_hashes: Sequence[bytes]) -> None:
-        """Nobody will ask for these any more."""
         store = self._placement.store()
         if store is not None:
             self._send(store.pool_id, Forget(tuple(block_hashes)))

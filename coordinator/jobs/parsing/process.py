@@ -1,26 +1,21 @@
 """The process that reads an uploaded file, seen from the coordinator.
 
 It gets an open file and an open place for its text, limits on memory, processor time and output,
-and a deadline. Whatever becomes of it, it has ended when ``extract`` returns, and its output is
-under its name only if it is whole.
+and a deadline. Whatever becomes of it, it has ended when ``extract`` returns.
 """
 
 import asyncio
 import contextlib
-import os
 import signal
 import sys
 from pathlib import Path
 
 from coordinator.config import JobLimits
-from coordinator.jobs.database import insufficient_storage
+from coordinator.jobs.engine.disk import insufficient_storage
 from coordinator.jobs.parsing.formats import unprocessable
 from coordinator.jobs.parsing.parse import UNREADABLE, UNWRITABLE
-from coordinator.jobs.space import told_when_full
 from coordinator.loop.timeouts import patient
-from protocol.crash_points import CrashPoints
 from protocol.errors import BatonError
-from protocol.failpoints import FILE_RENAMED, FILE_WRITE, PARSE
 
 MAX_REASON_BYTES = 2000
 
@@ -30,42 +25,27 @@ class ParserCrashed(BatonError):
 
 
 async def extract(
-    source: Path,
-    text: Path,
-    media_type: str,
-    limits: JobLimits,
-    crash_points: CrashPoints | None = None,
-    charset: str = "",
+    source: Path, text: Path, media_type: str, limits: JobLimits, charset: str = ""
 ) -> list[str]:
     """Make the file ``text`` out of ``source``; returns warnings about it.
 
     Args:
         source: the uploaded file.
-        text: appears when it is whole and on the disk.
+        text: what is made; it is not there if anything is raised.
         media_type: as it was identified.
         limits: of the process.
-        crash_points: told of what becomes durable.
         charset: that was declared with the file; "" if none was.
 
     Raises:
         RequestError: ``unprocessable_document``, with the reason; or the disk is full.
         ParserCrashed: see there.
     """
-    crash_points = CrashPoints() if crash_points is None else crash_points
-    new = text.with_name(f"{text.name}.new")
-    await crash_points.pass_by(PARSE)
     try:
-        with source.open("rb") as input_, new.open("wb") as output:
-            kind = (media_type, charset)
-            warnings = await _run(kind, limits, input_.fileno(), output.fileno())
-            await asyncio.to_thread(os.fsync, output.fileno())
-        with told_when_full():
-            await crash_points.pass_by(FILE_WRITE, "text")
-            new.replace(text)
-        await crash_points.pass_by(FILE_RENAMED, "text")
-        return warnings
-    finally:
-        new.unlink(missing_ok=True)
+        with source.open("rb") as input_, text.open("wb") as output:
+            return await _run((media_type, charset), limits, input_.fileno(), output.fileno())
+    except BaseException:
+        text.unlink(missing_ok=True)  # noqa: ASYNC240 - a cancelled caller waits for nothing
+        raise
 
 
 async def _run(kind: tuple[str, str], limits: JobLimits, input_: int, output: int) -> list[str]:

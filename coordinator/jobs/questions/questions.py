@@ -7,7 +7,7 @@ from coordinator.jobs.documents.document import TEXT, Document
 from coordinator.jobs.documents.document_tokens import model_changed
 from coordinator.jobs.documents.documents import Documents
 from coordinator.jobs.documents.identity import MODEL_CHANGED, OF_TOKENS
-from coordinator.jobs.documents.states import PENDING, USABLE, DocumentState
+from coordinator.jobs.documents.states import USABLE, DocumentState
 from coordinator.jobs.questions.prompts import Attached, Opened
 from protocol.errors import RequestError
 
@@ -31,7 +31,7 @@ class Questions:
             RequestError: it is not the tenant's (404), not ready (409), or cannot be used so (400).
         """
         try:
-            document = await self._documents.get(tenant, document_id)
+            document = await self._documents.table.get(tenant, document_id)
         except RequestError as error:
             error.param = param
             raise
@@ -44,12 +44,12 @@ class Questions:
             )
         tokens = self._documents.tokens
         block_size = tokens.facts.block_size  # of what can be found now
-        document = await self._documents.maintenance.check_blocks(document)
+        document = await self._documents.checked(document)
         missing = tokens.mismatch(document)
         if document.kind == "token_ids" and missing == MODEL_CHANGED:
             raise model_changed()
         attached = Attached(
-            document_id=document.document_id,
+            document_id=document.id,
             cache_salt=document.cache_salt,
             num_promised=document.num_tokens // block_size * block_size,
             likely=_likely(document),
@@ -70,10 +70,10 @@ def _likely(document: Document) -> str:
 def _check_usable(document: Document, param: str) -> None:
     if document.state in USABLE:
         return
-    if document.state in PENDING:
+    if document.is_pending:
         raise RequestError(
-            f"the document is {document.status}: wait for it with "
-            f"GET /v1/documents/{document.document_id}?wait=60",
+            f"the document is {document.state.value}: wait for it with "
+            f"GET /v1/documents/{document.id}?wait=60",
             code="document_not_ready",
             param=param,
             status=409,
@@ -82,7 +82,7 @@ def _check_usable(document: Document, param: str) -> None:
     if document.state is DocumentState.FAILED and document.error is not None:
         why = f" ({document.error.message})"
     raise RequestError(
-        f"the document is {document.status}{why}: resume it, or ingest it again",
+        f"the document is {document.state.value}{why}: resume it, or ingest it again",
         code="document_not_usable",
         param=param,
     )

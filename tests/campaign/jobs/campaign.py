@@ -53,7 +53,7 @@ OFTEN = {
     "pack.renamed": 2,
 }
 READS_FILES = ("jobs.parse", ".source", ".text")  # these are met if a document is a file
-DELETES = ("document_deleted", "deletion_finished", "pack.deleted", ".removed.t")
+DELETES = ("document_deleted", "pack.deleted", ".removed.t")
 
 
 def all_places() -> list[str]:

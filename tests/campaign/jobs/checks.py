@@ -86,13 +86,13 @@ def read_rows(folder: Path) -> Rows:
 
         connection.execute("BEGIN")
         return Rows(
-            bodies("SELECT document_id, body FROM documents"),
-            names("SELECT document_id FROM deleted_documents"),
-            bodies("SELECT batch_id, fields FROM batch"),
+            bodies("SELECT job_id, body FROM job WHERE kind = 'document'"),
+            names("SELECT job_id FROM cleanup WHERE kind = 'document'"),
+            bodies("SELECT job_id, body FROM job WHERE kind = 'batch'"),
             names("SELECT file_id FROM file"),
             sum(
                 connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
-                for table in ("batch_line", "batch_result")
+                for table in ("line", "result")
             ),
             connection.execute("PRAGMA integrity_check").fetchone()[0],
         )
@@ -145,8 +145,8 @@ def ended(folder: Path, ledger: Ledger) -> Iterator[str]:
     for document_id, document in rows.documents.items():
         by_name[document.get("display_name", "")] = document_id
     for batch_id, batch in rows.batches.items():
-        if batch["state"] != "completed":
-            yield f"stuck: batch {batch_id} is {batch['state']}"
+        if (state := batch.get("state", "validating")) != "completed":
+            yield f"stuck: batch {batch_id} is {state}"
             continue
         outputs = _outputs(batch)
         yield from _results(folder / "files", batch_id, batch, ledger, by_name)
@@ -172,12 +172,12 @@ def _same(what: str, found: set[str], wanted: set[str]) -> Iterator[str]:
 def _all_documents(folder: Path, rows: Rows, ledger: Ledger) -> Iterator[str]:
     with closing(sqlite3.connect(folder / "jobs.sqlite")) as connection:
         made: Counter[str] = Counter()
-        query = "SELECT sequence, kind, data FROM document_events WHERE document_id = ?"
+        query = "SELECT sequence, kind, data FROM event WHERE job_id = ?"
         for document_id, document in rows.documents.items():
             key = document.get("display_name", "")
             made[key] += 1
-            if document.get("status") != "ready":
-                yield f"stuck: document {key} is {document.get('status', 'queued')}"
+            if (state := document.get("state", "queued")) != "ready":
+                yield f"stuck: document {key} is {state}"
             events = connection.execute(f"{query} ORDER BY sequence", (document_id,)).fetchall()
             yield from (f"document {key}: {wrong}" for wrong in events_of(events))
     yield from (f"document {key} was made twice" for key, count in made.items() if count > 1)
@@ -216,8 +216,9 @@ def result_lines(
     found = {line["custom_id"]: line["response"] for line in lines}
     wrong += [f"lost: the answer to {name}" for name, response in found.items() if not response]
     statuses = Counter(line["response"]["status_code"] == 200 for line in lines if line["response"])
-    if (batch["num_completed"], batch["num_failed"]) != (statuses[True], statuses[False]):
-        wrong.append(f"{batch['num_completed']} lines are counted of {statuses[True]}")
+    counted = (batch.get("num_completed", 0), batch.get("num_failed", 0))
+    if counted != (statuses[True], statuses[False]):
+        wrong.append(f"{counted[0]} lines are counted of {statuses[True]}")
     return found, wrong
 
 

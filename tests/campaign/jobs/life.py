@@ -31,9 +31,9 @@ from coordinator.jobs.context import JobDependencies, Jobs
 from coordinator.jobs.documents.document import Document, new_id
 from coordinator.jobs.documents.documents import Documents, Source
 from coordinator.jobs.documents.ingestor import IngestRequest, IngestResult
-from coordinator.jobs.documents.states import PENDING, DocumentState
-from coordinator.jobs.documents.table import Idempotency
-from coordinator.jobs.files import BATCH, StoredFile, new_file_id
+from coordinator.jobs.documents.states import DocumentState
+from coordinator.jobs.engine.table import Idempotency
+from coordinator.jobs.files.files import BATCH, StoredFile, new_file_id
 from coordinator.text.in_process import InProcessWorkers
 from coordinator.text.tasks import Settings
 from coordinator.text.tokenizing import load_tools
@@ -76,20 +76,20 @@ class Lines:
             return answer_of(fields)
         key, text = fields["idempotency_key"], fields["source"]["text"]
         made = await make_document(self._documents, key, Source(text=text.encode()), key)
-        while made.state in PENDING:
-            made = await self._documents.wait(TENANT, made.document_id, 60)
+        while made.is_pending:
+            made = await self._documents.engine.wait(TENANT, made.id, 60)
         assert made.state is DocumentState.READY, made
-        return 200, {"id": made.document_id, "object": "document", "status": made.status}
+        return 200, {"id": made.id, "object": "document", "status": made.state.value}
 
 
 async def make_document(documents: Documents, name: str, source: Source, key: str) -> Document:
     """A document that is durable."""
     document = Document(
-        new_id(),
-        TENANT,
-        SALT,
-        documents.table.clock(),
-        "text" if source.path is None else "file",
+        id=new_id(),
+        tenant=TENANT,
+        cache_salt=SALT,
+        created_at=documents.table.clock(),
+        kind="text" if source.path is None else "file",
         form="text",
         display_name=name,
     )
@@ -167,7 +167,7 @@ class Life:
         await self.jobs.start()
         watching = asyncio.create_task(self.jobs.watch())
         watching.add_done_callback(_died_of)
-        await self.jobs.documents.maintenance.recovered.wait()
+        await self.jobs.recovered.wait()
         say(ready=True)
         reader = asyncio.StreamReader()
         await asyncio.get_running_loop().connect_read_pipe(
@@ -207,8 +207,8 @@ class Life:
                 return (await self._upload(text, expires=expires)).file_id
             case {"delete": str(document_id), "ready": bool(must_be_ready)}:
                 if must_be_ready:
-                    await documents.wait(TENANT, document_id, 60)
-                await documents.delete(TENANT, document_id)
+                    await documents.engine.wait(TENANT, document_id, 60)
+                await documents.engine.delete(TENANT, document_id)
                 return document_id
             case {"finish": True}:
                 while await self._is_left():  # noqa: ASYNC110 - nobody tells of all of it
@@ -222,20 +222,26 @@ class Life:
             path = self._folder / f"upload-{key}"
             path.write_text(text_of(key))
             source = Source(path=path, is_ours=True)
-        return (await make_document(self.jobs.documents, key, source, key)).document_id
+        return (await make_document(self.jobs.documents, key, source, key)).id
 
     async def _make_batch(self, seed: int) -> str:
         text = "\n".join(json.dumps(line) for line in lines_of(seed))
         file = await self._upload(text, expires=False)
-        asked = BatchRequest(TENANT, "arithmetic", file.file_id, "/v1/completions", "24h")
+        asked = BatchRequest(
+            tenant=TENANT,
+            model="arithmetic",
+            input_file_id=file.file_id,
+            endpoint="/v1/completions",
+            completion_window="24h",
+        )
         batch = await self.jobs.batches.create(asked)
         await self.jobs.files.delete(TENANT, file.file_id)
-        return batch.batch_id
+        return batch.id
 
     async def _upload(self, text: str, *, expires: bool) -> StoredFile:
         files, now = self.jobs.files, int(self.jobs.files.clock())
         file_id = new_file_id()
-        arrived = files.folder / f"{file_id}.upload"
+        arrived = files.folder.path / f"{file_id}.upload"
         expires_at = now if expires else None
         arrived.write_text(text)
         try:
@@ -246,14 +252,11 @@ class Life:
 
     async def _is_left(self) -> bool:
         """Whether anything is still to be done."""
-        table, batches = self.jobs.documents.table, self.jobs.batches
-        return bool(
-            await table.with_states(PENDING)
-            or await table.deletions()
-            or await batches.table.open_ids()
-            or await batches.table.leftovers()
-            or any(batches.inputs.folder.iterdir())
-        )
+        tables = self.jobs.documents.table, self.jobs.batches.table
+        for table in tables:
+            if await table.in_states(table.of.PENDING) or await table.cleanups():
+                return True
+        return False
 
 
 def _died_of(task: asyncio.Task[None]) -> None:

@@ -12,6 +12,7 @@ from fastapi.routing import APIRoute
 
 from coordinator.auth import OPEN_PATHS, Tenants
 from coordinator.http.api import build_app
+from tests.coordinator.jobs.world import Site, start_site
 
 KEY = "sk-alpha"
 OPEN = {"/health", "/ready", "/version"}  # as SECURITY.md has them, and "/", which is nothing
@@ -19,12 +20,12 @@ DEADLINE_S = 20.0
 
 
 @pytest.fixture(scope="module")
-def locked(start_site: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     with start_site(tmp_path_factory.mktemp("l"), api_keys=(KEY,)) as site:
         yield site
 
 
-def offered(site: Any) -> set[tuple[str, str]]:
+def offered(site: Site) -> set[tuple[str, str]]:
     """(method, path) of all that the application offers."""
     app = build_app(site.running.coordinator.frontend, Tenants((KEY,), "secret"))
     routes = [route for route in app.routes if isinstance(route, APIRoute)]
@@ -38,7 +39,7 @@ def named(path: str) -> str:
     return "/".join("x" if part.startswith("{") else part for part in parts)
 
 
-def test_what_is_open_is_what_the_page_says(locked: Any) -> None:
+def test_what_is_open_is_what_the_page_says(locked: Site) -> None:
     paths = {path for _, path in offered(locked)}
     assert {path for path in paths if path in OPEN_PATHS} == OPEN
     assert OPEN_PATHS - paths == {"/"}
@@ -50,7 +51,7 @@ def test_what_is_open_is_what_the_page_says(locked: Any) -> None:
 @pytest.mark.parametrize(
     ("value", "code"), [("", "missing_api_key"), ("Bearer sk-alphA", "invalid_api_key")]
 )
-def test_each_path_is_closed_without_the_key(locked: Any, value: str, code: str) -> None:
+def test_each_path_is_closed_without_the_key(locked: Site, value: str, code: str) -> None:
     found = offered(locked)
     assert len(found) > 25, "documents, files and batches are among them"
     headers = {"authorization": value} if value else {}
@@ -78,7 +79,7 @@ def test_each_path_is_closed_without_the_key(locked: Any, value: str, code: str)
         *("http://localhost/metrics", "http://evil.example/health/../metrics", "metrics", "*"),
     ],
 )
-def test_no_spelling_leads_past_the_door(locked: Any, target: str) -> None:
+def test_no_spelling_leads_past_the_door(locked: Site, target: str) -> None:
     address = urlsplit(locked.running.url)
     for method in ("GET", "HEAD", "OPTIONS", "POST"):
         with socket.create_connection((address.hostname, address.port), DEADLINE_S) as connection:

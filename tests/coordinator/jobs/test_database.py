@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.jobs.ballast import Ballast
-from coordinator.jobs.database import Database
-from coordinator.jobs.space import check_space
+from coordinator.jobs.engine.database import Database, Superseded
+from coordinator.jobs.engine.disk import Ballast, check_space
 from protocol.errors import ConfigError, RequestError
 
-SCHEMA = (
-    "CREATE TABLE IF NOT EXISTS item (name TEXT PRIMARY KEY, value BLOB)",
-    "CREATE TABLE IF NOT EXISTS part (item TEXT REFERENCES item(name) ON DELETE CASCADE)",
-)
+
+def prepare(connection: sqlite3.Connection) -> None:
+    connection.execute("CREATE TABLE IF NOT EXISTS item (name TEXT PRIMARY KEY, value BLOB)")
+    connection.execute(
+        "CREATE TABLE IF NOT EXISTS part (item TEXT REFERENCES item(name) ON DELETE CASCADE)"
+    )
 
 
 def names(connection: sqlite3.Connection) -> list[str]:
@@ -32,11 +33,11 @@ async def write(database: Database, name: str, size: int = 1) -> None:
 
 def test_what_was_written_is_there_after_a_restart(tmp_path: Path) -> None:
     async def run() -> None:
-        first = Database(tmp_path / "jobs.sqlite", SCHEMA)
+        first = Database(tmp_path / "jobs.sqlite", prepare)
         await write(first, "a")
         first.close()
         first.close()
-        second = Database(tmp_path / "jobs.sqlite", SCHEMA)
+        second = Database(tmp_path / "jobs.sqlite", prepare)
         assert await second.read(names) == ["a"]
         second.close()
 
@@ -48,7 +49,7 @@ def test_it_is_durable_and_checks_its_references(tmp_path: Path) -> None:
         return await database.read(lambda c: c.execute(f"PRAGMA {name}").fetchone()[0])
 
     async def run() -> None:
-        database = Database(tmp_path / "jobs.sqlite", SCHEMA)
+        database = Database(tmp_path / "jobs.sqlite", prepare)
         assert await pragma(database, "journal_mode") == "wal"
         assert await pragma(database, "synchronous") == 2
         with pytest.raises(sqlite3.IntegrityError):
@@ -60,7 +61,7 @@ def test_it_is_durable_and_checks_its_references(tmp_path: Path) -> None:
 
 def test_a_transaction_is_whole_or_nothing() -> None:
     async def run() -> None:
-        database = Database(None, SCHEMA)
+        database = Database(None, prepare)
 
         def half(connection: sqlite3.Connection) -> None:
             connection.execute("INSERT INTO item VALUES ('half', x'')")
@@ -78,7 +79,7 @@ def test_a_transaction_is_whole_or_nothing() -> None:
 
 def test_writes_are_one_after_another() -> None:
     async def run() -> None:
-        database = Database(None, SCHEMA)
+        database = Database(None, prepare)
         await asyncio.gather(*(write(database, f"{n:03}") for n in range(100)))
         assert await database.read(names) == [f"{n:03}" for n in range(100)]
         database.close()
@@ -88,7 +89,7 @@ def test_writes_are_one_after_another() -> None:
 
 def test_a_write_whose_asker_is_gone_is_ended_all_the_same() -> None:
     async def run() -> None:
-        database = Database(None, SCHEMA)
+        database = Database(None, prepare)
         asked = asyncio.create_task(write(database, "a"))
         await asyncio.sleep(0)
         asked.cancel()
@@ -100,9 +101,22 @@ def test_a_write_whose_asker_is_gone_is_ended_all_the_same() -> None:
     asyncio.run(run())
 
 
+def test_only_the_process_that_came_last_writes(tmp_path: Path) -> None:
+    async def run() -> None:
+        old, new = (Database(tmp_path / "jobs.sqlite", prepare) for _ in range(2))
+        with pytest.raises(Superseded):
+            await write(old, "old")
+        await write(new, "new")
+        assert await old.read(names) == ["new"]
+        old.close()
+        new.close()
+
+    asyncio.run(run())
+
+
 def test_a_full_disk_is_507_and_what_was_there_stays(tmp_path: Path) -> None:
     async def run() -> None:
-        database = Database(tmp_path / "jobs.sqlite", SCHEMA)
+        database = Database(tmp_path / "jobs.sqlite", prepare)
         await write(database, "before")
         await database.read(lambda c: c.execute("PRAGMA max_page_count = 10").fetchone())
         with pytest.raises(RequestError) as refused:
@@ -118,7 +132,7 @@ def test_a_full_disk_is_507_and_what_was_there_stays(tmp_path: Path) -> None:
 def test_a_file_that_is_no_database_is_said_in_a_line(tmp_path: Path) -> None:
     (tmp_path / "jobs.sqlite").write_bytes(b"not a database, but long enough to be looked at" * 99)
     with pytest.raises(ConfigError, match="not a database"):
-        Database(tmp_path / "jobs.sqlite", SCHEMA)
+        Database(tmp_path / "jobs.sqlite", prepare)
 
 
 def test_room_is_kept_free(tmp_path: Path) -> None:
@@ -145,7 +159,7 @@ class Room:
 def test_the_ballast_is_for_what_ends_and_not_for_what_is_new(tmp_path: Path) -> None:
     async def run() -> None:
         room = Room()
-        database = Database(tmp_path / "jobs.sqlite", SCHEMA, ballast=room)  # type: ignore[arg-type]
+        database = Database(tmp_path / "jobs.sqlite", prepare, ballast=room)  # type: ignore[arg-type]
 
         def fill(connection: sqlite3.Connection) -> None:
             room.connection = connection

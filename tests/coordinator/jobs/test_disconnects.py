@@ -4,9 +4,10 @@ import logging
 import socket
 import struct
 import urllib.parse
-from typing import Any
 
 import pytest
+
+from tests.coordinator.jobs.world import Site
 
 PART = b'--b\r\nContent-Disposition: form-data; name="file"; filename="f"\r\n\r\nthe beginning'
 UPLOAD = "multipart/form-data; boundary=b"
@@ -16,7 +17,7 @@ JSON = "application/json"
 @pytest.mark.parametrize("is_chunked", [False, True])
 @pytest.mark.parametrize("is_reset", [False, True])
 def test_who_leaves_in_the_middle_of_a_body_costs_one_line(
-    site: Any, caplog: pytest.LogCaptureFixture, is_chunked: bool, is_reset: bool
+    site: Site, caplog: pytest.LogCaptureFixture, is_chunked: bool, is_reset: bool
 ) -> None:
     caplog.set_level(logging.INFO)
     routes = [

@@ -8,6 +8,8 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.coordinator.jobs.world import Site, start_site
+
 TEXT = "The quick brown fox jumps over the lazy dog. " * 20
 
 
@@ -15,7 +17,7 @@ def code_of(reply: httpx.Response) -> tuple[int, str]:
     return reply.status_code, reply.json()["error"]["code"]
 
 
-def test_a_document_is_made_ready(site: Any) -> None:
+def test_a_document_is_made_ready(site: Site) -> None:
     made = site.ingest(text=TEXT)
     assert re.fullmatch(r"doc_[0-9a-f]{32}", made["id"])
     assert (made["object"], made["status"], made["attempt"]) == ("document", "queued", 0)
@@ -29,7 +31,7 @@ def test_a_document_is_made_ready(site: Any) -> None:
     assert found["model_fingerprint"] and found["ready_at"] >= found["created_at"]
 
 
-def test_the_same_text_again_is_found(site: Any) -> None:
+def test_the_same_text_again_is_found(site: Site) -> None:
     text = "Said twice. " * 50
     first = site.wait(site.ingest(text=text)["id"])
     again = site.wait(site.ingest(text=text)["id"])
@@ -39,7 +41,7 @@ def test_the_same_text_again_is_found(site: Any) -> None:
     assert again["resumed_from_token"] == again["tokens"]["total"]
 
 
-def test_events_are_numbered_and_can_be_read_on(site: Any) -> None:
+def test_events_are_numbered_and_can_be_read_on(site: Site) -> None:
     document_id = site.ingest(text="Events. " * 200)["id"]
     events = site.events(document_id)
     assert [e["sequence_number"] for e in events] == list(range(1, len(events) + 1))
@@ -56,7 +58,7 @@ def test_events_are_numbered_and_can_be_read_on(site: Any) -> None:
     assert text.startswith("id: 5\nevent: ")
 
 
-def test_events_come_as_they_happen(site: Any) -> None:
+def test_events_come_as_they_happen(site: Site) -> None:
     site.close_gate()
     document_id = site.ingest(text="Live. " * 200)["id"]
     seen: list[str] = []
@@ -70,7 +72,7 @@ def test_events_come_as_they_happen(site: Any) -> None:
     assert any('"ready"' in line for line in seen)
 
 
-def test_a_reader_who_leaves_ends_nothing(site: Any) -> None:
+def test_a_reader_who_leaves_ends_nothing(site: Site) -> None:
     site.close_gate()
     document_id = site.ingest(text="Leaving. " * 100)["id"]
     with site.client.stream("GET", f"/v1/documents/{document_id}/events") as reply:
@@ -79,7 +81,7 @@ def test_a_reader_who_leaves_ends_nothing(site: Any) -> None:
     site.wait(document_id)
 
 
-def test_pages(start_site: Any, tmp_path: Path) -> None:
+def test_pages(tmp_path: Path) -> None:
     with start_site(tmp_path) as site:
         ids = [site.ingest(text=f"Page {number}. " * 10)["id"] for number in range(5)]
         for order, expected in (("asc", ids), ("desc", ids[::-1])):
@@ -101,7 +103,7 @@ def test_pages(start_site: Any, tmp_path: Path) -> None:
         assert code_of(unknown) == (404, "document_not_found")
 
 
-def test_tenants_do_not_see_each_other(start_site: Any, tmp_path: Path) -> None:
+def test_tenants_do_not_see_each_other(tmp_path: Path) -> None:
     with start_site(tmp_path, api_keys=("one", "two")) as site:
         document_id = site.ingest(text=TEXT)["id"]
         site.wait(document_id)
@@ -136,11 +138,11 @@ def test_tenants_do_not_see_each_other(start_site: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["nothing", "doc_", "doc_" + "g" * 32, "doc_" + "0" * 32, "%00"])
-def test_unknown_ids(site: Any, name: str) -> None:
+def test_unknown_ids(site: Site, name: str) -> None:
     assert code_of(site.client.get(f"/v1/documents/{name}")) == (404, "document_not_found")
 
 
-def test_idempotency(site: Any) -> None:
+def test_idempotency(site: Site) -> None:
     headers = {"idempotency-key": "once"}
     body = {"source": {"text": "Only once. " * 20}, "display_name": "a"}
 
@@ -162,7 +164,7 @@ def test_idempotency(site: Any) -> None:
     assert code_of(both) == (400, "invalid_value")
 
 
-def test_cancel_and_resume(site: Any) -> None:
+def test_cancel_and_resume(site: Site) -> None:
     site.close_gate()
     document_id = site.ingest(text="Cancelled and resumed. " * 60)["id"]
     path = f"/{document_id}"
@@ -183,7 +185,7 @@ def test_cancel_and_resume(site: Any) -> None:
     assert code_of(site.post(f"{path}/resume")) == (409, "not_resumable")
 
 
-def test_a_queued_document_is_cancelled(site: Any) -> None:
+def test_a_queued_document_is_cancelled(site: Site) -> None:
     site.close_gate()
     first = site.ingest(text="In front. " * 60)["id"]
     site.until(lambda: site.get(first)["status"] == "prefilling")
@@ -196,7 +198,7 @@ def test_a_queued_document_is_cancelled(site: Any) -> None:
     assert not [r for r in site.ingestor.requests if r.document_id == third]
 
 
-def test_delete(site: Any) -> None:
+def test_delete(site: Site) -> None:
     shared = "Shared by both of them. " * 20
     first = site.ingest(text=shared + "One goes on like this. " * 20)["id"]
     second = site.ingest(text=shared + "The other one does not. " * 20)["id"]
@@ -214,7 +216,7 @@ def test_delete(site: Any) -> None:
     assert site.get(second)["status"] == "ready"
 
 
-def test_delete_while_it_is_made(site: Any) -> None:
+def test_delete_while_it_is_made(site: Site) -> None:
     site.close_gate()
     document_id = site.ingest(text="Deleted early. " * 100)["id"]
     site.until(lambda: site.get(document_id)["status"] == "prefilling")
@@ -228,7 +230,7 @@ def test_delete_while_it_is_made(site: Any) -> None:
 @pytest.mark.parametrize(
     ("value", "status"), [("-1", 400), ("-0.5", 400), ("x", 400), ("nan", 400), ("1e9", 200)]
 )
-def test_wait(site: Any, value: str, status: int) -> None:
+def test_wait(site: Site, value: str, status: int) -> None:
     document_id = site.ingest(text=f"Waited for {value}. " * 20)["id"]
     reply = site.client.get(f"/v1/documents/{document_id}", params={"wait": value})
     assert reply.status_code == status
@@ -236,7 +238,7 @@ def test_wait(site: Any, value: str, status: int) -> None:
         assert reply.json()["status"] == "ready"
 
 
-def test_wait_ends(start_site: Any, tmp_path: Path) -> None:
+def test_wait_ends(tmp_path: Path) -> None:
     with start_site(tmp_path, jobs={"max_wait_s": 0.05}) as site:
         site.close_gate()
         document_id = site.ingest(text=TEXT)["id"]
@@ -285,7 +287,7 @@ def test_wait_ends(start_site: Any, tmp_path: Path) -> None:
     ],
 )
 def test_bad_bodies(
-    site: Any, body: dict[str, Any], status: int, code: str | None, param: str
+    site: Site, body: dict[str, Any], status: int, code: str | None, param: str
 ) -> None:
     before = len(site.client.get("/v1/documents", params={"limit": 100}).json()["data"])
     body = body if body == {} or "source" in body else {"source": {"text": "x"}, **body}
@@ -297,7 +299,7 @@ def test_bad_bodies(
     assert after == before
 
 
-def test_too_many(start_site: Any, tmp_path: Path) -> None:
+def test_too_many(tmp_path: Path) -> None:
     with start_site(tmp_path, jobs={"max_tenant_documents": 2}) as site:
         ids = [site.ingest(text=f"{number} of two. " * 5)["id"] for number in range(2)]
         assert code_of(site.post(source={"text": "one more"})) == (429, "too_many_documents")
@@ -305,7 +307,7 @@ def test_too_many(start_site: Any, tmp_path: Path) -> None:
         site.wait(site.ingest(text="now there is room")["id"])
 
 
-def test_priority_then_age(site: Any) -> None:
+def test_priority_then_age(site: Site) -> None:
     site.close_gate()
     first = site.ingest(text="Blocks the way. " * 40)["id"]
     site.until(lambda: site.get(first)["status"] == "prefilling")
@@ -326,7 +328,7 @@ def test_priority_then_age(site: Any) -> None:
     assert begun == sorted(begun)
 
 
-def test_patch_metadata(site: Any) -> None:
+def test_patch_metadata(site: Site) -> None:
     made = site.post(source={"text": TEXT}, metadata={"a": "1"}, display_name="fox").json()
     assert (made["metadata"], made["display_name"]) == ({"a": "1"}, "fox")
     reply = site.client.patch(f"/v1/documents/{made['id']}", json={"metadata": {"b": 2}})
@@ -334,7 +336,7 @@ def test_patch_metadata(site: Any) -> None:
     assert site.wait(made["id"])["metadata"] == {"b": 2}
 
 
-def test_rewarm(site: Any) -> None:
+def test_rewarm(site: Site) -> None:
     document_id = site.ingest(text="Warm it up. " * 60)["id"]
     found = site.wait(document_id)
     assert site.post(f"/{document_id}/rewarm").status_code == 202
@@ -352,7 +354,7 @@ def test_rewarm(site: Any) -> None:
     assert (warning["code"], warning["missed_tokens"]) == ("evicted", (total // 16 - 5) * 16)
 
 
-def test_what_the_disk_has_lost_is_not_called_evicted(site: Any) -> None:
+def test_what_the_disk_has_lost_is_not_called_evicted(site: Site) -> None:
     document_id = site.ingest(text="Written on sand. " * 60)["id"]
     site.wait(document_id)
     request = next(r for r in site.ingestor.requests[::-1] if r.document_id == document_id)
@@ -369,7 +371,7 @@ def test_what_the_disk_has_lost_is_not_called_evicted(site: Any) -> None:
     assert site.wait(document_id)["status"] == "ready"
 
 
-def test_eviction_is_noticed_without_asking(site: Any) -> None:
+def test_eviction_is_noticed_without_asking(site: Site) -> None:
     document_id = site.ingest(text="Lost in silence. " * 40)["id"]
     site.wait(document_id)
     request = next(r for r in site.ingestor.requests[::-1] if r.document_id == document_id)
@@ -381,7 +383,7 @@ def test_eviction_is_noticed_without_asking(site: Any) -> None:
     site.until(lambda: listed()[document_id] == "evicted")
 
 
-def test_a_small_document_has_nothing_to_keep(site: Any) -> None:
+def test_a_small_document_has_nothing_to_keep(site: Site) -> None:
     found = site.wait(site.ingest(text="Tiny")["id"])
     assert found["tokens"]["total"] == len("user: Tiny")
     assert found["residency"] == []

@@ -8,7 +8,6 @@ import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -21,6 +20,7 @@ from coordinator.jobs.parsing.pdf import judged
 from coordinator.jobs.parsing.process import ParserCrashed, extract
 from coordinator.validation.document_bodies import DocumentBody, fields_of_form
 from protocol.errors import RequestError
+from tests.coordinator.jobs.world import Site, start_site
 
 LIMITS = JobLimits(parse_timeout_s=20.0, parse_memory_bytes=1 << 30)
 
@@ -509,11 +509,11 @@ def test_the_process_is_confined() -> None:
         assert b"does not do this" in ended.stderr, attempt
 
 
-def post_file(site: Any, name: str, data: bytes, **fields: str) -> httpx.Response:
+def post_file(site: Site, name: str, data: bytes, **fields: str) -> httpx.Response:
     return site.client.post("/v1/documents", files={"file": (name, data)}, data=fields)
 
 
-def upload(site: Any, name: str, data: bytes, **fields: str) -> str:
+def upload(site: Site, name: str, data: bytes, **fields: str) -> str:
     """A document of an uploaded file."""
     reply = post_file(site, name, data, **fields)
     assert reply.status_code == 202, reply.text
@@ -521,7 +521,7 @@ def upload(site: Any, name: str, data: bytes, **fields: str) -> str:
     return document_id
 
 
-def test_files_become_documents(site: Any) -> None:
+def test_files_become_documents(site: Site) -> None:
     text = "A page of text. " * 30
     document_id = upload(site, "../a report.pdf", pdf_of(text))
     found = site.wait(document_id)
@@ -535,14 +535,14 @@ def test_files_become_documents(site: Any) -> None:
     assert names == {f"{document_id}.text", f"{document_id}.tokens"}
 
 
-def test_a_file_that_cannot_be_read_fails(site: Any) -> None:
+def test_a_file_that_cannot_be_read_fails(site: Site) -> None:
     document_id = upload(site, "a.pdf", encrypted("a", "b"))
     error = site.wait(document_id, "failed")["error"]
     assert (error["code"], error["status"]) == ("unprocessable_document", 422)
     assert "encrypted" in error["message"]
 
 
-def test_a_file_that_kills_its_reader_is_quarantined(start_site: Any, tmp_path: Path) -> None:
+def test_a_file_that_kills_its_reader_is_quarantined(tmp_path: Path) -> None:
     with start_site(tmp_path, jobs={"parse_memory_bytes": 100 << 20}) as site:
         document_id = upload(site, "a.txt", b"a" * (60 << 20))
         found = site.wait(document_id, "failed")
@@ -552,7 +552,7 @@ def test_a_file_that_kills_its_reader_is_quarantined(start_site: Any, tmp_path: 
         site.wait(site.ingest(text="Others go on.")["id"])
 
 
-def test_uploads_take_the_same_fields(site: Any) -> None:
+def test_uploads_take_the_same_fields(site: Site) -> None:
     fields = {"display_name": "mine", "pin": '{"mode": "soft"}', "metadata": '{"a": 1}'}
     document_id = upload(site, "a.md", b"# A title\n" * 50, priority="3", **fields)
     found = site.wait(document_id)
@@ -579,7 +579,7 @@ def test_uploads_take_the_same_fields(site: Any) -> None:
     ],
 )
 def test_bad_uploads(
-    site: Any, name: str, data: bytes, fields: dict[str, str], status: int, code: str
+    site: Site, name: str, data: bytes, fields: dict[str, str], status: int, code: str
 ) -> None:
     before = {path.name for path in (site.running.jobs.folder / "documents").iterdir()}
     reply = post_file(site, name, data, **fields)
@@ -587,7 +587,7 @@ def test_bad_uploads(
     assert {p.name for p in (site.running.jobs.folder / "documents").iterdir()} == before
 
 
-def test_a_file_that_was_uploaded_before(site: Any) -> None:
+def test_a_file_that_was_uploaded_before(site: Site) -> None:
     text = b"Kept for later. " * 30
     form = {"file": ("kept.txt", text)}
     file_id = site.client.post("/v1/files", files=form, data={"purpose": "user_data"}).json()["id"]
@@ -602,7 +602,7 @@ def test_a_file_that_was_uploaded_before(site: Any) -> None:
     assert both["code"] == "invalid_value"
 
 
-def test_what_was_declared_with_an_earlier_upload_counts(site: Any) -> None:
+def test_what_was_declared_with_an_earlier_upload_counts(site: Site) -> None:
     page = "<p>zażółć gęślą jaźń, many times over. ".encode("iso-8859-2") * 20
     part = ("page", page, "text/html; charset=ISO-8859-2")
     kept = site.client.post("/v1/files", files={"file": part}, data={"purpose": "user_data"}).json()
@@ -649,7 +649,7 @@ def test_the_fields_of_a_form() -> None:
         *('{"a": ' + "9" * 5000 + "}", '{"a": 1}{}'),
     ],
 )
-def test_a_field_that_is_json_is_as_strict_as_a_body(site: Any, field: str, value: str) -> None:
+def test_a_field_that_is_json_is_as_strict_as_a_body(site: Site, field: str, value: str) -> None:
     reply = post_file(site, "a.txt", b"some text", **{field: value})
     assert reply.status_code == 400, reply.text
     error = reply.json()["error"]
@@ -664,7 +664,7 @@ def test_a_field_that_is_json_is_as_strict_as_a_body(site: Any, field: str, valu
         *[("cp", v) for v in ("NaN", "3", "\u0662", "2.0", "-2")],
     ],
 )
-def test_a_field_that_is_a_number_is_one(site: Any, field: str, value: str) -> None:
+def test_a_field_that_is_a_number_is_one(site: Site, field: str, value: str) -> None:
     reply = post_file(site, "a.txt", b"some text", **{field: value})
     assert reply.status_code == 400, reply.text
     assert reply.json()["error"]["param"] == field
@@ -679,7 +679,7 @@ def test_a_field_that_is_a_number_is_one(site: Any, field: str, value: str) -> N
         *[("metadata", v) for v in (f'{{"a": {"9" * 4400}}}', "[1]")],
     ],
 )
-def test_a_number_that_is_too_large_for_its_kind(site: Any, field: str, text: str) -> None:
+def test_a_number_that_is_too_large_for_its_kind(site: Site, field: str, text: str) -> None:
     body = b'{"source": {"text": "a"}, "%s": %s}' % (field.encode(), text.encode())
     reply = site.client.post(
         "/v1/documents", content=body, headers={"content-type": "application/json"}
@@ -691,7 +691,7 @@ def test_a_number_that_is_too_large_for_its_kind(site: Any, field: str, text: st
 
 
 @pytest.mark.parametrize("value", ["NaN", "inf", "-1", "1e999", "\u0663", "0x2", "", "1" * 5000])
-def test_numbers_of_a_query_and_a_header(site: Any, value: str) -> None:
+def test_numbers_of_a_query_and_a_header(site: Site, value: str) -> None:
     document_id = site.post(source={"text": "of a query"}).json()["id"]
     site.wait(document_id)
     asked = [("/v1/documents", {"limit": value}), ("/v1/files", {"limit": value})]

@@ -20,6 +20,7 @@ from coordinator.text.worker import TextWorker
 from modeling.checkpoint.config import load_config
 from modeling.text.chat_template import ChatTemplate
 from modeling.text.tokenizer import ByteTokenizer, load_tokenizer
+from tests.coordinator.jobs.world import FINGERPRINT, FakeIngestor, Site, start_site
 
 TEXT = "Baton hands the KV cache over. " * 30
 NOW = datetime(2026, 11, 30, 12)
@@ -49,7 +50,7 @@ def prompt_of(answer: dict[str, Any]) -> str:
     return bytes(answer["choices"][0]["prompt_token_ids"]).decode()
 
 
-def warnings_of(site: Any, document_id: str) -> list[str]:
+def warnings_of(site: Site, document_id: str) -> list[str]:
     events = site.events(document_id)
     return [event["message"] for event in events if event.get("code") == "varying_prefix"]
 
@@ -57,19 +58,19 @@ def warnings_of(site: Any, document_id: str) -> list[str]:
 class Sites:
     """Sites with the same folder, one after the other."""
 
-    def __init__(self, start: Any, folder: Path, vocabulary: Any) -> None:
+    def __init__(self, folder: Path) -> None:
         self.template = folder / "template.jinja"
         self.template.write_text(FIRST)
-        self._start, self._folder, self._vocabulary = start, folder, vocabulary
+        self._folder = folder
         self._data = folder / "data"
         self._data.mkdir()
 
     def start(self, *, block_size: int = 16, store: str = "data", **fields: Any) -> Any:
         """One whose simulated store keeps what it has in the folder ``store``."""
-        v, kept = self._vocabulary, self._folder / store
+        kept = self._folder / store
         kept.mkdir(exist_ok=True)
-        ingestor = v.FakeIngestor(block_size, v.FINGERPRINT, folder=kept, chunk_tokens=64)
-        return self._start(
+        ingestor = FakeIngestor(block_size, FINGERPRINT, folder=kept, chunk_tokens=64)
+        return start_site(
             self._folder,
             ingestor=ingestor,
             data_dir=str(self._data),
@@ -81,8 +82,8 @@ class Sites:
 
 
 @pytest.fixture
-def sites(start_site: Any, tmp_path: Path, documents_vocabulary: Any) -> Sites:
-    return Sites(start_site, tmp_path, documents_vocabulary)
+def sites(tmp_path: Path) -> Sites:
+    return Sites(tmp_path)
 
 
 def test_an_edited_template(sites: Sites) -> None:
@@ -208,7 +209,11 @@ def test_another_block_size_and_back(sites: Sites) -> None:
 
 FACTS = identity.ModelFacts("m", "f", 16, "bfloat16", TextIdentity("t", "c"))
 MADE = Document(
-    *("doc_1", "tenant", "salt", 0.0, "text"),
+    id="doc_1",
+    tenant="tenant",
+    cache_salt="salt",
+    created_at=0.0,
+    kind="text",
     fingerprint="f",
     num_tokens=100,
     block_size=16,

@@ -9,6 +9,7 @@ from coordinator.config import JobLimits
 from coordinator.jobs.documents.document import HARD, SOFT, Pin
 from coordinator.jobs.documents.pins import Pinned, PinPolicy, read_duration, read_pin
 from protocol.errors import RequestError
+from tests.coordinator.jobs.world import Site, start_site
 
 TEXT = "Pinned. " * 60
 
@@ -59,7 +60,7 @@ def test_the_policy() -> None:
             assert (error.code, error.status) == ("pin_quota_exceeded", 409)
 
 
-def test_a_pin_begins_when_the_document_is_ready(site: Any) -> None:
+def test_a_pin_begins_when_the_document_is_ready(site: Site) -> None:
     made = site.post(source={"text": TEXT}, pin={"mode": "hard", "ttl": "2h"}).json()
     assert made["pin"] == {
         "mode": "hard",
@@ -79,7 +80,7 @@ def test_a_pin_begins_when_the_document_is_ready(site: Any) -> None:
     assert made["id"] not in site.ingestor.pins
 
 
-def test_a_pin_expires(site: Any) -> None:
+def test_a_pin_expires(site: Site) -> None:
     made = site.post(source={"text": f"Soon. {TEXT}"}, pin={"mode": "soft", "ttl": 0.3}).json()
     site.wait(made["id"])
     found = site.until(
@@ -98,11 +99,11 @@ def test_a_pin_expires(site: Any) -> None:
     assert site.ask(made["id"], "Gone?")["cache_miss"]["reason"] == "expired"
 
 
-def test_quotas(start_site: Any, tmp_path: Path) -> None:
+def test_quotas(tmp_path: Path) -> None:
     bytes_per_token = 2 * 4 * 4 * 64 * 4  # more than any arithmetic model's
     with start_site(tmp_path, jobs={"disk_quota_bytes": 4 * 200 * bytes_per_token}) as site:
-        quota = site.running.jobs.documents.policy.max_hard_bytes
-        per_token = site.running.jobs.documents.policy.bytes_per_token
+        quota = site.running.jobs.documents.parts.admission.pins.max_hard_bytes
+        per_token = site.running.jobs.documents.parts.admission.pins.bytes_per_token
         fits = quota // per_token
         full = site.post(source={"token_ids": [1] * fits}, pin={"mode": "hard"})
         assert full.status_code == 202
@@ -117,26 +118,26 @@ def test_quotas(start_site: Any, tmp_path: Path) -> None:
         assert site.client.patch(path, json={"pin": {"mode": "hard"}}).status_code == 200
 
 
-def test_pins_count_what_the_ranks_keep(start_site: Any, tmp_path: Path) -> None:
+def test_pins_count_what_the_ranks_keep(tmp_path: Path) -> None:
     """KV may be kept in another dtype than the checkpoint's."""
 
     def bytes_per_token(**fields: Any) -> int:
         folder = tmp_path / fields.get("kv_dtype", "own")
         folder.mkdir()
         with start_site(folder, **fields) as site:
-            count: int = site.running.jobs.documents.policy.bytes_per_token
+            count: int = site.running.jobs.documents.parts.admission.pins.bytes_per_token
             return count
 
     assert bytes_per_token() == 2 * bytes_per_token(kv_dtype="bfloat16")
 
 
-def test_a_sliding_pin_is_extended_by_questions(site: Any) -> None:
+def test_a_sliding_pin_is_extended_by_questions(site: Site) -> None:
     pin = {"mode": "soft", "ttl": 2, "sliding": True}
     made = site.post(source={"text": f"Sliding. {TEXT}"}, pin=pin).json()
     first = site.wait(made["id"])["pin"]["expires_at"]
     site.until(lambda: site.ask(made["id"], "?") and _later(site, made["id"], first))
 
 
-def _later(site: Any, document_id: str, than: float) -> bool:
+def _later(site: Site, document_id: str, than: float) -> bool:
     expires_at = site.get(document_id)["pin"]["expires_at"]
     return bool(expires_at is not None and expires_at > than)

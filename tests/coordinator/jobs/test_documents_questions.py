@@ -13,6 +13,7 @@ from coordinator.text.tokenizing import TextTools
 from modeling.text.chat_template import ChatTemplate, encode_chat
 from modeling.text.tokenizer import ByteTokenizer
 from protocol.errors import RequestError
+from tests.coordinator.jobs.world import Site
 
 TEXT = "Baton hands the KV cache over. " * 30
 BLOCK = 16
@@ -23,7 +24,7 @@ def full_blocks(num_tokens: int) -> int:
     return num_tokens // BLOCK * BLOCK
 
 
-def complete(site: Any, document_id: str, prompt: Any, **fields: Any) -> httpx.Response:
+def complete(site: Site, document_id: str, prompt: Any, **fields: Any) -> httpx.Response:
     body = {"prompt": prompt, "document_id": document_id, "max_tokens": 4, **fields}
     return site.client.post("/v1/completions", json=body)
 
@@ -34,13 +35,13 @@ def code_of(reply: httpx.Response) -> tuple[int, str, str]:
 
 
 @pytest.fixture
-def ready(site: Any) -> str:
+def ready(site: Site) -> str:
     document_id: str = site.ingest(text=TEXT)["id"]
     site.wait(document_id)
     return document_id
 
 
-def test_a_chat_question_hits_the_document(site: Any, ready: str) -> None:
+def test_a_chat_question_hits_the_document(site: Site, ready: str) -> None:
     answer = site.ask(ready, "What is handed over?", return_token_ids=True)
     prompt = bytes(answer["choices"][0]["prompt_token_ids"]).decode()
     assert prompt == f"user: {TEXT}\n\nWhat is handed over?\nassistant:"
@@ -49,7 +50,7 @@ def test_a_chat_question_hits_the_document(site: Any, ready: str) -> None:
     assert "cache_miss" not in answer
 
 
-def test_the_same_prefix_without_a_document_hits_too(site: Any, ready: str) -> None:
+def test_the_same_prefix_without_a_document_hits_too(site: Site, ready: str) -> None:
     assert ready
     messages = [{"role": "user", "content": TEXT + "Anything?"}]
     reply = site.client.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 1})
@@ -57,7 +58,7 @@ def test_the_same_prefix_without_a_document_hits_too(site: Any, ready: str) -> N
     assert cached >= full_blocks(len(f"user: {TEXT}"))
 
 
-def test_streamed(site: Any, ready: str) -> None:
+def test_streamed(site: Site, ready: str) -> None:
     parts = [{"type": "document", "document_id": ready}, {"type": "text", "text": "Who?"}]
     body = {
         "messages": [{"role": "user", "content": parts}],
@@ -74,7 +75,7 @@ def test_streamed(site: Any, ready: str) -> None:
     assert all("cache_miss" not in chunk for chunk in chunks[:-1])
 
 
-def test_completion_of_a_text_document(site: Any) -> None:
+def test_completion_of_a_text_document(site: Site) -> None:
     made = site.post(source={"text": TEXT}, form="text").json()
     site.wait(made["id"])
     body = complete(site, made["id"], " And then", return_token_ids=True).json()
@@ -92,7 +93,7 @@ def test_completion_of_a_text_document(site: Any) -> None:
     assert bytes(bare.json()["choices"][0]["prompt_token_ids"]).decode() == TEXT
 
 
-def test_the_other_form_is_computed_anew(site: Any, ready: str) -> None:
+def test_the_other_form_is_computed_anew(site: Site, ready: str) -> None:
     text = "Some other text, so that nothing of it is cached. " * 10
     chat = site.ingest(text=text)["id"]
     site.wait(chat)
@@ -108,7 +109,7 @@ def test_the_other_form_is_computed_anew(site: Any, ready: str) -> None:
     assert ready
 
 
-def test_token_ids_are_taken_as_they_are(site: Any) -> None:
+def test_token_ids_are_taken_as_they_are(site: Site) -> None:
     token_ids = [7 * n % 251 for n in range(300)]
     for form in ("text", "chat"):
         made = site.post(source={"token_ids": token_ids}, form=form).json()
@@ -124,7 +125,7 @@ def test_token_ids_are_taken_as_they_are(site: Any) -> None:
         assert ("cache_miss" in answer) == (form == "text")
 
 
-def test_system_messages_must_be_the_same(site: Any) -> None:
+def test_system_messages_must_be_the_same(site: Site) -> None:
     system = {"role": "system", "content": "Be brief."}
     made = site.ingest(messages=[system, {"role": "user", "content": TEXT}])
     found = site.wait(made["id"])
@@ -154,13 +155,13 @@ def test_system_messages_must_be_the_same(site: Any) -> None:
         [{"type": "document", "document_id": ""}],
     ],
 )
-def test_where_a_document_may_stand(site: Any, content: Any) -> None:
+def test_where_a_document_may_stand(site: Site, content: Any) -> None:
     body = {"messages": [{"role": "user", "content": content}], "max_tokens": 1}
     reply = site.client.post("/v1/chat/completions", json=body)
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, "messages")
 
 
-def test_only_the_first_user_message_has_one(site: Any, ready: str) -> None:
+def test_only_the_first_user_message_has_one(site: Site, ready: str) -> None:
     part = {"type": "document", "document_id": ready}
     messages = [{"role": "user", "content": "Hello."}, {"role": "user", "content": [part]}]
     reply = site.client.post("/v1/chat/completions", json={"messages": messages})
@@ -173,7 +174,7 @@ def test_only_the_first_user_message_has_one(site: Any, ready: str) -> None:
     assert code_of(reply) == (400, "unsupported_parameter", "document_id")
 
 
-def test_not_ready_and_not_usable(site: Any) -> None:
+def test_not_ready_and_not_usable(site: Site) -> None:
     site.close_gate()
     document_id = site.ingest(text="Not yet. " * 50)["id"]
     assert code_of(complete(site, document_id, "?")) == (409, "document_not_ready", "document_id")
@@ -183,7 +184,7 @@ def test_not_ready_and_not_usable(site: Any) -> None:
     assert code_of(unknown) == (404, "document_not_found", "document_id")
 
 
-def test_evicted_blocks_are_told(site: Any) -> None:
+def test_evicted_blocks_are_told(site: Site) -> None:
     text = "Evicted later. " * 40
     document_id = site.ingest(text=text)["id"]
     site.wait(document_id)
@@ -202,7 +203,7 @@ def test_evicted_blocks_are_told(site: Any) -> None:
     assert "cache_miss" not in site.ask(document_id, "Where is it?")  # the question brought it
 
 
-def test_a_prompt_that_is_too_long_together(site: Any) -> None:
+def test_a_prompt_that_is_too_long_together(site: Site) -> None:
     document_id = site.ingest(text="long " * 800)["id"]
     site.wait(document_id)
     reply = complete(site, document_id, "x" * 200)
@@ -258,47 +259,3 @@ def test_a_pool_that_is_lost_is_the_reason() -> None:
         "reason": "worker_lost",
         "missed_tokens": 32,
     }
-
-
-def test_a_batch_makes_a_document_and_asks_about_it(site: Any) -> None:
-    part = {"type": "document", "document_id": "custom:book"}
-    question = [{"role": "user", "content": [part, {"type": "text", "text": "Who?"}]}]
-    lines = [
-        {
-            "custom_id": "book",
-            "method": "POST",
-            "url": "/v1/documents",
-            "body": {"source": {"text": "A book in a batch. " * 40}},
-        },
-        {
-            "custom_id": "ask",
-            "method": "POST",
-            "url": "/v1/chat/completions",
-            "body": {"messages": question, "max_tokens": 3},
-        },
-        {
-            "custom_id": "bad",
-            "method": "POST",
-            "url": "/v1/documents",
-            "body": {"source": {"text": ""}},
-        },
-    ]
-    data = "\n".join(json.dumps(line) for line in lines).encode()
-    form = {"file": ("lines.jsonl", data)}
-    file_id = site.client.post("/v1/files", files=form, data={"purpose": "batch"}).json()["id"]
-    body = {"input_file_id": file_id, "completion_window": "24h"}
-    body["endpoint"] = "/v1/chat/completions"
-    made = site.client.post("/v1/batches", json=body).json()
-    ended = site.until(
-        lambda: (
-            (b := site.client.get(f"/v1/batches/{made['id']}").json())["status"]
-            in ("completed", "failed")
-            and b
-        )
-    )
-    assert ended["request_counts"] == {"total": 3, "completed": 2, "failed": 1}, ended["errors"]
-    text = site.client.get(f"/v1/files/{ended['output_file_id']}/content").text
-    results = {line["custom_id"]: line for line in map(json.loads, text.splitlines())}
-    assert results["book"]["response"]["body"]["status"] == "ready"
-    usage = results["ask"]["response"]["body"]["usage"]
-    assert usage["prompt_tokens_details"]["cached_tokens"] >= full_blocks(40 * 19)

@@ -2,15 +2,16 @@
 
 import threading
 from pathlib import Path
-from typing import Any
 
 import httpx
+
+from tests.coordinator.jobs.world import Site, parse_events, start_site
 
 KEYS = ("first-key", "second-key")
 TEXT = "What is kept for a tenant. " * 20
 
 
-def of_second(site: Any) -> httpx.Client:
+def of_second(site: Site) -> httpx.Client:
     """The other tenant's client; the site's own is the first's."""
     headers = {"authorization": f"Bearer {KEYS[1]}"}
     return httpx.Client(base_url=site.client.base_url, timeout=60.0, headers=headers)
@@ -24,9 +25,7 @@ def upload(client: httpx.Client, name: str) -> str:
     return document_id
 
 
-def test_files_that_take_long_to_read_keep_no_other_tenant_waiting(
-    start_site: Any, tmp_path: Path
-) -> None:
+def test_files_that_take_long_to_read_keep_no_other_tenant_waiting(tmp_path: Path) -> None:
     slow = "jobs.parse:delay=600@1,jobs.parse:delay=600@2"
     with start_site(tmp_path, api_keys=KEYS, failpoints=slow) as site:
         theirs = [upload(site.client, f"slow-{number}.txt") for number in range(5)]
@@ -39,9 +38,7 @@ def test_files_that_take_long_to_read_keep_no_other_tenant_waiting(
         assert {site.get(name)["status"] for name in theirs[2:]} == {"queued"}
 
 
-def test_a_priority_does_not_pass_another_tenant(
-    start_site: Any, tmp_path: Path, documents_vocabulary: Any
-) -> None:
+def test_a_priority_does_not_pass_another_tenant(tmp_path: Path) -> None:
     with start_site(tmp_path, api_keys=KEYS) as site, of_second(site) as client:
         site.close_gate()
         begun = site.ingest(text=f"Begun. {TEXT}")["id"]
@@ -57,11 +54,11 @@ def test_a_priority_does_not_pass_another_tenant(
         for name in loud:
             site.wait(name)
         last = max(site.events(name)[-1]["created_at"] for name in loud)
-        told = documents_vocabulary.parse_events(client.get(f"/v1/documents/{quiet}/events").text)
+        told = parse_events(client.get(f"/v1/documents/{quiet}/events").text)
         assert told[-1]["created_at"] < last
 
 
-def test_a_quota_of_bytes(start_site: Any, tmp_path: Path) -> None:
+def test_a_quota_of_bytes(tmp_path: Path) -> None:
     with start_site(tmp_path, api_keys=KEYS, jobs={"tenant_quota_bytes": 50_000}) as site:
         files = {"file": ("in.txt", b"a" * 30_000)}
         sent = site.client.post("/v1/files", files=files, data={"purpose": "user_data"})
@@ -78,7 +75,7 @@ def test_a_quota_of_bytes(start_site: Any, tmp_path: Path) -> None:
         assert (error["code"], error["status"]) == ("quota_exceeded", 403)
 
 
-def test_documents_that_wait_are_bounded(start_site: Any, tmp_path: Path) -> None:
+def test_documents_that_wait_are_bounded(tmp_path: Path) -> None:
     jobs = {"max_tenant_waiting": 2, "max_waiting": 3}
     with start_site(tmp_path, api_keys=KEYS, jobs=jobs) as site, of_second(site) as client:
         site.close_gate()
@@ -96,12 +93,12 @@ def test_documents_that_wait_are_bounded(start_site: Any, tmp_path: Path) -> Non
         site.until(lambda: site.post(source={"text": f"3. {TEXT}"}).status_code == 202)
 
 
-def test_watchers_are_bounded(start_site: Any, tmp_path: Path) -> None:
+def test_watchers_are_bounded(tmp_path: Path) -> None:
     jobs = {"max_tenant_watchers": 1}
     with start_site(tmp_path, api_keys=KEYS, jobs=jobs) as site:
         site.close_gate()
         document_id = site.ingest(text=TEXT)["id"]
-        watchers = site.running.jobs.documents.watchers
+        watchers = site.running.jobs.documents.engine.watchers
         waiting = threading.Thread(target=lambda: site.get(document_id, wait=20))
         waiting.start()
         site.until(lambda: watchers.num_watching == 1)

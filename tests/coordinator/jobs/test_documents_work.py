@@ -1,9 +1,7 @@
 """What the runner does with what goes wrong, and what is left after a restart."""
 
-import asyncio
 import os
 import sqlite3
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,17 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.config import JobLimits
-from coordinator.jobs.database import Database
-from coordinator.jobs.documents.document import Document, stepped
-from coordinator.jobs.documents.files import DocumentFiles
-from coordinator.jobs.documents.rows import SCHEMA, Superseded
+from coordinator.jobs.documents.document_files import DocumentFiles, read_text, read_tokens
 from coordinator.jobs.documents.segments import segment_ends
-from coordinator.jobs.documents.states import DocumentEvent
-from coordinator.jobs.documents.table import DocumentTable
-from coordinator.jobs.marks import Marks, boot_id
-from coordinator.jobs.suspects import DOCUMENT, Work
+from coordinator.jobs.engine.marks import Marks, boot_id
+from coordinator.jobs.engine.suspects import Work
+from modeling.checkpoint.config import load_config
 from protocol.errors import RequestError
+from tests.coordinator.jobs.world import BLOCK_SIZE, FINGERPRINT, FakeIngestor, Site, start_site
 
 TEXT = "Prefill runs the first leg. " * 40  # five segments of 256 tokens
 
@@ -33,7 +27,7 @@ def failure(code: str, status: int = 503) -> RequestError:
 
 
 @pytest.fixture
-def failing(site: Any) -> Iterator[Any]:
+def failing(site: Site) -> Iterator[Any]:
     """A site whose next segments a test lets fail."""
     yield site
     site.ingestor.failures.clear()
@@ -41,7 +35,7 @@ def failing(site: Any) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("code", ["worker_lost", "handoff_failed", "no_workers", "stalled"])
-def test_what_may_pass_is_tried_again(failing: Any, code: str) -> None:
+def test_what_may_pass_is_tried_again(failing: Site, code: str) -> None:
     failing.ingestor.failures = [failure(code), failure(code)]
     document_id = failing.ingest(text=f"{code}. {TEXT}")["id"]
     found = failing.wait(document_id)
@@ -50,7 +44,7 @@ def test_what_may_pass_is_tried_again(failing: Any, code: str) -> None:
     assert [(e["code"], e["retry_in_s"]) for e in warnings] == [(code, 0.01), (code, 0.02)]
 
 
-def test_progress_begins_the_pauses_anew(failing: Any) -> None:
+def test_progress_begins_the_pauses_anew(failing: Site) -> None:
     document_id = failing.ingest(text=f"Anew. {TEXT}")["id"]
     failing.wait(document_id)
     requests = [r for r in failing.ingestor.requests if r.document_id == document_id]
@@ -61,7 +55,7 @@ def test_progress_begins_the_pauses_anew(failing: Any) -> None:
 @pytest.mark.parametrize(
     ("code", "status"), [("request_quarantined", 500), ("kv_capacity_exceeded", 400)]
 )
-def test_what_will_not_pass_fails(failing: Any, code: str, status: int) -> None:
+def test_what_will_not_pass_fails(failing: Site, code: str, status: int) -> None:
     failing.ingestor.failures = [failure(code, status)]
     document_id = failing.ingest(text=f"{code}. {TEXT}")["id"]
     found = failing.wait(document_id, "failed")
@@ -73,15 +67,14 @@ def test_what_will_not_pass_fails(failing: Any, code: str, status: int) -> None:
     assert (again["attempt"], again["error"]) == (2, None)
 
 
-def test_it_goes_on_from_the_last_segment(failing: Any) -> None:
+def test_it_goes_on_from_the_last_segment(failing: Site) -> None:
     failing.close_gate()
     document_id = failing.ingest(text=f"Goes on. {TEXT}")["id"]
     failing.until(lambda: failing.get(document_id)["status"] == "prefilling")
 
     failing.open_gate()
     failing.wait(document_id)
-    request = next(r for r in failing.ingestor.requests[::-1] if r.document_id == document_id)
-    failing.running.do(lambda: failing.ingestor.evict(request.block_hashes[33:]))
+    failing.evict(failing.hashes_of(document_id)[33:])
     assert failing.get(document_id)["status"] == "evicted"
     failing.post(f"/{document_id}/rewarm")
     found = failing.wait(document_id)
@@ -90,7 +83,7 @@ def test_it_goes_on_from_the_last_segment(failing: Any) -> None:
     assert ends[5:] == [768, 1024, ends[4]]
 
 
-def test_nothing_is_begun_before_the_cluster_is_ready(failing: Any) -> None:
+def test_nothing_is_begun_before_the_cluster_is_ready(failing: Site) -> None:
     failing.ingestor.is_ready = False
     document_id = failing.ingest(text=f"Patience. {TEXT}")["id"]
     assert failing.get(document_id, wait=0.5)["status"] == "queued"
@@ -98,7 +91,7 @@ def test_nothing_is_begun_before_the_cluster_is_ready(failing: Any) -> None:
     assert failing.wait(document_id)["attempt"] == 1
 
 
-def test_a_bug_fails_one_document(failing: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_bug_fails_one_document(failing: Site, caplog: pytest.LogCaptureFixture) -> None:
     failing.ingestor.failures = [KeyError("a bug")]
     document_id = failing.ingest(text=f"Bug. {TEXT}")["id"]
     found = failing.wait(document_id, "failed")
@@ -108,7 +101,7 @@ def test_a_bug_fails_one_document(failing: Any, caplog: pytest.LogCaptureFixture
     failing.wait(failing.ingest(text=f"After it. {TEXT}")["id"])
 
 
-def test_deadline(failing: Any) -> None:
+def test_deadline(failing: Site) -> None:
     failing.close_gate()
     reply = failing.post(source={"text": f"Late. {TEXT}"}, deadline="0.2s")
     document_id = reply.json()["id"]
@@ -120,27 +113,21 @@ def test_deadline(failing: Any) -> None:
     failing.open_gate()
 
 
-def test_a_store_that_is_too_small(
-    start_site: Any, tmp_path: Path, documents_vocabulary: Any
-) -> None:
-    v = documents_vocabulary
+def test_a_store_that_is_too_small(tmp_path: Path) -> None:
 
-    class Leaking(v.FakeIngestor):  # type: ignore[name-defined,misc]
+    class Leaking(FakeIngestor):  # type: ignore[name-defined,misc]
         def _store(self, block_hashes: Any) -> None:
             super()._store(block_hashes)
             self.stored.pop(next(iter(self.stored)))
 
-    ingestor = Leaking(v.BLOCK_SIZE, v.FINGERPRINT)
+    ingestor = Leaking(BLOCK_SIZE, FINGERPRINT)
     with start_site(tmp_path, ingestor=ingestor) as site:
         found = site.wait(site.ingest(text=TEXT)["id"], "failed")
         assert found["error"]["code"] == "kv_capacity_exceeded"
 
 
-def test_what_is_larger_than_the_pools_is_refused_with_both_numbers(
-    start_site: Any, tmp_path: Path, documents_vocabulary: Any
-) -> None:
-    v = documents_vocabulary
-    ingestor = v.FakeIngestor(v.BLOCK_SIZE, v.FINGERPRINT, max_tokens=500)
+def test_what_is_larger_than_the_pools_is_refused_with_both_numbers(tmp_path: Path) -> None:
+    ingestor = FakeIngestor(BLOCK_SIZE, FINGERPRINT, max_tokens=500)
     with start_site(tmp_path, ingestor=ingestor) as site:
         error = site.post(source={"token_ids": [1] * 501}).json()["error"]
         assert error["code"] == "document_too_large"
@@ -149,15 +136,12 @@ def test_what_is_larger_than_the_pools_is_refused_with_both_numbers(
         assert "606" in found["error"]["message"] and "500" in found["error"]["message"]
 
 
-def test_everything_is_there_after_a_restart(
-    start_site: Any, tmp_path: Path, documents_vocabulary: Any
-) -> None:
-    v = documents_vocabulary
+def test_everything_is_there_after_a_restart(tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
 
     def ingestor() -> Any:
-        return v.FakeIngestor(v.BLOCK_SIZE, v.FINGERPRINT, folder=data, chunk_tokens=64)
+        return FakeIngestor(BLOCK_SIZE, FINGERPRINT, folder=data, chunk_tokens=64)
 
     options = {"data_dir": str(data), "secret": "the same"}
     with start_site(tmp_path, ingestor=ingestor(), **options) as site:
@@ -190,8 +174,7 @@ def test_everything_is_there_after_a_restart(
         assert not stranger.exists()
 
 
-def test_another_model(start_site: Any, tmp_path: Path, documents_vocabulary: Any) -> None:
-    v = documents_vocabulary
+def test_another_model(tmp_path: Path) -> None:
     options = {"data_dir": str(tmp_path / "data"), "secret": "the same"}
     with start_site(tmp_path, **options) as site:
         text = site.ingest(text=TEXT)["id"]
@@ -199,7 +182,7 @@ def test_another_model(start_site: Any, tmp_path: Path, documents_vocabulary: An
         site.wait(text)
         site.wait(ids)
     other = {**options, "model": "arithmetic:vocab=400"}
-    ingestor = v.FakeIngestor(v.BLOCK_SIZE, v.fingerprint_of(other["model"]))
+    ingestor = FakeIngestor(BLOCK_SIZE, load_config(other["model"]).fingerprint)
     with start_site(tmp_path, ingestor=ingestor, **other) as site:
         found = site.get(text)
         assert found["status"] == "mismatched"
@@ -216,7 +199,7 @@ def test_another_model(start_site: Any, tmp_path: Path, documents_vocabulary: An
         assert error["code"] == "document_model_changed"
 
 
-def test_a_full_disk_is_told_before(start_site: Any, tmp_path: Path) -> None:
+def test_a_full_disk_is_told_before(tmp_path: Path) -> None:
     with start_site(tmp_path, min_free_bytes=1 << 60) as site:
         reply = site.post(source={"text": TEXT})
         assert (reply.status_code, reply.json()["error"]["code"]) == (507, "insufficient_storage")
@@ -224,32 +207,25 @@ def test_a_full_disk_is_told_before(start_site: Any, tmp_path: Path) -> None:
         assert site.client.post("/v1/completions", json={"prompt": "a"}).status_code == 200
 
 
-def test_a_disk_that_fills_up(start_site: Any, tmp_path: Path) -> None:
+def test_a_disk_that_fills_up(tmp_path: Path) -> None:
     with start_site(tmp_path, data_dir=str(tmp_path / "data")) as site:
         site.close_gate()
         document_id = site.ingest(text=f"Fills up. {TEXT}")["id"]
         site.until(lambda: site.get(document_id)["status"] == "prefilling")
-        pragma(site, "max_page_count = 1")  # taken as: no more than there are
+        site.pragma("max_page_count = 1")  # taken as: no more than there are
         site.open_gate()
         reply = site.until(
             lambda: (r := site.post(source={"text": "x" * 3000})).status_code != 202 and r
         )
         assert (reply.status_code, reply.json()["error"]["code"]) == (507, "insufficient_storage")
         assert site.client.post("/v1/completions", json={"prompt": "a"}).status_code == 200
-        pragma(site, "max_page_count = 1000000")
+        site.pragma("max_page_count = 1000000")
         site.wait(document_id)
         for document in site.client.get("/v1/documents").json()["data"]:
             site.wait(document["id"])
 
 
-def pragma(site: Any, text: str) -> None:
-    """Change something of the database's connection."""
-    database = site.running.jobs.database
-    work = database.read(lambda connection: connection.execute(f"PRAGMA {text}").fetchall())
-    asyncio.run_coroutine_threadsafe(work, site.running.loop).result(20)
-
-
-def test_who_waits_is_told_of_the_end(start_site: Any, tmp_path: Path) -> None:
+def test_who_waits_is_told_of_the_end(tmp_path: Path) -> None:
     with start_site(tmp_path) as site:
         site.close_gate()
         document_id = site.ingest(text=TEXT)["id"]
@@ -266,28 +242,7 @@ def test_who_waits_is_told_of_the_end(start_site: Any, tmp_path: Path) -> None:
         assert "shutting_down" in text and "[DONE]" not in text
 
 
-def test_only_one_process_writes(tmp_path: Path) -> None:
-    async def work() -> None:
-        path = tmp_path / "jobs.sqlite"
-        old = DocumentTable(Database(path, SCHEMA), JobLimits(), time.time)
-        new = DocumentTable(Database(path, SCHEMA), JobLimits(), time.time)
-        document = Document("doc_a", "tenant", "", 0.0, "text")
-        await old.claim()
-        await old.insert(document, None, lambda _: None)
-        await new.claim()
-        with pytest.raises(Superseded):
-            await old.change("doc_a", lambda found: stepped(found, DocumentEvent.START))
-        assert (
-            await new.change("doc_a", lambda d: stepped(d, DocumentEvent.CANCEL))
-        ).status == "cancelled"
-        assert (await old.find("doc_a")) is not None
-        old._database.close()
-        new._database.close()
-
-    asyncio.run(work())
-
-
-def test_damaged_tokens_are_made_again(start_site: Any, tmp_path: Path) -> None:
+def test_damaged_tokens_are_made_again(tmp_path: Path) -> None:
     data = tmp_path / "data"
     with start_site(tmp_path, data_dir=str(data), secret="the same") as site:
         text = site.ingest(text=TEXT)["id"]
@@ -308,19 +263,22 @@ def test_damaged_tokens_are_made_again(start_site: Any, tmp_path: Path) -> None:
 
 
 def test_files_are_whole_or_not_there(tmp_path: Path) -> None:
-    files = DocumentFiles(tmp_path / "documents")
-    assert os.stat(files.folder).st_mode & 0o077 == 0
+    folder = tmp_path / "documents"
+    files = DocumentFiles(folder)
+    assert os.stat(folder).st_mode & 0o077 == 0
     files.write_tokens("doc_a", [0, 1, 2**32 - 1])
     files.write("doc_b", "text", "né".encode())
-    assert files.read_tokens("doc_a") == (0, 1, 2**32 - 1)
-    assert files.read_text("doc_b") == "né"
-    (files.folder / "doc_a.text.new").write_text("half")
-    assert files.sweep({"doc_a"}) == 2
-    assert [path.name for path in files.folder.iterdir()] == ["doc_a.tokens"]
+    assert read_tokens(folder, "doc_a") == (0, 1, 2**32 - 1)
+    assert read_text(folder, "doc_b") == "né"
+    (folder / "doc_a.text.new").write_text("half")
+    following = DocumentFiles(folder)
+    following.write("doc_c", "text", b"written before its row is")
+    assert following.recover({"doc_a"}) == 2
+    assert {path.name for path in folder.iterdir()} == {"doc_a.tokens", "doc_c.text"}
     files.remove("doc_a")
     files.remove("doc_a")
     with pytest.raises(RequestError, match="ingest it again"):
-        files.read_tokens("doc_a")
+        read_tokens(folder, "doc_a")
 
 
 @given(st.integers(0, 100), st.integers(0, 3000), st.integers(1, 512))
@@ -333,9 +291,7 @@ def test_segments_cover_everything_once(num_blocks: int, total: int, segment: in
     assert all(end > stored for end in ends)
 
 
-def test_what_the_server_dies_of_is_set_aside_until_it_is_asked_for(
-    start_site: Any, tmp_path: Path
-) -> None:
+def test_what_the_server_dies_of_is_set_aside_until_it_is_asked_for(tmp_path: Path) -> None:
     data = tmp_path / "data"
     with start_site(tmp_path, data_dir=str(data)) as site:
         poison = site.ingest(text=f"Ends us. {TEXT}")["id"]
@@ -344,10 +300,10 @@ def test_what_the_server_dies_of_is_set_aside_until_it_is_asked_for(
         site.wait(ready)
     for _ in range(2):
         dead = Marks(data / "marks", boot_id())
-        dead.put(Work(DOCUMENT, poison, 3))
+        dead.put(Work("document", poison, 3))
     connection = sqlite3.connect(data / "jobs.sqlite")
     with connection:  # a row that no version has written keeps nobody from starting
-        connection.execute("UPDATE documents SET body = ? WHERE document_id = ?", (b"{", ready))
+        connection.execute("UPDATE job SET body = ? WHERE job_id = ?", (b"{", ready))
     connection.close()
     with start_site(tmp_path, data_dir=str(data)) as site:
         site.until(lambda: site.get(poison)["status"] == "failed")

@@ -89,13 +89,13 @@ def test_one_document_that_kills_each_time_is_set_aside(lives: Lives, tmp_path: 
     assert lives.code == 0
     connection = sqlite3.connect(tmp_path / "jobs.sqlite")
     try:
-        rows = [json.loads(body) for (body,) in connection.execute("SELECT body FROM documents")]
+        found = connection.execute("SELECT body FROM job WHERE kind = 'document'").fetchall()
     finally:
         connection.close()
-    found = {row["display_name"]: row for row in rows}
-    assert found.pop(poison)["error"]["code"] == "set_aside"
-    assert {row["status"] for row in found.values()} == {"ready"}
-    assert found.keys() == set(keys) - {poison}
+    rows = {row["display_name"]: row for row in (json.loads(body) for (body,) in found)}
+    assert rows.pop(poison)["error"]["code"] == "set_aside"
+    assert {row["state"] for row in rows.values()} == {"ready"}
+    assert rows.keys() == set(keys) - {poison}
 
 
 @pytest.mark.slow

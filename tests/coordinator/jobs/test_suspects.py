@@ -12,14 +12,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from coordinator.config import CoordinatorConfig, ExpectedPool, JobLimits
-from coordinator.jobs import suspects
-from coordinator.jobs.database import Database
-from coordinator.jobs.gate import SCHEMA, Budget, Gate
-from coordinator.jobs.marks import Marks
-from coordinator.jobs.suspects import DOCUMENT, Name, Suspect, Work
+from coordinator.jobs.engine import suspects
+from coordinator.jobs.engine.database import Database
+from coordinator.jobs.engine.gate import Budget, Gate
+from coordinator.jobs.engine.marks import Marks
+from coordinator.jobs.engine.suspects import Name, Suspect, Work
+from coordinator.jobs.schema import prepare
 from protocol.errors import ConfigError, RequestError
 
-BOOT = "boot"
+BOOT, DOCUMENT = "boot", "document"
 
 
 def test_what_died_alone_twice_is_set_aside() -> None:
@@ -105,7 +106,7 @@ class Cluster:
 
     @contextmanager
     def life(self) -> Iterator[Gate]:
-        database = Database(self.folder / "jobs.sqlite", SCHEMA)
+        database = Database(self.folder / "jobs.sqlite", prepare)
         marks = Marks(self.folder / "marks", BOOT)
         gate = Gate(database, marks, self.budget, lambda: self.now)
         try:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.jobs.turns import FairSlots, Turns
+from coordinator.jobs.engine.turns import FairSlots, Turns
 
 
 class Site:

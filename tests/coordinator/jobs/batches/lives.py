@@ -1,8 +1,9 @@
 """Lives of a coordinator that makes batches and works on them, each a process of its own.
 
 Started with a folder; then for each line on standard input: ``live`` begins a life and prints its
-process id; the next line is read when it has ended. ``drain`` is a life that makes nothing new, and
-ends when everything is done. Everything is imported once: a life is a fork.
+process id, ``MADE`` for each batch, and its exit code; then the next line is read. ``drain`` is a
+life that makes nothing new, and ends when everything is done. Everything is imported once: a life
+is a fork.
 """
 
 import asyncio
@@ -15,25 +16,23 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.auth import Tenants
-from coordinator.config import JobLimits, public
+from coordinator.config import public
 from coordinator.control import Owner
 from coordinator.http.frontend import Frontend
 from coordinator.http.line_server import LineServer
 from coordinator.jobs.batches.batches import BatchRequest
-from coordinator.jobs.files import BATCH, StoredFile, new_file_id
+from coordinator.jobs.files.files import BATCH, StoredFile, new_file_id
 from coordinator.text.in_process import InProcessWorkers
 from coordinator.text.tasks import Settings
+from coordinator.validation.bodies import Body
 from tests.campaign.jobs.asked import batch_lines
 from tests.coordinator.conftest import FakeCluster
-from tests.coordinator.jobs.batches.composition import (
-    POOLS,
-    Server,
-    WithBatches,
-    config_of,
-)
+from tests.coordinator.jobs.simulated_ingestor import SimulatedIngestor
+from tests.coordinator.jobs.world import BLOCK_SIZE, FINGERPRINT, POOLS, Observed, Server, config_of
 
 NUM_LINES = 40
 NUM_OPEN = 2
+MADE = 1  # said when a batch is acknowledged
 TENANT = "default"
 
 
@@ -42,15 +41,16 @@ class Noting(Server):
 
     log: int
 
-    async def serve(self, *asked: Any) -> tuple[int, dict[str, Any]]:
+    async def serve(
+        self, tenant: str, url: str, body: Body, request_id: str
+    ) -> tuple[int, dict[str, Any]]:
         os.write(self.log, b"x\n")
-        return await super().serve(*asked)
+        return await super().serve(tenant, url, body, request_id)
 
 
-class Life(WithBatches):
+class Life(Observed):
     """A coordinator that keeps itself busy."""
 
-    server_kind = Noting
     folder: Path
     is_draining = False
 
@@ -61,39 +61,45 @@ class Life(WithBatches):
         self._workers = InProcessWorkers(settings)  # type: ignore[assignment]  # what lives use of it
 
     def _line_server(self, frontend: Frontend, tenants: Tenants) -> LineServer:
-        server = super()._line_server(frontend, tenants)
-        self.server.log = _appended(self.folder / "asked")  # type: ignore[attr-defined]
+        server = Noting(frontend, tenants)
+        server.log = _appended(self.folder / "asked")
         self.making = asyncio.create_task(self._make())
         return server
 
     async def _make(self) -> None:
         acknowledged = _appended(self.folder / "acked")
+        table = self.jobs.batches.table
+        await self.jobs.recovered.wait()
         for pause in itertools.repeat(0.005):
-            open_ids = await self.jobs.batches.table.open_ids()
-            if len(open_ids) < NUM_OPEN and not self.is_draining:
+            pending = await table.in_states(table.of.PENDING)
+            if len(pending) < NUM_OPEN and not self.is_draining:
                 seed = secrets.randbelow(10**9)
                 batch_id = await self._make_one(seed)
                 os.write(acknowledged, f"{batch_id} {seed}\n".encode())
-            if not open_ids and self.is_draining and not await self._is_left():
+                _say(MADE)
+            if self.is_draining and not pending and not await table.cleanups():
                 self.stop()
                 return
             await asyncio.sleep(pause)
 
-    async def _is_left(self) -> bool:
-        batches = self.jobs.batches
-        return bool(await batches.table.leftovers()) or any(batches.inputs.folder.iterdir())
-
     async def _make_one(self, seed: int) -> str:
         files = self.jobs.files
         text = "\n".join(json.dumps(line) for line in batch_lines(seed, NUM_LINES))
-        arrived = files.folder / f"{seed}.upload"
+        arrived = files.path(f"{seed}.upload")
         arrived.write_text(text)
         file_id, now = new_file_id(), int(self.clock())
         await files.add(StoredFile(file_id, TENANT, BATCH, "in", len(text), now), arrived)
-        asked = BatchRequest(TENANT, "arithmetic", file_id, "/v1/completions", "24h")
-        batch = await self.jobs.batches.create(asked)
+        batch = await self.jobs.batches.create(
+            BatchRequest(
+                tenant=TENANT,
+                model="arithmetic",
+                input_file_id=file_id,
+                endpoint="/v1/completions",
+                completion_window="24h",
+            )
+        )
         await files.delete(TENANT, file_id)
-        return batch.batch_id
+        return batch.id
 
 
 def _appended(path: Path) -> int:
@@ -104,8 +110,9 @@ async def live(folder: Path, *, is_draining: bool) -> None:
     def on_control(control: str, _url: str) -> None:
         FakeCluster(control, POOLS).start()
 
-    config = config_of(folder, {"jobs": JobLimits(max_crashes=1000)})
-    life = Life(config, on_control, lambda _url: None, Owner())
+    config = config_of(folder, data_dir=str(folder), jobs={"max_crashes": 1000})
+    ingestor = SimulatedIngestor(BLOCK_SIZE, FINGERPRINT, folder=folder)
+    life = Life(config, on_control, lambda _url: None, Owner(), ingestor)
     life.folder, life.is_draining = folder, is_draining
     await life.run()
 

@@ -17,9 +17,10 @@ from tests.campaign.jobs.asked import batch_lines
 from tests.campaign.jobs.checks import result_lines
 from tests.coordinator.jobs.batches import lives
 
-MAX_RUNNING = (
-    4 + 8
-)  # lines that a death may interrupt in one batch, those that wait for documents too
+MAX_RUNNING = 4 + 8  # lines that a death may interrupt, those that wait for documents too
+
+
+EARLY_SHARE = 0.2  # of the kills; these may come before anything is made
 
 
 class Lives:
@@ -37,11 +38,16 @@ class Lives:
             env={**os.environ, "PYTHONPATH": str(root)},
         )
 
-    def killed_after(self, seconds: float) -> None:
+    def killed_after(self, seconds: float, *, is_early: bool) -> None:
+        """A life that is killed so long after it has begun, or has made a batch."""
         pid = self._begin("live")
+        if not is_early:
+            assert self._line() == lives.MADE
         threading.Event().wait(seconds)
         os.kill(pid, signal.SIGKILL)
-        assert self._line() == -signal.SIGKILL
+        while (code := self._line()) == lives.MADE:
+            continue
+        assert code == -signal.SIGKILL
 
     def drained(self) -> None:
         """A life that is not killed, and ends with everything done."""
@@ -72,10 +78,12 @@ def check(folder: Path, num_kills: int) -> int:
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         batches = {
             batch_id: json.loads(fields)
-            for batch_id, fields in connection.execute("SELECT batch_id, fields FROM batch")
+            for batch_id, fields in connection.execute(
+                "SELECT job_id, body FROM job WHERE kind = 'batch'"
+            )
         }
         names = {name for (name,) in connection.execute("SELECT file_id FROM file")}
-        for table in ("batch_line", "batch_result"):
+        for table in ("line", "result"):
             assert connection.execute(f"SELECT count(*) FROM {table}").fetchone() == (0,)
     finally:
         connection.close()
@@ -108,7 +116,8 @@ def die(folder: Path, num_kills: int, seed: int) -> int:
     process = Lives(folder)
     try:
         for _ in range(num_kills):
-            process.killed_after(moments.uniform(0.05, 0.6))
+            is_early = moments.random() < EARLY_SHARE
+            process.killed_after(moments.uniform(0, 0.4), is_early=is_early)
         process.drained()
     finally:
         process.end()

@@ -7,6 +7,9 @@ from typing import Any
 import openai
 import pytest
 
+from tests.coordinator.conftest import Script, reply_token
+from tests.coordinator.jobs.world import Site, start_site
+
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 DOCUMENTS = "/v1/documents"
@@ -20,12 +23,12 @@ def prompts(count: int, **fields: Any) -> list[dict[str, Any]]:
     return [line(f"c{n}", {"prompt": [n + 1], "max_tokens": 3, **fields}) for n in range(count)]
 
 
-def hold(site: Any, helpers: Any, *prompt: int) -> None:
+def hold(site: Site, *prompt: int) -> None:
     """Answers to this prompt stop after two tokens, until they are released."""
-    site.running.fake.scripts[prompt] = helpers.Script(hold_after=2)
+    site.running.fake.scripts[prompt] = Script(hold_after=2)
 
 
-def test_a_batch_of_completions(site: Any, helpers: Any) -> None:
+def test_a_batch_of_completions(site: Site) -> None:
     made = site.batch(
         *prompts(30, return_token_ids=True),
         line("bad", {"prompt": "x", "temperature": 9}),
@@ -34,7 +37,7 @@ def test_a_batch_of_completions(site: Any, helpers: Any) -> None:
     )
     assert (made.status, made.object, made.completion_window) == ("validating", "batch", "24h")
     assert made.expires_at == made.created_at + 86400
-    batch = site.wait(made.id)
+    batch = site.ended(made.id)
     assert batch.request_counts.to_dict() == {"total": 32, "completed": 30, "failed": 2}
     assert (batch.metadata, batch.model, batch.errors) == ({"job": "nightly"}, "arithmetic", None)
     times = (batch.created_at, batch.in_progress_at, batch.finalizing_at, batch.completed_at)
@@ -54,7 +57,7 @@ def test_a_batch_of_completions(site: Any, helpers: Any) -> None:
         response = entry["response"]
         assert response["status_code"] == 200
         (choice,) = response["body"]["choices"]
-        assert choice["token_ids"] == helpers.reply([number + 1], 3)
+        assert choice["token_ids"] == [reply_token([number + 1], i) for i in range(3)]
         assert response["body"]["id"] == f"cmpl-{response['request_id']}"
     statuses = [(e["custom_id"], e["response"]["status_code"]) for e in errors]
     assert statuses == [("bad", 400), ("other", 404)]
@@ -65,11 +68,11 @@ def test_a_batch_of_completions(site: Any, helpers: Any) -> None:
     assert file.expires_at == file.created_at + 30 * 86400
 
 
-def test_a_line_is_answered_as_a_request_is(site: Any) -> None:
+def test_a_line_is_answered_as_a_request_is(site: Site) -> None:
     body = {"messages": [{"role": "user", "content": "same"}], "max_tokens": 5, "n": 2, "seed": 1}
-    batch = site.wait(site.batch(line("a", body, CHAT), endpoint=CHAT).id)
+    batch = site.ended(site.batch(line("a", body, CHAT), endpoint=CHAT).id)
     (entry,) = site.results(batch)[0]
-    direct = site.http.post(CHAT, json=body).json()
+    direct = site.client.post(CHAT, json=body).json()
     ours = entry["response"]["body"]
     for field in ("id", "created"):
         assert type(direct.pop(field)) is type(ours.pop(field))
@@ -78,19 +81,19 @@ def test_a_line_is_answered_as_a_request_is(site: Any) -> None:
     assert batch.error_file_id is None
 
 
-def test_pages_of_batches(site: Any) -> None:
+def test_pages_of_batches(site: Site) -> None:
     made = [site.batch(*prompts(1)).id for _ in range(4)]
     for batch_id in made:
-        site.wait(batch_id)
+        site.ended(batch_id)
     assert [batch.id for batch in site.openai.batches.list(limit=4).data] == made[::-1]
     listed = [batch.id for batch in site.openai.batches.list(limit=3)]  # it turns the pages
     assert listed[:4] == made[::-1]
     assert len(listed) == len(set(listed))
-    page = site.http.get("/v1/batches", params={"limit": 2, "after": made[3]}).json()
+    page = site.client.get("/v1/batches", params={"limit": 2, "after": made[3]}).json()
     assert [batch["id"] for batch in page["data"]] == [made[2], made[1]]
     for query in ("limit=0", "limit=x"):
-        assert site.http.get(f"/v1/batches?{query}").status_code == 400
-    assert site.http.get("/v1/batches?after=batch_0").status_code == 404
+        assert site.client.get(f"/v1/batches?{query}").status_code == 400
+    assert site.client.get("/v1/batches?after=batch_0").status_code == 404
 
 
 WRONG: list[tuple[Any, str, str | None]] = [
@@ -114,22 +117,24 @@ WRONG: list[tuple[Any, str, str | None]] = [
 ]
 
 
-def test_every_wrong_line_is_named_and_nothing_is_begun(site: Any) -> None:
-    asked = len(site.coordinator.server.asked)
+def test_every_wrong_line_is_named_and_nothing_is_begun(site: Site) -> None:
+    asked = len(site.server.asked)
     made = site.batch(*prompts(1), "", *(wrong for wrong, _, _ in WRONG))
-    batch = site.wait(made.id, "failed")
+    batch = site.ended(made.id, "failed")
     assert batch.failed_at is not None
     errors = [(error.line, error.code, error.param) for error in batch.errors.data]
     expected = [(number, code, param) for number, (_, code, param) in enumerate(WRONG, 3)]
     assert errors == expected
     assert all(error.message for error in batch.errors.data)
     assert (batch.output_file_id, batch.error_file_id) == (None, None)
-    assert len(site.coordinator.server.asked) == asked
+    assert len(site.server.asked) == asked
 
 
-def test_inputs_that_are_no_batch(start_batches: Any, tmp_path: Path) -> None:
+def test_inputs_that_are_no_batch(tmp_path: Path) -> None:
     limits = {"max_lines": 3, "max_errors": 2}
-    with start_batches(tmp_path, batches=limits, limits={"max_body_bytes": 1000}) as site:
+    with start_site(
+        tmp_path, data_dir=str(tmp_path), batches=limits, limits={"max_body_bytes": 1000}
+    ) as site:
         cases: list[tuple[list[Any], int | None, str]] = [
             ([], None, "empty_file"),
             (["", "  "], None, "empty_file"),
@@ -137,20 +142,21 @@ def test_inputs_that_are_no_batch(start_batches: Any, tmp_path: Path) -> None:
             ([*prompts(1), "x" * 2000, "{"], 2, "line_too_long"),
         ]
         for lines, number, code in cases:
-            batch = site.wait(site.batch(*lines).id, "failed")
+            batch = site.ended(site.batch(*lines).id, "failed")
             assert [(e.line, e.code) for e in batch.errors.data] == [(number, code)]
-        batch = site.wait(site.batch("{", "{", "{", "{").id, "failed")
+        batch = site.ended(site.batch("{", "{", "{", "{").id, "failed")
         assert [error.line for error in batch.errors.data] == [1, 2]
         folder = tmp_path / "batches"
         site.until(lambda: not list(folder.iterdir()), "nothing of them is left")
 
 
-def test_what_is_refused_at_once(start_batches: Any, tmp_path: Path) -> None:
-    with start_batches(tmp_path, batches={"max_batch_bytes": 100}) as site:
+def test_what_is_refused_at_once(tmp_path: Path) -> None:
+    data = str(tmp_path)
+    with start_site(tmp_path, data_dir=data, batches={"max_batch_bytes": 100}) as site:
 
         def refusal(**changes: Any) -> tuple[int, str, str | None]:
             fields = {"endpoint": COMPLETIONS, "completion_window": "24h", **changes}
-            reply = site.http.post("/v1/batches", json=fields)
+            reply = site.client.post("/v1/batches", json=fields)
             error = reply.json()["error"]
             return reply.status_code, error["code"], error["param"]
 
@@ -177,18 +183,18 @@ def test_what_is_refused_at_once(start_batches: Any, tmp_path: Path) -> None:
             assert refusal(input_file_id=good, **{field: value}) == (400, "invalid_value", field)
         assert refusal(input_file_id=good, metadata={"k": 1})[1] == "invalid_type"
         assert not list((tmp_path / "batches").iterdir())
-        assert site.http.get("/v1/batches").json()["data"] == []
+        assert site.client.get("/v1/batches").json()["data"] == []
 
 
-def test_cancelling_keeps_what_is_answered(site: Any, helpers: Any) -> None:
-    hold(site, helpers, 99)
+def test_cancelling_keeps_what_is_answered(site: Site) -> None:
+    hold(site, 99)
     made = site.batch(*prompts(5), line("held", {"prompt": [99], "max_tokens": 3}), *prompts(9)[5:])
     site.until(
         lambda: site.openai.batches.retrieve(made.id).request_counts.completed == 9, "the others"
     )
-    reply = site.http.post(f"/v1/batches/{made.id}/cancel")
+    reply = site.client.post(f"/v1/batches/{made.id}/cancel")
     assert (reply.status_code, reply.json()["status"]) == (202, "cancelling")
-    batch = site.wait(made.id, "cancelled")
+    batch = site.ended(made.id, "cancelled")
     assert batch.cancelled_at >= batch.cancelling_at
     output, errors = site.results(batch)
     assert [entry["custom_id"] for entry in output] == [f"c{n}" for n in range(9)]
@@ -200,117 +206,106 @@ def test_cancelling_keeps_what_is_answered(site: Any, helpers: Any) -> None:
     site.until(lambda: not site.running.fake.jobs, "the pools have let go")
     site.running.fake.release([99])
     done = site.batch(*prompts(1))
-    site.wait(done.id)
+    site.ended(done.id)
     with pytest.raises(openai.ConflictError):
         site.openai.batches.cancel(done.id)
 
 
-def test_a_batch_that_takes_too_long_expires(
-    start_batches: Any, tmp_path: Path, helpers: Any
-) -> None:
-    with start_batches(tmp_path) as site:
-        hold(site, helpers, 99)
+def test_a_batch_that_takes_too_long_expires(tmp_path: Path) -> None:
+    with start_site(tmp_path) as site:
+        hold(site, 99)
         made = site.batch(*prompts(3), line("held", {"prompt": [99], "max_tokens": 3}))
         site.until(lambda: site.openai.batches.retrieve(made.id).request_counts.completed == 3)
         site.clock.offset_s = 86401
-        batch = site.wait(made.id, "expired")
+        batch = site.ended(made.id, "expired")
         assert batch.expired_at >= batch.expires_at
         output, errors = site.results(batch)
         assert len(output) == 3
         assert [(e["custom_id"], e["error"]["code"]) for e in errors] == [("held", "batch_expired")]
         site.clock.offset_s += 31 * 86400
-        site.until(lambda: not site.http.get("/v1/batches").json()["data"], "it is forgotten")
+        site.until(lambda: not site.client.get("/v1/batches").json()["data"], "it is forgotten")
         site.until(lambda: not site.stored(), "so are its files")
 
 
-def test_documents_are_made_before_the_lines_that_name_them(site: Any) -> None:
-    site.running.do(site.coordinator.library.gate.clear)
+def test_documents_are_made_before_the_lines_that_name_them(site: Site) -> None:
+    site.close_gate()
     part = {"type": "document", "document_id": "custom:doc"}
-    question = {"messages": [{"role": "user", "content": [part]}]}
+    question = {"messages": [{"role": "user", "content": [part]}], "max_tokens": 3}
     made = site.batch(
-        line("doc", {"source": {"text": "good"}}, DOCUMENTS),
+        line("doc", {"source": {"text": "A book in a batch. " * 40}}, DOCUMENTS),
         line("ask", question, CHAT),
-        line("broken", {"source": {"text": "bad"}}, DOCUMENTS),
+        line("broken", {"source": {"text": ""}}, DOCUMENTS),
         line("vain", {"document_id": "custom:broken", "messages": []}, CHAT),
         line("alone", {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2}, CHAT),
         endpoint=CHAT,
     )
-    asked = site.coordinator.server.asked
+    asked = site.server.asked
     begun = len(asked)
     site.until(lambda: site.openai.batches.retrieve(made.id).request_counts.completed == 1)
     assert not any("doc_" in json.dumps(body) for body in asked[begun:])
-    site.running.do(site.coordinator.library.gate.set)
-    batch = site.wait(made.id)
+    site.open_gate()
+    batch = site.ended(made.id)
     output, errors = site.results(batch)
-    assert [entry["custom_id"] for entry in output] == ["doc", "alone"]
-    document = output[0]["response"]["body"]
+    assert [entry["custom_id"] for entry in output] == ["doc", "ask", "alone"]
+    document, answer = (entry["response"]["body"] for entry in output[:2])
     assert (document["object"], document["status"]) == ("document", "ready")
+    cached = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert cached >= document["tokens"]["total"] // 16 * 16
     codes = [(e["custom_id"], e["response"]["body"]["error"]["code"]) for e in errors]
-    # The coordinator does not know the test's documents: what counts is what was asked for.
-    assert codes == [
-        ("ask", "document_not_found"),
-        ("broken", "unprocessable_document"),
-        ("vain", "dependency_failed"),
-    ]
-    named = [b["messages"][0]["content"][0] for b in asked if b.get("messages")]
-    assert {"type": "document", "document_id": document["id"]} in named
+    assert codes == [("broken", "unprocessable_document"), ("vain", "dependency_failed")]
 
 
-def test_lines_wait_while_others_ask(start_batches: Any, tmp_path: Path, helpers: Any) -> None:
-    with start_batches(tmp_path, batches={"max_interactive": 0}) as site:
-        hold(site, helpers, 77)
+def test_lines_wait_while_others_ask(tmp_path: Path) -> None:
+    with start_site(tmp_path, batches={"max_interactive": 0}) as site:
+        hold(site, 77)
         stream = {"prompt": [77], "max_tokens": 3, "stream": True}
-        with site.http.stream("POST", COMPLETIONS, json=stream) as reply:
+        with site.client.stream("POST", COMPLETIONS, json=stream) as reply:
             pieces = reply.iter_bytes()
             next(pieces)
             made = site.batch(*prompts(9))
             site.until(lambda: site.openai.batches.retrieve(made.id).status == "in_progress")
-            assert site.http.get("/health").status_code == 200
-            assert site.coordinator.server.asked == []
+            assert site.client.get("/health").status_code == 200
+            assert site.server.asked == []
             site.running.fake.release([77])
-            site.wait(made.id)
+            site.ended(made.id)
 
 
-def test_few_lines_run_at_once_and_batches_take_turns(
-    start_batches: Any, tmp_path: Path, helpers: Any
-) -> None:
-    with start_batches(tmp_path, batches={"max_running": 2}) as site:
-        hold(site, helpers, 50)
+def test_few_lines_run_at_once_and_batches_take_turns(tmp_path: Path) -> None:
+    with start_site(tmp_path, batches={"max_running": 2}) as site:
+        hold(site, 50)
         first = site.batch(*(line(f"a{n}", {"prompt": [50], "max_tokens": 3}) for n in range(20)))
-        site.until(lambda: len(site.coordinator.server.asked) == 2, "both slots are taken")
+        site.until(lambda: len(site.server.asked) == 2, "both slots are taken")
         second = site.batch(*(line(f"b{n}", {"prompt": [51 + n]}) for n in range(3)))
         site.until(lambda: site.openai.batches.retrieve(second.id).status == "in_progress")
-        assert len(site.coordinator.server.asked) == 2
+        assert len(site.server.asked) == 2
         site.running.fake.release([50])
-        assert site.wait(second.id).completed_at is not None
-        assert site.wait(first.id).request_counts.completed == 20
-        others = [
-            n for n, body in enumerate(site.coordinator.server.asked) if body["prompt"] != [50]
-        ]
+        assert site.ended(second.id).completed_at is not None
+        assert site.ended(first.id).request_counts.completed == 20
+        others = [n for n, body in enumerate(site.server.asked) if body["prompt"] != [50]]
         assert max(others) < 12  # they did not wait for the end of the first batch
 
 
-def test_what_there_is_no_room_for_is_tried_again(site: Any) -> None:
-    site.coordinator.server.failures += [
-        (status, {"error": {"code": "x"}}) for status in (503, 429, 507, 503)
-    ]
-    batch = site.wait(site.batch(*prompts(2)).id)
+def test_what_there_is_no_room_for_is_tried_again(site: Site) -> None:
+    site.server.failures += [(status, {"error": {"code": "x"}}) for status in (503, 429, 507, 503)]
+    batch = site.ended(site.batch(*prompts(2)).id)
     assert batch.request_counts.to_dict() == {"total": 2, "completed": 2, "failed": 0}
-    assert site.coordinator.server.failures == []
+    assert site.server.failures == []
 
 
-def test_deleting_the_input_takes_nothing_from_the_batch(site: Any, helpers: Any) -> None:
-    hold(site, helpers, 98)
+def test_deleting_the_input_takes_nothing_from_the_batch(site: Site) -> None:
+    hold(site, 98)
     made = site.batch(line("held", {"prompt": [98], "max_tokens": 3}), *prompts(20))
     site.openai.files.delete(made.input_file_id)
     site.running.fake.release([98])
-    assert site.wait(made.id).request_counts.completed == 21
-    site.until(lambda: not list((site.folder / "batches").iterdir()), "the link is removed")
+    assert site.ended(made.id).request_counts.completed == 21
+    site.until(
+        lambda: not list((site.running.jobs.folder / "batches").iterdir()), "the link is removed"
+    )
 
 
-def test_tenants_and_limits(start_batches: Any, tmp_path: Path, helpers: Any) -> None:
-    with start_batches(tmp_path, api_keys=("one", "two"), batches={"max_open": 1}) as site:
-        hold(site, helpers, 97)
+def test_tenants_and_limits(tmp_path: Path) -> None:
+    with start_site(tmp_path, api_keys=("one", "two"), batches={"max_open": 1}) as site:
+        hold(site, 97)
         made = site.batch(line("held", {"prompt": [97], "max_tokens": 3}))
         with pytest.raises(openai.RateLimitError):
             site.batch(*prompts(1))
@@ -326,27 +321,26 @@ def test_tenants_and_limits(start_batches: Any, tmp_path: Path, helpers: Any) ->
                 completion_window="24h",
             )
         site.running.fake.release([97])
-        batch = site.wait(made.id)
+        batch = site.ended(made.id)
         with pytest.raises(openai.NotFoundError):
             other.files.content(batch.output_file_id)
         assert len(site.results(batch)[0]) == 1
 
 
-def test_a_key_that_is_gone_ends_its_lines(
-    start_batches: Any, tmp_path: Path, helpers: Any
-) -> None:
-    with start_batches(tmp_path, api_keys=("one",)) as site:
-        hold(site, helpers, 96)
+def test_a_key_that_is_gone_ends_its_lines(tmp_path: Path) -> None:
+    data = str(tmp_path)
+    with start_site(tmp_path, data_dir=data, api_keys=("one",)) as site:
+        hold(site, 96)
         made = site.batch(line("held", {"prompt": [96], "max_tokens": 3}))
-        site.until(lambda: site.coordinator.server.asked)
-    with start_batches(tmp_path, api_keys=("one", "two")) as site:
-        batch = site.wait(made.id)
+        site.until(lambda: site.server.asked)
+    with start_site(tmp_path, data_dir=data, api_keys=("one", "two")) as site:
+        batch = site.ended(made.id)
         assert batch.request_counts.completed == 1
-        hold(site, helpers, 96)
+        hold(site, 96)
         made = site.batch(line("held", {"prompt": [96], "max_tokens": 3}))
-        site.until(lambda: site.coordinator.server.asked[1:])
-    with start_batches(tmp_path, api_keys=("two",)) as site:
-        site.until(lambda: site.coordinator.server.asked)
-    with start_batches(tmp_path, api_keys=("one",)) as site:
-        (entry,) = site.results(site.wait(made.id))[1]
+        site.until(lambda: site.server.asked[1:])
+    with start_site(tmp_path, data_dir=data, api_keys=("two",)) as site:
+        site.until(lambda: site.server.asked)
+    with start_site(tmp_path, data_dir=data, api_keys=("one",)) as site:
+        (entry,) = site.results(site.ended(made.id))[1]
         assert entry["response"]["body"]["error"]["code"] == "invalid_api_key"

@@ -11,8 +11,10 @@ import openai
 import pytest
 
 from coordinator.config import BatchLimits
-from coordinator.jobs.database import Database
-from coordinator.jobs.files import SCHEMA, Files
+from coordinator.jobs.engine.database import Database
+from coordinator.jobs.files.files import Files
+from coordinator.jobs.schema import prepare
+from tests.coordinator.jobs.world import Site, start_site
 
 BOUNDARY = "xyz"
 HEAD = {"content-type": f"multipart/form-data; boundary={BOUNDARY}"}
@@ -37,7 +39,7 @@ def check_error(reply: Any, status: int, code: str) -> None:
     assert reply.json()["error"]["code"] == code, reply.text
 
 
-def test_the_life_of_a_file_with_openais_client(site: Any) -> None:
+def test_the_life_of_a_file_with_openais_client(site: Site) -> None:
     data = random.Random(1).randbytes(3 << 20)  # several pieces, and every byte
     made = site.openai.files.create(file=("a b.jsonl", data), purpose="batch")
     assert (made.object, made.bytes, made.filename) == ("file", len(data), "a b.jsonl")
@@ -55,34 +57,34 @@ def test_the_life_of_a_file_with_openais_client(site: Any) -> None:
             ask(made.id)
 
 
-def test_pages(site: Any) -> None:
+def test_pages(site: Site) -> None:
     files = [
         site.openai.files.create(file=(f"{n}", b"x"), purpose="user_data").id for n in range(5)
     ]
     listed = site.openai.files.list(limit=2, order="asc", purpose="user_data")
     assert [file.id for file in listed] == files  # the client turns the pages
-    newest = site.http.get("/v1/files", params={"limit": 2, "purpose": "user_data"}).json()
+    newest = site.client.get("/v1/files", params={"limit": 2, "purpose": "user_data"}).json()
     assert [file["id"] for file in newest["data"]] == files[:2:-1]
     assert (newest["has_more"], newest["last_id"]) == (True, files[3])
-    after = site.http.get("/v1/files", params={"after": files[1], "purpose": "user_data"}).json()
+    after = site.client.get("/v1/files", params={"after": files[1], "purpose": "user_data"}).json()
     assert [file["id"] for file in after["data"]] == [files[0]]
     for file_id in files:
         site.openai.files.delete(file_id)
-    assert site.http.get("/v1/files?purpose=user_data").json()["data"] == []
+    assert site.client.get("/v1/files?purpose=user_data").json()["data"] == []
 
 
 @pytest.mark.parametrize(
     "query", ["limit=0", "limit=-1", "limit=x", "order=up", "limit=%C2%B2", "limit=1.5"]
 )
-def test_a_wrong_page(site: Any, query: str) -> None:
-    check_error(site.http.get(f"/v1/files?{query}"), 400, "invalid_value")
+def test_a_wrong_page(site: Site, query: str) -> None:
+    check_error(site.client.get(f"/v1/files?{query}"), 400, "invalid_value")
 
 
-def test_a_page_after_a_file_that_is_not_there(site: Any) -> None:
-    check_error(site.http.get("/v1/files?after=file-0"), 404, "file_not_found")
+def test_a_page_after_a_file_that_is_not_there(site: Site) -> None:
+    check_error(site.client.get("/v1/files?after=file-0"), 404, "file_not_found")
 
 
-def test_names_are_made_plain_and_an_empty_file_is_one(site: Any) -> None:
+def test_names_are_made_plain_and_an_empty_file_is_one(site: Site) -> None:
     for given, shown in [
         ("../../etc/passwd", "passwd"),
         ("C:\\x\\y.txt", "y.txt"),
@@ -92,10 +94,10 @@ def test_names_are_made_plain_and_an_empty_file_is_one(site: Any) -> None:
         ("n" * 300, "n" * 255),
     ]:
         body = form(PURPOSE, part("file", b"", given))
-        reply = site.http.post("/v1/files", content=body, headers=HEAD)
+        reply = site.client.post("/v1/files", content=body, headers=HEAD)
         assert reply.status_code == 200, reply.text
         assert (reply.json()["filename"], reply.json()["bytes"]) == (shown, 0)
-        got = site.http.get(f"/v1/files/{reply.json()['id']}/content")
+        got = site.client.get(f"/v1/files/{reply.json()['id']}/content")
         assert (got.status_code, got.content) == (200, b"")
         site.openai.files.delete(reply.json()["id"])
 
@@ -134,9 +136,9 @@ REFUSED: list[tuple[bytes, str]] = [
 
 
 @pytest.mark.parametrize(("body", "code"), REFUSED, ids=lambda value: repr(value)[:30])
-def test_a_refused_upload_leaves_nothing(site: Any, body: bytes, code: str) -> None:
+def test_a_refused_upload_leaves_nothing(site: Site, body: bytes, code: str) -> None:
     before = site.stored()
-    check_error(site.http.post("/v1/files", content=body, headers=HEAD), 400, code)
+    check_error(site.client.post("/v1/files", content=body, headers=HEAD), 400, code)
     assert site.stored() == before
 
 
@@ -151,40 +153,40 @@ def test_a_refused_upload_leaves_nothing(site: Any, body: bytes, code: str) -> N
     ],
 )
 def test_the_type_of_the_body(
-    site: Any, path: str, content_type: str, status: int, code: str
+    site: Site, path: str, content_type: str, status: int, code: str
 ) -> None:
     body = form(PURPOSE, FILE)
     headers = {"content-type": content_type}
-    check_error(site.http.post(path, content=body, headers=headers), status, code)
+    check_error(site.client.post(path, content=body, headers=headers), status, code)
 
 
 @pytest.mark.parametrize("is_chunked", [False, True])
-def test_a_too_large_upload(site: Any, is_chunked: bool) -> None:
+def test_a_too_large_upload(site: Site, is_chunked: bool) -> None:
     body = form(PURPOSE, part("file", bytes(5 << 20), "x"))
     content: Any = iter([body[i : i + 65536] for i in range(0, len(body), 65536)])
     before = site.stored()
-    reply = site.http.post("/v1/files", content=content if is_chunked else body, headers=HEAD)
+    reply = site.client.post("/v1/files", content=content if is_chunked else body, headers=HEAD)
     check_error(reply, 413, "body_too_large")
     assert site.stored() == before
 
 
-def test_json_keeps_its_own_limit(start_batches: Any, tmp_path: Path) -> None:
+def test_json_keeps_its_own_limit(tmp_path: Path) -> None:
     limits = {"max_body_bytes": 1000}
-    with start_batches(tmp_path, limits=limits) as site:
+    with start_site(tmp_path, limits=limits) as site:
         made = site.openai.files.create(file=("x", bytes(5000)), purpose="batch")
         assert made.bytes == 5000
         check_error(
-            site.http.post("/v1/completions", json={"prompt": "x" * 2000}), 413, "body_too_large"
+            site.client.post("/v1/completions", json={"prompt": "x" * 2000}), 413, "body_too_large"
         )
 
 
-def test_a_sender_that_goes_or_pauses_leaves_nothing(site: Any) -> None:
+def test_a_sender_that_goes_or_pauses_leaves_nothing(site: Site) -> None:
     before = site.stored()
     head = (
         f"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Type: {HEAD['content-type']}\r\n"
         f"Content-Length: 3000000\r\n\r\n"
     ).encode()
-    address = (site.http.base_url.host, site.http.base_url.port)
+    address = (site.client.base_url.host, site.client.base_url.port)
     begun = head + PURPOSE + part("file", bytes(2 << 20), "x")
     with socket.create_connection(address) as gone:
         gone.sendall(begun)
@@ -196,16 +198,16 @@ def test_a_sender_that_goes_or_pauses_leaves_nothing(site: Any) -> None:
     site.until(lambda: site.stored() == before, "it is removed")
 
 
-def test_a_full_disk_refuses_before_anything_is_taken(start_batches: Any, tmp_path: Path) -> None:
-    with start_batches(tmp_path, batches={"min_free_bytes": 1 << 60}) as site:
-        reply = site.http.post("/v1/files", content=form(PURPOSE, FILE), headers=HEAD)
+def test_a_full_disk_refuses_before_anything_is_taken(tmp_path: Path) -> None:
+    with start_site(tmp_path, min_free_bytes=1 << 60) as site:
+        reply = site.client.post("/v1/files", content=form(PURPOSE, FILE), headers=HEAD)
         check_error(reply, 507, "insufficient_storage")
         assert site.stored() == []
-        assert site.http.post("/v1/completions", json={"prompt": "x"}).status_code == 200
+        assert site.client.post("/v1/completions", json={"prompt": "x"}).status_code == 200
 
 
-def test_tenants_see_their_own(start_batches: Any, tmp_path: Path) -> None:
-    with start_batches(tmp_path, api_keys=("one", "two"), batches={"max_files": 2}) as site:
+def test_tenants_see_their_own(tmp_path: Path) -> None:
+    with start_site(tmp_path, api_keys=("one", "two"), batches={"max_files": 2}) as site:
         made = site.openai.files.create(file=("x", b"x"), purpose="batch")
         other = site.openai.with_options(api_key="two")
         assert list(other.files.list()) == []
@@ -219,8 +221,8 @@ def test_tenants_see_their_own(start_batches: Any, tmp_path: Path) -> None:
         assert len(site.stored()) == 3
 
 
-def test_expiry(start_batches: Any, tmp_path: Path) -> None:
-    with start_batches(tmp_path) as site:
+def test_expiry(tmp_path: Path) -> None:
+    with start_site(tmp_path) as site:
         files = site.openai.files
         soon = files.create(
             file=("x", b"x"),
@@ -238,13 +240,12 @@ def test_expiry(start_batches: Any, tmp_path: Path) -> None:
         assert site.stored() == [kept.id]
 
 
-def test_after_a_restart_files_are_there_and_strangers_are_not(
-    start_batches: Any, tmp_path: Path
-) -> None:
-    with start_batches(tmp_path) as site:
+def test_after_a_restart_files_are_there_and_strangers_are_not(tmp_path: Path) -> None:
+    data = str(tmp_path)
+    with start_site(tmp_path, data_dir=data) as site:
         made = site.openai.files.create(file=("x", b"content"), purpose="batch")
         (tmp_path / "files/0123.upload").write_bytes(b"half")
-    with start_batches(tmp_path) as site:
+    with start_site(tmp_path, data_dir=data) as site:
         assert site.openai.files.retrieve(made.id) == made
         assert site.openai.files.content(made.id).content == b"content"
         site.until(lambda: site.stored() == [made.id], "the stranger is removed")
@@ -253,7 +254,7 @@ def test_after_a_restart_files_are_there_and_strangers_are_not(
 def test_what_arrives_during_the_recovery_is_no_stranger(tmp_path: Path) -> None:
     async def run() -> None:
         (tmp_path / "file-left").write_bytes(b"by a crash")
-        database = Database(None, SCHEMA)
+        database = Database(None, prepare)
         files = Files(database, tmp_path, BatchLimits(), lambda: 1.0)
         (tmp_path / "file-new").write_bytes(b"moved, and about to be written down")
         await files.recover()

@@ -1,5 +1,6 @@
-"""Who waits for news of documents: each holds a connection, so they are counted. Pure."""
+"""Waiting for news of jobs: who waits is woken at each change, and all of them are counted."""
 
+import asyncio
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,11 +8,39 @@ from contextlib import contextmanager
 from coordinator.config import JobLimits
 from protocol.errors import RequestError
 
-RETRY_AFTER_S = 5  # one ends when there is news, or when it is tired of waiting: soon
+RETRY_AFTER_S = 5  # a watcher ends when there is news, or when it is tired of waiting: soon
+
+
+class ChangeNotifier:
+    """Wakes whoever waits for news of a job."""
+
+    def __init__(self) -> None:
+        self.is_closed = False
+        self._waiting: dict[str, asyncio.Event] = {}
+
+    @property
+    def num_waiting(self) -> int:
+        """Jobs of which somebody waits for news."""
+        return len(self._waiting)
+
+    def ticket(self, job_id: str) -> asyncio.Event:
+        """An event that the next news sets. Take it before looking, so that none is missed."""
+        return self._waiting.setdefault(job_id, asyncio.Event())
+
+    def notify(self, job_id: str) -> None:
+        waiting = self._waiting.pop(job_id, None)
+        if waiting is not None:
+            waiting.set()
+
+    def close(self) -> None:
+        """Wake everybody: there will be no more news."""
+        self.is_closed = True
+        for job_id in list(self._waiting):
+            self.notify(job_id)
 
 
 class Watchers:
-    """All of them.
+    """The requests that wait for news. Each holds a connection, so their number is bounded.
 
     Args:
         limits: how many there may be.
@@ -26,7 +55,7 @@ class Watchers:
         return self._watching.total()
 
     def check(self, tenant: str) -> None:
-        """Whether there is room for one more.
+        """Refuse one more if there is no room for it.
 
         Raises:
             RequestError: ``too_many_watchers``.
@@ -43,7 +72,7 @@ class Watchers:
 
     @contextmanager
     def watching(self, tenant: str) -> Iterator[None]:
-        """One more, for the length of a block."""
+        """Count one more while the block runs."""
         self._watching[tenant] += 1
         try:
             yield

@@ -6,8 +6,8 @@ coordinator would kill it for good. As in :mod:`coordinator.requests.quarantine`
 1. When a process dies, everything that it had in work at that moment may have been the cause: the
    death is counted against each, at the *position* that it had reached.
 2. Work that gets past that position is cleared; a death further on is the first of another cause.
-3. What one more death would condemn is done while nothing else is (:mod:`coordinator.jobs.gate`),
-   so that this death tells who it was. A bystander is not set aside.
+3. What one more death would condemn is done while nothing else is (gate.py), so that
+   this death tells who it was. A bystander is not set aside.
 4. What was on board of ``max_deaths`` deaths, the only one of which that is true, is set aside
    until somebody asks for it again.
 """
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import msgspec
 
-DOCUMENT, BATCH, LINE = "document", "batch", "line"
+LINE = "line"  # of a batch; other kinds are those of jobs
 
 
 class Name(NamedTuple):

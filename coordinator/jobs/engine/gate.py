@@ -13,29 +13,18 @@ import sqlite3
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 
-from coordinator.jobs import suspects
-from coordinator.jobs.database import Database
-from coordinator.jobs.marks import Life, Marks
-from coordinator.jobs.suspects import Name, Suspect, Work
+import msgspec
+
+from coordinator.jobs.engine import suspects
+from coordinator.jobs.engine.database import Database
+from coordinator.jobs.engine.marks import Life, Marks
+from coordinator.jobs.engine.suspects import Name, Suspect, Work
 from protocol.errors import RequestError
 
 SET_ASIDE = "set_aside"
-SCHEMA = (
-    """CREATE TABLE IF NOT EXISTS suspects (
-        kind TEXT NOT NULL,
-        key TEXT NOT NULL,
-        position INTEGER NOT NULL,
-        num_deaths INTEGER NOT NULL,
-        first_at REAL NOT NULL,
-        last_at REAL NOT NULL,
-        is_set_aside INTEGER NOT NULL,
-        PRIMARY KEY (kind, key)
-    ) WITHOUT ROWID""",
-    "CREATE TABLE IF NOT EXISTS deaths (life TEXT PRIMARY KEY, at REAL NOT NULL) WITHOUT ROWID",
-)
 SUSPICION_S = 30 * 86_400.0  # after which a death is forgotten
-_COLUMNS = "kind, key, position, num_deaths, first_at, last_at, is_set_aside"
 _log = logging.getLogger(__name__)
 
 
@@ -52,7 +41,7 @@ class Gate:
     """See the module's docstring. For one event loop.
 
     Args:
-        database: with ``SCHEMA``.
+        database: with the tables of schema.py.
         marks: of this life.
         budget: how many deaths are too many.
         clock: Unix time.
@@ -99,10 +88,9 @@ class Gate:
         now = self._clock()
         for life in list(self._marks.earlier()):
             if life.on_board:
-                await self._database.write(lambda c, one=life: self._judge(c, one, now), "judged")  # type: ignore[misc]
+                await self._database.write(partial(self._judge, life, now), "judged")
             self._marks.forget(life)
-        deaths = await self._database.write(lambda c: _deaths(c, now), "judged")
-        self._known = {s.work.name: s for s in await self._database.read(_suspects)}
+        deaths, self._known = await self._database.write(partial(_remembered, now), "judged")
         self._held_until = suspects.held_until(
             deaths, self._budget.most_in_window, self._budget.window_s
         )
@@ -122,14 +110,15 @@ class Gate:
         """Keys of a kind that are set aside."""
         return [n.key for n, s in self._known.items() if n.kind == kind and s.is_set_aside]
 
-    def _judge(self, connection: sqlite3.Connection, life: Life, now: float) -> None:
-        new = connection.execute("INSERT OR IGNORE INTO deaths VALUES (?, ?)", (life.name, now))
+    def _judge(self, life: Life, now: float, connection: sqlite3.Connection) -> None:
+        new = connection.execute("INSERT OR IGNORE INTO death VALUES (?, ?)", (life.name, now))
         if new.rowcount == 0:
             return  # judged already, by a process that died before it could forget it
         self.num_deaths += 1
-        known = {suspect.work.name: suspect for suspect in _suspects(connection)}
+        known = _suspects(connection)
         for one in suspects.after_death(life.on_board, known, now, self._budget.max_deaths):
-            _put(connection, one)
+            row = (*one.work.name, msgspec.json.encode(one))
+            connection.execute("INSERT OR REPLACE INTO suspect VALUES (?, ?, ?)", row)
             _log.warning(
                 "the server died while %s %s was in work, %d times by now%s",
                 one.work.kind,
@@ -234,32 +223,24 @@ def refusal(suspect: Suspect) -> RequestError:
     )
 
 
-def _put(connection: sqlite3.Connection, suspect: Suspect) -> None:
-    work = suspect.work
-    connection.execute(
-        "INSERT OR REPLACE INTO suspects VALUES (?, ?, ?, ?, ?, ?, ?)",
-        (
-            *(work.kind, work.key, work.position, suspect.num_deaths),
-            *(suspect.first_at, suspect.last_at, suspect.is_set_aside),
-        ),
-    )
-
-
 def _remove(connection: sqlite3.Connection, name: Name) -> None:
-    connection.execute("DELETE FROM suspects WHERE kind = ? AND key = ?", name)
+    connection.execute("DELETE FROM suspect WHERE kind = ? AND key = ?", name)
 
 
-def _suspects(connection: sqlite3.Connection) -> list[Suspect]:
-    rows = connection.execute(f"SELECT {_COLUMNS} FROM suspects")
-    return [
-        Suspect(Work(kind, key, position), num_deaths, first_at, last_at, bool(is_set_aside))
-        for kind, key, position, num_deaths, first_at, last_at, is_set_aside in rows
-    ]
+def _suspects(connection: sqlite3.Connection) -> dict[Name, Suspect]:
+    rows = connection.execute("SELECT body FROM suspect")
+    found = [msgspec.json.decode(body, type=Suspect) for (body,) in rows]
+    return {suspect.work.name: suspect for suspect in found}
 
 
-def _deaths(connection: sqlite3.Connection, now: float) -> list[float]:
-    """When processes died with durable work, in order; what is long ago is forgotten."""
-    before = (now - SUSPICION_S,)
-    connection.execute("DELETE FROM deaths WHERE at < ?", before)
-    connection.execute("DELETE FROM suspects WHERE last_at < ? AND is_set_aside = 0", before)
-    return [at for (at,) in connection.execute("SELECT at FROM deaths ORDER BY at")]
+def _remembered(
+    now: float, connection: sqlite3.Connection
+) -> tuple[list[float], dict[Name, Suspect]]:
+    """When processes died with durable work, and the suspects; what is long ago is forgotten."""
+    before = now - SUSPICION_S
+    connection.execute("DELETE FROM death WHERE at < ?", (before,))
+    known = _suspects(connection)
+    for name in [n for n, s in known.items() if s.last_at < before and not s.is_set_aside]:
+        _remove(connection, name)
+        del known[name]
+    return [at for (at,) in connection.execute("SELECT at FROM death ORDER BY at")], known

@@ -1,22 +1,9 @@
-"""What one tenant may keep on the disk: texts, files and KV together. Inside a transaction."""
+"""What one tenant may keep on the disk: texts, files and KV together. Inside of a transaction."""
 
 import sqlite3
 from dataclasses import dataclass
 
-from coordinator.jobs.documents.states import DocumentState
 from protocol.errors import RequestError
-
-SCHEMA = (
-    """CREATE TABLE IF NOT EXISTS document_sizes (
-        document_id TEXT PRIMARY KEY REFERENCES documents (document_id) ON DELETE CASCADE,
-        tenant TEXT NOT NULL,
-        num_bytes INTEGER NOT NULL
-    ) WITHOUT ROWID""",
-    "CREATE INDEX IF NOT EXISTS document_sizes_by_tenant ON document_sizes (tenant, num_bytes)",
-)
-_KEPT = ", ".join(
-    f"'{s.value}'" for s in (DocumentState.PREFILLING, DocumentState.STORING, DocumentState.READY)
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +19,7 @@ class Quota:
     bytes_per_token: int
 
     def check(
-        self,
-        connection: sqlite3.Connection,
-        tenant: str,
-        num_bytes: int = 0,
-        num_tokens: int = 0,
+        self, connection: sqlite3.Connection, tenant: str, num_bytes: int = 0, num_tokens: int = 0
     ) -> None:
         """Whether there is room for so many bytes, and the KV of so many tokens, more.
 
@@ -45,11 +28,10 @@ class Quota:
         """
         if not self.max_bytes:
             return
-        texts, files, tokens = connection.execute(
-            "SELECT (SELECT COALESCE(SUM(num_bytes), 0) FROM document_sizes WHERE tenant = :name),"
-            " (SELECT COALESCE(SUM(size_bytes), 0) FROM file WHERE tenant = :name),"
-            " (SELECT COALESCE(SUM(num_tokens), 0) FROM documents"
-            f"  WHERE tenant = :name AND status IN ({_KEPT}))",
+        texts, tokens, files = connection.execute(
+            "SELECT COALESCE(SUM(num_bytes), 0), COALESCE(SUM(kept_tokens), 0),"
+            " (SELECT COALESCE(SUM(size_bytes), 0) FROM file WHERE tenant = :name)"
+            " FROM job WHERE kind = 'document' AND tenant = :name",
             {"name": tenant},
         ).fetchone()
         kv = tokens * self.bytes_per_token
