@@ -29,8 +29,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import httpx
-
+from baton_client import Client, WaitTimeout
 from bench.environment import describe, headline
 from bench.load.analysis.metrics import summarise
 from bench.load.driving.target import discover
@@ -45,7 +44,6 @@ from modeling.text.tokenizer import load_tokenizer
 
 MAX_ANSWER_TOKENS = 40
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
-Before = str | dict[str, str]  # a document's text, or the part of a message that names it
 PAUSES_S = (0.0, 5.0, 1.0)  # between two questions; 0 is none at all
 LIMITS = {"device": 0.03, "memory": 0.10, "disk": 0.25}
 
@@ -75,53 +73,41 @@ class Documents:
 
 
 @contextlib.contextmanager
-def served(flags: Sequence[str], log: Path) -> Iterator[httpx.Client]:
-    """A client of a cluster that runs while the block does."""
-    with (
-        local_cluster(flags, log) as cluster,
-        httpx.Client(base_url=cluster.url, timeout=600) as client,
-    ):
-        yield client
+def served(flags: Sequence[str], log: Path) -> Iterator[tuple[str, Client]]:
+    """(URL, client) of a cluster that runs while the block does."""
+    with local_cluster(flags, log) as cluster, Client(cluster.url) as client:
+        yield cluster.url, client
 
 
-def ask(client: httpx.Client, name: str, document: Document, fact: int, before: Before) -> Figure:
-    """The time to the first token of an answer about ``document``; ``before`` stands for it."""
+def ask(
+    client: Client, name: str, document: Document, fact: int, document_id: str | None = None
+) -> Figure:
+    """The time to the first token of an answer about ``document``.
+
+    Args:
+        client: of the server.
+        name: of the figure.
+        document: what is asked about.
+        fact: of the document, by its number.
+        document_id: what it was ingested as; without one its text is part of the question.
+    """
     stated = document.facts[fact]
     question = stated.question(Random(fact), paraphrase=False)
-    content = (
-        f"{before}\n\n{question}"
-        if isinstance(before, str)
-        else [before, {"type": "text", "text": question}]
+    if document_id is None:
+        question = f"{document.text}\n\n{question}"
+    answer = client.ask(
+        question, document_id=document_id, temperature=0, max_tokens=MAX_ANSWER_TOKENS
     )
-    body = {
-        "messages": [{"role": "user", "content": content}],
-        "stream": True,
-        "temperature": 0,
-        "max_tokens": MAX_ANSWER_TOKENS,
-    }
-    started, first, text = time.perf_counter(), 0.0, ""
-    with client.stream("POST", "/v1/chat/completions", json=body) as reply:
-        reply.raise_for_status()
-        for line in reply.iter_lines():
-            if not line.startswith("data: {"):
-                continue
-            for choice in json.loads(line.removeprefix("data: "))["choices"]:
-                if choice["delta"].get("content"):
-                    first = first or time.perf_counter() - started
-                    text += choice["delta"]["content"]
-    return Figure(name, first, text.strip() == stated.answer)
+    is_right = answer.read().strip() == stated.answer
+    return Figure(name, answer.outcome.first_token_s or 0.0, is_right)
 
 
-def ingest(client: httpx.Client, document: Document) -> tuple[str, float]:
+def ingest(client: Client, document: Document) -> tuple[str, float]:
     """(its id, seconds until it is ready)."""
     started = time.perf_counter()
-    reply = client.post("/v1/documents", json={"source": {"text": document.text}})
-    reply.raise_for_status()
-    found = reply.json()
-    while found["status"] != "ready":
-        assert found["status"] != "failed", found
-        found = client.get(f"/v1/documents/{found['id']}", params={"wait": 30}).json()
-    return found["id"], time.perf_counter() - started
+    document_id = client.documents.create(text=document.text).id
+    client.documents.wait(document_id)
+    return document_id, time.perf_counter() - started
 
 
 def measure_tiers(arguments: argparse.Namespace, folder: Path) -> list[Figure]:
@@ -131,23 +117,21 @@ def measure_tiers(arguments: argparse.Namespace, folder: Path) -> list[Figure]:
     flags += ["--data-dir", str(folder / "data")]
     figures: list[Figure] = []
     kept: list[tuple[str, Document]] = []
-    with served(flags, folder / "log") as c:
-        ask(c, "warm-up", (first := source.new()), 0, first.text)
+    with served(flags, folder / "log") as (_, client):
+        ask(client, "warm-up", source.new(), 0)
         for _ in range(arguments.rounds):
             document = source.new()
-            figures.append(ask(c, "cold", document, 0, document.text))
+            figures.append(ask(client, "cold", document, 0))
             document = source.new()
-            document_id, seconds = ingest(c, document)
+            document_id, seconds = ingest(client, document)
             figures.append(Figure("ingest", seconds))
-            part = {"type": "document", "document_id": document_id}
-            figures.append(ask(c, "memory", document, 1, part))
-            figures += [ask(c, "device", document, fact, part) for fact in (2, 3)]
+            figures.append(ask(client, "memory", document, 1, document_id))
+            figures += [ask(client, "device", document, fact, document_id) for fact in (2, 3)]
             kept.append((document_id, document))
     drop_page_cache()
-    with served(flags, folder / "log") as c:
+    with served(flags, folder / "log") as (_, client):
         for document_id, document in kept:
-            part = {"type": "document", "document_id": document_id}
-            figures.append(ask(c, "disk", document, 4, part))
+            figures.append(ask(client, "disk", document, 4, document_id))
     return figures
 
 
@@ -194,14 +178,14 @@ def measure_asked(arguments: argparse.Namespace, folder: Path) -> dict[float, li
     flags = ["--prefill", "cp1", "--decode", "tp1", "--kv-memory", "512MiB"]
     flags += ["--data-dir", str(folder / "data3")]
     found: dict[float, list[float]] = {pause_s: [] for pause_s in PAUSES_S}
-    with served(flags, folder / "log3") as c:
-        ask(c, "warm-up", (first := source.new()), 0, first.text)
+    with served(flags, folder / "log3") as (url, client):
+        ask(client, "warm-up", source.new(), 0)
         for _ in range(arguments.rounds):
             for pause_s, seconds in found.items():
-                with asking(str(c.base_url), pause_s) if pause_s else nothing():
-                    document_id, took_s = ingest(c, source.new())
+                with asking(url, pause_s) if pause_s else nothing():
+                    document_id, took_s = ingest(client, source.new())
                 seconds.append(took_s)
-                c.delete(f"/v1/documents/{document_id}")
+                client.documents.delete(document_id)
     return found
 
 
@@ -222,11 +206,10 @@ class asking:
         self._thread.join()
 
     def _run(self) -> None:
-        with httpx.Client(base_url=self._url, timeout=60) as client:
+        with Client(self._url, timeout_s=60.0) as client:
             is_over = False
             while not is_over:
-                body = {"prompt": "Who is it?", "max_tokens": 2}
-                client.post("/v1/completions", json=body).raise_for_status()
+                client.complete("Who is it?", max_tokens=2)
                 is_over = self._is_over.wait(self._pause_s)
 
 
@@ -257,14 +240,15 @@ class background:
         self._thread.join()
 
     def _run(self) -> None:
-        with httpx.Client(base_url=self._url, timeout=60) as client:
+        with Client(self._url, timeout_s=60.0) as client:
             while not self._is_over.is_set():
-                body = {"source": {"text": self._source.new().text}}
-                found = client.post("/v1/documents", json=body).json()
-                path = f"/v1/documents/{found['id']}"
-                while found["status"] != "ready" and not self._is_over.is_set():
-                    found = client.get(path, params={"wait": 1}).json()
-                client.delete(path)
+                document_id = client.documents.create(text=self._source.new().text).id
+                is_ready = False
+                while not is_ready and not self._is_over.is_set():
+                    with contextlib.suppress(WaitTimeout):
+                        client.documents.wait(document_id, timeout_s=1.0)
+                        is_ready = True
+                client.documents.delete(document_id)
 
 
 def tiers_report(figures: Sequence[Figure], num_tokens: int) -> list[str]:

@@ -17,8 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import httpx
-
+from baton_client import Client
 from bench.checkpoint import SHAPES, write_llama
 from bench.environment import describe, headline
 from bench.load.local_cluster import local_cluster
@@ -27,34 +26,31 @@ KV_MEMORY_BYTES = 256 << 20
 VOCABULARY = 8000
 
 
-def measure_request(client: httpx.Client, prompt: list[int]) -> dict[str, float]:
+def measure_request(client: Client, prompt: list[int]) -> dict[str, float]:
     """One cold request: seconds to the first token and to the first decode step, exposed, bytes."""
-    body = {"prompt": prompt, "max_tokens": 4, "temperature": 0, "ignore_eos": True}
-    reply = client.post("/v1/completions", json=body)
-    reply.raise_for_status()
-    path = f"/v1/requests/{reply.headers['x-request-id']}/timeline"
-    timeline: dict[str, Any] = client.get(path).json()["requests"][0]
-    events, transfer = timeline["events"], timeline["transfer"]
+    answer = client.complete(prompt, max_tokens=4, temperature=0, ignore_eos=True)
+    (timeline,) = client.timeline(answer.request_id).requests
+    events, transfer = timeline.events, timeline.transfer
+    assert transfer is not None, "a cold prompt is handed over"
     exposed_s = max(0.0, events["committed"] - events["first_token"])
     return {
         "first_token_s": events["first_token"],
         "first_decode_s": events["first_decode"],
         "exposed_s": exposed_s,
         "exposed_share": exposed_s / events["first_decode"],
-        "moved_bytes": transfer["num_bytes"],
-        "layers_overlapped": transfer["num_layers_overlapped"],
-        "layers": transfer["num_layers"],
+        "moved_bytes": transfer.num_bytes,
+        "layers_overlapped": transfer.num_layers_overlapped,
+        "layers": transfer.num_layers,
     }
 
 
-def memory_beyond_weights_and_kv(client: httpx.Client, weight_bytes: int) -> dict[str, float]:
+def memory_beyond_weights_and_kv(client: Client, weight_bytes: int) -> dict[str, float]:
     """MiB per rank that are neither its share of the weights nor its KV pool."""
     beyond = {}
-    for pool in client.get("/v1/cluster").json()["pools"]:
-        for rank in pool["ranks"]:
-            share = weight_bytes / pool["tp_size"]
-            rest = rank["rss_bytes"] - share - KV_MEMORY_BYTES
-            beyond[f"{pool['pool_id']}/{rank['rank']}"] = rest / (1 << 20)
+    for pool in client.cluster().pools:
+        for rank in pool.ranks:
+            rest = rank.rss_bytes - weight_bytes / pool.tp_size - KV_MEMORY_BYTES
+            beyond[f"{pool.pool_id}/{rank.rank}"] = rest / (1 << 20)
     return beyond
 
 
@@ -67,10 +63,7 @@ def run(prefill: str, decode: str, num_tokens: int, num_runs: int) -> dict[str, 
         weight_bytes = sum(file.stat().st_size for file in model.glob("*.safetensors"))
         pools = ("--prefill", prefill, "--decode", decode, "--kv-memory", str(KV_MEMORY_BYTES))
         flags = ("--threads-per-rank", "1", "--checksum", "off")
-        with (
-            local_cluster((str(model), *pools, *flags)) as served,
-            httpx.Client(base_url=served.url, timeout=600.0) as client,
-        ):
+        with local_cluster((str(model), *pools, *flags)) as served, Client(served.url) as client:
             results = [
                 measure_request(client, [rng.randrange(VOCABULARY) for _ in range(num_tokens)])
                 for _ in range(num_runs + 1)

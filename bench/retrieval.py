@@ -18,8 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 
-import httpx
-
+from baton_client import Client
 from bench.environment import describe, headline
 from bench.load.analysis.intervals import wilson
 from bench.load.local_cluster import local_cluster
@@ -49,18 +48,11 @@ class Result:
         return self.answer == self.expected
 
 
-def ask(client: httpx.Client, document: Document, question: str, session: str) -> str:
+def ask(client: Client, document: Document, question: str, session: str) -> str:
     """The answer's text."""
-    body = {
-        "messages": [{"role": "user", "content": f"{document.text}\n\n{question}"}],
-        "max_tokens": MAX_ANSWER_TOKENS,
-        "temperature": 0,
-        "session_id": session,
-    }
-    reply = client.post("/v1/chat/completions", json=body)
-    reply.raise_for_status()
-    text: str = reply.json()["choices"][0]["message"]["content"]
-    return text
+    messages = [{"role": "user", "content": f"{document.text}\n\n{question}"}]
+    answer = client.chat(messages, max_tokens=MAX_ANSWER_TOKENS, temperature=0, session_id=session)
+    return answer.text
 
 
 def questions(
@@ -80,7 +72,7 @@ def questions(
 
 
 def evaluate(
-    client: httpx.Client, length: int, num_documents: int, num_questions: int, seed: int
+    client: Client, length: int, num_documents: int, num_questions: int, seed: int
 ) -> list[Result]:
     """All questions about all documents of one length; prints as it goes."""
     tokenizer = load_tokenizer(str(CHECKPOINT))
@@ -182,7 +174,7 @@ def main() -> None:
     print(headline())
     with contextlib.ExitStack() as stack:
         url = arguments.url or stack.enter_context(local_cluster(flags)).url
-        client = stack.enter_context(httpx.Client(base_url=url, timeout=600.0))
+        client = stack.enter_context(Client(url))
         for length in lengths:
             results += evaluate(
                 client, length, arguments.documents, arguments.questions, arguments.seed

@@ -1,4 +1,4 @@
-"""One streamed completion over HTTP, by hand: who injects faults must know what a socket saw.
+"""One streamed completion on a socket: who injects faults must know what a socket saw.
 
 A stream ends in one of these ways, and nothing else is allowed: ``done`` (its end marker came),
 ``left`` (we went away), ``error CODE`` (an event or a status said so), ``cut`` (the connection
@@ -10,15 +10,12 @@ import asyncio
 import random
 import uuid
 from dataclasses import dataclass, field
-from typing import Any
 
-import msgspec
-
+from baton_client import BatonAPIError, calls
+from baton_client.reading import read_answer
+from baton_client.sse import DONE
 from tests.campaign.oracle import Prompt
-
-Address = tuple[str, int]
-_DATA, _DONE = b"data: ", b"[DONE]"
-_MAX_LINE = 1 << 20
+from tests.raw_http import Address, Reply, encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,23 +45,6 @@ class Stream:
         return self.end not in ("done", "left")
 
 
-class _Choice(msgspec.Struct):
-    token_ids: list[int] | None = None
-
-
-class _Error(msgspec.Struct):
-    code: str | None = None
-    message: str = ""
-
-
-class _Chunk(msgspec.Struct):
-    choices: list[_Choice] = []
-    error: _Error | None = None
-
-
-_CHUNK = msgspec.json.Decoder(_Chunk)
-
-
 async def run_stream(
     address: Address,
     stream: Stream,
@@ -81,12 +61,12 @@ async def run_stream(
     writer: asyncio.StreamWriter | None = None
     try:
         async with asyncio.timeout_at(until):
-            reader, writer = await asyncio.open_connection(*address, limit=_MAX_LINE)
+            reader, writer = await asyncio.open_connection(*address)
             writer.write(_request(stream, salt))
             stream.end = await _follow(reader, stream, leave.after_tokens if leave else None)
     except TimeoutError:
         stream.end = "late" if leave_at is None else "left"
-    except (OSError, EOFError):
+    except OSError:
         stream.end = "refused" if writer is None else "cut"
     finally:
         stream.ended = loop.time()
@@ -98,67 +78,30 @@ async def run_stream(
 
 
 def _request(stream: Stream, salt: str | None) -> bytes:
-    fields: dict[str, Any] = {
-        "prompt": stream.prompt.token_ids,
+    parameters = {
         "max_tokens": stream.max_tokens,
         "temperature": 0,
-        "stream": True,
         "ignore_eos": True,
         "return_token_ids": True,
+        "cache_salt": salt,
     }
-    if salt is not None:
-        fields["cache_salt"] = salt
-    return _head("POST", "/v1/completions", stream.request_id, msgspec.json.encode(fields))
-
-
-def _head(method: str, path: str, request_id: str, body: bytes = b"") -> bytes:
-    head = (
-        f"{method} {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
-        f"x-request-id: {request_id}\r\ncontent-type: application/json\r\n"
-        f"content-length: {len(body)}\r\n\r\n"
-    )
-    return head.encode() + body
+    prompt, request_id = stream.prompt.token_ids, stream.request_id
+    return encode(calls.complete(prompt, parameters, stream=True, request_id=request_id))
 
 
 async def _follow(reader: asyncio.StreamReader, stream: Stream, stop_after: int | None) -> str:
-    """How it ended. Events are never cut in two, so the lines of the framing can be passed over."""
-    while line := await reader.readline():
-        if line.startswith(b"{"):  # a plain error with a status
-            error = _CHUNK.decode(line).error
-        elif not line.startswith(_DATA):
-            continue
-        elif line.startswith(_DONE, len(_DATA)):
+    """How it ended."""
+    reply = Reply()
+    async for event in reply.events(reader):
+        if event.data == DONE:
             return "done"
-        else:
-            chunk = _CHUNK.decode(line[len(_DATA) :])
-            for choice in chunk.choices:
-                stream.tokens += choice.token_ids or ()
-            error = chunk.error
-        if error is not None:
+        try:
+            stream.tokens += read_answer(event.data).token_ids
+        except BatonAPIError as error:
             return f"error {error.code}"
         if stop_after is not None and len(stream.tokens) >= stop_after:
             return "left"
-    return "cut"
-
-
-async def get_json(address: Address, path: str, timeout_s: float = 10.0) -> dict[str, Any] | None:
-    """What a GET answers, or None when nobody does, or not with 200."""
-    writer: asyncio.StreamWriter | None = None
-    try:
-        async with asyncio.timeout(timeout_s):
-            reader, writer = await asyncio.open_connection(*address)
-            writer.write(_head("GET", path, uuid.uuid4().hex))
-            answer = await reader.read()
-    except (OSError, TimeoutError):
-        return None
-    finally:
-        if writer is not None:
-            writer.close()
-    head, _, body = answer.partition(b"\r\n\r\n")
-    if b" 200 " not in head.split(b"\r\n", 1)[0] + b" ":
-        return None
-    decoded: dict[str, Any] = msgspec.json.decode(body)
-    return decoded
+    return "cut" if reply.error is None else f"error {reply.error.code}"
 
 
 def draw_leave(rng: random.Random, max_tokens: int) -> Leave:

@@ -6,12 +6,14 @@ import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
+from baton_client import AsyncClient, ClientError, ClusterState, Retry
 from bench.load.local_cluster import LocalCluster
 from protocol.errors import ConfigError
-from tests.campaign.client import Address, get_json
 from tests.forks import ForkedCluster
+from tests.raw_http import Address
+
+ANSWER_S = 10.0
 
 
 class ClusterLost(Exception):
@@ -19,9 +21,10 @@ class ClusterLost(Exception):
 
 
 class RunningCluster:
-    """A ``baton serve`` that has said that it is ready."""
+    """A ``baton serve`` that has said that it is ready, and a client of it."""
 
-    def __init__(self, local: LocalCluster) -> None:
+    def __init__(self, local: LocalCluster, client: AsyncClient) -> None:
+        self.client = client
         self.process = local.process
         self.processes = local.processes
         host, _, port = local.url.removeprefix("http://").partition(":")
@@ -31,9 +34,12 @@ class RunningCluster:
     def is_running(self) -> bool:
         return self.process.poll() is None
 
-    async def state(self) -> dict[str, Any] | None:
-        """``/v1/cluster``, or None while nobody answers."""
-        return await get_json(self.address, "/v1/cluster")
+    async def state(self) -> ClusterState | None:
+        """How it is, or None while nobody answers."""
+        try:
+            return await self.client.cluster()
+        except ClientError:
+            return None
 
 
 @asynccontextmanager
@@ -55,7 +61,8 @@ async def run_cluster(
             await asyncio.to_thread(local.wait_until_ready)
         except ConfigError as error:
             raise ClusterLost(str(error)) from error
-        yield RunningCluster(local)
+        async with AsyncClient(local.url, timeout_s=ANSWER_S, retry=Retry(1)) as client:
+            yield RunningCluster(local, client)
     finally:
         await asyncio.to_thread(local.stop)
 

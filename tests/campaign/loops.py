@@ -47,7 +47,7 @@ async def _endured(context: Context) -> None:
         def goes_on() -> bool:
             nonlocal worst_s
             if watch.state is not None:
-                worst_s = max(worst_s, watch.state["loop"]["lag_s"])
+                worst_s = max(worst_s, watch.state.loop.lag_s)
             return load.num_ended < 4 * NUM_BEFORE and not context.is_late
 
         await load.run(goes_on)

@@ -8,8 +8,10 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
+import msgspec
+
+from baton_client import BlockCounts, ClusterState
 from protocol.failpoints import COUNTER_PREFIX
 from tests.campaign.cluster import RunningCluster
 from tests.campaign.tally import FREE_WITHIN_S, Tally
@@ -22,7 +24,7 @@ class Watch:
     """The latest state of a cluster, and the counters of all its ranks so far."""
 
     def __init__(self, cluster: RunningCluster, interval_s: float) -> None:
-        self.state: dict[str, Any] | None = None
+        self.state: ClusterState | None = None
         self._cluster = cluster
         self._interval_s = interval_s
         self._counters: dict[tuple[str, int, int], dict[str, float]] = {}
@@ -33,16 +35,16 @@ class Watch:
             await self.look()
             await asyncio.sleep(self._interval_s)
 
-    async def look(self) -> dict[str, Any] | None:
+    async def look(self) -> ClusterState | None:
         """The state now; None when nobody answers."""
         self.state = await self._cluster.state()
-        for pool in self.state["pools"] if self.state is not None else ():
-            for rank in pool["ranks"]:
-                if rank["counters"]:
-                    key = (pool["pool_id"], pool["epoch"], rank["rank"])
-                    self._counters[key] = rank["counters"]
-        if self.state is not None:
-            self._counters["coordinator", 0, 0] = self.state.get("counters", {})
+        if self.state is None:
+            return None
+        for pool in self.state.pools:
+            for rank in pool.ranks:
+                if rank.counters:
+                    self._counters[pool.pool_id, pool.epoch, rank.rank] = rank.counters
+        self._counters["coordinator", 0, 0] = self.state.counters
         return self.state
 
     def total(self, counter: str) -> int:
@@ -60,8 +62,8 @@ class Watch:
 
     def epochs(self) -> dict[str, int]:
         """The epoch of every pool that serves."""
-        pools = self.state["pools"] if self.state is not None else []
-        return {pool["pool_id"]: pool["epoch"] for pool in pools if pool["serving"]}
+        pools = self.state.pools if self.state is not None else []
+        return {pool.pool_id: pool.epoch for pool in pools if pool.serving}
 
 
 @asynccontextmanager
@@ -88,10 +90,10 @@ async def audit(watch: Watch, tally: Tally) -> float:
     while True:
         state = await watch.look()
         if state is not None:
-            is_whole = all(pool["serving"] and pool["blocks"] for pool in state["pools"])
-            held = sum(_held(space) for pool in state["pools"] for space in pool["blocks"])
+            is_whole = all(pool.serving and pool.blocks for pool in state.pools)
+            held = sum(_held(counts) for pool in state.pools for counts in pool.blocks)
         waited = time.monotonic() - started
-        is_clean = state is not None and held == 0 and state["num_active_requests"] == 0
+        is_clean = state is not None and held == 0 and state.num_active_requests == 0
         if is_whole and is_clean and waited > 1.2 * HEARTBEAT_S:
             break
         if waited > (FREE_WITHIN_S + HEARTBEAT_S if is_whole else SETTLE_S):
@@ -101,12 +103,13 @@ async def audit(watch: Watch, tally: Tally) -> float:
     if held != 0 or not is_whole or state is None:
         tally.num_leaked_blocks += max(0, held)
         tally.problem(f"the audit finds {held} blocks held, pools {'whole' if is_whole else 'bad'}")
-    elif state["num_leaked"]:
-        tally.problem(f"{state['num_leaked']} requests are leaked")
+    elif state.num_leaked:
+        tally.problem(f"{state.num_leaked} requests are leaked")
     return time.monotonic() - started
 
 
-def _held(space: dict[str, int]) -> int:
+def _held(counts: BlockCounts) -> int:
     """Blocks that somebody holds, or that have got lost."""
-    accounted = sum(count for state, count in space.items() if state != "total")
-    return space["total"] - space["free"] - space["cached"] + abs(space["total"] - accounted)
+    every: dict[str, int] = msgspec.structs.asdict(counts)
+    accounted = sum(every.values()) - counts.total
+    return counts.total - counts.free - counts.cached + abs(counts.total - accounted)

@@ -10,7 +10,8 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tests.campaign.client import Leave, Stream, draw_leave, get_json, run_stream
+from baton_client import ClientError
+from tests.campaign.client import Leave, Stream, draw_leave, run_stream
 from tests.campaign.cluster import RunningCluster
 from tests.campaign.oracle import MAX_TOKENS, Oracle
 from tests.campaign.tally import Tally
@@ -116,22 +117,24 @@ class Workload:
         """See an abandoned request to the moment when nothing of it is held anywhere."""
         loop = asyncio.get_running_loop()
         until = loop.time() + RELEASE_S
-        path = f"/v1/requests/{stream.request_id}/timeline"
         answered_none = 0
         while loop.time() < until and self._cluster.is_running:
             await asyncio.sleep(_RELEASE_POLL_S)
-            timeline = await get_json(self._cluster.address, path)
-            if timeline is None or not timeline["requests"]:
+            try:
+                requests = (await self._cluster.client.timeline(stream.request_id)).requests
+            except ClientError:
+                requests = []
+            if not requests:
                 answered_none += 1
                 if answered_none > 2:
                     self._tally.abort_phases["not submitted"] += 1
                     return
                 continue
-            (request,) = timeline["requests"]
-            events = request["events"]
+            (request,) = requests
+            events = request.events
             if "released" not in events:
                 continue
-            if request["finish_reason"] == "abort":
+            if request.finish_reason == "abort":
                 phase = _phase(events)
                 self._tally.abort_phases[phase] += 1
                 held_s = events["released"] - events["finished"]

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import msgspec
 
-from tests.stress.client import Address
+from tests.raw_http import Address
 
 INTERVAL_S = 0.02
 TIMEOUT_S = 30.0

@@ -6,28 +6,14 @@ meant to) or ``late`` (our patience ended).
 """
 
 import asyncio
-import uuid
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
-import msgspec
-
-Address = tuple[str, int]
-_DATA, _DONE = b"data: ", b"data: [DONE]"
-_MAX_LINE = 1 << 26
-
-
-class _Error(msgspec.Struct):
-    code: str | None = None
-
-
-class _Body(msgspec.Struct):
-    error: _Error | None = None
-
-
-_BODY = msgspec.json.Decoder(_Body)
+from baton_client import BatonAPIError
+from baton_client.reading import read_answer
+from baton_client.sse import DONE
+from tests.raw_http import Address, Reply
 
 
 @dataclass(slots=True)
@@ -41,22 +27,6 @@ class Tally:
     def lines(self) -> list[str]:
         """The outcomes, the most frequent first."""
         return [f"{count} {outcome}" for outcome, count in self.outcomes.most_common()]
-
-
-def request(path: str, fields: dict[str, Any], *, key: str = "") -> bytes:
-    """A POST of these fields on a connection of its own."""
-    return request_of_body(path, msgspec.json.encode(fields), key=key)
-
-
-def request_of_body(path: str, body: bytes, *, key: str = "") -> bytes:
-    """A POST of what may not be JSON."""
-    authorization = f"authorization: Bearer {key}\r\n" if key else ""
-    head = (
-        f"POST {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n{authorization}"
-        f"x-request-id: {uuid.uuid4().hex}\r\ncontent-type: application/json\r\n"
-        f"content-length: {len(body)}\r\n\r\n"
-    )
-    return head.encode() + body
 
 
 async def ask(
@@ -74,12 +44,12 @@ async def ask(
     writer: asyncio.StreamWriter | None = None
     try:
         async with asyncio.timeout(timeout_s):
-            reader, writer = await asyncio.open_connection(*address, limit=_MAX_LINE)
+            reader, writer = await asyncio.open_connection(*address)
             writer.write(data)
             outcome = await _follow(reader, tally)
     except TimeoutError:
         outcome = "late" if leave_after_s is None else "left"
-    except (OSError, EOFError, ValueError):
+    except OSError:
         outcome = "refused" if writer is None else "cut"
     finally:
         if writer is not None:
@@ -99,33 +69,17 @@ async def ask_all(
 
 
 async def _follow(reader: asyncio.StreamReader, tally: Tally) -> str:
-    status = (await reader.readline()).split(b" ", 2)[1:2]
-    if not status:
-        return "cut"
-    is_stream, length = False, 0
-    while (line := await reader.readline()).strip():
-        name, _, value = line.strip().partition(b":")
-        if name.lower() == b"content-length":
-            length = int(value)
-        elif name.lower() == b"retry-after":
-            tally.retry_after_s.add(int(value))
-        elif name.lower() == b"content-type":
-            is_stream = b"event-stream" in value
-    if is_stream:
-        return await _follow_events(reader)
-    body = await reader.readexactly(length)
-    if status[0].startswith(b"2"):
-        return "ok"
-    error = _BODY.decode(body).error if body.startswith(b"{") else None
-    return f"{status[0].decode()} {error.code if error else '?'}"
-
-
-async def _follow_events(reader: asyncio.StreamReader) -> str:
-    while line := await reader.readline():
-        if line.startswith(_DONE):
+    reply = Reply()
+    async for event in reply.events(reader):
+        if event.data == DONE:
             return "ok"
-        if line.startswith(_DATA) and b'"error"' in line:
-            error = _BODY.decode(line[len(_DATA) :]).error
-            if error is not None:
-                return f"200 {error.code}"
-    return "cut"
+        try:
+            read_answer(event.data)
+        except BatonAPIError as error:
+            return f"200 {error.code}"
+    refusal = reply.error
+    if refusal is None:
+        return "ok" if reply.is_whole and not reply.is_stream else "cut"
+    if refusal.retry_after is not None:
+        tally.retry_after_s.add(int(refusal.retry_after))
+    return f"{refusal.status} {refusal.code or '?'}"

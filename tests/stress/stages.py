@@ -7,14 +7,16 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.stress.client import Address, Tally, ask, ask_all, request, request_of_body
+from baton_client import ClusterState, calls
+from baton_client.calls import Call, Prompt
+from tests.raw_http import Address, encode
+from tests.stress.client import Tally, ask, ask_all
 
 PATIENCE_S = 240.0
 PLAIN_IDS = 250  # below the special ones of the arithmetic model
 OK = frozenset({"ok"})
 # Told in time, and when to come back.
 FULL = frozenset({"503 overloaded", "503 too_many_connections", "429 too_many_requests"})
-_COMPLETIONS = "/v1/completions"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +51,14 @@ class Context:
         return [self.rng.randrange(PLAIN_IDS) for _ in range(num_tokens)]
 
     def completion(self, max_tokens: int = 8, **fields: Any) -> bytes:
-        asked = {
-            "prompt": self.prompt(),
-            "max_tokens": max_tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            **fields,
-        }
-        return request(_COMPLETIONS, asked)
+        return complete(
+            self.prompt(), max_tokens=max_tokens, temperature=0, ignore_eos=True, **fields
+        )
+
+
+def complete(prompt: Prompt, *, stream: bool = False, **parameters: Any) -> bytes:
+    """A completion's request."""
+    return encode(calls.complete(prompt, parameters, stream=stream))
 
 
 async def burst(context: Context) -> None:
@@ -101,8 +103,7 @@ async def wide(context: Context) -> None:
     requests = []
     for _ in range(context.num(3)):
         prompts = [context.prompt(16) for _ in range(128)]
-        fields = {"prompt": prompts, "n": 8, "max_tokens": 2, "ignore_eos": True}
-        requests.append(request(_COMPLETIONS, fields))
+        requests.append(complete(prompts, n=8, max_tokens=2, ignore_eos=True))
     requests += [context.completion() for _ in range(context.num(100))]
     await ask_all(context.address, requests, context.tally, patience_s=PATIENCE_S)
 
@@ -118,9 +119,8 @@ async def bodies(context: Context) -> None:
         f'{{"prompt":"{"x" * (60 << 20)}"}}',
         "[" * (1 << 20),
     )
-    requests = [
-        request_of_body(_COMPLETIONS, text.encode()) for text in worst[: context.num(len(worst))]
-    ]
+    call = Call("POST", "/v1/completions")
+    requests = [encode(call, body=text.encode()) for text in worst[: context.num(len(worst))]]
     for data in requests:  # one at a time, each beside plain ones
         plain = [context.completion() for _ in range(context.num(20))]
         await ask_all(context.address, [data, *plain], context.tally, patience_s=PATIENCE_S)
@@ -134,11 +134,9 @@ async def text(context: Context) -> None:
     """Prompts as long as they may be, and one document of 8 MiB, to be tokenized."""
     words = b"the cat sat on a mat and "
     long = (words * (context.num(8 << 20) // len(words) + 1)).decode()
-    document = {"source": {"type": "text", "text": long}}
-    requests = [request("/v1/documents", document)]
+    requests = [encode(calls.create_document({"text": long}))]
     requests += [
-        request(_COMPLETIONS, {"prompt": long[: 2000 * (number + 1)], "max_tokens": 1})
-        for number in range(context.num(20))
+        complete(long[: 2000 * (number + 1)], max_tokens=1) for number in range(context.num(20))
     ]
     requests += [context.completion() for _ in range(context.num(100))]
     await ask_all(context.address, requests, context.tally, patience_s=PATIENCE_S)
@@ -200,6 +198,6 @@ STAGES: dict[str, Stage] = {
 }  # fmt: skip
 
 
-def active(state: dict[str, Any] | None) -> int:
+def active(state: ClusterState | None) -> int:
     """Requests that have not ended; -1 when the server does not say."""
-    return -1 if state is None else int(state["num_active_requests"])
+    return -1 if state is None else state.num_active_requests

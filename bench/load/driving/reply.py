@@ -9,45 +9,11 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from baton_client import BatonConnectionError, Choice, ErrorInfo, EventParser, ServerEvent, Usage
+from baton_client.reading import ANSWER_DECODER
+from baton_client.sse import DONE
 from bench.load.record import OK
 
-
-class _Delta(msgspec.Struct):
-    content: str | None = None
-    reasoning_content: str | None = None
-    reasoning: str | None = None
-    tool_calls: list[msgspec.Raw] | None = None
-
-
-class _Choice(msgspec.Struct):
-    text: str | None = None
-    delta: _Delta | None = None
-    token_ids: list[int] | None = None
-    finish_reason: str | None = None
-
-
-class _Details(msgspec.Struct):
-    cached_tokens: int | None = None
-
-
-class _Usage(msgspec.Struct):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    prompt_tokens_details: _Details | None = None
-
-
-class _Error(msgspec.Struct):
-    code: str | int | None = None
-    type: str | None = None
-
-
-class _Chunk(msgspec.Struct):
-    choices: list[_Choice] = []
-    usage: _Usage | None = None
-    error: _Error | str | None = None
-
-
-_CHUNK = msgspec.json.Decoder(_Chunk)
 _MAX_PLAIN_BYTES = 1 << 16  # of an answer that is no stream
 
 
@@ -78,7 +44,7 @@ class Reply:
     is_exact: bool = True
     """Whether every event said how many tokens it carried."""
     last_byte_at: float = 0.0
-    _rest: bytes = b""
+    _parser: EventParser = field(default_factory=EventParser)
     _plain: bytes = b""
     _is_done: bool = False
 
@@ -93,22 +59,27 @@ class Reply:
         if self.status != 200:
             self._plain = (self._plain + data)[:_MAX_PLAIN_BYTES]
             return False
-        lines = (self._rest + data if self._rest else data).split(b"\n")
-        self._rest = lines.pop()
-        for line in lines:
-            if line.startswith(b"data:") and self._take_event(line[5:].strip(), now):
+        try:
+            events = self._parser.feed(data)
+        except BatonConnectionError:  # one without an end
+            return self._is_malformed()
+        for event in events:
+            if isinstance(event, ServerEvent) and self._take_event(event.data, now):
                 return True
         return False
 
+    def _is_malformed(self) -> bool:
+        self.outcome, self.error_code = "incomplete", "malformed_event"
+        return True
+
     def _take_event(self, data: bytes, now: float) -> bool:
-        if data == b"[DONE]":
+        if data == DONE:
             self._is_done = True
             return True
         try:
-            chunk = _CHUNK.decode(data)
+            chunk = ANSWER_DECODER.decode(data)
         except (msgspec.DecodeError, UnicodeDecodeError):
-            self.outcome, self.error_code = "incomplete", "malformed_event"
-            return True
+            return self._is_malformed()
         if chunk.error is not None:
             self.outcome, self.error_code = "http_error", _code(chunk.error)
             return True
@@ -122,15 +93,14 @@ class Reply:
                 self.num_cached_tokens = details.cached_tokens
         return False
 
-    def _take_choice(self, choice: _Choice, now: float, usage: _Usage | None) -> None:
+    def _take_choice(self, choice: Choice, now: float, usage: Usage | None) -> None:
         if choice.finish_reason:
             self.finish_reason = choice.finish_reason
         if choice.token_ids == []:
             return  # the rest of a text, held back until no stop string could begin in it
         delta = choice.delta
-        text = choice.text or (delta and (delta.content or delta.reasoning_content))
-        text = text or (delta.reasoning if delta is not None else None)
-        if not (choice.token_ids or text or (delta is not None and delta.tool_calls)):
+        text = choice.text or delta.content or delta.reasoning_content or delta.reasoning
+        if not (choice.token_ids or text or delta.tool_calls):
             return  # a role, an end, nothing at all: no token
         if choice.token_ids:
             count = len(choice.token_ids)
@@ -188,13 +158,13 @@ class Reply:
 
     def _plain_code(self) -> str:
         try:
-            error = _CHUNK.decode(self._plain).error
+            error = ANSWER_DECODER.decode(self._plain).error
         except (msgspec.DecodeError, UnicodeDecodeError):
             return f"http_{self.status}"
         return _code(error) if error is not None else f"http_{self.status}"
 
 
-def _code(error: _Error | str) -> str:
+def _code(error: ErrorInfo | str) -> str:
     if isinstance(error, str):
         return error[:64]
     return str(error.code or error.type or "error")[:64]

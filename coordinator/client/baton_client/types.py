@@ -348,6 +348,14 @@ class PoolState(msgspec.Struct, frozen=True):
     ranks: list[RankState] = []
 
 
+class LoopState(msgspec.Struct, frozen=True):
+    """How late the coordinator's event loop was of late, and its longest step."""
+
+    lag_s: float = 0.0
+    step_s: float = 0.0
+    num_stalls: int = 0
+
+
 class ClusterState(msgspec.Struct, frozen=True):
     """Pools, ranks and what they hold."""
 
@@ -360,6 +368,7 @@ class ClusterState(msgspec.Struct, frozen=True):
     block_size: int = 0
     num_active_requests: int = 0
     num_leaked: int = 0
+    loop: LoopState = LoopState()
     counters: dict[str, Any] = {}
     pools: list[PoolState] = []
 

@@ -12,11 +12,11 @@ import random
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-import httpx
 import msgspec
 
-from baton_client import AsyncClient
+from baton_client import AsyncClient, BatonAPIError
 from modeling.arithmetic import expected_tokens
 from modeling.checkpoint.config import ModelConfig
 from tests.campaign.tally import Tally
@@ -27,12 +27,12 @@ DOCUMENT_WORDS = (100, 400)
 NUM_LINES = 20
 BUDGET_S = 120.0
 _WORDS = ("the ", "ring ", "reads ", "a ", "long ", "text ", "block ", "by ", "block ", "and ")
-WRONG: tuple[tuple[int, dict[str, object]], ...] = (
-    (400, {"prompt": [1, 2], "max_tokens": "many"}),
-    (400, {"prompt": []}),
-    (400, {"prompt": [10**9]}),
-    (400, {"prompt": [1] * 5000}),
-    (404, {"prompt": [1], "model": "another"}),
+WRONG: tuple[tuple[int, Sequence[int], dict[str, Any]], ...] = (
+    (400, [1, 2], {"max_tokens": "many"}),
+    (400, [], {}),
+    (400, [10**9], {}),
+    (400, [1] * 5000, {}),
+    (404, [1], {"model": "another"}),
 )
 
 
@@ -79,7 +79,6 @@ class Traffic:
         """Until ``goes_on`` says no."""
         async with (
             AsyncClient(self.url, timeout_s=BUDGET_S) as client,
-            httpx.AsyncClient(base_url=self.url, timeout=BUDGET_S) as plain,
             asyncio.TaskGroup() as kinds,
         ):
             kinds.create_task(
@@ -87,7 +86,7 @@ class Traffic:
             )
             kinds.create_task(self._repeat("documents", lambda: self._document(client)))
             kinds.create_task(self._repeat("batches", lambda: self._batch(client)))
-            kinds.create_task(self._repeat("rejects", lambda: self._reject(plain)))
+            kinds.create_task(self._repeat("rejects", lambda: self._reject(client)))
 
     async def _repeat(self, kind: str, one: Callable[[], Awaitable[None]]) -> None:
         while self.goes_on():
@@ -113,7 +112,7 @@ class Traffic:
                 session_id=session_id,
                 cache_salt=salt,
             )
-            tokens = completion.choices[0].token_ids or ()
+            tokens = completion.token_ids
             self.tally.compare(f"session {session_id}", tokens, answer)
             if len(tokens) < len(answer):
                 self.tally.problem(f"session {session_id}: {len(tokens)} of {len(answer)} tokens")
@@ -128,7 +127,7 @@ class Traffic:
             answer = await client.ask(
                 "And so?", document_id=document.id, max_tokens=8, temperature=0
             )
-            answers.add("".join([piece async for piece in answer]))
+            answers.add(await answer.read())
         if len(answers) != 1:
             self.tally.problem(f"{document.id}: two answers to one question: {answers}")
         await client.documents.delete(document.id)
@@ -154,8 +153,13 @@ class Traffic:
         for file_id in (file.id, batch.output_file_id):
             await client.files.delete(file_id)
 
-    async def _reject(self, plain: httpx.AsyncClient) -> None:
-        for status, body in WRONG:
-            response = await plain.post("/v1/completions", json=body)
-            if response.status_code != status or "error" not in response.json():
-                self.tally.problem(f"{str(body)[:60]}: {response.status_code}, not {status}")
+    async def _reject(self, client: AsyncClient) -> None:
+        for status, prompt, parameters in WRONG:
+            try:
+                await client.complete(prompt, **parameters)
+            except BatonAPIError as error:
+                found = error.status
+            else:
+                found = 200
+            if found != status:
+                self.tally.problem(f"{prompt[:5]} {parameters}: {found}, not {status}")
