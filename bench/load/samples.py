@@ -61,14 +61,7 @@ class _Rank(msgspec.Struct):
     counters: dict[str, float] = {}
 
 
-class _Pool(msgspec.Struct):
-    pool_id: str
-    role: str
-    serving: bool = True
-    num_running: int = 0
-    num_waiting: int = 0
-    pending_tokens: int = 0
-    blocks: tuple[Blocks, ...] = ()
+class _Pool(PoolSample, frozen=True):
     ranks: tuple[_Rank, ...] = ()
 
 
@@ -90,16 +83,11 @@ def sample_of(answer: bytes, target: str, at_s: float, round_trip_s: float) -> C
         return None
     if not told.pools:
         return None
+    kept = PoolSample.__struct_fields__
     pools = tuple(
         PoolSample(
-            pool.pool_id,
-            pool.role,
-            pool.serving,
-            pool.num_running,
-            pool.num_waiting,
-            pool.pending_tokens,
-            pool.blocks,
-            pool.ranks[0].counters if pool.ranks else {},
+            **{name: getattr(pool, name) for name in kept if name != "counters"},
+            counters=pool.ranks[0].counters if pool.ranks else {},
         )
         for pool in told.pools
     )
