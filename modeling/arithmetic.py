@@ -222,42 +222,36 @@ class _Reference:
     def __init__(self, config: ModelConfig) -> None:
         self._config = config
         self._num_seen = 0
-        shape = (config.num_layers, config.num_kv_heads, config.head_dim)
-        self._sums = np.zeros(shape, dtype=np.int64)
-        self._channel = np.arange(config.head_dim)
+        self._sums_LKH = np.zeros(
+            (config.num_layers, config.num_kv_heads, config.head_dim), dtype=np.int64
+        )
+        self._channels = np.arange(config.head_dim)
+        self._heads, self._kv_heads = np.arange(config.num_heads), np.arange(config.num_kv_heads)
+        self._weights_NH = _weight(_hash(self._heads[:, None] * 16 + _HEAD, self._channels))
+        self._allowed = [i for i in range(config.vocab_size) if i not in _SPECIAL_IDS]
 
     def next_token(self, new_token_ids: Sequence[int]) -> int:
         """Take in some more tokens and predict the one after them."""
-        config, first = self._config, self._num_seen
+        first = self._num_seen
         self._num_seen += len(new_token_ids)
         position = np.arange(first, self._num_seen, dtype=np.int64)
-        token = np.array(new_token_ids, dtype=np.int64)
-        state = _hash(_mix(token * 16 + _TOKEN), position) % MODULUS
-        for layer in range(config.num_layers):
+        key_weight = _weight(position * 16 + _KEY_WEIGHT)[:, None, None]
+        value_weight = _weight(position * 16 + _VALUE_WEIGHT)[:, None, None]
+        group = self._config.num_heads // self._config.num_kv_heads
+        state = _hash(_mix(np.array(new_token_ids, dtype=np.int64) * 16 + _TOKEN), position)
+        state = state % MODULUS
+        for layer in range(self._config.num_layers):
             place = _hash(_hash(state, position), layer)
-            total = np.zeros_like(state)
-            for kv_head in range(config.num_kv_heads):
-                sums = self._prefix_sums(layer, kv_head, place, position)
-                group = config.num_heads // config.num_kv_heads
-                for head in range(kv_head * group, (kv_head + 1) * group):
-                    total += self._head_output(head, place, sums)
+            kv_TKH = self._rows(place, _KEY, self._kv_heads) * key_weight
+            kv_TKH += self._rows(place, _VALUE, self._kv_heads) * value_weight
+            sums_TKH = (kv_TKH.cumsum(axis=0) + self._sums_LKH[layer]) % MODULUS
+            self._sums_LKH[layer] = sums_TKH[-1]
+            q_TNH = self._rows(place, _QUERY, self._heads)
+            out_TNH = q_TNH * sums_TKH.repeat(group, axis=1) % MODULUS
+            total = (out_TNH * self._weights_NH).sum(axis=(1, 2))
             state = _hash(place + _STATE, total % MODULUS) % MODULUS
-        allowed = [i for i in range(config.vocab_size) if i not in _SPECIAL_IDS]
-        return allowed[_mix(int(state[-1]) * 16 + _PICK) % len(allowed)]
+        return self._allowed[_mix(int(state[-1]) * 16 + _PICK) % len(self._allowed)]
 
-    def _prefix_sums(
-        self, layer: int, kv_head: int, place: np.ndarray, position: np.ndarray
-    ) -> np.ndarray:
-        key = self._row(place, _KEY, kv_head) * _weight(position * 16 + _KEY_WEIGHT)[:, None]
-        value = self._row(place, _VALUE, kv_head) * _weight(position * 16 + _VALUE_WEIGHT)[:, None]
-        sums = ((key + value).cumsum(axis=0) + self._sums[layer, kv_head]) % MODULUS
-        self._sums[layer, kv_head] = sums[-1]
-        return np.asarray(sums)
-
-    def _head_output(self, head: int, place: np.ndarray, sums: np.ndarray) -> np.ndarray:
-        out = self._row(place, _QUERY, head) * sums % MODULUS
-        weight = _weight(_hash(self._channel * 0 + head * 16 + _HEAD, self._channel))
-        return np.asarray((out * weight).sum(axis=1) % MODULUS)
-
-    def _row(self, place: np.ndarray, salt: int, head: int) -> np.ndarray:
-        return np.asarray(_hash(_hash(place + salt, head)[:, None], self._channel) % MODULUS)
+    def _rows(self, place: np.ndarray, salt: int, heads: np.ndarray) -> np.ndarray:
+        of_heads = _hash((place + salt)[:, None], heads)
+        return np.asarray(_hash(of_heads[:, :, None], self._channels) % MODULUS)

@@ -22,6 +22,8 @@ Json = dict[str, Any]
 BACK_S = 90.0  # a gang's start, on a machine that is busy with other things
 DECODING = 10  # tokens of an answer whose KV has been handed over
 COORDINATOR = "coordinator"
+# What runs while something dies has to take a while; a step that waits takes it from nobody else.
+SLOW_STEPS = "step:delay=0.008"
 
 
 def wait_until(condition: Callable[[], object], what: str, timeout_s: float = 20.0) -> None:

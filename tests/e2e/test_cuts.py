@@ -16,13 +16,21 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.e2e.cluster import Json, LoneProcess, Stream, expected, parse_path, wait_until
+from tests.e2e.cluster import (
+    SLOW_STEPS,
+    Json,
+    LoneProcess,
+    Stream,
+    expected,
+    parse_path,
+    wait_until,
+)
 
 MODEL = "arithmetic:layers=2,heads=2,kv_heads=2,vocab=512,max_len=4096"
 HERE, RANKS = "coordinator", ("prefill0", "decode0", "decode1")
 NUM_TOKENS = 6
 NOTICED_S, SLACK_S = 5.0, 10.0
-LONG = 1200  # tokens of an answer that takes seconds
+LONG = 300  # tokens of an answer that takes seconds, each of SLOW_STEPS
 NOWHERE = "02:00:00:00:00:99"
 
 pytestmark = pytest.mark.cluster
@@ -162,6 +170,8 @@ def site(network: Network, tmp_path_factory: pytest.TempPathFactory) -> Iterator
                 "kv_memory_bytes": 8 << 20,
                 "transport": "tcp",
             }
+            if host.startswith("decode"):
+                settings["failpoints"] = SLOW_STEPS
             start(host, host[:-1], settings)
         yield Site(network, processes, coordinator.said("ready"))
 

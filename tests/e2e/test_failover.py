@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.cluster import Cluster, prompt_of, run_cluster, wait_until
+from tests.e2e.cluster import SLOW_STEPS, Cluster, prompt_of, run_cluster, wait_until
 from tests.modeling.checkpoints import write_checkpoint
 
 MODEL = "arithmetic:layers=3,heads=4,kv_heads=2,vocab=512,max_len=16384"
@@ -20,9 +20,11 @@ FLAGS = (
     *("--block-size", "16", "--kv-memory", "64MiB", "--checksum", "always"),
     *("--transport", "nixl"),
 )
+SLOW = ("--set", f"decode_pool.failpoints={SLOW_STEPS}")
 QUICK = (
     *("--set", "coordinator.heartbeat_timeout_s=2.5", "--set", "restart_budget=0"),
     *("--set", "coordinator.local_prefill_threshold=32"),
+    *SLOW,
 )
 
 
@@ -46,7 +48,7 @@ def test_streams_survive_the_death_of_a_decode_pool() -> None:
     prompts = {f"s{n}": prompt_of(rng, length) for n, length in enumerate((5, 400, 900, 40))}
     with unrepaired("--prefill", "cp2", "--decode", "tp2", "--decode", "tp1") as cluster:
         streams = {
-            name: cluster.stream(prompt, 700, name, logprobs=0) for name, prompt in prompts.items()
+            name: cluster.stream(prompt, 200, name, logprobs=0) for name, prompt in prompts.items()
         }
         homes = {}
         for name in streams:
@@ -57,15 +59,15 @@ def test_streams_survive_the_death_of_a_decode_pool() -> None:
         for name, stream in streams.items():
             stream.check_exact(MODEL)
             assert stream.finish_reason == "length"
-            assert stream.num_logprobs == 700
+            assert stream.num_logprobs == 200
             assert stream.usage["prompt_tokens"] == len(stream.prompt)
-            assert stream.usage["completion_tokens"] == 700
+            assert stream.usage["completion_tokens"] == 200
             timeline = cluster.timeline(name)
             assert timeline["attempt"] == (2 if homes[name] == victim else 1)
             if homes[name] == victim:
                 [lost] = timeline["lost_attempts"]
                 assert (lost["reason"], lost["decode_pool"]) == ("worker_lost", victim)
-                assert 20 < lost["num_output_tokens"] < 700, "it was not killed in mid-stream"
+                assert 20 < lost["num_output_tokens"] < 200, "it was not killed in mid-stream"
                 assert timeline["decode_pool"] != victim
         cluster.assert_no_leaks(num_lost=1)
 
@@ -108,15 +110,15 @@ def test_a_sampled_stream_goes_on_with_the_same_random_numbers(tmp_path: Path) -
     sampling |= {"repetition_penalty": 1.1, "seed": 11}
     flags = ("--prefill", "cp1", "--decode", "tp1", "--decode", "tp1", "--dtype", "float32")
     with unrepaired(*flags, model=str(tmp_path)) as cluster:
-        undisturbed = cluster.stream(prompt, 500, "first", **sampling)
+        undisturbed = cluster.stream(prompt, 150, "first", **sampling)
         undisturbed.wait_ended()
         assert len(set(undisturbed.token_ids)) > 20
-        stream = cluster.stream(prompt, 500, "second", **sampling)
+        stream = cluster.stream(prompt, 150, "second", **sampling)
         wait_for_output(cluster, "second", 30)
         cluster.kill_pool(cluster.timeline("second")["decode_pool"])
         stream.wait_ended()
         [lost] = cluster.timeline("second")["lost_attempts"]
-        assert 30 < lost["num_output_tokens"] < 500
+        assert 30 < lost["num_output_tokens"] < 150
         assert stream.token_ids == undisturbed.token_ids
         assert stream.finish_reason == "length"
 
@@ -125,8 +127,8 @@ def test_a_sampled_stream_goes_on_with_the_same_random_numbers(tmp_path: Path) -
 def test_a_stream_waits_for_its_only_pool_to_come_back() -> None:
     """The one decode pool is started again, and the stream goes on there."""
     prompt = prompt_of(random.Random(6), 500)
-    with run_cluster(MODEL, "--prefill", "cp1", "--decode", "tp1", *FLAGS) as cluster:
-        stream = cluster.stream(prompt, 600, "only")
+    with run_cluster(MODEL, "--prefill", "cp1", "--decode", "tp1", *FLAGS, *SLOW) as cluster:
+        stream = cluster.stream(prompt, 150, "only")
         wait_for_output(cluster, "only", 20)
         cluster.kill_pool("decode0")
         stream.check_exact(MODEL)

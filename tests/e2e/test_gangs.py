@@ -16,6 +16,7 @@ import pytest
 
 from tests.e2e.cluster import (
     COORDINATOR,
+    SLOW_STEPS,
     Cluster,
     Json,
     LoneProcess,
@@ -28,7 +29,7 @@ from tests.e2e.cluster import (
 )
 
 MODEL = "arithmetic:layers=2,heads=2,kv_heads=2,vocab=512,max_len=4096"
-LONG = 1200  # tokens of an answer that takes seconds
+LONG = 300  # tokens of an answer that takes seconds, each of SLOW_STEPS
 # What is tested is what follows, not how long a cluster waits before: ranks give a coordinator up
 # after a second and a half, and the launcher does after three times as long.
 QUICK = (
@@ -79,6 +80,7 @@ def shared() -> Iterator[Cluster]:
         *("--set", "restart_window_s=60", *QUICK),
         *("--set", "coordinator.heartbeat_timeout_s=2.5"),
         *("--set", "coordinator.rejoin_timeout_s=3"),
+        *("--set", f"decode_pool.failpoints={SLOW_STEPS}"),
     )
     with run_cluster(MODEL, *flags) as running:
         yield running
@@ -230,6 +232,7 @@ def test_a_busy_coordinator_and_the_end() -> None:
         *("--prefill", "cp1", "--decode", "tp1", "--kv-memory", "8MiB", "--block-size", "16"),
         *("--checksum", "always", *QUICK),
         *("--set", "coordinator.failpoints=loop.reserve:hold=6@3"),
+        *("--set", f"decode_pool.failpoints={SLOW_STEPS}"),
     )
     with run_cluster(MODEL, *flags) as cluster:
         before, pids = cluster.state(), cluster.pids()
@@ -275,6 +278,7 @@ def test_a_stale_coordinator(tmp_path: Path) -> None:
         "listen": f"ipc://{tmp_path}",
         "kv_memory_bytes": 8 << 20,
         "transport": "tcp",
+        "failpoints": SLOW_STEPS,
     }
     with contextlib.ExitStack() as stack:
 
