@@ -49,7 +49,7 @@ M = TypeVar("M")
 class Coordinator:
     """Starts the ranks of one decode pool and talks to them."""
 
-    def __init__(self, context: zmq.Context, folder: Path, tp_size: int) -> None:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], folder: Path, tp_size: int) -> None:
         self._folder, self._tp_size = folder, tp_size
         self._router = Router(context, f"ipc://{folder}/control")
         self._poller = Poller(self._router)

@@ -1,5 +1,7 @@
 """A rank takes as much KV as it was told, or as its memory leaves; never what is not there."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -27,7 +29,7 @@ CPU = torch.device("cpu")
 LARGEST = LargestStep(num_tokens=512, num_rows=8, num_sequences=4_000)
 
 
-def config(**fields: int) -> RankConfig:
+def config(**fields: Any) -> RankConfig:
     return RankConfig(
         model=MODEL,
         pool_id="decode0",

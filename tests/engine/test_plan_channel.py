@@ -19,7 +19,9 @@ BUDGET_S = 20.0
 class Gang:
     """Opens channels of one gang, and closes them."""
 
-    def __init__(self, context: zmq.Context, address: str, stack: contextlib.ExitStack) -> None:
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], address: str, stack: contextlib.ExitStack
+    ) -> None:
         self._context = context
         self._address = address
         self._stack = stack

@@ -4,15 +4,17 @@ import contextlib
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import zmq
 
 from engine.plan_channel import FollowerChannel, LeaderChannel
 from engine.process import RankProcess
 from engine.rank_config import RankConfig
+from engine.transfer_thread import TransferThread
 from kvtransfer.events import (
     Command,
     ControlReceived,
@@ -84,14 +86,16 @@ class Node:
 class Gang:
     """A leader's process and its followers."""
 
-    def __init__(self, leader: LeaderChannel, context: Any, world_size: int) -> None:
+    def __init__(
+        self, leader: LeaderChannel, context: zmq.Context[zmq.Socket[bytes]], world_size: int
+    ) -> None:
         config = RankConfig(
             model="m", pool_id="p", control_address="", token="t", listen="ipc:///x",
             cp_size=world_size, step_timeout_s=0.5,
         )  # fmt: skip
         identity = RankIdentity("prefill", "p", 0, world_size, 1, "i")
         self.thread = Thread()
-        self.process = RankProcess(config, identity, self.thread, context)
+        self.process = RankProcess(config, identity, cast(TransferThread, self.thread), context)
         self.process.leader = leader
 
     def lead(self, node: Node, **options: Any) -> None:
@@ -102,8 +106,11 @@ class Gang:
         return [c for c in self.thread.commands if isinstance(c, ReportStatus)]
 
 
+MakeGang = Callable[..., Gang]
+
+
 @pytest.fixture
-def make_gang(tmp_path: Path) -> Iterator[Any]:
+def make_gang(tmp_path: Path) -> Iterator[MakeGang]:
     with open_context("secret") as context, contextlib.ExitStack() as stack:
 
         def make(world_size: int = 1, *, silent: int | None = None) -> Gang:
@@ -130,7 +137,9 @@ def _follow(channel: FollowerChannel, rank: int, is_silent: bool) -> None:
             channel.reply(StepResult(plan.step, rank))
 
 
-def test_a_leader_that_needs_its_followers_is_told_what_each_has_brought(make_gang: Any) -> None:
+def test_a_leader_that_needs_its_followers_is_told_what_each_has_brought(
+    make_gang: MakeGang,
+) -> None:
     gang = make_gang(3)
     node = Node(gang.thread, 2)
     with pytest.raises(SystemExit):
@@ -139,7 +148,7 @@ def test_a_leader_that_needs_its_followers_is_told_what_each_has_brought(make_ga
 
 
 def test_a_leader_that_does_not_need_them_is_told_its_own_result_alone(
-    make_gang: Any,
+    make_gang: MakeGang,
 ) -> None:
     gang = make_gang(3)
     node = Node(gang.thread, 2)
@@ -150,7 +159,7 @@ def test_a_leader_that_does_not_need_them_is_told_its_own_result_alone(
 
 @pytest.mark.parametrize(("needs_followers", "num_updated"), [(True, 0), (False, 1)])
 def test_who_hangs_breaks_the_gang_one_step_later_at_most(
-    make_gang: Any, needs_followers: bool, num_updated: int
+    make_gang: MakeGang, needs_followers: bool, num_updated: int
 ) -> None:
     gang = make_gang(3, silent=2)
     node = Node(gang.thread, 5)
@@ -159,21 +168,22 @@ def test_who_hangs_breaks_the_gang_one_step_later_at_most(
     assert len(node.results) == num_updated
 
 
-def test_commands_are_passed_on_in_order_after_events_and_steps(make_gang: Any) -> None:
+def test_commands_are_passed_on_in_order_after_events_and_steps(make_gang: MakeGang) -> None:
     gang = make_gang()
     node = Node(gang.thread, 1)
-    events = [ControlReceived(Shutdown("x")), PoolsChanged(())]
+    events: list[Event] = [ControlReceived(Shutdown("x")), PoolsChanged(())]
     for event in events:
         gang.thread.events.put(event)
     taken: list[Command] = []
     with pytest.raises(SystemExit):
         gang.lead(node, submit=taken.append)
     assert node.seen == events
-    times = [command.message.tokens_per_s for command in taken]
+    said = [command.message for command in taken if isinstance(command, SendControl)]
+    times = [message.tokens_per_s for message in said if isinstance(message, GangReady)]
     assert len(times) == 4 and times == sorted(times)
 
 
-def test_heartbeats_say_what_node_and_process_have_counted(make_gang: Any) -> None:
+def test_heartbeats_say_what_node_and_process_have_counted(make_gang: MakeGang) -> None:
     gang = make_gang()
     node = Node(gang.thread, 2)
     with pytest.raises(SystemExit):

@@ -5,9 +5,9 @@ import logging
 import queue
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import pytest
@@ -34,6 +34,7 @@ from kvtransfer.events import (
     Welcomed,
 )
 from kvtransfer.identity import RankIdentity, TransferConfig
+from kvtransfer.plan import ByteRun
 from kvtransfer.transport.interface import ReadHandle
 from kvtransfer.transport.local import LocalFabric, LocalTransport
 from protocol.codec import Codec
@@ -59,8 +60,11 @@ from protocol.messages import (
 )
 from protocol.request import SamplingParams
 from protocol.sockets import Dealer, Poller, Router, open_context
+from tests.kvtransfer.world import Transfer
 
 DEADLINE_S = 20.0
+E = TypeVar("E", bound=Event)
+M = TypeVar("M", bound=ToCoordinator)
 TOKEN = "secret"
 EPOCHS = {"p": 5, "d": 8}
 GANG = GangAddress(plan="", store="")
@@ -76,7 +80,7 @@ class SeenTransport(LocalTransport):
         super().__init__(incarnation, fabric)
         self.posted: queue.SimpleQueue[int] = queue.SimpleQueue()
 
-    def read(self, incarnation: str, runs: Any) -> ReadHandle:
+    def read(self, incarnation: str, runs: Sequence[ByteRun]) -> ReadHandle:
         handle = super().read(incarnation, runs)
         self.posted.put(handle.num_bytes)
         return handle
@@ -103,7 +107,7 @@ class ThreadRank:
         self.transport = transport
         self.events: list[Event] = []
 
-    def told(self, kind: type[Any]) -> list[Any]:
+    def told(self, kind: type[E]) -> list[E]:
         """All events of a kind so far."""
         while True:
             try:
@@ -111,7 +115,7 @@ class ThreadRank:
             except queue.Empty:
                 return [event for event in self.events if isinstance(event, kind)]
 
-    def wait(self, kind: type[Any], number: int = 1) -> Any:
+    def wait(self, kind: type[E], number: int = 1) -> E:
         """The event of a kind with that number, now or later."""
         deadline = time.monotonic() + DEADLINE_S
         while len(told := self.told(kind)) < number:
@@ -213,7 +217,7 @@ class Cluster:
     def send_raw(self, rank: ThreadRank, frame: bytes) -> None:
         self._router.send(rank.identity.routing_id, frame)
 
-    def heard_from(self, rank: ThreadRank, kind: type[Any]) -> list[Any]:
+    def heard_from(self, rank: ThreadRank, kind: type[M]) -> list[M]:
         routing_id = rank.identity.routing_id
         return [m for peer, m in self.heard if peer == routing_id and isinstance(m, kind)]
 
@@ -272,22 +276,22 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
     cluster.close()
 
 
-def _pair(cluster: Cluster, build: Any, **settings: Any) -> Any:
+def _pair(cluster: Cluster, **settings: Any) -> Transfer[ThreadRank]:
     """Two prefill and two decode ranks, between which a hand-off is expected."""
     cluster.start("p", cp=2, **settings)
     cluster.start("d", tp=2, **settings)
     cluster.boot("p", "d")
-    return _expect(cluster, build)
+    return _expect(cluster)
 
 
-def _expect(cluster: Cluster, build: Any, source: str = "p", target: str = "d") -> Any:
-    transfer = build.Transfer(cluster, source, target)
+def _expect(cluster: Cluster, source: str = "p", target: str = "d") -> Transfer[ThreadRank]:
+    transfer = Transfer(cluster, source, target)
     transfer.open()
     transfer.target[0].wait(TargetIsOpen)
     return transfer
 
 
-def _wait_posted(cluster: Cluster, transfer: Any) -> None:
+def _wait_posted(cluster: Cluster, transfer: Transfer[ThreadRank]) -> None:
     """Until every target rank has a read in flight."""
     for rank in transfer.target:
         cluster.transport(rank).posted.get(timeout=DEADLINE_S)
@@ -297,8 +301,8 @@ def _wait_posted(cluster: Cluster, transfer: Any) -> None:
 
 
 @pytest.mark.parametrize("transport", ["seen", "tcp", "nixl"])
-def test_it_commits_with_every_byte(cluster: Cluster, build: Any, transport: str) -> None:
-    transfer = _pair(cluster, build, transport=transport)
+def test_it_commits_with_every_byte(cluster: Cluster, transport: str) -> None:
+    transfer = _pair(cluster, transport=transport)
     transfer.announce_all()
     committed = transfer.target[0].wait(TargetCommitted)
     assert transfer.has_arrived
@@ -315,12 +319,10 @@ def test_it_commits_with_every_byte(cluster: Cluster, build: Any, transport: str
 
 
 @pytest.mark.parametrize("kind", ["open_target", "target_opened", "announce", "source_done"])
-def test_a_message_that_is_lost_costs_nothing_but_time(
-    cluster: Cluster, build: Any, kind: str
-) -> None:
+def test_a_message_that_is_lost_costs_nothing_but_time(cluster: Cluster, kind: str) -> None:
     """Between pools and inside a gang: the first of a kind of each rank, and two of ten frames."""
     faults = f"handoff.send.{kind}:drop@1,handoff.send:drop%3:0.2"
-    transfer = _pair(cluster, build, failpoints=faults)
+    transfer = _pair(cluster, failpoints=faults)
     transfer.announce_all()
     transfer.target[0].wait(TargetCommitted)
     assert transfer.source[0].wait(SourceClosed).committed
@@ -330,35 +332,35 @@ def test_a_message_that_is_lost_costs_nothing_but_time(
     assert sum(found.get("messages_resent", 0) for found in counters) > 0
 
 
-def test_a_close_that_is_lost_in_a_gang_is_said_again(cluster: Cluster, build: Any) -> None:
+def test_a_close_that_is_lost_in_a_gang_is_said_again(cluster: Cluster) -> None:
     """Nobody but the gang's own ranks would ever miss it."""
     kinds = ("close", "closed", "reads_ended")
     faults = ",".join(f"handoff.send.{kind}:drop@1" for kind in kinds)
-    transfer = _pair(cluster, build, failpoints=faults)
+    transfer = _pair(cluster, failpoints=faults)
     cluster.command(transfer.target[0], CloseTarget(*transfer.key))
     transfer.target[0].wait(TargetClosed)
     counters = [cluster.beat(rank).counters for rank in transfer.target]
     assert sum(found.get("failpoint:handoff.send.closed:drop", 0) for found in counters) == 1
 
 
-def test_from_decode_to_prefill(cluster: Cluster, build: Any) -> None:
+def test_from_decode_to_prefill(cluster: Cluster) -> None:
     """The same code the other way; the reader connects when it reads."""
     cluster.start("p", tp=2)
     cluster.start("d", tp=1)
     cluster.boot("p", "d")
-    transfer = _expect(cluster, build, "d", "p")
+    transfer = _expect(cluster, "d", "p")
     transfer.announce_all()
     transfer.target[0].wait(TargetCommitted)
     assert transfer.has_arrived
 
 
-def test_one_after_the_other(cluster: Cluster, build: Any) -> None:
+def test_one_after_the_other(cluster: Cluster) -> None:
     """Ten prompts through the same blocks of both pools: nothing of one is left for the next."""
     cluster.start("p", cp=2)
     cluster.start("d", tp=2)
     cluster.boot("p", "d")
     for number in range(1, 11):
-        transfer = build.Transfer(cluster, request_id="x" * number)  # the bytes differ as well
+        transfer = Transfer(cluster, request_id="x" * number)  # the bytes differ as well
         transfer.open()
         transfer.target[0].wait(TargetIsOpen, number)
         transfer.announce_all()
@@ -367,8 +369,8 @@ def test_one_after_the_other(cluster: Cluster, build: Any) -> None:
         assert transfer.has_arrived
 
 
-def test_aborted_at_the_target_while_reading(cluster: Cluster, build: Any) -> None:
-    transfer = _pair(cluster, build)
+def test_aborted_at_the_target_while_reading(cluster: Cluster) -> None:
+    transfer = _pair(cluster)
     cluster.fabric.hold()
     transfer.announce_all()
     _wait_posted(cluster, transfer)
@@ -385,8 +387,8 @@ def test_aborted_at_the_target_while_reading(cluster: Cluster, build: Any) -> No
     assert not target.told(TargetCommitted)
 
 
-def test_aborted_at_the_source_while_reading(cluster: Cluster, build: Any) -> None:
-    transfer = _pair(cluster, build)
+def test_aborted_at_the_source_while_reading(cluster: Cluster) -> None:
+    transfer = _pair(cluster)
     cluster.fabric.hold()
     transfer.announce_all()
     _wait_posted(cluster, transfer)
@@ -403,8 +405,8 @@ def test_aborted_at_the_source_while_reading(cluster: Cluster, build: Any) -> No
     assert not transfer.target[0].told(TargetCommitted)
 
 
-def test_announced_after_the_close(cluster: Cluster, build: Any) -> None:
-    transfer = _pair(cluster, build)
+def test_announced_after_the_close(cluster: Cluster) -> None:
+    transfer = _pair(cluster)
     cluster.command(transfer.target[0], CloseTarget(*transfer.key))
     transfer.target[0].wait(TargetClosed)
     transfer.announce_all()
@@ -414,8 +416,8 @@ def test_announced_after_the_close(cluster: Cluster, build: Any) -> None:
     assert all(cluster.transport(rank).posted.empty() for rank in transfer.target)
 
 
-def test_bytes_that_change_before_they_are_read(cluster: Cluster, build: Any) -> None:
-    transfer = _pair(cluster, build)
+def test_bytes_that_change_before_they_are_read(cluster: Cluster) -> None:
+    transfer = _pair(cluster)
     cluster.fabric.hold()
     transfer.announce_all()
     _wait_posted(cluster, transfer)
@@ -426,8 +428,8 @@ def test_bytes_that_change_before_they_are_read(cluster: Cluster, build: Any) ->
     assert sum(c.get("checksum_mismatches", 0) for c in counters) > 0
 
 
-def test_the_target_pool_leaves(cluster: Cluster, build: Any) -> None:
-    transfer = _pair(cluster, build)
+def test_the_target_pool_leaves(cluster: Cluster) -> None:
+    transfer = _pair(cluster)
     cluster.fabric.hold()
     transfer.announce_all()
     _wait_posted(cluster, transfer)
@@ -519,9 +521,9 @@ def test_a_coordinator_that_is_gone_is_given_up(cluster: Cluster) -> None:
     assert len(rank.told(Welcomed)) == 1, "the gang has formed long ago"
 
 
-def test_a_handoff_outlives_no_coordinator(cluster: Cluster, build: Any) -> None:
+def test_a_handoff_outlives_no_coordinator(cluster: Cluster) -> None:
     """A new coordinator gives new epochs: what was under way under the old ones ends in order."""
-    transfer = _pair(cluster, build)
+    transfer = _pair(cluster)
     cluster.fabric.hold()
     transfer.announce_all()
     _wait_posted(cluster, transfer)
@@ -599,9 +601,9 @@ def test_an_unknown_transport_ends_it_with_the_reason(cluster: Cluster) -> None:
 
 
 def test_strangers_and_garbage_are_dropped_and_counted(
-    cluster: Cluster, build: Any, caplog: pytest.LogCaptureFixture
+    cluster: Cluster, caplog: pytest.LogCaptureFixture
 ) -> None:
-    transfer = _pair(cluster, build)
+    transfer = _pair(cluster)
     rank = transfer.target[0]
     address = cluster.hellos[rank.identity.routing_id].endpoint.address
     with open_context(TOKEN) as context:
@@ -620,7 +622,7 @@ def test_strangers_and_garbage_are_dropped_and_counted(
 
 
 def test_a_pool_that_cannot_be_read_is_tried_again(
-    cluster: Cluster, build: Any, monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine.transfer_thread, "RECONNECT_INTERVAL_S", 0.05)
     cluster.start("p")
@@ -637,7 +639,7 @@ def test_a_pool_that_cannot_be_read_is_tried_again(
     cluster.fabric.join(incarnation, prefill.pool)
     cluster.pump(lambda: cluster.are_connected(version))
     assert [pool.pool_id for pool in decode.told(PoolsChanged)[-1].pools] == ["p", "d"]
-    transfer = _expect(cluster, build)
+    transfer = _expect(cluster)
     transfer.announce_all()
     decode.wait(TargetCommitted)
     assert transfer.has_arrived

@@ -1,6 +1,7 @@
 """The grammar of failpoints, when they fire, and what a wrong one is told."""
 
 from collections import Counter
+from typing import Any
 
 import pytest
 
@@ -113,7 +114,12 @@ def test_every_action_of_every_place_is_understood() -> None:
 
 
 def test_a_rank_refuses_wrong_ones_before_it_starts() -> None:
-    fields = {"model": "arithmetic", "pool_id": "d", "control_address": "x", "token": "t"}
+    fields: dict[str, Any] = {
+        "model": "arithmetic",
+        "pool_id": "d",
+        "control_address": "x",
+        "token": "t",
+    }
     RankConfig(**fields, listen="ipc:///x", failpoints="step:hang@3")
     with pytest.raises(ConfigError, match="step cannot 'drop'"):
         RankConfig(**fields, listen="ipc:///x", failpoints="step:drop")

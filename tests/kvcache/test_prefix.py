@@ -7,6 +7,7 @@ from hypothesis import given
 
 from kvcache.blocks import BlockPool
 from kvcache.prefix import hash_blocks, match_prefix, take_cache_events
+from protocol.kv import BlockRef
 
 TOKENS = st.lists(st.integers(0, 2**32 - 1), max_size=40)
 
@@ -42,7 +43,7 @@ def test_the_hash_is_the_same_everywhere() -> None:
 def test_a_prefix_may_have_any_owner_map(owners: list[tuple[int, ...]]) -> None:
     pools = [BlockPool(12, block_size=4) for _ in range(3)]
     hashes = [bytes([index]) for index in range(len(owners))]
-    held = {}
+    held: dict[bytes, tuple[int, BlockRef]] = {}
     for block_hash, ranks in zip(hashes, owners, strict=True):
         for rank in ranks:
             (ref,) = pools[rank].allocate(1)

@@ -1,7 +1,7 @@
 """A fetch between two pools in memory: any degrees on either side, every way to fail."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import msgspec
 import pytest
@@ -11,6 +11,7 @@ from kvtransfer.events import (
     CloseSource,
     CloseTarget,
     Command,
+    Event,
     HandoffBroken,
     OpenTargetBlocks,
     SourceClosed,
@@ -27,6 +28,9 @@ KEY = ("a", 1)
 EPOCHS = {"decode0": 3, "prefill0": 5}
 
 
+E = TypeVar("E", bound=Event)
+
+
 class World(worlds.World):
     """A decode pool and a prefill pool; what their leaders are asked, and are told."""
 
@@ -39,7 +43,7 @@ class World(worlds.World):
     def ask(self, pool_id: str, command: Command) -> None:
         self.command(self.of(pool_id)[0], command)
 
-    def told(self, pool_id: str, kind: type) -> list[Any]:
+    def told(self, pool_id: str, kind: type[E]) -> list[E]:
         return self.of(pool_id)[0].told(kind)
 
     def settle_without(self, is_lost: Callable[[HandoffMessage], bool]) -> None:
@@ -154,9 +158,10 @@ def test_a_close_while_bytes_are_on_their_way_waits_for_them(who: str) -> None:
     serve(world)
     world.settle(lands=False)
     assert len(world.in_flight()) == 4
-    world.ask(*{
-        "target": ("prefill0", CloseTarget(*KEY)), "source": ("decode0", CloseSource(*KEY)),
-    }[who])  # fmt: skip
+    if who == "target":
+        world.ask("prefill0", CloseTarget(*KEY))
+    else:
+        world.ask("decode0", CloseSource(*KEY))
     world.settle(lands=False)
     assert not world.told("prefill0", TargetClosed) and not world.told("decode0", SourceClosed)
     world.settle()
@@ -220,16 +225,18 @@ def test_only_the_right_ones_may_speak() -> None:
 def test_a_fetch_of_another_epoch_asks_nobody(field: str) -> None:
     world = World(1, 1, 1)
     leader = world.ranks[PeerName("decode0", 0)]
-    epochs = {"source_epoch": EPOCHS["decode0"], "target_epoch": EPOCHS["prefill0"]}
-    for epoch, asks in ((epochs[field] - 1, False), (epochs[field], True)):
-        fetch = Fetch(
-            *KEY,
-            source_pool_id="decode0",
-            target_pool_id="prefill0",
-            first_logical=0,
-            owners=(0,),
-            **{**epochs, field: epoch},
-        )
+    right = Fetch(
+        *KEY,
+        source_pool_id="decode0",
+        target_pool_id="prefill0",
+        source_epoch=EPOCHS["decode0"],
+        target_epoch=EPOCHS["prefill0"],
+        first_logical=0,
+        owners=(0,),
+    )
+    epoch_there = getattr(right, field)
+    for epoch, asks in ((epoch_there - 1, False), (epoch_there, True)):
+        fetch = msgspec.structs.replace(right, **{field: epoch})
         leader.node.message(PeerName("prefill0", 0), fetch, 0.0)
         assert bool(world.told("decode0", Fetch)) is asks
     assert leader.node.counters["dropped_stale_epoch"] == 1

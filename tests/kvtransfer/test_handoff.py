@@ -1,6 +1,6 @@
 """The hand-off's logic, case by case: what commits, what is dropped, what breaks, what closes."""
 
-from typing import Any
+from typing import TypeVar
 
 import msgspec
 import pytest
@@ -19,25 +19,39 @@ from kvtransfer.events import (
 )
 from kvtransfer.handoff.recently_ended import MAX_TOMBS, RecentlyEnded
 from kvtransfer.identity import PeerName
-from protocol.handoff import Announce, Commit, Confirm, ReadDone, ReadsEnded, SegmentKey
+from protocol.handoff import (
+    Announce,
+    Commit,
+    Confirm,
+    HandoffMessage,
+    ReadDone,
+    ReadsEnded,
+    SegmentKey,
+)
 from protocol.kv import BlockRef
+from tests.kvtransfer.world import LEASE_S, NUM_LAYERS, Rank, Transfer, World, two_pools
 
 SHAPES = [(1, 1, 1), (2, 1, 1), (1, 1, 2), (1, 2, 1), (2, 2, 2), (4, 1, 2), (2, 1, 4), (3, 4, 2)]
 
 
-def _broken(rank: Any) -> str:
+M = TypeVar("M", bound=HandoffMessage)
+
+
+def _broken(rank: Rank) -> str:
     (event,) = rank.told(HandoffBroken)
     return event.reason
 
 
-def _sent(world: Any, kind: type) -> list[Any]:
+def _sent(world: World, kind: type[M]) -> list[M]:
     return [message for _, _, message in world.sent if isinstance(message, kind)]
 
 
-def _opened(build: Any, *shape: int, **settings: Any) -> tuple[Any, Any]:
+def _opened(
+    cp: int = 1, tp: int = 1, target_tp: int = 1, *, checksum: str = "always", max_reads: int = 4
+) -> tuple[World, Transfer[Rank]]:
     """A world in which a hand-off is expected."""
-    world = build.pair(*shape, **settings)
-    transfer = build.Transfer(world)
+    world = two_pools(cp, tp, target_tp, checksum=checksum, max_reads=max_reads)
+    transfer = Transfer(world)
     transfer.open()
     world.settle()
     return world, transfer
@@ -47,8 +61,8 @@ def _opened(build: Any, *shape: int, **settings: Any) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"cp{s[0]}tp{s[1]}-to-tp{s[2]}")
-def test_every_byte_arrives_and_commits_once(build: Any, shape: tuple[int, int, int]) -> None:
-    world, transfer = _opened(build, *shape)
+def test_every_byte_arrives_and_commits_once(shape: tuple[int, int, int]) -> None:
+    world, transfer = _opened(*shape)
     assert len(transfer.target[0].told(TargetIsOpen)) == 1
     assert not transfer.has_arrived
     transfer.announce_all()
@@ -58,17 +72,17 @@ def test_every_byte_arrives_and_commits_once(build: Any, shape: tuple[int, int, 
     assert transfer.committed
     assert (committed.num_tokens, committed.first_token_id) == (transfer.num_tokens, 42)
     moved = len(transfer.target_blocks) * sum(
-        rank.pool.layout.block_bytes * build.NUM_LAYERS for rank in transfer.target
+        rank.pool.layout.block_bytes * NUM_LAYERS for rank in transfer.target
     )
     assert committed.stats.num_bytes == moved
-    assert committed.stats.num_layers == build.NUM_LAYERS
+    assert committed.stats.num_layers == NUM_LAYERS
     assert world.num_open == 0
     assert not world.counters
 
 
-def test_a_held_prefix_is_not_moved(build: Any) -> None:
-    world = build.pair(2, 1, 2)
-    transfer = build.Transfer(world, num_blocks=7, first_logical=3)
+def test_a_held_prefix_is_not_moved() -> None:
+    world = two_pools(2, 1, 2)
+    transfer = Transfer(world, num_blocks=7, first_logical=3)
     transfer.open()
     world.settle()
     transfer.announce_all()
@@ -77,10 +91,10 @@ def test_a_held_prefix_is_not_moved(build: Any) -> None:
     assert transfer.has_arrived
 
 
-def test_nothing_to_move_still_commits(build: Any) -> None:
+def test_nothing_to_move_still_commits() -> None:
     """The target holds the whole prompt: zero segments, an empty manifest."""
-    world = build.pair(2, 1, 2)
-    transfer = build.Transfer(world, num_blocks=4, first_logical=4)
+    world = two_pools(2, 1, 2)
+    transfer = Transfer(world, num_blocks=4, first_logical=4)
     assert transfer.manifest == ()
     transfer.open()
     world.settle()
@@ -90,15 +104,15 @@ def test_nothing_to_move_still_commits(build: Any) -> None:
     assert transfer.committed
 
 
-def test_two_hand_offs_cross(build: Any) -> None:
+def test_two_hand_offs_cross() -> None:
     """The same request, from p to d and from d to p: every rank is source and target at once."""
-    world = build.World()
+    world = World()
     world.add("p", "prefill", cp=1, tp=2, epoch=5)
     world.add("d", "decode", cp=1, tp=4, epoch=8)
     world.meet("p", "d")
-    there = build.Transfer(world, "p", "d", num_blocks=5)
+    there = Transfer(world, "p", "d", num_blocks=5)
     # The blocks of the two are apart: 0..10 are taken by neither's fifth block upward.
-    back = build.Transfer(world, "d", "p", num_blocks=1, first_block=11 - 3)
+    back = Transfer(world, "d", "p", num_blocks=1, first_block=11 - 3)
     for transfer in (there, back):
         transfer.open()
     world.settle()
@@ -111,9 +125,9 @@ def test_two_hand_offs_cross(build: Any) -> None:
         assert transfer.has_arrived
 
 
-def test_two_swapped_blocks_would_be_noticed(build: Any) -> None:
+def test_two_swapped_blocks_would_be_noticed() -> None:
     """The test of the test: a deal that names two blocks the wrong way round shows in the bytes."""
-    world, transfer = _opened(build, 1, 1, 2)
+    world, transfer = _opened(1, 1, 2)
     (first, second) = (0, 1)
     transfer.owned[first], transfer.owned[second] = transfer.owned[second], transfer.owned[first]
     transfer.announce_all()
@@ -122,8 +136,8 @@ def test_two_swapped_blocks_would_be_noticed(build: Any) -> None:
     assert not transfer.has_arrived
 
 
-def test_statistics_tell_what_overlapped(build: Any) -> None:
-    world, transfer = _opened(build, 1, 1, 2)
+def test_statistics_tell_what_overlapped() -> None:
+    world, transfer = _opened(1, 1, 2)
     for command in transfer.script(transfer.source[0]):
         world.command(transfer.source[0], command)
         if isinstance(command, AnnounceBlocks) and command.layer_start == 0:
@@ -144,8 +158,8 @@ def test_statistics_tell_what_overlapped(build: Any) -> None:
     assert stats.transport == "memory"
 
 
-def test_reads_in_flight_are_bounded(build: Any) -> None:
-    world, transfer = _opened(build, 4, 1, 1, max_reads=2)
+def test_reads_in_flight_are_bounded() -> None:
+    world, transfer = _opened(4, 1, 1, max_reads=2)
     transfer.announce_all()
     world.settle(lands=False)
     assert len(transfer.target[0].reads) == 2
@@ -157,7 +171,7 @@ def test_reads_in_flight_are_bounded(build: Any) -> None:
 # -- fencing ---------------------------------------------------------------------------------------
 
 
-def _first_announce(world: Any, transfer: Any) -> Announce:
+def _first_announce(world: World, transfer: Transfer[Rank]) -> Announce:
     world.command(transfer.source[0], next(transfer.script(transfer.source[0])))
     return _sent(world, Announce)[0]
 
@@ -172,8 +186,8 @@ def _first_announce(world: Any, transfer: Any) -> Announce:
         ({"source_pool_id": "q"}, "dropped_stale_epoch"),
     ],
 )
-def test_a_stale_announcement_is_dropped(build: Any, change: dict[str, Any], counter: str) -> None:
-    world, transfer = _opened(build)
+def test_a_stale_announcement_is_dropped(change: dict[str, object], counter: str) -> None:
+    world, transfer = _opened()
     message = msgspec.structs.replace(_first_announce(world, transfer), **change)
     world.queues.clear()
     world.message(PeerName("p", 0), PeerName("d", 0), message)
@@ -182,14 +196,14 @@ def test_a_stale_announcement_is_dropped(build: Any, change: dict[str, Any], cou
     assert world.counters == {counter: 1}
 
 
-def test_a_second_source_pool_is_not_mixed_in(build: Any) -> None:
+def test_a_second_source_pool_is_not_mixed_in() -> None:
     """Segment keys name ranks of one pool; another pool's rank 0 has keys that look the same."""
-    world = build.World()
+    world = World()
     world.add("p", "prefill", cp=1, tp=1, epoch=5)
     world.add("q", "prefill", cp=1, tp=1, epoch=5)
     world.add("d", "decode", cp=1, tp=1, epoch=8)
     world.meet("p", "q", "d")
-    mine, other = build.Transfer(world, "p"), build.Transfer(world, "q")
+    mine, other = Transfer(world, "p"), Transfer(world, "q")
     mine.open()
     world.settle()
     script = mine.script(mine.source[0])
@@ -208,8 +222,8 @@ def test_a_second_source_pool_is_not_mixed_in(build: Any) -> None:
     assert len(mine.target[0].told(TargetCommitted)) == 1
 
 
-def test_messages_of_ranks_without_the_right_are_dropped(build: Any) -> None:
-    world, transfer = _opened(build, 2, 1, 2)
+def test_messages_of_ranks_without_the_right_are_dropped() -> None:
+    world, transfer = _opened(2, 1, 2)
     transfer.announce_all()
     commit = Commit("r", 1, "p", 5, 8, (), transfer.num_tokens, 42, 0.0)
     world.message(PeerName("p", 1), PeerName("d", 0), commit)  # not the leader's to say
@@ -228,8 +242,8 @@ def test_messages_of_ranks_without_the_right_are_dropped(build: Any) -> None:
     assert transfer.has_arrived
 
 
-def test_duplicates_change_nothing(build: Any) -> None:
-    world, transfer = _opened(build, 2, 2, 1)
+def test_duplicates_change_nothing() -> None:
+    world, transfer = _opened(2, 2, 1)
     transfer.announce_all()
     while world.waiting() or world.in_flight():
         if pairs := world.waiting():
@@ -249,8 +263,8 @@ def test_duplicates_change_nothing(build: Any) -> None:
 # -- what breaks it --------------------------------------------------------------------------------
 
 
-def test_a_wrong_checksum_breaks_it(build: Any) -> None:
-    world, transfer = _opened(build, 1, 1, 2)
+def test_a_wrong_checksum_breaks_it() -> None:
+    world, transfer = _opened(1, 1, 2)
     transfer.announce_all()
     world.settle(lands=False)
     transfer.source[0].pool.bytes[-1:] += 1  # one bit is enough
@@ -261,15 +275,15 @@ def test_a_wrong_checksum_breaks_it(build: Any) -> None:
     assert not transfer.target[0].told(TargetCommitted)
 
 
-def test_sampled_checksums_sum_some(build: Any) -> None:
-    world, transfer = _opened(build, 4, 2, 2, checksum="sampled")
+def test_sampled_checksums_sum_some() -> None:
+    world, transfer = _opened(4, 2, 2, checksum="sampled")
     transfer.announce_all()
     world.settle()
     sums = [message.checksum is not None for message in _sent(world, Announce)]
     assert not any(sums)  # too few of any one rank
-    transfer = build.Transfer(world, request_id="r2", num_chunks=6, num_blocks=6)
+    transfer = Transfer(world, request_id="r2", num_chunks=6, num_blocks=6)
     for number in range(8):
-        more = build.Transfer(world, request_id=f"more{number}", num_chunks=3)
+        more = Transfer(world, request_id=f"more{number}", num_chunks=3)
         more.open()
         world.settle()
         more.announce_all()
@@ -278,8 +292,8 @@ def test_sampled_checksums_sum_some(build: Any) -> None:
     assert 0 < sum(sums) < len(sums) / 4
 
 
-def test_a_failed_read_breaks_it_once_and_stops_reading(build: Any) -> None:
-    world, transfer = _opened(build, 2, 1, 1, max_reads=1)
+def test_a_failed_read_breaks_it_once_and_stops_reading() -> None:
+    world, transfer = _opened(2, 1, 1, max_reads=1)
     transfer.announce_all()
     world.settle(lands=False)
     (rank, read_id) = world.in_flight()[0]
@@ -298,8 +312,8 @@ def test_a_failed_read_breaks_it_once_and_stops_reading(build: Any) -> None:
 
 
 @pytest.mark.parametrize("what", ["missing", "surplus"])
-def test_the_plan_and_the_announcements_must_agree(build: Any, what: str) -> None:
-    world, transfer = _opened(build, 2, 1, 2)
+def test_the_plan_and_the_announcements_must_agree(what: str) -> None:
+    world, transfer = _opened(2, 1, 2)
     if what == "missing":
         transfer.manifest = (*transfer.manifest, SegmentKey(0, 9, 0, 2))
     else:
@@ -311,9 +325,9 @@ def test_the_plan_and_the_announcements_must_agree(build: Any, what: str) -> Non
 
 
 @pytest.mark.parametrize("what", ["missing", "surplus"])
-def test_the_target_holds_exactly_the_manifest(build: Any, what: str) -> None:
+def test_the_target_holds_exactly_the_manifest(what: str) -> None:
     """Even if the source were wrong about itself."""
-    world, transfer = _opened(build, 1, 1, 1)
+    world, transfer = _opened(1, 1, 1)
     for command in transfer.script(transfer.source[0]):
         if not isinstance(command, CommitWhenRead):
             world.command(transfer.source[0], command)
@@ -328,9 +342,9 @@ def test_the_target_holds_exactly_the_manifest(build: Any, what: str) -> None:
     assert bool(transfer.target[0].told(HandoffBroken)) == (what == "surplus")
 
 
-def test_a_prompt_with_a_hole_does_not_commit(build: Any) -> None:
+def test_a_prompt_with_a_hole_does_not_commit() -> None:
     """Source and plan agree, but a block of the prompt was never dealt."""
-    world, transfer = _opened(build, 1, 1, 2)
+    world, transfer = _opened(1, 1, 2)
     transfer.chunks[-1].pop()
     transfer.announce_all()
     world.settle()
@@ -338,9 +352,9 @@ def test_a_prompt_with_a_hole_does_not_commit(build: Any) -> None:
     assert not transfer.target[0].told(TargetCommitted)
 
 
-def test_blocks_that_nobody_asked_for_are_not_read(build: Any) -> None:
-    world = build.pair()
-    transfer = build.Transfer(world)
+def test_blocks_that_nobody_asked_for_are_not_read() -> None:
+    world = two_pools()
+    transfer = Transfer(world)
     world.command(transfer.target[0], OpenTargetBlocks("r", 1, 0, transfer.target_blocks[:-1]))
     world.settle()
     transfer.announce_all()
@@ -348,8 +362,8 @@ def test_blocks_that_nobody_asked_for_are_not_read(build: Any) -> None:
     assert "nobody asked for" in _broken(transfer.target[0])
 
 
-def test_a_segment_announced_in_two_ways_breaks_it(build: Any) -> None:
-    world, transfer = _opened(build)
+def test_a_segment_announced_in_two_ways_breaks_it() -> None:
+    world, transfer = _opened()
     message = _first_announce(world, transfer)
     other = msgspec.structs.replace(message, blocks=(BlockRef(0, 9), *message.blocks[1:]))
     world.message(PeerName("p", 0), PeerName("d", 0), message)
@@ -359,8 +373,8 @@ def test_a_segment_announced_in_two_ways_breaks_it(build: Any) -> None:
 
 
 @pytest.mark.parametrize("field", ["block_id", "layer_end", "rank"])
-def test_an_impossible_announcement_breaks_it_and_reads_nothing(build: Any, field: str) -> None:
-    world, transfer = _opened(build)
+def test_an_impossible_announcement_breaks_it_and_reads_nothing(field: str) -> None:
+    world, transfer = _opened()
     message = _first_announce(world, transfer)
     world.queues.clear()
     if field == "block_id":
@@ -376,8 +390,8 @@ def test_an_impossible_announcement_breaks_it_and_reads_nothing(build: Any, fiel
     assert _broken(transfer.target[0])
 
 
-def test_a_lost_pool_breaks_both_sides(build: Any) -> None:
-    world, transfer = _opened(build, 2, 1, 2)
+def test_a_lost_pool_breaks_both_sides() -> None:
+    world, transfer = _opened(2, 1, 2)
     world.command(transfer.source[0], next(transfer.script(transfer.source[0])))
     world.settle(lands=False)
     for rank in transfer.source:
@@ -397,9 +411,9 @@ def test_a_lost_pool_breaks_both_sides(build: Any) -> None:
     assert world.num_open == 0
 
 
-def test_an_announcement_to_a_pool_of_another_epoch_breaks_it(build: Any) -> None:
-    world = build.pair()
-    transfer = build.Transfer(world)
+def test_an_announcement_to_a_pool_of_another_epoch_breaks_it() -> None:
+    world = two_pools()
+    transfer = Transfer(world)
     world.pools["d"] = msgspec.structs.replace(world.pools["d"], epoch=9)
     world.meet("p", "d")
     transfer.announce_all()
@@ -411,8 +425,8 @@ def test_an_announcement_to_a_pool_of_another_epoch_breaks_it(build: Any) -> Non
 # -- closing ---------------------------------------------------------------------------------------
 
 
-def test_a_closing_target_waits_for_its_reads(build: Any) -> None:
-    world, transfer = _opened(build, 2, 1, 2, max_reads=2)
+def test_a_closing_target_waits_for_its_reads() -> None:
+    world, transfer = _opened(2, 1, 2, max_reads=2)
     transfer.announce_all()
     world.settle(lands=False)
     in_flight = world.in_flight()
@@ -430,8 +444,8 @@ def test_a_closing_target_waits_for_its_reads(build: Any) -> None:
     assert not _sent(world, ReadDone)
 
 
-def test_a_late_announcement_is_answered_by_reads_ended(build: Any) -> None:
-    world, transfer = _opened(build)
+def test_a_late_announcement_is_answered_by_reads_ended() -> None:
+    world, transfer = _opened()
     world.command(transfer.target[0], CloseTarget("r", 1))
     world.settle()
     world.command(transfer.source[0], next(transfer.script(transfer.source[0])))
@@ -444,8 +458,8 @@ def test_a_late_announcement_is_answered_by_reads_ended(build: Any) -> None:
     assert not transfer.committed
 
 
-def test_a_closing_source_waits_for_its_readers(build: Any) -> None:
-    world, transfer = _opened(build, 1, 1, 2)
+def test_a_closing_source_waits_for_its_readers() -> None:
+    world, transfer = _opened(1, 1, 2)
     transfer.announce_all()
     world.settle(lands=False)
     world.command(transfer.source[0], CloseSource("r", 1))
@@ -461,16 +475,14 @@ def test_a_closing_source_waits_for_its_readers(build: Any) -> None:
     assert transfer.target[0].told(TargetClosed)
 
 
-def test_the_lease_ends_waiting_for_a_silent_reader(
-    build: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    world, transfer = _opened(build, 1, 1, 2)
+def test_the_lease_ends_waiting_for_a_silent_reader(caplog: pytest.LogCaptureFixture) -> None:
+    world, transfer = _opened(1, 1, 2)
     transfer.announce_all()
     world.settle(lands=False)
     world.command(transfer.source[0], CloseSource("r", 1))
     world.settle(lands=False)
     world.tick(0.0)
-    world.tick(build.LEASE_S - 1)
+    world.tick(LEASE_S - 1)
     world.settle(lands=False)
     assert not transfer.source[0].told(SourceClosed)
     world.tick(2.0)
@@ -483,8 +495,8 @@ def test_the_lease_ends_waiting_for_a_silent_reader(
     assert not transfer.target[0].told(TargetCommitted)
 
 
-def test_closing_is_idempotent(build: Any) -> None:
-    world, transfer = _opened(build, 2, 1, 2)
+def test_closing_is_idempotent() -> None:
+    world, transfer = _opened(2, 1, 2)
     source, target = transfer.source[0], transfer.target[0]
     for count in (1, 2, 3):
         for request_id in ("r", "never heard of"):
@@ -495,8 +507,8 @@ def test_closing_is_idempotent(build: Any) -> None:
     assert world.num_open == 0
 
 
-def test_closing_what_has_committed_says_so(build: Any) -> None:
-    world, transfer = _opened(build)
+def test_closing_what_has_committed_says_so() -> None:
+    world, transfer = _opened()
     transfer.announce_all()
     world.settle()
     world.command(transfer.source[0], CloseSource("r", 1))
@@ -507,8 +519,8 @@ def test_closing_what_has_committed_says_so(build: Any) -> None:
     assert world.num_open == 0
 
 
-def test_what_comes_after_the_close_is_dropped(build: Any) -> None:
-    world, transfer = _opened(build, 2, 1, 2)
+def test_what_comes_after_the_close_is_dropped() -> None:
+    world, transfer = _opened(2, 1, 2)
     world.command(transfer.source[0], CloseSource("r", 1))
     world.settle()
     transfer.announce_all()
@@ -531,7 +543,7 @@ def test_tombs_are_bounded() -> None:
 # -- what is whole when it is closed ---------------------------------------------------------------
 
 
-def _announce(transfer: Any, num_chunks: int) -> None:
+def _announce(transfer: Transfer[Rank], num_chunks: int) -> None:
     for rank in transfer.source:
         for command in transfer.script(rank):
             if isinstance(command, AnnounceBlocks) and command.chunk < num_chunks:
@@ -539,10 +551,8 @@ def _announce(transfer: Any, num_chunks: int) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"cp{s[0]}tp{s[1]}-to-tp{s[2]}")
-def test_what_arrived_before_the_source_died_is_whole(
-    build: Any, shape: tuple[int, int, int]
-) -> None:
-    world, transfer = _opened(build, *shape)
+def test_what_arrived_before_the_source_died_is_whole(shape: tuple[int, int, int]) -> None:
+    world, transfer = _opened(*shape)
     _announce(transfer, 1)
     world.settle()
     for rank in world.of("d"):
@@ -556,8 +566,8 @@ def test_what_arrived_before_the_source_died_is_whole(
     assert transfer.holds_true(3)
 
 
-def test_what_was_read_and_not_confirmed_is_not_whole(build: Any) -> None:
-    world, transfer = _opened(build, 1, 1, 2)
+def test_what_was_read_and_not_confirmed_is_not_whole() -> None:
+    world, transfer = _opened(1, 1, 2)
     _announce(transfer, 1)
     last = next(p for p in world.waiting() if p[1] == transfer.target[1].name)
     while any(isinstance(m, Announce) for _, m in [(last, q) for q in world.queues[last]]):
@@ -574,8 +584,8 @@ def test_what_was_read_and_not_confirmed_is_not_whole(build: Any) -> None:
     assert closed.num_whole_blocks == 0
 
 
-def test_a_block_that_lacks_a_layer_is_not_whole(build: Any) -> None:
-    world, transfer = _opened(build, 1, 1, 1)
+def test_a_block_that_lacks_a_layer_is_not_whole() -> None:
+    world, transfer = _opened(1, 1, 1)
     (source,) = transfer.source
     announcements = [c for c in transfer.script(source) if isinstance(c, AnnounceBlocks)]
     for command in announcements[:3]:  # the second chunk's first group of layers only
@@ -587,8 +597,8 @@ def test_a_block_that_lacks_a_layer_is_not_whole(build: Any) -> None:
     assert closed.num_whole_blocks == 3
 
 
-def test_of_a_hand_off_with_wrong_bytes_nothing_is_kept(build: Any) -> None:
-    world, transfer = _opened(build, 1, 1, 1)
+def test_of_a_hand_off_with_wrong_bytes_nothing_is_kept() -> None:
+    world, transfer = _opened(1, 1, 1)
     _announce(transfer, 1)
     world.settle()
     (source,) = transfer.source

@@ -10,8 +10,7 @@ What is checked in every history:
 """
 
 import random
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import msgspec
 import pytest
@@ -21,6 +20,7 @@ from hypothesis import strategies as st
 from kvtransfer.events import (
     CloseSource,
     CloseTarget,
+    Command,
     HandoffBroken,
     SourceClosed,
     TargetClosed,
@@ -29,11 +29,13 @@ from kvtransfer.events import (
 )
 from kvtransfer.handoff.actions import Action
 from kvtransfer.handoff.source import SourceHandoff
-from kvtransfer.handoff.target import TargetHandoff, TargetSide
+from kvtransfer.handoff.target import TargetSide
+from kvtransfer.handoff.target_handoff import TargetHandoff
 from kvtransfer.identity import PeerName
 from kvtransfer.plan import ByteRun, plan
 from protocol.handoff import Confirm
 from protocol.kv import KVLayout
+from tests.kvtransfer.world import LEASE_S, Rank, Transfer, two_pools
 
 SHAPES = st.tuples(st.integers(1, 4), st.sampled_from([1, 2]), st.sampled_from([1, 2]))
 FAULTS = (
@@ -46,19 +48,17 @@ MAX_STEPS = 3_000
 class History:
     """One run of one hand-off, each step chosen by ``rng``."""
 
-    def __init__(
-        self, build: Any, shape: tuple[int, int, int], faults: list[str], rng: random.Random
-    ) -> None:
-        self.rng, self.faults, self.lease_s = rng, list(faults), build.LEASE_S
+    def __init__(self, shape: tuple[int, int, int], faults: list[str], rng: random.Random) -> None:
+        self.rng, self.faults, self.lease_s = rng, list(faults), LEASE_S
         checksum = rng.choice(["off", "always"])
-        self.world = build.pair(*shape, checksum=checksum, max_reads=rng.choice([1, 2, 4]))
-        self.transfer = build.Transfer(
+        self.world = two_pools(*shape, checksum=checksum, max_reads=rng.choice([1, 2, 4]))
+        self.transfer = Transfer(
             self.world,
             num_blocks=rng.randint(1, 7),
             num_chunks=rng.randint(1, 3),
         )
         self.source, self.target = self.transfer.source[0], self.transfer.target[0]
-        self.scripts: list[Any] = []
+        self.scripts: list[tuple[Rank, Iterator[Command]]] = []
         self.is_reused = False
         self.is_source_dead = False
 
@@ -178,8 +178,8 @@ class History:
 
 @given(shape=SHAPES, rng=st.randoms(use_true_random=False))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_any_order_commits(build: Any, shape: tuple[int, int, int], rng: random.Random) -> None:
-    history = History(build, shape, [], rng)
+def test_any_order_commits(shape: tuple[int, int, int], rng: random.Random) -> None:
+    history = History(shape, [], rng)
     history.run()
     assert history.target.told(TargetCommitted)
     assert not history.world.counters
@@ -192,19 +192,19 @@ def test_any_order_commits(build: Any, shape: tuple[int, int, int], rng: random.
 )
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_fault_is_survived(
-    build: Any, shape: tuple[int, int, int], faults: list[str], rng: random.Random
+    shape: tuple[int, int, int], faults: list[str], rng: random.Random
 ) -> None:
-    History(build, shape, faults, rng).run()
+    History(shape, faults, rng).run()
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_many_histories(build: Any, seed: int) -> None:
+def test_many_histories(seed: int) -> None:
     """The same from plain seeds: quicker than hypothesis, and each seed repeats its histories."""
     rng = random.Random(seed)
     for _ in range(250):
         shape = (rng.randint(1, 4), rng.choice([1, 2]), rng.choice([1, 2]))
         faults = rng.choices(FAULTS, k=rng.randint(0, 8))
-        History(build, shape, faults, rng).run()
+        History(shape, faults, rng).run()
 
 
 # -- the histories can fail ------------------------------------------------------------------------
@@ -250,11 +250,11 @@ def _read_without_validating(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_planted_bug_is_noticed(
-    build: Any, monkeypatch: pytest.MonkeyPatch, plant: Callable[[pytest.MonkeyPatch], None]
+    monkeypatch: pytest.MonkeyPatch, plant: Callable[[pytest.MonkeyPatch], None]
 ) -> None:
     plant(monkeypatch)
     rng = random.Random(1)
     with pytest.raises((AssertionError, KeyError)):  # the code may stumble over it first
         for _ in range(400):
             faults = rng.choices(("reuse", "close target"), k=4)
-            History(build, (2, 1, 2), faults, rng).run()
+            History((2, 1, 2), faults, rng).run()

@@ -1,19 +1,18 @@
 """A message that comes twice, the second time as late as can be, changes nothing."""
 
-from typing import Any
-
 from kvtransfer.events import TargetCommitted
 from protocol.handoff import Confirm, ReadDone
+from tests.kvtransfer.world import Transfer, two_pools
 
 
-def test_a_question_that_is_asked_again_gets_the_same_answer(build: Any) -> None:
+def test_a_question_that_is_asked_again_gets_the_same_answer() -> None:
     """The source has seen all of it read and has closed: its answers were yes, and stay so.
 
     A second ReadDone that was answered by no would overtake a first yes that is late, and break a
     hand-off that is whole.
     """
-    world = build.pair(2, 1, 2)
-    transfer = build.Transfer(world)
+    world = two_pools(2, 1, 2)
+    transfer = Transfer(world)
     transfer.open()
     world.settle()
     transfer.announce_all()
@@ -31,9 +30,9 @@ def test_a_question_that_is_asked_again_gets_the_same_answer(build: Any) -> None
     assert world.num_open == 0
 
 
-def test_every_message_may_come_twice(build: Any) -> None:
-    world = build.pair(2, 2, 2)
-    transfer = build.Transfer(world)
+def test_every_message_may_come_twice() -> None:
+    world = two_pools(2, 2, 2)
+    transfer = Transfer(world)
     transfer.open()
     world.settle()
     transfer.announce_all()

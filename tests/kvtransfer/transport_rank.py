@@ -51,7 +51,7 @@ class Rank:
 
     def obey(self, command: str, *words: str) -> str:
         try:
-            return getattr(self, f"do_{command}")(*words)
+            return str(getattr(self, f"do_{command}")(*words))
         except TransferError as error:
             return f"error {error}"
 

@@ -27,7 +27,7 @@ class Hog:
 
 def main() -> None:
     ray.init(num_cpus=1, include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False)
-    hog = Hog.remote()
+    hog = Hog.remote()  # type: ignore[attr-defined]  # the decorator's
     assert ray.get(hog.here.remote(), timeout=DEADLINE_S)
     brief = {"start_timeout_s": 2.0}  # of a rank that finds no coordinator
     serve = ServeConfig(model="arithmetic", decode=("tp1",), launcher="ray", decode_pool=brief)

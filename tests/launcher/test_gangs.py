@@ -246,7 +246,7 @@ def test_the_budget_is_of_a_window() -> None:
     assert budget.take(100.0) == 1.0
     for bad in ({"max_restarts": -1}, {"window_s": 0.0}, {"backoff_s": -1.0}):
         with pytest.raises(ConfigError):
-            RestartPolicy(**bad)  # type: ignore[arg-type]  # one float among them is an int
+            RestartPolicy(**bad)
 
 
 def test_once_the_cluster_ends_nothing_is_started_again() -> None:

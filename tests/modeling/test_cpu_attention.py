@@ -108,8 +108,8 @@ def test_strided_inputs_are_fine(kernel: CpuKernel) -> None:
     piece = Piece(True, 0, torch.arange(50))
     want = dense(q, k, v, visible(piece, 50))
     check(kernel.attend(q, k, v, piece), want)
-    by_head = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v)]
-    check(kernel.attend(*by_head, piece), want)
+    q, k, v = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v))
+    check(kernel.attend(q, k, v, piece), want)
 
 
 @settings(max_examples=60, deadline=None)

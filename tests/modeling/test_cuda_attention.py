@@ -66,8 +66,8 @@ def test_attend_on_gpu(piece: Piece, dtype: torch.dtype, shape: tuple[int, int, 
     k, v = (
         make(len(piece.k_positions), num_kv_heads, head_dim, dtype=dtype, seed=s) for s in (1, 2)
     )
-    on_gpu = (x.cuda() for x in (q, k, v))
-    check(CudaKernel().attend(*on_gpu, piece), CpuKernel().attend(q, k, v, piece))
+    got = CudaKernel().attend(q.cuda(), k.cuda(), v.cuda(), piece)
+    check(got, CpuKernel().attend(q, k, v, piece))
 
 
 @gpu
@@ -98,7 +98,7 @@ def test_merge_on_gpu() -> None:
     outs = [make(9, 4, 64, dtype=torch.float32, seed=s) for s in (1, 2)]
     lses = [make(9, 4, dtype=torch.float32, seed=s) for s in (3, 4)]
     lses[0][:3], lses[1][2:5] = -torch.inf, -torch.inf
-    got = [x.clone().cuda() for x in (outs[0], lses[0])]
-    CudaKernel().merge_(*got, outs[1].cuda(), lses[1].cuda())
+    out, lse = outs[0].clone().cuda(), lses[0].clone().cuda()
+    CudaKernel().merge_(out, lse, outs[1].cuda(), lses[1].cuda())
     CpuKernel().merge_(outs[0], lses[0], outs[1], lses[1])
-    check((got[0], got[1]), (outs[0], lses[0]))
+    check((out, lse), (outs[0], lses[0]))

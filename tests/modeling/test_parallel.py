@@ -43,8 +43,8 @@ def run_gang() -> RunGang:
             return [(rank.wait(), text) for rank, text in zip(ranks, said, strict=True)]
         finally:
             os.close(listen_fd)
-            for rank in ranks:
-                end(rank)
+            for process in ranks:
+                end(process)
 
     return run
 

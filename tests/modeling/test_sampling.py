@@ -1,6 +1,7 @@
 """Sampling: what each parameter means, and that a token depends on its own row alone."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -36,13 +37,13 @@ def sample(logits_BV: torch.Tensor, rows: list[SamplingRow]) -> list[Sampled]:
     return [row for row in sampled if isinstance(row, tuple)]
 
 
-def draw(logits: list[float], count: int = 1, **fields: object) -> list[int]:
+def draw(logits: list[float], count: int = 1, **fields: Any) -> list[int]:
     """The tokens at indices 0, 1, ... of one sequence, all from the same logits."""
-    rows = [make_row(index=i, **fields) for i in range(count)]  # type: ignore[arg-type]
+    rows = [make_row(index=i, **fields) for i in range(count)]
     return [token for token, _ in sample(torch.tensor([logits] * count), rows)]
 
 
-def greedy(logits: list[float], **fields: object) -> int:
+def greedy(logits: list[float], **fields: Any) -> int:
     return draw(logits, temperature=0.0, **fields)[0]
 
 
@@ -207,7 +208,7 @@ def test_one_number_that_is_not_finite_among_a_whole_vocabulary_is_found(
     logits = torch.zeros(2, 151_936)
     logits[0, at] = bad
     for fields in ({"temperature": 0.0}, {"temperature": 1.0}, {"num_logprobs": 2}):
-        row = make_row(**fields)  # type: ignore[arg-type]
+        row = make_row(**fields)
         spoiled, sound = sample_rows(logits, [row, row])
         assert spoiled is NoToken.NON_FINITE and isinstance(sound, tuple)
 
@@ -251,9 +252,9 @@ def test_a_model_may_mask_tokens_of_its_own() -> None:
     ],
 )
 def test_a_request_that_leaves_no_token_is_told_from_broken_numbers(
-    fields: dict[str, object],
+    fields: dict[str, Any],
 ) -> None:
-    row = make_row(**fields)  # type: ignore[arg-type]
+    row = make_row(**fields)
     spoiled = torch.tensor([[math.nan] * 8])
     assert sample_rows(torch.tensor([SMALL_MODEL]), [row]) == [NoToken.NOTHING_LEFT]
     assert sample_rows(spoiled, [row]) == [NoToken.NON_FINITE], "the rank's fault comes first"

@@ -182,7 +182,13 @@ def _is_byte(token: str | None) -> bool:
 
 
 def _folder(folder: Path, **files: Any) -> Path:
-    plain = {"in_json": [], "config": {}, "decoder": None, "map": None, "added": None}
+    plain: dict[str, Any] = {
+        "in_json": [],
+        "config": {},
+        "decoder": None,
+        "map": None,
+        "added": None,
+    }
     _write(folder, "byte-level", {**plain, "split": None, **files})
     return folder
 

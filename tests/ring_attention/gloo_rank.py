@@ -5,6 +5,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore
 
 from protocol.errors import PeerError
 from ring_attention.comm import GlooRing
@@ -25,7 +26,7 @@ def say(line: str) -> None:
 def main(rank: int, cp_size: int, tp_size: int, store_path: str, peer_is_lost: bool) -> None:
     torch.set_num_threads(1)
     size = cp_size * tp_size
-    store = dist.FileStore(store_path, size)
+    store = FileStore(store_path, size)
     budget = timedelta(seconds=BUDGET_S)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=budget)
     if peer_is_lost:
@@ -43,7 +44,7 @@ def main(rank: int, cp_size: int, tp_size: int, store_path: str, peer_is_lost: b
     dist.destroy_process_group()
 
 
-def lose_a_peer(rank: int, store: dist.Store) -> None:
+def lose_a_peer(rank: int, store: FileStore) -> None:
     """The last rank connects and then says nothing until rank 0 has given up."""
     if rank == 0:
         case = Setup(num_tokens=64).build()

@@ -1,6 +1,7 @@
 """Whole forward passes of the arithmetic model over rings: the next token is right or it is not."""
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -75,9 +76,9 @@ class Prefiller:
         """The token after the chunk, from the one rank that computed its last token."""
         found = [token for token in on_threads(work.ring, self._rank(work)) if token is not None]
         (token,) = found
-        return token
+        return int(token)
 
-    def _rank(self, work: ChunkWork):  # noqa: ANN202 - of the type that on_threads takes
+    def _rank(self, work: ChunkWork) -> Callable[[int, RingComm], int | None]:
         def run(rank: int, comm: RingComm) -> int | None:
             context = RingAttention(
                 work, rank, self.pools[rank], comm, self.model.kernel, self.config
