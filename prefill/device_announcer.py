@@ -28,7 +28,7 @@ class DeviceAnnouncer(Announcer):
         self._pending: deque[tuple[torch.cuda.Event, AnnounceBlocks]] = deque()
 
     def _announce(self, announcement: AnnounceBlocks) -> None:
-        computed = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch leaves it out
+        computed = torch.cuda.Event()
         computed.record()
         self._pending.append((computed, announcement))
 
@@ -37,7 +37,7 @@ class DeviceAnnouncer(Announcer):
             computed, announcement = self._pending[0]
             if wait:
                 computed.synchronize()
-            elif not computed.query():  # type: ignore[no-untyped-call]  # torch leaves it out
+            elif not computed.query():
                 return
             self._pending.popleft()
             self._submit(announcement)

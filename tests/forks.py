@@ -12,10 +12,11 @@ import io
 import json
 import os
 import runpy
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import IO, Any, NamedTuple, NoReturn
 
 from bench.load.local_cluster import LocalCluster
 from launcher.supervise import fork_server, forks, processes
@@ -64,6 +65,7 @@ class Forks:
         environment: Mapping[str, str] | None = None,
         stderr: int | None = None,
         network: Path | None = None,
+        folder: Path | None = None,
         pass_fds: Sequence[int] = (),
     ) -> ForkedProcess:
         """What ``python -P -m module arguments`` would start.
@@ -72,13 +74,15 @@ class Forks:
             environment: all of it; by default the fork server's.
             stderr: a descriptor instead of the pipe that the process has.
             network: of ``ip netns``, in which it is.
+            folder: in which it works, if not ours.
         """
-        if (environment, stderr, network) == (None, None, None):
+        if (environment, stderr, network, folder) == (None, None, None, None):
             return self._server.fork(module, *arguments, pass_fds=pass_fds)
-        told = _told(self._server.environment, environment or self._server.environment)
+        variables = _changes(self._server.environment, environment or self._server.environment)
         # A number of its own: that of ours may be the one that it is to have.
         errors = [] if stderr is None else [fcntl.fcntl(stderr, fcntl.F_DUPFD, _STDERR + 1)]
-        words = (_MAIN, json.dumps([told, errors, str(network or "")]), module, *arguments)
+        told = _Told(variables, errors, str(network or ""), str(folder or ""))
+        words = (_MAIN, json.dumps(told), module, *arguments)
         try:
             process = self._server.fork(*words, pass_fds=(*pass_fds, *errors))
         finally:
@@ -87,6 +91,17 @@ class Forks:
         if errors:
             process.stderr.close()
         return process
+
+    def run(
+        self, module: str, *arguments: str, timeout_s: float = 60.0, **where: Any
+    ) -> "subprocess.CompletedProcess[str]":
+        """The same until it has ended, having written little; ``where`` as ``start`` has it."""
+        process = self.start(module, *arguments, **where)
+        try:
+            said, errors = outputs(process, timeout_s)
+            return subprocess.CompletedProcess((module, *arguments), process.wait(), said, errors)
+        finally:
+            end(process)
 
     def close(self) -> None:
         self._server.close()
@@ -130,7 +145,16 @@ def lines_of(stream: IO[bytes]) -> IO[str]:
 # -- in the forks ----------------------------------------------------------------------------------
 
 
-def _told(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, str | None]:
+class _Told(NamedTuple):
+    """What a fork is told of its surroundings."""
+
+    variables: dict[str, str | None]  # that differ; None takes one away
+    errors: list[int]  # a descriptor for its standard error, if any
+    network: str
+    folder: str
+
+
+def _changes(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, str | None]:
     """What turns one environment into the other."""
     changed = {name: value for name, value in after.items() if before.get(name) != value}
     return {**changed, **dict.fromkeys(before.keys() - after.keys())}
@@ -140,17 +164,21 @@ def main() -> NoReturn:
     """Run a module in the environment that a fork is told, and end as an interpreter would."""
     global _is_fork
     _is_fork = True
-    told, errors, network = json.loads(sys.argv[1])
-    for name, value in told.items():
+    told = _Told(*json.loads(sys.argv[1]))
+    for name, value in told.variables.items():
         if value is None:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
-    for descriptor in errors:
+    for descriptor in told.errors:
         os.dup2(descriptor, _STDERR)
         os.close(descriptor)
-    if network and ctypes.CDLL(None).setns(os.open(network, os.O_RDONLY), _CLONE_NEWNET) != 0:
-        raise OSError(f"{network} cannot be entered")
+    if told.network:
+        network = os.open(told.network, os.O_RDONLY)
+        if ctypes.CDLL(None).setns(network, _CLONE_NEWNET) != 0:
+            raise OSError(f"{told.network} cannot be entered")
+    if told.folder:
+        os.chdir(told.folder)
     del sys.argv[:2]
     fork_server.set_title([sys.executable, "-P", "-m", *sys.argv])
     children = _fork_children() if sys.argv[0] == "launcher" else None
@@ -201,7 +229,7 @@ def _fork_children() -> _ServerFork:
     ) -> ForkedProcess:
         module, *rest = argv[3:]
         arguments = [(word.strip() and word) or " " for word in rest]
-        told = json.dumps([_told(environment, wanted), [], ""])
+        told = json.dumps(_Told(_changes(environment, wanted), [], "", ""))
         return server.fork(_MAIN, told, module, *arguments, pass_fds=pass_fds)
 
     vars(forks)["start_piped"] = vars(processes)["start_piped"] = start_piped

@@ -18,6 +18,7 @@ from protocol.errors import IllegalTransition, RequestError
 from protocol.messages import Abort, Heartbeat, NewToken, Prefill, Reserve
 from tests.coordinator.whole_cluster import WholeCluster
 from tests.decode.fake_cluster import reference
+from tests.sizes import some_of
 
 TWO_AND_TWO = (
     ("prefill0", "prefill", 2, 24),
@@ -285,7 +286,7 @@ phases = (Phase.explicit, Phase.reuse, Phase.generate)  # a seed's history does 
 
 
 @given(rng=st.randoms(use_true_random=False), faults=st.sets(st.sampled_from(FAULTS)))
-@settings(max_examples=60, deadline=None, suppress_health_check=suppress, phases=phases)
+@settings(max_examples=some_of(60), suppress_health_check=suppress, phases=phases)
 def test_any_history_is_exact(rng: random.Random, faults: set[str]) -> None:
     in_slices = rng.random() < 0.5
     history = History(rng, TWO_AND_TWO, poison_deaths=100, in_slices=in_slices)
@@ -346,7 +347,7 @@ def test_a_planted_bug_is_noticed(monkeypatch: pytest.MonkeyPatch, plant: Any) -
     num_prefill_blocks=st.integers(9, 12),
     num_decode_blocks=st.integers(11, 14),
 )
-@settings(max_examples=60, deadline=None, suppress_health_check=suppress, phases=phases)
+@settings(max_examples=some_of(60), suppress_health_check=suppress, phases=phases)
 def test_the_smallest_pools_never_get_stuck(
     rng: random.Random, num_prefill_blocks: int, num_decode_blocks: int
 ) -> None:

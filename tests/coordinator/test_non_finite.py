@@ -17,6 +17,7 @@ from protocol.request import SamplingParams
 from protocol.token_ids import TokenIds
 from tests.coordinator.test_failover import SMALLEST, TWO_AND_TWO, prompt_of
 from tests.coordinator.whole_cluster import WholeCluster
+from tests.sizes import some_of
 
 COLOCATED = (("decode0", "decode", 1, 32),)
 ALL = ("prefill0", "prefill1", "decode0", "decode1")
@@ -135,7 +136,7 @@ def test_what_is_proven_outlasts_successes_but_not_the_window() -> None:
     assert flaws.guilty(101.0) == []
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=some_of(60), suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.integers(0, 2**32),
     st.sets(st.sampled_from(ALL), max_size=2),

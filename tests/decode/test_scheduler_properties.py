@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocol.request import FinishReason
+from tests.sizes import some_of
 
 ACTIONS = [
     *["arrive"] * 3, *["open"] * 2, *["commit"] * 2, *["compute_here"] * 2, "garbage",
@@ -149,7 +150,7 @@ class World:
         raise AssertionError("some request never ends")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=some_of(150))
 @given(history=histories, pool=pools)
 def test_every_request_ends_once_with_the_right_tokens(
     make_cluster: Callable[..., Any], history: list[Any], pool: dict[str, int]

@@ -14,6 +14,7 @@ from hypothesis.stateful import (
 from kvcache.blocks import BlockPool, BlockState
 from protocol.errors import IllegalTransition, StaleError
 from protocol.kv import BlockRef
+from tests.sizes import some_of
 
 NUM_BLOCKS = 8
 INDEX = st.integers(0, 1000)
@@ -113,7 +114,7 @@ class BlockLives(RuleBasedStateMachine):
         assert counts.cached == len(set(self.hash_of) - owners - transfers)
 
 
-BlockLives.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+BlockLives.TestCase.settings = settings(max_examples=some_of(60), stateful_step_count=40)
 TestBlockLives = BlockLives.TestCase
 
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from kvcache.pool import KVPool
 from protocol.errors import ConfigError
 from protocol.kv import KVLayout
+from tests.sizes import some_of
 
 LAYOUT = KVLayout(
     num_layers=2,
@@ -25,7 +26,7 @@ def _random(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape)))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=some_of(40))
 @given(st.permutations(range(9)), st.integers(1, 36), st.booleans())
 def test_what_is_written_is_gathered(block_ids: list[int], num_tokens: int, uses_out: bool) -> None:
     pool = KVPool(LAYOUT)

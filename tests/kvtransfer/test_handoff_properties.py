@@ -36,6 +36,7 @@ from kvtransfer.plan import ByteRun, plan
 from protocol.handoff import Confirm
 from protocol.kv import KVLayout
 from tests.kvtransfer.world import LEASE_S, Rank, Transfer, two_pools
+from tests.sizes import some_of
 
 SHAPES = st.tuples(st.integers(1, 4), st.sampled_from([1, 2]), st.sampled_from([1, 2]))
 FAULTS = (
@@ -177,7 +178,7 @@ class History:
 
 
 @given(shape=SHAPES, rng=st.randoms(use_true_random=False))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=some_of(60), suppress_health_check=[HealthCheck.too_slow])
 def test_any_order_commits(shape: tuple[int, int, int], rng: random.Random) -> None:
     history = History(shape, [], rng)
     history.run()
@@ -190,7 +191,7 @@ def test_any_order_commits(shape: tuple[int, int, int], rng: random.Random) -> N
     faults=st.lists(st.sampled_from(FAULTS), max_size=8),
     rng=st.randoms(use_true_random=False),
 )
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=some_of(150), suppress_health_check=[HealthCheck.too_slow])
 def test_any_fault_is_survived(
     shape: tuple[int, int, int], faults: list[str], rng: random.Random
 ) -> None:
@@ -201,7 +202,7 @@ def test_any_fault_is_survived(
 def test_many_histories(seed: int) -> None:
     """The same from plain seeds: quicker than hypothesis, and each seed repeats its histories."""
     rng = random.Random(seed)
-    for _ in range(250):
+    for _ in range(some_of(250)):
         shape = (rng.randint(1, 4), rng.choice([1, 2]), rng.choice([1, 2]))
         faults = rng.choices(FAULTS, k=rng.randint(0, 8))
         History(shape, faults, rng).run()

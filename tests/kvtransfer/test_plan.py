@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from kvtransfer.plan import ByteRun, plan, source_runs
 from protocol.errors import TransferError, VersionError
 from protocol.kv import KVLayout
+from tests.sizes import some_of
 
 Pool = npt.NDArray[np.int32]
 Owners = list[tuple[int, int]]  # of each logical block: (cp rank, block id there)
@@ -83,7 +84,7 @@ def _hand_offs(draw: st.DrawFn) -> tuple[Side, Side, range, Owners, Owners]:
     return sides[0], sides[1], layers, owners[0], owners[1]
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=some_of(300))
 @given(_hand_offs())
 def test_moves_exactly_what_a_dense_copy_moves(
     hand_off: tuple[Side, Side, range, Owners, Owners],

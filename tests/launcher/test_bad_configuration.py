@@ -1,22 +1,18 @@
 """The operator's mistakes: one line that says what, where and what to do; exit code 2."""
 
 import json
+import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.forks import shared_forks
+
 
 def _serve(*flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-P", "-m", "launcher", "serve", *flags],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    return shared_forks().run("launcher", "serve", *flags, environment=os.environ)
 
 
 def _assert_one_line(result: subprocess.CompletedProcess[str], *words: str) -> None:

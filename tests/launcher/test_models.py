@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 
 from bench.checkpoint import write_llama
+from tests.forks import shared_forks
 from tests.launcher.hub_server import COMMIT, Hub, serve_hub
 
 NAME = "Qwen/Qwen3-4B"
@@ -43,23 +43,16 @@ def _show(
     hub: Hub | str, home: Path, *flags: str, cwd: Path | None = None, offline: bool = False
 ) -> subprocess.CompletedProcess[str]:
     endpoint = hub if isinstance(hub, str) else hub.url
-    return subprocess.run(
-        [sys.executable, "-P", "-m", "launcher", "config", "show", *flags, "--resolved"],
-        env={
-            "PYTHONPATH": str(Path(__file__).parents[2]),
-            "PATH": "/usr/bin:/bin",
-            "HOME": str(home),
-            "HF_HOME": str(home / "hf"),
-            "HF_ENDPOINT": endpoint,
-            "HF_HUB_OFFLINE": str(int(offline)),
-            "OMP_NUM_THREADS": "1",
-        },
-        cwd=cwd or home,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "HOME": str(home),
+        "HF_HOME": str(home / "hf"),
+        "HF_ENDPOINT": endpoint,
+        "HF_HUB_OFFLINE": str(int(offline)),
+        "OMP_NUM_THREADS": "1",
+    }
+    argv = ("launcher", "config", "show", *flags, "--resolved")
+    return shared_forks().run(*argv, timeout_s=120.0, environment=environment, folder=cwd or home)
 
 
 def _served(run: subprocess.CompletedProcess[str]) -> tuple[str, list[str]]:

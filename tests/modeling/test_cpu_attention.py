@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from modeling.kernels.attention import AttentionKernel, Piece
 from modeling.kernels.cpu_attention import CpuKernel
+from tests.sizes import some_of
 
 # Relative error of torch's own flash op against fp64, with some room.
 OUT_ERROR = {torch.float32: 1.5e-6, torch.bfloat16: 4e-3}
@@ -87,7 +88,7 @@ def test_keys_before_the_queries(
     attend_and_check(kernel, piece, num_queries, (8, 2, 64), dtype)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=some_of(40))
 @given(st.data())
 def test_windows(kernel: CpuKernel, data: st.DataObject) -> None:
     num_queries = data.draw(st.integers(1, 600))
@@ -112,7 +113,7 @@ def test_strided_inputs_are_fine(kernel: CpuKernel) -> None:
     check(kernel.attend(q, k, v, piece), want)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=some_of(60))
 @given(
     num_keys=st.integers(1, 60),
     cuts=st.lists(st.integers(0, 60), max_size=5),

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from modeling.kernels.native_attention import MIN_ROWS, NativeAttention
 from tests.modeling.test_cpu_attention import check, dense, make
+from tests.sizes import some_of
 
 BF16 = torch.bfloat16
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -58,7 +59,7 @@ def test_around_every_edge_of_a_block(
     check_piece(kernel, piece(num_queries, num_keys, (4, 2, 64)), is_causal=is_causal)
 
 
-@settings(max_examples=40)
+@settings(max_examples=some_of(40))
 @given(
     num_queries=st.integers(MIN_ROWS, 400),
     num_keys=st.integers(1, 600),

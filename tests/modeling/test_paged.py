@@ -12,6 +12,7 @@ from modeling.kernels.cpu_attention import CpuKernel
 from modeling.kernels.partials import WINDOW_TILE
 from modeling.paged import PagedAttention, PagedSequence
 from protocol.kv import KVLayout
+from tests.sizes import some_of
 
 HEADS, KV_HEADS, HEAD_DIM, LAYERS = 4, 2, 32, 2
 
@@ -96,7 +97,7 @@ def make_tokens(length: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=some_of(40))
 @given(st.data())
 def test_any_mix_of_steps(kernel: CpuKernel, data: st.DataObject) -> None:
     counts = data.draw(

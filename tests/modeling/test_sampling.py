@@ -18,6 +18,7 @@ from modeling.sampling import (
 )
 from modeling.sampling import sample as sample_rows
 from protocol.request import NoToken, SamplingParams
+from tests.sizes import some_of
 
 ALL_ONES = 0xFFFFFFFF
 SMALL_MODEL = [2.0, 1.5, 1.0, 0.5, 0.0, -1.0, -2.0, -3.0]
@@ -276,7 +277,7 @@ def test_hidden_states_that_are_not_finite_are_seen(dtype: torch.dtype, bad: flo
         assert not is_finite(spoiled)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=some_of(200))
 @given(
     logits=st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=30),
     seed=st.integers(0, 2**64 - 1),

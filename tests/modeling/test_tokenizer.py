@@ -16,6 +16,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from bench.tokenizer_file import write_tokenizer
 from modeling.text.tokenizer import Tokenizer, load_tokenizer
 from protocol.errors import ConfigError, RequestError
+from tests.sizes import some_of
 
 MARK = "\u2581"
 REPLACEMENT = "\ufffd"
@@ -120,7 +121,7 @@ def _stream(tokenizer: Tokenizer, pieces: list[list[int]], **options: Any) -> li
 
 
 @pytest.mark.parametrize("kind", ALL)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=some_of(150))
 @given(data=st.data())
 def test_the_pieces_add_up(kind: str, tokenizer_of: Any, data: st.DataObject) -> None:
     tokenizer = tokenizer_of(kind)
@@ -136,7 +137,7 @@ def test_the_pieces_add_up(kind: str, tokenizer_of: Any, data: st.DataObject) ->
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=some_of(150))
 @given(data=st.data())
 def test_decode_equals_the_library(kind: str, tokenizer_of: Any, data: st.DataObject) -> None:
     """Byte-level always; byte fallback wherever the library found no bad byte."""

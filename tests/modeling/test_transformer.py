@@ -20,6 +20,7 @@ from modeling.parallel import SingleRank, TensorParallel
 from modeling.rope import Rope, channel_order, frequencies, rotate
 from protocol.errors import ConfigError
 from tests.modeling.checkpoints import write_checkpoint
+from tests.sizes import some_of
 
 SIZES = {"hidden": 64, "layers": 2, "heads": 4, "kv_heads": 2, "ffn": 96, "vocab": 131}
 LLAMA3 = {
@@ -240,7 +241,7 @@ def test_dynamic_ntk_beyond_the_original_length(dense_attention: Any, tmp_path: 
     torch.testing.assert_close(model.logits(hidden), expected, atol=1e-4, rtol=1e-4)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=some_of(50))
 @given(
     head_dim=st.sampled_from([2, 8, 64, 128]),
     start=st.integers(0, 100_000),

@@ -21,6 +21,7 @@ from modeling.checkpoint.weights import Part, WeightReader
 from modeling.loader import load_model
 from modeling.parallel import SingleRank
 from protocol.errors import ConfigError
+from tests.sizes import some_of
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 32,
@@ -153,7 +154,9 @@ def test_a_hostile_header(folder: Path, header: object) -> None:
 
 
 @settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=some_of(100),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(content=st.binary(max_size=200))
 def test_garbage_is_refused_in_one_line(tmp_path: Path, content: bytes) -> None:

@@ -24,6 +24,7 @@ from protocol.errors import ConfigError
 CATALOGUE = Path("tests/planted/bugs.toml")
 LEFT_OUT = (".git", ".venv", ".scratch", "__pycache__", "*.safetensors", ".hypothesis", "docs")
 TIMEOUT_S = 300.0
+PYTEST = ("-m", "pytest", "-q", "-x", "-m", "not slow", "--hypothesis-profile=whole")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +57,7 @@ class Bug:
             simulate = ["tests.simulation", "--seeds", str(self.seeds), "--workers", "1"]
             found.append([sys.executable, "-m", *simulate])
         if self.tests:
-            found.append(
-                [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", *self.tests]
-            )
+            found.append([sys.executable, *PYTEST, *self.tests])
         return found
 
 

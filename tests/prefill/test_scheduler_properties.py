@@ -12,6 +12,7 @@ from prefill.blocks import ref_of
 from prefill.placement import Geometry, RingPlacement, fits_ever
 from protocol.messages import FirstToken, Prefill, Released, RequestFailed
 from protocol.plans import PrefillPlan
+from tests.sizes import some_of
 
 BLOCK_SIZE = 4
 
@@ -166,7 +167,9 @@ class Run:
 
 
 @settings(
-    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=some_of(120),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
     cp_size=st.integers(1, 4),

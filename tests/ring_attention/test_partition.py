@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from protocol.plans import ChunkWork, PlacedBlock
 from ring_attention.partition import Partition, Shard, deal_zigzag
+from tests.sizes import some_of
 
 SIZES = st.integers(1, 16)
 
@@ -62,7 +63,7 @@ def positions(shard: Shard) -> list[int]:
     return [position for start, end in shard.key_spans for position in range(start, end)]
 
 
-@settings(max_examples=300)
+@settings(max_examples=some_of(300))
 @given(chunks(), st.one_of(st.none(), st.integers(1, 60)))
 def test_every_visible_pair_is_seen_once(
     work_and_block_size: tuple[ChunkWork, int], window: int | None
