@@ -11,9 +11,6 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from starlette.types import ASGIApp, Receive, Scope, Send
-
-from coordinator.errors import error_response
 from protocol.errors import RequestError
 
 OPEN_PATHS = frozenset({"/", "/health", "/ready", "/version"})
@@ -115,22 +112,3 @@ class Tenants:
         if not found:
             raise RequestError("this API key is not known", code="invalid_api_key", status=401)
         return found[0]
-
-
-class AuthMiddleware:
-    """Answers 401 itself; else leaves the tenant in the scope under ``SCOPE_TENANT``."""
-
-    def __init__(self, app: ASGIApp, tenants: Tenants) -> None:
-        self._app = app
-        self._tenants = tenants
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
-            try:
-                scope[SCOPE_TENANT] = self._tenants.identify(scope["headers"])
-            except RequestError as error:
-                status, headers, body = error_response(error)
-                await send({"type": "http.response.start", "status": status, "headers": headers})
-                await send({"type": "http.response.body", "body": body})
-                return
-        await self._app(scope, receive, send)

@@ -11,14 +11,13 @@ the exhaustive search and the tests are such drivers.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from coordinator.cluster.joining import HelloRefused, JoinRequirements
 from coordinator.cluster.registry import Outgoing, Registry, Timeouts
 from coordinator.config import CoordinatorConfig
-from coordinator.request import Request
-from coordinator.requests.service import Service, at_once
+from coordinator.requests.service import PLAIN, Ports, Service
 from protocol.messages import (
     Connected,
     GangReady,
@@ -80,11 +79,7 @@ class CoordinatorNode:
         config: checked.
         model_fingerprint: of the model that every rank must have loaded.
         epoch: higher each time a coordinator starts.
-        spread: runs what walks over all requests, in slices or at once.
-        observed: the clock of all budgets, from monotonic seconds: it leaves out the time in which
-            the driver did not look.
-        num_tenants: who share the room at the moment.
-        on_gone: told of each request of which nothing is kept any more.
+        ports: of the service; the registry keeps its budgets by the same clock.
         wake: called when there is a first command to take, for drivers that wait.
     """
 
@@ -94,10 +89,7 @@ class CoordinatorNode:
         model_fingerprint: str,
         *,
         epoch: int,
-        spread: Callable[[Iterator[None]], None] = at_once,
-        observed: Callable[[float], float] = lambda now: now,
-        num_tenants: Callable[[], int] = lambda: 1,
-        on_gone: Callable[[Request], None] = lambda _: None,
+        ports: Ports = PLAIN,
         wake: Callable[[], None] = lambda: None,
     ) -> None:
         self.registry = Registry(
@@ -112,20 +104,10 @@ class CoordinatorNode:
             ),
             rejoining=config.rejoining,
         )
-        self.service = Service(
-            config,
-            self.registry,
-            self.send,
-            spread=spread,
-            observed=observed,
-            num_tenants=num_tenants,
-            on_gone=on_gone,
-        )
-        self.is_complete = (
-            False  # every expected pool has served; or, after a restart, one that decodes
-        )
+        self.service = Service(config, self.registry, self.send, ports)
+        self.is_complete = False  # whether the cluster has been able to answer
         self._is_restart = config.is_restart
-        self._observed = observed
+        self._observed = ports.observed
         self._wake = wake
         self._commands: list[Command] = []
         self._unreachable: dict[str, str] = {}  # peers, and why; to be lost at the next tick

@@ -38,7 +38,7 @@ from coordinator.http.connections.connection import GuardedConnection, guarded
 from coordinator.http.connections.kept import Connections, max_connections
 from coordinator.http.connections.listening import bind_http, http_url
 from coordinator.http.documents_api import make_document
-from coordinator.http.door import Door
+from coordinator.http.entry import Door
 from coordinator.http.frontend import Frontend
 from coordinator.http.line_server import LineServer
 from coordinator.jobs.context import JobDependencies, Jobs
@@ -49,8 +49,10 @@ from coordinator.loop.core_wait import CoreWait
 from coordinator.loop.garbage import collect_in_quiet
 from coordinator.loop.lag import INTERVAL_S, LoopLag
 from coordinator.loop.slices import Slices
-from coordinator.loop.turns import InTurns, Turns
+from coordinator.loop.turns import Turns
 from coordinator.node import CoordinatorNode
+from coordinator.requests.metrics import RequestMetrics
+from coordinator.requests.service import Ports
 from coordinator.requests.traces import Traces
 from coordinator.text.tasks import Settings
 from coordinator.text.tokenizing import load_tools, read_model
@@ -155,19 +157,22 @@ class Coordinator:
             StartFailed: see the module's docstring.
         """
         async with self._control() as (control, router):
-            slices, turns, traces = Slices(), Turns(), Traces()
+            slices, traces, metrics = Slices(), Traces(), RequestMetrics()
             node = CoordinatorNode(
                 self._config,
                 self._model.fingerprint,
                 epoch=self._config.epoch or time.time_ns() // 1_000_000,
-                spread=slices.add,
-                observed=self._lag.observed,
-                num_tenants=partial(len, self._tenants),
-                on_gone=traces.close,
+                ports=Ports(
+                    spread=slices.add,
+                    observed=self._lag.observed,
+                    num_tenants=partial(len, self._tenants),
+                    on_ended=metrics.observe,
+                    on_gone=traces.close,
+                ),
                 wake=control.wake,
             )
             jobs = self._jobs(node)
-            http = self._http_server(node, jobs, turns, traces)
+            http = self._http_server(node, jobs, traces, metrics)
             failure: StartFailed | None = None
             self._workers.start()
             await jobs.start()
@@ -257,9 +262,9 @@ class Coordinator:
         )
 
     def _http_server(
-        self, node: CoordinatorNode, jobs: Jobs, turns: Turns, traces: Traces
+        self, node: CoordinatorNode, jobs: Jobs, traces: Traces, metrics: RequestMetrics
     ) -> _HttpServer:
-        limits = self._config.limits
+        limits, turns = self._config.limits, Turns()
         connections: Connections[GuardedConnection] = Connections(
             max_connections(limits.max_connections, max_open_files())
         )
@@ -272,6 +277,7 @@ class Coordinator:
             workers=self._workers,
             bodies=Budget(limits, partial(len, self._tenants)),
             traces=traces,
+            metrics=metrics,
             lag=self._lag,
             door=self._door,
             started_at=int(time.time()),
@@ -283,7 +289,7 @@ class Coordinator:
         jobs.attach(self._line_server(frontend, self._tenants))
         return _HttpServer(
             uvicorn.Config(
-                InTurns(build_app(frontend, self._tenants), turns),
+                build_app(frontend, self._tenants),
                 http=guarded(limits, connections, turns),
                 ws="none",
                 lifespan="off",

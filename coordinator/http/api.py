@@ -1,7 +1,7 @@
 """The HTTP surface: paths to functions. Pydantic and Starlette's types go no further than this.
 
-A request passes, from the outside in: limits and request id, authentication, then its route. What a
-route raises as ``RequestError`` becomes OpenAI's error object; so do 404 and 405.
+A request passes the entry (entry.py), then its route. What a route raises as ``RequestError``
+becomes OpenAI's error object; so do 404 and 405.
 """
 
 import logging
@@ -13,31 +13,20 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from coordinator.auth import SCOPE_TENANT, AuthMiddleware, Tenants
-from coordinator.errors import error_response
+from coordinator.auth import SCOPE_TENANT, Tenants
+from coordinator.errors import error_object
 from coordinator.http.answers.sending import JsonBody
 from coordinator.http.batches_api import add_batches
 from coordinator.http.cluster_api import describe_cluster, version_info
-from coordinator.http.connections.limits import LimitsMiddleware
-from coordinator.http.connections.origins import CORS, OriginMiddleware, Origins
+from coordinator.http.connections.origins import CORS, Origins
 from coordinator.http.documents_api import add_documents
-from coordinator.http.door import DoorMiddleware
+from coordinator.http.entry import Entry
 from coordinator.http.files_api import add_files
 from coordinator.http.frontend import Frontend, RequestContext
 from coordinator.http.generation import PATHS, generate
-from coordinator.http.metrics import (
-    connection_families,
-    job_families,
-    lag_families,
-    log_families,
-    pool_families,
-    render,
-    request_families,
-    text_families,
-)
+from coordinator.http.metrics import render
 from coordinator.text.tasks import Json, ReadDetokenize, ReadTokenize
 from protocol.errors import RequestError
-from protocol.logs import num_dropped_lines
 
 _log = logging.getLogger(__name__)
 
@@ -47,15 +36,17 @@ def build_app(frontend: Frontend, tenants: Tenants) -> FastAPI:
     app = FastAPI(
         title="Baton", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
     )
-    app.add_middleware(DoorMiddleware, door=frontend.door)
-    app.add_middleware(AuthMiddleware, tenants=tenants)
     config = frontend.config
-    origins = Origins((config.host, *config.allowed_hosts), config.cors_origins)
-    app.add_middleware(OriginMiddleware, origins=origins, tenants=tenants)
-    app.add_middleware(LimitsMiddleware, limits=config.limits)
+    app.add_middleware(
+        Entry,
+        limits=config.limits,
+        origins=Origins((config.host, *config.allowed_hosts), config.cors_origins),
+        tenants=tenants,
+        door=frontend.door,
+        turns=frontend.turns,
+    )
     if config.cors_origins:  # outermost: what is refused is told to the page as well
         app.add_middleware(CORSMiddleware, allow_origins=config.cors_origins, **CORS)
-    app.add_exception_handler(RequestError, _on_request_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     _add_generation(app, frontend)
     _add_text(app, frontend)
@@ -150,49 +141,16 @@ def _add_state(app: FastAPI, frontend: Frontend) -> None:
 
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:
-        service, now = frontend.service, time.monotonic()
-        body, content_type = render(
-            (
-                *service.metrics.families(),
-                *request_families(service.loads.num_active, service.num_leaked(now)),
-                *lag_families(frontend.lag, now),
-                *text_families(frontend.workers, frontend.bodies),
-                *connection_families(frontend.connections),
-                *log_families(num_dropped_lines(), frontend.registry.pools.values()),
-                *pool_families(frontend.registry.pools.values()),
-                *job_families(frontend.jobs.gate),
-            ),
-            request.headers.get("accept", ""),
-        )
+        body, content_type = render(frontend, request.headers.get("accept", ""))
         return Response(body, headers={"content-type": content_type})
-
-
-async def _on_request_error(_request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestError)
-    return _as_response(error)
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    if error.status_code == 405:
-        allow = (error.headers or {}).get("allow") or (error.headers or {}).get("Allow", "")
-        response = _as_response(
-            RequestError(
-                f"{request.method} is not offered here", code="method_not_allowed", status=405
-            )
-        )
-        response.headers["allow"] = allow
-        return response
     if error.status_code == 404:
-        return _as_response(RequestError("no such path", code="not_found", status=404))
-    return _as_response(
-        RequestError(str(error.detail), code="invalid_request", status=error.status_code)
-    )
-
-
-def _as_response(error: RequestError) -> Response:
-    status, headers, body = error_response(error)
-    response = Response(body, status)
-    for name, value in headers:
-        response.headers[name.decode()] = value.decode()
-    return response
+        raise RequestError("no such path", code="not_found", status=404)
+    if error.status_code != 405:
+        raise RequestError(str(error.detail), code="invalid_request", status=error.status_code)
+    refused = f"{request.method} is not offered here"
+    refusal = RequestError(refused, code="method_not_allowed", status=405)
+    return JSONResponse(error_object(refusal), 405, {"allow": (error.headers or {})["Allow"]})

@@ -14,8 +14,8 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from coordinator.auth import SCOPE_TENANT, Tenant
-from coordinator.http.connections.limits import SCOPE_IS_UPLOAD
 from coordinator.http.document_events import EventStream
+from coordinator.http.entry import SCOPE_IS_UPLOAD
 from coordinator.http.frontend import Frontend
 from coordinator.http.listing import listed, read_number, tenant_of
 from coordinator.jobs.documents.document import Document

@@ -21,8 +21,7 @@ from coordinator.config import CoordinatorConfig
 from coordinator.errors import shutting_down
 from coordinator.http.connections.connection import GuardedConnection
 from coordinator.http.connections.kept import Connections
-from coordinator.http.connections.limits import SCOPE_CLIENT_REQUEST_ID, SCOPE_REQUEST_ID
-from coordinator.http.door import Door
+from coordinator.http.entry import SCOPE_CLIENT_REQUEST_ID, SCOPE_REQUEST_ID, Door
 from coordinator.http.start_report import PoolMemory, StartReport, make_report
 from coordinator.http.uploads import Upload, receive_upload
 from coordinator.jobs.context import Jobs
@@ -30,6 +29,7 @@ from coordinator.jobs.questions.prompts import Opened
 from coordinator.loop.lag import LoopLag
 from coordinator.loop.turns import Turns
 from coordinator.node import CoordinatorNode
+from coordinator.requests.metrics import RequestMetrics
 from coordinator.requests.service import Service
 from coordinator.requests.traces import Traces
 from coordinator.text.tasks import Fields, ReadFields
@@ -93,6 +93,7 @@ class Frontend:
     workers: TextWorkers
     bodies: Budget
     traces: Traces
+    metrics: RequestMetrics
     lag: LoopLag
     turns: Turns
     connections: Connections[GuardedConnection]

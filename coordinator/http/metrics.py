@@ -1,132 +1,130 @@
-"""The figures of ``/metrics``, made from the ends and time lines of requests.
+"""``/metrics``, in prometheus_client's formats.
 
-The exposition formats are prometheus_client's; what it renders are *families* (one name, one type,
-one help text, all samples together), built anew for each scrape. Its own Counter and Histogram
-objects are not used: they lock, and add ``_created`` series that nobody asked for.
+What becomes of requests is counted as each of them ends (requests/metrics.py); what is so at the
+moment, or is counted elsewhere, is read at each scrape.
 """
 
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+import time
+from collections.abc import Callable, Iterable, Iterator
 
-from prometheus_client import CollectorRegistry, Metric
+from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from coordinator.cluster.pools import Pool
-from coordinator.http.connections.kept import Connections
-from coordinator.jobs.engine.gate import Gate
-from coordinator.loop.lag import LoopLag
-from coordinator.requests.metrics import counter_family
-from coordinator.text.workers import TextWorkers
-from coordinator.validation.bodies import Budget
-from protocol.logs import LOG_LINES_DROPPED
+from coordinator.http.frontend import Frontend
+from protocol.logs import LOG_LINES_DROPPED, num_dropped_lines
 
 BLOCK_STATES = ("total", "free", "owned", "in_flight", "cached")
+COUNTER, GAUGE = CounterMetricFamily, GaugeMetricFamily
+Kind = type[CounterMetricFamily] | type[GaugeMetricFamily]
 
-
-class _RankFigure(NamedTuple):
-    """A counter of a leader's heartbeat that is exported."""
-
-    name: str  # of the family, without its suffix
-    is_counter: bool
-    help: str
-
-
-RANK_FIGURES = {
-    "store_disk_bytes": _RankFigure("store_disk_bytes", False, "Bytes of packs on disk"),
-    "store_disk_quota_bytes": _RankFigure(
-        "store_disk_quota_bytes", False, "Bytes that packs may take on disk"
-    ),
-    "store_packs": _RankFigure("store_packs", False, "Packs on disk"),
-    "store_packs_evicted": _RankFigure("store_packs_evicted", True, "Packs given up for room"),
-    "store_packs_damaged": _RankFigure("store_packs_damaged", True, "Packs found damaged"),
-    "store_written_bytes": _RankFigure("store_written_bytes", True, "Bytes written to packs"),
-    "store_loaded_blocks": _RankFigure("store_loaded_blocks", True, "Blocks read from packs"),
-    "store_lent_blocks": _RankFigure("store_lent_blocks", True, "Blocks handed to other pools"),
+# Counters of a leader's heartbeat that are shown under the same name, by pool.
+RANK_FIGURES: dict[str, tuple[Kind, str]] = {
+    "store_disk_bytes": (GAUGE, "Bytes of packs on disk"),
+    "store_disk_quota_bytes": (GAUGE, "Bytes that packs may take on disk"),
+    "store_packs": (GAUGE, "Packs on disk"),
+    "store_packs_evicted": (COUNTER, "Packs given up for room"),
+    "store_packs_damaged": (COUNTER, "Packs found damaged"),
+    "store_written_bytes": (COUNTER, "Bytes written to packs"),
+    "store_loaded_blocks": (COUNTER, "Blocks read from packs"),
+    "store_lent_blocks": (COUNTER, "Blocks handed to other pools"),
 }
+FIGURES: tuple[tuple[str, Kind, str, Callable[[Frontend, float], float]], ...] = (
+    ("requests_active", GAUGE, "Requests that have not ended",
+     lambda f, _: f.service.loads.num_active),
+    ("requests_leaked", GAUGE, "Ended requests that a pool still holds blocks of",
+     lambda f, now: f.service.num_leaked(now)),
+    ("requests_quarantined", COUNTER, "Requests refused since pools died of them",
+     lambda f, _: f.service.num_quarantined),
+    ("coordinator_loop_lag_seconds", GAUGE, "Largest lag of the event loop of late",
+     lambda f, now: f.lag.largest(now)),
+    ("coordinator_loop_step_seconds", GAUGE,
+     "Largest such lag, less what its thread has waited for a core",
+     lambda f, now: f.lag.longest_step_s(now)),
+    ("coordinator_loop_stalls", COUNTER, "Times that the event loop was late",
+     lambda f, _: f.lag.num_stalls),
+    ("body_bytes", GAUGE, "Bytes of bodies that are being received or read",
+     lambda f, _: f.bodies.num_bytes),
+    ("texts_waiting", GAUGE, "Requests that wait for a text worker",
+     lambda f, _: f.workers.num_waiting),
+    ("texts", COUNTER, "Requests that text workers have read",
+     lambda f, _: f.workers.counters["done"]),
+    ("connections_open", GAUGE, "Open HTTP connections", lambda f, _: len(f.connections)),
+    ("connections_max", GAUGE, "HTTP connections that may be open",
+     lambda f, _: f.connections.max_open),
+    ("connections_refused", COUNTER, "Refused, since all were at work",
+     lambda f, _: f.connections.num_refused),
+    ("connections_closed_idle", COUNTER, "Closed to make room for others",
+     lambda f, _: f.connections.num_closed_idle),
+    ("accept_errors", COUNTER, "Times that the system had no connection",
+     lambda f, _: f.connections.num_accept_errors),
+    ("jobs_set_aside", GAUGE, "Jobs that wait to be tried again by hand",
+     lambda f, _: f.jobs.gate.num_set_aside),
+    ("jobs_held_seconds", GAUGE, "Time until jobs are begun again",
+     lambda f, _: f.jobs.gate.held_s),
+    ("jobs_deaths", COUNTER, "Earlier coordinators that died with jobs in work",
+     lambda f, _: f.jobs.gate.num_deaths),
+)  # fmt: skip
 
 
-def request_families(num_active: int, num_leaked: int) -> Iterator[Metric]:
-    """How many requests there are."""
-    yield _gauge("requests_active", "Requests that have not ended", num_active)
-    yield _gauge("requests_leaked", "Ended requests that a pool still holds blocks of", num_leaked)
+def render(frontend: Frontend, accept: str) -> tuple[bytes, str]:
+    """(body, content type) in the format that a scraper asks for by its Accept header."""
+    encode, content_type = choose_encoder(accept)
+    return encode(_Page(frontend)), content_type
 
 
-def lag_families(lag: LoopLag, now: float) -> Iterator[Metric]:
-    """How late the event loop runs."""
-    yield _gauge(
-        "coordinator_loop_lag_seconds", "Largest lag of the event loop of late", lag.largest(now)
-    )
-    yield _gauge(
-        "coordinator_loop_step_seconds",
-        "Largest such lag, less what its thread has waited for a core",
-        lag.longest_step_s(now),
-    )
-    yield counter_family(
-        "coordinator_loop_stalls", "Times that the event loop was late", lag.num_stalls
-    )
+class _Page(Collector):
+    def __init__(self, frontend: Frontend) -> None:
+        self._frontend = frontend
+
+    def collect(self) -> Iterable[Metric]:
+        frontend, now = self._frontend, time.monotonic()
+        yield from frontend.metrics.registry.collect()
+        num_tokens = frontend.metrics.num_output_tokens
+        yield COUNTER("baton_output_tokens", "Tokens delivered to callers", value=num_tokens)
+        for name, kind, text, read in FIGURES:
+            yield kind(f"baton_{name}", text, value=read(frontend, now))
+        yield from _counted_elsewhere(frontend)
+        yield from pool_families(frontend.registry.pools.values())
 
 
-def text_families(workers: TextWorkers, bodies: Budget) -> Iterator[Metric]:
-    """What is read of requests, and by whom."""
-    yield _gauge("body_bytes", "Bytes of bodies that are being received or read", bodies.num_bytes)
-    yield _gauge("texts_waiting", "Requests that wait for a text worker", workers.num_waiting)
-    yield counter_family("texts", "Requests that text workers have read", workers.counters["done"])
-    family = CounterMetricFamily(
+def _counted_elsewhere(frontend: Frontend) -> Iterator[Metric]:
+    lost = COUNTER(
         "baton_text_workers_lost", "Text workers that have ended in a task", labels=["reason"]
     )
     for reason in ("late", "crashed", "worn", "starting"):
-        family.add_metric([reason], workers.counters[f"lost_{reason}"])
-    yield family
-
-
-def connection_families(connections: Connections[Any]) -> Iterator[Metric]:
-    """How many callers are connected, and what was done about too many."""
-    yield _gauge("connections_open", "Open HTTP connections", len(connections))
-    yield _gauge("connections_max", "HTTP connections that may be open", connections.max_open)
-    yield counter_family(
-        "connections_refused", "Refused, since all were at work", connections.num_refused
+        lost.add_metric([reason], frontend.workers.counters[f"lost_{reason}"])
+    flawed = COUNTER(
+        "baton_non_finite_logits",
+        "Requests whose logits were not finite, by the pool that made them",
+        labels=["pool"],
     )
-    yield counter_family(
-        "connections_closed_idle", "Closed to make room for others", connections.num_closed_idle
-    )
-    yield counter_family(
-        "accept_errors", "Times that the system had no connection", connections.num_accept_errors
-    )
-
-
-def log_families(num_dropped: int, pools: Iterable[Pool]) -> Iterator[Metric]:
-    """Lines that the coordinator and the ranks have said and nobody will see."""
-    family = CounterMetricFamily(
+    for pool_id, count in sorted(frontend.service.num_non_finite.items()):
+        flawed.add_metric([pool_id], count)
+    dropped = COUNTER(
         "baton_log_lines_dropped", "Log lines that were not written", labels=["process"]
     )
-    family.add_metric(["coordinator"], num_dropped)
-    for pool in pools:
+    dropped.add_metric(["coordinator"], num_dropped_lines())
+    for pool in frontend.registry.pools.values():
         for number, rank in sorted(pool.ranks.items()):
             if rank.heartbeat is not None:
-                count = rank.heartbeat.counters.get(LOG_LINES_DROPPED, 0)
-                family.add_metric([f"{pool.pool_id}/{number}"], count)
-    yield family
-
-
-def job_families(gate: Gate) -> Iterator[Metric]:
-    """Documents and batches that this process has died of."""
-    yield _gauge("jobs_set_aside", "Jobs that wait to be tried again by hand", gate.num_set_aside)
-    yield _gauge("jobs_held_seconds", "Time until jobs are begun again", gate.held_s)
-    yield counter_family(
-        "jobs_deaths", "Earlier coordinators that died with jobs in work", gate.num_deaths
-    )
+                num_lines = rank.heartbeat.counters.get(LOG_LINES_DROPPED, 0)
+                dropped.add_metric([f"{pool.pool_id}/{number}"], num_lines)
+    yield from (lost, flawed, dropped)
 
 
 def pool_families(pools: Iterable[Pool]) -> Iterator[Metric]:
     """How the pools are, and what their leaders count."""
-    pools = list(pools)
-    serving = GaugeMetricFamily("baton_pool_serving", "Whether a pool serves", labels=["pool"])
-    blocks = GaugeMetricFamily(
+    serving = GAUGE("baton_pool_serving", "Whether a pool serves", labels=["pool"])
+    blocks = GAUGE(
         "baton_blocks", "KV blocks of a pool by their state", labels=["pool", "space", "state"]
     )
-    figures = {name: _labelled(figure) for name, figure in RANK_FIGURES.items()}
+    figures = {
+        name: kind(f"baton_{name}", text, labels=["pool"])
+        for name, (kind, text) in RANK_FIGURES.items()
+    }
     for pool in pools:
         serving.add_metric([pool.pool_id], int(pool.is_serving))
         heartbeat = pool.ranks[0].heartbeat if 0 in pool.ranks else None
@@ -141,28 +139,3 @@ def pool_families(pools: Iterable[Pool]) -> Iterator[Metric]:
     yield serving
     yield blocks
     yield from (family for family in figures.values() if family.samples)
-
-
-def render(families: Iterable[Metric], accept: str = "") -> tuple[bytes, str]:
-    """(body, content type) in the format that a scraper asks for by its Accept header."""
-    encode, content_type = choose_encoder(accept)
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Collected(list(families)))
-    return encode(registry), content_type
-
-
-class _Collected(Collector):
-    def __init__(self, families: list[Metric]) -> None:
-        self._families = families
-
-    def collect(self) -> Iterable[Metric]:
-        return self._families
-
-
-def _gauge(name: str, help_text: str, value: float) -> Metric:
-    return GaugeMetricFamily(f"baton_{name}", help_text, value=value)
-
-
-def _labelled(figure: _RankFigure) -> Any:  # noqa: ANN401 - both kinds have the same add_metric
-    kind = CounterMetricFamily if figure.is_counter else GaugeMetricFamily
-    return kind(f"baton_{figure.name}", figure.help, labels=["pool"])

@@ -20,7 +20,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
 from coordinator.config import Limits
-from coordinator.http.connections.limits import SCOPE_IS_UPLOAD
+from coordinator.http.entry import SCOPE_IS_UPLOAD
 from coordinator.jobs.engine.disk import check_space, told_when_full
 from protocol.errors import RequestError
 

@@ -13,8 +13,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from starlette.types import ASGIApp, Receive, Scope, Send
-
 URGENT_PATHS = frozenset({"/health", "/ready", "/metrics"})
 TURN_S = 0.003  # of a pass
 
@@ -110,16 +108,3 @@ def _begun(turn: asyncio.Future[None]) -> bool:
         return False
     turn.set_result(None)
     return True
-
-
-class InTurns:
-    """Begins each request when it is its turn; what asks how we are is answered at once."""
-
-    def __init__(self, app: ASGIApp, turns: Turns) -> None:
-        self._app = app
-        self._turns = turns
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in URGENT_PATHS:
-            await self._turns.take(Lane.NEW)
-        await self._app(scope, receive, send)

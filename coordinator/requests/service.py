@@ -16,7 +16,9 @@
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 from coordinator.cluster.placement import Placement, computed_by, needs
@@ -28,7 +30,6 @@ from coordinator.requests.admission import Admission, Rush
 from coordinator.requests.failover import Failover, overdue, pools_to_ask
 from coordinator.requests.holding import Holding
 from coordinator.requests.judging import Judge
-from coordinator.requests.metrics import Metrics
 from coordinator.requests.quarantine import fingerprint
 from protocol.errors import RequestError
 from protocol.messages import (
@@ -71,6 +72,28 @@ class StoreListener(Protocol):
     def on_pool_serving(self, pool_id: str) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """What whoever drives a service lends it.
+
+    Attributes:
+        spread: runs what walks over all requests, in slices or at once.
+        observed: the clock of all budgets, from monotonic seconds.
+        num_tenants: who share the room at the moment.
+        on_ended: told of each request that has ended.
+        on_gone: told of each request of which nothing is kept any more.
+    """
+
+    spread: Callable[[Iterator[None]], None] = at_once
+    observed: Callable[[float], float] = lambda now: now
+    num_tenants: Callable[[], int] = lambda: 1
+    on_ended: Callable[[Request], None] = lambda _: None
+    on_gone: Callable[[Request], None] = lambda _: None
+
+
+PLAIN = Ports()  # of a driver without a loop
+
+
 class Service:
     """All requests of the cluster.
 
@@ -78,10 +101,7 @@ class Service:
         config: thresholds and budgets.
         registry: which pools serve.
         send: sends a message to a pool's leader; does not block and does not fail.
-        spread: runs what walks over all requests, in slices or at once.
-        observed: the clock of all budgets, from monotonic seconds.
-        num_tenants: who share the room at the moment.
-        on_gone: told of each request of which nothing is kept any more.
+        ports: see there.
     """
 
     def __init__(
@@ -89,23 +109,19 @@ class Service:
         config: CoordinatorConfig,
         registry: Registry,
         send: Callable[[str, ToRank], None],
-        *,
-        spread: Callable[[Iterator[None]], None] = at_once,
-        observed: Callable[[float], float] = lambda now: now,
-        num_tenants: Callable[[], int] = lambda: 1,
-        on_gone: Callable[[Request], None] = lambda _: None,
+        ports: Ports,
     ) -> None:
-        self.metrics = Metrics()
+        self.num_quarantined = 0  # requests refused since pools died of them
+        self.num_non_finite: Counter[str] = Counter()  # requests, by the pool that failed them
         self.listener: StoreListener | None = None
         self.rush = Rush()  # of requests for which somebody waits
         self.loads = Loads()  # of all requests
-        self.admission = Admission(config.limits, num_tenants)
+        self.admission = Admission(config.limits, ports.num_tenants)
         self.placement = Placement(config, registry)
         self._config = config
         self._send = send
-        self._observed = observed
-        self._spread = spread
-        self._on_gone = on_gone
+        self._observed, self._spread = ports.observed, ports.spread
+        self._on_ended, self._on_gone = ports.on_ended, ports.on_gone
         self.holding = Holding(send, self._forget)
         self.requests = self.holding.requests
         self._failover = Failover(config)
@@ -285,7 +301,7 @@ class Service:
         self, request: Request, pool_id: str, message: RequestFailed, now: float
     ) -> None:
         """A pool cannot go on with it: another one may, or else it ends."""
-        self.metrics.num_non_finite[pool_id] += message.code == NoToken.NON_FINITE
+        self.num_non_finite[pool_id] += message.code == NoToken.NON_FINITE
         verdict = self._judge.on_failed(request, pool_id, message, request.heard_at)
         if verdict.goes_on:
             self._lose(request, verdict.error, now, home=verdict.home, pause=verdict.pause)
@@ -354,7 +370,7 @@ class Service:
 
     def _lose_pool(self, request: Request, pool_id: str, now: float, *, is_guilty: bool) -> None:
         if is_guilty:
-            self.metrics.num_quarantined += 1
+            self.num_quarantined += 1
             _log.error("%s is quarantined: pools died of it", request.request_id)
             self._fail(request, quarantined(), now)
             return
@@ -461,7 +477,7 @@ class Service:
         request.timeline.mark(TimelineEvent.FINISHED, now)
         request.forget_tokens()
         self._failover.forget(request)
-        self.metrics.observe(request)
+        self._on_ended(request)
         self.holding.end(request, now, tell_pools=tell_pools)
 
     def _forget(self, request: Request, now: float) -> None:

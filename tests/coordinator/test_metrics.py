@@ -8,17 +8,19 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from coordinator.http.metrics import (
-    RANK_FIGURES,
-    lag_families,
-    pool_families,
-    render,
-    request_families,
-)
+from coordinator.config import CoordinatorConfig, ExpectedPool
+from coordinator.http.connections.kept import Connections
+from coordinator.http.metrics import RANK_FIGURES, render
 from coordinator.loop.lag import LoopLag
-from coordinator.requests.metrics import Histogram, Metrics
+from coordinator.node import CoordinatorNode
+from coordinator.request import Request
+from coordinator.requests.metrics import RequestMetrics
 from protocol.messages import BlockCounts
+from protocol.request import SamplingParams
+from protocol.timeline import TimelineEvent
+from protocol.token_ids import TokenIds
 
+EDGES = ("0.01", "0.025", "0.5", "+Inf")
 BIG = 2**53 - 1  # a counter of bytes has more than six digits
 
 
@@ -32,22 +34,37 @@ def pool(pool_id: str, counters: dict[str, float]) -> Any:
     )
 
 
+def ended(outcome: str, first_token_s: float) -> Request:
+    request = Request(
+        request_id="r",
+        prompt_token_ids=TokenIds.of((1, 2, 3)),
+        sampling=SamplingParams(max_tokens=1),
+        tenant="tenant",
+        error_code=outcome,
+    )
+    request.timeline.mark(TimelineEvent.ARRIVED, 1.0)
+    request.timeline.mark(TimelineEvent.FIRST_TOKEN, 1.0 + first_token_s)
+    return request
+
+
 def page(accept: str = "") -> tuple[str, str]:
-    metrics = Metrics()
-    metrics._outcomes.update({"length": 2, 'odd "name"\n\\': 1})
-    metrics._first_token.observe(0.02)
-    metrics._first_token.observe(1e9)
+    metrics = RequestMetrics()
+    for outcome, first_token_s in (("x", 0.02), ("x", 0.3), ('odd "name"\n\\', 1e9)):
+        metrics.observe(ended(outcome, first_token_s))
     stored = dict.fromkeys(RANK_FIGURES, float(BIG))
     pools = [pool("prefill0", {}), pool("store0", stored), pool("store1", stored)]
-    body, content_type = render(
-        (
-            *metrics.families(),
-            *request_families(3, 0),
-            *lag_families(LoopLag(), 0.0),
-            *pool_families(pools),
-        ),
-        accept,
+    config = CoordinatorConfig("t", "arithmetic", (ExpectedPool("d", "decode", 1, 1),))
+    frontend: Any = SimpleNamespace(
+        metrics=metrics,
+        service=CoordinatorNode(config, "model", epoch=1).service,
+        registry=SimpleNamespace(pools={pool.pool_id: pool for pool in pools}),
+        lag=LoopLag(),
+        bodies=SimpleNamespace(num_bytes=0),
+        workers=SimpleNamespace(num_waiting=0, counters=Counter(done=3)),
+        connections=Connections(8),
+        jobs=SimpleNamespace(gate=SimpleNamespace(num_set_aside=0, held_s=0.0, num_deaths=0)),
     )
+    body, content_type = render(frontend, accept)
     return body.decode(), content_type
 
 
@@ -70,14 +87,7 @@ def test_both_formats_are_whole(accept: str, parse: Any, kind: str) -> None:
     }
     assert samples["baton_store_written_bytes_total", ("pool", "store1")] == BIG
     assert samples["baton_requests_total", ("outcome", 'odd "name"\n\\')] == 1
-    assert samples["baton_time_to_first_token_seconds_bucket", ("le", "+Inf")] == 2
-    assert samples["baton_time_to_first_token_seconds_count",] == 2
+    buckets = {le: samples["baton_time_to_first_token_seconds_bucket", ("le", le)] for le in EDGES}
+    assert buckets == {"0.01": 0, "0.025": 1, "0.5": 2, "+Inf": 3}, "cumulative"
+    assert samples["baton_time_to_first_token_seconds_count",] == 3
     assert not any(name.endswith("_created") for name, *_ in samples)
-
-
-def test_a_histogram_is_cumulative() -> None:
-    histogram = Histogram((1.0, 2.0))
-    for value in (0.5, 1.0, 1.5, 99.0):
-        histogram.observe(value)
-    buckets = [s.value for s in histogram.family("seconds", "Some").samples if "le" in s.labels]
-    assert buckets == [2, 3, 4]

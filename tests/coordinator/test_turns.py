@@ -10,8 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.types import Message, Receive, Scope, Send
 
+from coordinator.auth import Tenants
+from coordinator.config import Limits
+from coordinator.http.connections.origins import Origins
+from coordinator.http.entry import Door, Entry
 from coordinator.loop.slices import PART_HASHES, PART_TOKENS, SLICE_S, Slices, parts_of
-from coordinator.loop.turns import TURN_S, InTurns, Lane, Turns
+from coordinator.loop.turns import TURN_S, Lane, Turns
 from protocol.messages import CacheUpdate, NewToken, Tokens
 
 PIECE_S = 0.001
@@ -106,10 +110,19 @@ def test_who_asks_how_we_are_waits_for_nobody(path: str) -> None:
             clock.now += PIECE_S
             order.append(scope["path"])
 
-        in_turns = InTurns(app, Turns(TURN_S, clock))
+        entry = Entry(
+            app,
+            limits=Limits(),
+            origins=Origins((), ()),
+            tenants=Tenants((), ""),
+            door=Door(),
+            turns=Turns(TURN_S, clock),
+        )
         asked = ["/v1/completions"] * 1000 + [path]
-        scopes: list[Scope] = [{"type": "http", "path": one} for one in asked]
-        await asyncio.gather(*(in_turns(scope, receive, send) for scope in scopes))
+        scopes: list[Scope] = [
+            {"type": "http", "method": "GET", "path": one, "headers": []} for one in asked
+        ]
+        await asyncio.gather(*(entry(scope, receive, send) for scope in scopes))
 
     async def receive() -> Message:
         raise AssertionError("nobody reads")

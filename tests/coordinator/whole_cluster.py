@@ -15,7 +15,7 @@ from coordinator.config import CoordinatorConfig, ExpectedPool
 from coordinator.node import CoordinatorNode, Report, Send
 from coordinator.request import Request
 from coordinator.requests.delivery import Delivery
-from coordinator.requests.service import at_once
+from coordinator.requests.service import Ports, at_once
 from decode.batch import SchedulerLimits
 from decode.scheduler import DecodeScheduler
 from engine.rank_node import RankNode
@@ -224,7 +224,11 @@ class WholeCluster:
         self.slices: deque[Iterator[None]] = deque()
         spread = self.slices.append if in_slices else at_once
         self.node = CoordinatorNode(
-            self.config, FINGERPRINT, epoch=1, spread=spread, wake=self._obey_coordinator
+            self.config,
+            FINGERPRINT,
+            epoch=1,
+            ports=Ports(spread=spread),
+            wake=self._obey_coordinator,
         )
         self.registry, self.service = self.node.registry, self.node.service
         self.pools: dict[str, Pool] = {}

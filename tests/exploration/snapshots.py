@@ -51,7 +51,9 @@ LEFT_OUT: dict[str, frozenset[str]] = {
     ),
     "RequestMemory": frozenset({"_facts", "_costs"}),
     "CoordinatorNode": frozenset({"is_complete"}),
-    "Service": frozenset({"metrics", "_config", "_is_sweeping", "admission", "loads"}),
+    "Service": frozenset(
+        {"num_non_finite", "num_quarantined", "_config", "_is_sweeping", "admission", "loads"}
+    ),
     "Holding": frozenset({"_ending"}),
     "Placement": frozenset({"_config"}),
     "Failover": frozenset({"_config"}),

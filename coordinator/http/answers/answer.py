@@ -176,7 +176,7 @@ class Answer(Response):
                 continue  # arrived after its stop string
             piece = choice.text.push(tokens)
             choice.num_tokens += len(piece.tokens)
-            self._frontend.service.metrics.num_output_tokens += len(piece.tokens)
+            self._frontend.metrics.num_output_tokens += len(piece.tokens)
             choice.unsent.extend(piece.tokens)
             if piece.finish_reason is not None:
                 choice.stop_reason = piece.stop_reason

@@ -1,4 +1,4 @@
-"""Which pages of a browser may use this server. Pure ASGI, and CORS from Starlette.
+"""Which pages of a browser may use this server. Pure; CORS is Starlette's.
 
 A server without keys trusts whoever reaches it, and a browser on this machine reaches it for every
 page that it shows. So without keys
@@ -17,11 +17,7 @@ from collections.abc import Iterable
 from typing import Any
 from urllib.parse import urlsplit
 
-from starlette.types import ASGIApp, Receive, Scope, Send
-
-from coordinator.auth import Tenants
 from coordinator.config import is_loopback
-from coordinator.errors import error_response
 from protocol.errors import RequestError
 
 CORS: dict[str, Any] = {
@@ -87,28 +83,3 @@ class Origins:
                 code="origin_not_allowed",
                 status=403,
             )
-
-
-class OriginMiddleware:
-    """Answers 403 itself, while there are no keys.
-
-    Args:
-        origins: what is accepted then.
-        tenants: tell, for each request, whether there are.
-    """
-
-    def __init__(self, app: ASGIApp, origins: Origins, tenants: Tenants) -> None:
-        self._app = app
-        self._origins = origins
-        self._tenants = tenants
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not self._tenants.has_keys:
-            try:
-                self._origins.check(scope["method"], scope["headers"])
-            except RequestError as error:
-                status, headers, body = error_response(error)
-                await send({"type": "http.response.start", "status": status, "headers": headers})
-                await send({"type": "http.response.body", "body": body})
-                return
-        await self._app(scope, receive, send)

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from fastapi.routing import APIRoute
+from starlette.routing import Route
 
 from coordinator.auth import OPEN_PATHS, Tenants
 from coordinator.http.api import build_app
@@ -28,9 +28,9 @@ def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def offered(site: Site) -> set[tuple[str, str]]:
     """(method, path) of all that the application offers."""
     app = build_app(site.running.coordinator.frontend, Tenants((KEY,), "secret"))
-    routes = [route for route in app.routes if isinstance(route, APIRoute)]
+    routes = [route for route in app.routes if isinstance(route, Route)]
     assert len(routes) == len(app.routes), "something else answers, too"
-    return {(method, route.path) for route in routes for method in route.methods}
+    return {(method, route.path) for route in routes for method in route.methods or ()}
 
 
 def named(path: str) -> str:
