@@ -26,6 +26,7 @@ from coordinator.http.start_report import PoolMemory, StartReport, make_report
 from coordinator.http.uploads import Upload, receive_upload
 from coordinator.jobs.context import Jobs
 from coordinator.jobs.questions.prompts import Opened
+from coordinator.jobs.questions.questions import open_document
 from coordinator.loop.lag import LoopLag
 from coordinator.loop.turns import Turns
 from coordinator.node import CoordinatorNode
@@ -193,4 +194,4 @@ class Frontend:
         Raises:
             RequestError: it cannot be used so.
         """
-        return await self.jobs.questions.open(tenant.name, document_id, form, param)
+        return await open_document(self.jobs.documents, tenant.name, document_id, form, param)

@@ -16,12 +16,10 @@ from pathlib import Path
 from coordinator.config import CoordinatorConfig
 from coordinator.jobs.batches.batch import Batch
 from coordinator.jobs.batches.batches import Batches, BatchParts
-from coordinator.jobs.batches.input import Inputs
 from coordinator.jobs.batches.lines import LineTable
 from coordinator.jobs.batches.work import BatchWork, LineServer
 from coordinator.jobs.documents.admission import Admission
 from coordinator.jobs.documents.document import Document
-from coordinator.jobs.documents.document_files import DocumentFiles
 from coordinator.jobs.documents.document_tokens import DocumentTokens
 from coordinator.jobs.documents.documents import Documents
 from coordinator.jobs.documents.identity import ModelFacts
@@ -36,8 +34,8 @@ from coordinator.jobs.engine.gate import Budget, Gate
 from coordinator.jobs.engine.marks import Marks, boot_id
 from coordinator.jobs.engine.table import JobTable
 from coordinator.jobs.files.files import Files
+from coordinator.jobs.files.folder import DurableFolder
 from coordinator.jobs.files.quotas import Quota
-from coordinator.jobs.questions.questions import Questions
 from coordinator.jobs.schema import prepare
 from coordinator.text.tasks import Workers
 from coordinator.text.tokenizing import TextIdentity
@@ -99,7 +97,6 @@ class Jobs:
         )
         self.documents = self._documents(dependencies, quota, crash_points)
         self.batches = self._batches(dependencies, crash_points)
-        self.questions = Questions(self.documents)
         self.recovered = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -123,7 +120,7 @@ class Jobs:
         config, ingestor = dependencies.config, dependencies.ingestor
         limits = config.jobs
         table = JobTable(self.database, Document, dependencies.clock, limits.max_events)
-        files = DocumentFiles(self.folder / "documents", crash_points)
+        files = DurableFolder(self.folder / "documents", "", crash_points)
         facts = ModelFacts(
             name=config.model_name,
             fingerprint=dependencies.model.fingerprint,
@@ -158,7 +155,7 @@ class Jobs:
             table=table,
             lines=LineTable(self.database, table),
             files=self.files,
-            inputs=Inputs(self.folder / "batches", crash_points),
+            inputs=DurableFolder(self.folder / "batches", "input", crash_points),
             gate=self.gate,
             limits=dependencies.config.batches,
         )

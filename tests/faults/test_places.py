@@ -14,11 +14,11 @@ import pytest
 
 from coordinator.config import BatchLimits, CoordinatorConfig, ExpectedPool
 from coordinator.jobs.documents.document import Document
-from coordinator.jobs.documents.document_files import DocumentFiles
 from coordinator.jobs.documents.document_tokens import DocumentTokens
 from coordinator.jobs.documents.identity import ModelFacts
 from coordinator.jobs.engine.database import Database
 from coordinator.jobs.files.files import BATCH, Files, StoredFile
+from coordinator.jobs.files.folder import DurableFolder
 from coordinator.jobs.schema import prepare
 from coordinator.text.in_process import InProcessWorkers
 from coordinator.text.tasks import Settings
@@ -108,13 +108,13 @@ def test_an_upload_that_a_full_disk_refuses_leaves_nothing(tmp_path: Path, place
 
 
 def test_a_source_that_a_full_disk_refuses_is_told(tmp_path: Path) -> None:
-    files = DocumentFiles(tmp_path / "documents", CrashPoints("jobs.file.write:fail"))
+    folder = DurableFolder(tmp_path / "documents", "", CrashPoints("jobs.file.write:fail"))
     (arrived := tmp_path / "arrived").write_bytes(b"abc")
     with pytest.raises(RequestError, match="disk is full"):
-        files.take_source("doc_a", arrived, is_ours=True)
+        folder.adopt(arrived, "doc_a.source")
     with pytest.raises(RequestError, match="disk is full"):
-        files.write("doc_a", "text", b"abc")
-    assert list(files.folder.path.iterdir()) == []
+        folder.write("doc_a.text", b"abc")
+    assert list(folder.path.iterdir()) == []
 
 
 def test_who_stops_an_encoding_finds_it_ended(tmp_path: Path) -> None:
@@ -122,8 +122,8 @@ def test_who_stops_an_encoding_finds_it_ended(tmp_path: Path) -> None:
 
     async def run() -> None:
         crash_points = CrashPoints("jobs.file.write.tokens:delay=0.2")
-        files = DocumentFiles(tmp_path, crash_points)
-        files.write("doc_a", "text", b"A text.")
+        files = DurableFolder(tmp_path, "", crash_points)
+        files.write("doc_a.text", b"A text.")
         config = CoordinatorConfig("t", "arithmetic", (ExpectedPool("d", "decode", 1, 1),))
         workers = InProcessWorkers(Settings(config, load_config("arithmetic"), os.getpid()))
         facts = ModelFacts("arithmetic", "f", 4, "float32", TextIdentity("", ""))
@@ -138,7 +138,7 @@ def test_who_stops_an_encoding_finds_it_ended(tmp_path: Path) -> None:
             encoding.cancel()
             await asyncio.wait({encoding})
         assert encoding.cancelled()
-        assert files.has("doc_a", "tokens")
+        assert (files / "doc_a.tokens").exists()
 
     asyncio.run(run())
 

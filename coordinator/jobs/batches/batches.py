@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from coordinator.config import BatchLimits
 from coordinator.errors import invalid_value
 from coordinator.jobs.batches.batch import ENDPOINTS, Batch
-from coordinator.jobs.batches.input import Inputs
 from coordinator.jobs.batches.lines import LineTable
 from coordinator.jobs.batches.states import BatchEvent, BatchState
 from coordinator.jobs.engine.disk import check_space
@@ -20,6 +19,7 @@ from coordinator.jobs.engine.gate import Gate
 from coordinator.jobs.engine.suspects import LINE, Name
 from coordinator.jobs.engine.table import Connection, JobTable
 from coordinator.jobs.files.files import BATCH, Files, StoredFile, new_file_id
+from coordinator.jobs.files.folder import DurableFolder
 from protocol.errors import RequestError
 
 WINDOWS = ("24h",)  # OpenAI's
@@ -47,7 +47,7 @@ class BatchParts:
     table: JobTable[Batch]
     lines: LineTable
     files: Files  # has the uploaded inputs, and will have the outputs
-    inputs: Inputs  # keeps what is being worked on
+    inputs: DurableFolder  # of batches that are not over; see input.py
     gate: Gate  # that all work goes through
     limits: BatchLimits
 
@@ -99,7 +99,7 @@ class Batches:
             )
 
         try:
-            await asyncio.to_thread(inputs.add, batch.id, files.path(file.file_id))
+            await asyncio.to_thread(inputs.link, files.path(file.file_id), batch.id)
             await self.table.insert(batch, check)
         except FileNotFoundError as error:  # deleted in this moment
             raise RequestError(

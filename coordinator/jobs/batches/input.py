@@ -1,13 +1,13 @@
 """The input of a batch: a link to the uploaded file, read line by line.
 
-1. At the batch's creation the file is linked, so that its deletion takes nothing from the batch.
+1. ``Batches.create`` links the file, so that its deletion takes nothing from the batch.
 2. ``LineReader``, in a text worker, checks every line and notes where it is; nothing of its body is
    kept.
 3. ``request_of``, too, reads one line again, when its turn has come.
 """
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,50 +15,23 @@ from typing import Any, BinaryIO
 from coordinator.config import BatchLimits, Limits
 from coordinator.errors import invalid_value
 from coordinator.jobs.batches.batch import DOCUMENTS, Line, LineEdit, LineError
-from coordinator.jobs.files.folder import DurableFolder
 from coordinator.validation.bodies import Body
 from coordinator.validation.json_body import parse_json
-from protocol.crash_points import CrashPoints
 from protocol.errors import RequestError
 
 CUSTOM = "custom:"  # a document_id that begins so names a line of the same batch
 MAX_CUSTOM_ID_CHARS = 512
 
 
-class Inputs:
-    """The inputs of all batches that are not over. The methods that write block.
-
-    Args:
-        path: of the folder, for them alone.
-        crash_points: told of what becomes durable.
-    """
-
-    def __init__(self, path: Path, crash_points: CrashPoints | None = None) -> None:
-        self.folder = DurableFolder(path, crash_points)
-
-    def add(self, batch_id: str, source: Path) -> None:
-        """Keep a file, on the same disk, as the input of a batch until ``remove``."""
-        self.folder.link(source, batch_id, "input")
-
-    def remove(self, batch_id: str) -> None:
-        """Idempotent."""
-        self.folder.remove(batch_id, "input")
-
-    def recover(self, batch_ids: Collection[str]) -> None:
-        """Remove what an earlier process has left, but for the inputs of these batches."""
-        self.folder.sweep(batch_ids, "input")
-
-    @contextmanager
-    def whole(self, batch_id: str) -> Iterator[Body]:
-        """All lines, for :class:`LineReader`."""
-        with (self.folder.path / batch_id).open("rb") as file:
-            yield Body(file=file.fileno(), length=os.fstat(file.fileno()).st_size)
-
-    @contextmanager
-    def line(self, batch_id: str, line: Line, edit: LineEdit) -> Iterator[Body]:
-        """The request of a line, for :func:`request_of`."""
-        with (self.folder.path / batch_id).open("rb") as file:
-            yield Body(file=file.fileno(), offset=line.offset, length=line.size, line=edit)
+@contextmanager
+def opened(path: Path, line: Line | None = None, edit: LineEdit | None = None) -> Iterator[Body]:
+    """All lines of an input, for :class:`LineReader`; or one of them, for :func:`request_of`."""
+    with path.open("rb") as file:
+        number = file.fileno()
+        if line is None:
+            yield Body(file=number, length=os.fstat(number).st_size)
+        else:
+            yield Body(file=number, offset=line.offset, length=line.size, line=edit)
 
 
 def request_of(data: bytes, edit: LineEdit, limits: Limits) -> dict[str, Any]:

@@ -91,8 +91,6 @@ class LineTable:
 
         def work(connection: Connection) -> Batch:
             batch = self._batches.found(connection, batch_id)
-            if batch is None:
-                raise self._batches.not_found()
             if batch.state is not BatchState.IN_PROGRESS:
                 raise conflict("not_retryable", batch, "its lines are not answered any more")
             failed = connection.execute(
@@ -115,7 +113,7 @@ class LineTable:
 
         def work(connection: Connection) -> None:
             batch = self._batches.found(connection, batch_id)
-            if batch is None or batch.state is not BatchState.IN_PROGRESS:
+            if batch.state is not BatchState.IN_PROGRESS:
                 return
             done = connection.execute(
                 "UPDATE line SET is_done = 1 WHERE batch_id = ? AND line = ? AND is_done = 0",

@@ -11,7 +11,6 @@ line that this process has died of is set aside (engine/gate.py).
 
 import asyncio
 import logging
-import time
 import uuid
 from collections.abc import Awaitable, Callable, Collection
 from typing import Any, Protocol, TypeVar
@@ -29,12 +28,13 @@ from coordinator.jobs.batches.batch import (
     answered,
 )
 from coordinator.jobs.batches.batches import BatchParts, line_key
+from coordinator.jobs.batches.input import opened
 from coordinator.jobs.batches.output import write_files
 from coordinator.jobs.batches.states import RUNNING, BatchEvent, BatchState
 from coordinator.jobs.engine.job import Failure, JobEvent, Kind, WorkLimits
 from coordinator.jobs.engine.suspects import LINE, Work
 from coordinator.jobs.engine.table import Connection
-from coordinator.jobs.engine.turns import FairSlots, Turns
+from coordinator.jobs.engine.turns import FairSlots
 from coordinator.jobs.files.files import StoredFile, insert_file
 from coordinator.text.tasks import Lines, ReadLines, Workers
 from coordinator.validation.bodies import Body
@@ -87,13 +87,13 @@ class BatchWork(Kind[Batch]):
         )
         self._parts = parts
         self._workers = workers
-        self._validating = FairSlots(Turns(1, 1), time.monotonic)
-        self._slots = FairSlots(Turns(limits.max_running, limits.max_running), time.monotonic)
+        self._validating = FairSlots(1, 1)
+        self._slots = FairSlots(limits.max_running, limits.max_running)
 
     async def work(self, job: Batch, on_progress: Callable[[], None]) -> None:
         # A state that was entered before this task could be aborted must be seen.
-        batch = await self._parts.table.find(job.id)
-        while batch is not None and batch.is_pending:
+        batch = await self._parts.table.get(job.tenant, job.id)
+        while batch.is_pending:
             batch = await self._step(batch)
             on_progress()
 
@@ -128,10 +128,10 @@ class BatchWork(Kind[Batch]):
         await self._parts.files.remove_expired()
 
     async def recover(self, known: Collection[str]) -> None:
-        await asyncio.to_thread(self._parts.inputs.recover, known)
+        await asyncio.to_thread(self._parts.inputs.sweep, known)
 
     async def _validate(self, batch: Batch) -> Batch:
-        with self._parts.inputs.whole(batch.id) as body:
+        with opened(self._parts.inputs / batch.id) as body:
             found = await self._workers.run(batch.tenant, ReadLines(batch.endpoint), body)
         assert isinstance(found, Lines), found
         if errors := tuple(found.errors):
@@ -271,7 +271,7 @@ class BatchWork(Kind[Batch]):
         try:
             if line.depends_on is not None and claim.document_id is None:
                 raise _dependency_failed()
-            with self._parts.inputs.line(batch.id, line, edit) as body:
+            with opened(self._parts.inputs / batch.id, line, edit) as body:
                 if is_document:
                     # It waits for other work, the document's, which goes through the gate itself.
                     return await self.server.serve(batch.tenant, line.url, body, request_id)

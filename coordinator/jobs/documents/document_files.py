@@ -9,59 +9,27 @@ import hashlib
 import struct
 import sys
 from array import array
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from coordinator.jobs.files.folder import DurableFolder
-from protocol.crash_points import CrashPoints
 from protocol.errors import RequestError
 from protocol.token_ids import TokenIds
 
-SOURCE, TEXT, TOKENS = "source", "text", "tokens"
 _MAGIC = b"BTK1"
 _HEADER = struct.Struct("<4sQ16s")
 _TYPECODE = "I"  # four bytes, wherever Python runs today
 
 
-class DocumentFiles:
-    """A folder of such files. Its methods block: call them in a thread.
+def file_names(document_id: str) -> tuple[str, str, str]:
+    """Of the source, the text and the tokens."""
+    return f"{document_id}.source", f"{document_id}.text", f"{document_id}.tokens"
 
-    Args:
-        path: of the folder.
-        crash_points: told of what becomes durable.
-    """
 
-    def __init__(self, path: Path, crash_points: CrashPoints | None = None) -> None:
-        self.folder = DurableFolder(path, crash_points)
-
-    def path(self, document_id: str, kind: str) -> Path:
-        return self.folder.path / f"{document_id}.{kind}"
-
-    def has(self, document_id: str, kind: str) -> bool:
-        return self.path(document_id, kind).exists()
-
-    def write(self, document_id: str, kind: str, data: bytes | memoryview) -> None:
-        """Returns when the file is on the disk."""
-        self.folder.write(f"{document_id}.{kind}", data, kind)
-
-    def write_tokens(self, document_id: str, token_ids: Sequence[int]) -> None:
-        data = TokenIds.of(token_ids).little()
-        digest = hashlib.blake2b(data, digest_size=16).digest()
-        self.write(document_id, TOKENS, _HEADER.pack(_MAGIC, len(token_ids), digest) + data)
-
-    def take_source(self, document_id: str, path: Path, *, is_ours: bool) -> None:
-        """Take over an uploaded file of the same disk, or copy one that stays another's."""
-        take = self.folder.adopt if is_ours else self.folder.copy
-        take(path, f"{document_id}.{SOURCE}", SOURCE)
-
-    def remove(self, document_id: str, *kinds: str) -> None:
-        """Remove some, or all, of a document's files. Idempotent."""
-        for kind in kinds or (SOURCE, TEXT, TOKENS):
-            self.folder.remove(f"{document_id}.{kind}", kind)
-
-    def recover(self, known: Collection[str]) -> int:
-        """Remove what was left of unknown documents; how many files that were."""
-        return self.folder.sweep(known, SOURCE)
+def packed_tokens(token_ids: Sequence[int]) -> bytes:
+    """Token ids as they lie in their file."""
+    data = TokenIds.of(token_ids).little()
+    digest = hashlib.blake2b(data, digest_size=16).digest()
+    return _HEADER.pack(_MAGIC, len(token_ids), digest) + data
 
 
 def read_text(folder: Path, document_id: str) -> str:
@@ -71,7 +39,7 @@ def read_text(folder: Path, document_id: str) -> str:
         RequestError: it is not there, or no text.
     """
     try:
-        return (folder / f"{document_id}.{TEXT}").read_bytes().decode("utf-8")
+        return (folder / f"{document_id}.text").read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise _damaged("text") from error
 
@@ -83,7 +51,7 @@ def read_tokens(folder: Path, document_id: str) -> tuple[int, ...]:
         RequestError: they are not there, or not as they were written.
     """
     try:
-        content = (folder / f"{document_id}.{TOKENS}").read_bytes()
+        content = (folder / f"{document_id}.tokens").read_bytes()
         magic, count, digest = _HEADER.unpack_from(content)
     except (OSError, struct.error) as error:
         raise _damaged("tokens") from error

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from coordinator.jobs.documents.document import Document
-from coordinator.jobs.documents.document_files import TOKENS, DocumentFiles
+from coordinator.jobs.documents.document_files import file_names, packed_tokens
 from coordinator.jobs.documents.identity import MODEL_CHANGED, OF_TOKENS, ModelFacts, mismatch
+from coordinator.jobs.files.folder import DurableFolder
 from coordinator.text.tasks import Encoded, EncodeDocument, LoadDocument, PackedPrompt, Workers
 from coordinator.text.tokenizing import Prompt
 from protocol.errors import RequestError
@@ -37,10 +38,10 @@ class DocumentTokens:
         facts: of the model.
     """
 
-    def __init__(self, files: DocumentFiles, workers: Workers, facts: ModelFacts) -> None:
+    def __init__(self, files: DurableFolder, workers: Workers, facts: ModelFacts) -> None:
         self.facts = facts
         self._files = files
-        self._folder = str(files.folder.path)
+        self._folder = str(files.path)
         self._workers = workers
         self._kept: OrderedDict[str, Prompt] = OrderedDict()
 
@@ -52,7 +53,7 @@ class DocumentTokens:
         """Whether its tokens are what would be made of it now, and need not be made."""
         if not document.num_tokens or self.mismatch(document) in OF_TOKENS:
             return False
-        return self._files.has(document.id, TOKENS)
+        return (self._files / file_names(document.id)[2]).exists()
 
     def is_current(self, document: Document) -> bool:
         """Whether it is prepared: its KV is of use as the model is served now, if it is stored."""
@@ -88,7 +89,8 @@ class DocumentTokens:
         found = await self._workers.run(document.tenant, task)
         assert isinstance(found, Encoded), found
         prompt = found.prompt.unpacked()
-        await finished(self._files.write_tokens, document.id, prompt.token_ids)
+        packed = await asyncio.to_thread(packed_tokens, prompt.token_ids)
+        await finished(self._files.write, file_names(document.id)[2], packed)
         self.keep(document.id, prompt)
         return Encoding(prompt, found.shown, found.varies_with)
 

@@ -14,7 +14,7 @@ import msgspec
 
 from coordinator.jobs.documents import stored
 from coordinator.jobs.documents.document import Document, Pin, check_size, describe
-from coordinator.jobs.documents.document_files import TEXT
+from coordinator.jobs.documents.document_files import file_names, packed_tokens
 from coordinator.jobs.documents.identity import MISMATCHED, explain
 from coordinator.jobs.documents.ingestor import IngestRequest
 from coordinator.jobs.documents.parts import DocumentParts
@@ -62,7 +62,7 @@ class Documents:
         self.limits = parts.limits
         self.tokens = parts.tokens
         self.tiers = parts.ingestor.tiers
-        self.folder = parts.files.folder.path
+        self.folder = parts.files.path
         self._ingestor = parts.ingestor
 
     async def create(
@@ -96,10 +96,10 @@ class Documents:
                 self.limits.idempotency_s,
             )
         except RequestError:  # not of a cancelled caller, whose document may be there
-            await asyncio.to_thread(self.parts.files.remove, document.id)
+            await asyncio.to_thread(self.parts.files.remove, *file_names(document.id))
             raise
         if not is_new:
-            await asyncio.to_thread(self.parts.files.remove, document.id)
+            await asyncio.to_thread(self.parts.files.remove, *file_names(document.id))
         self.engine.runner.wake()
         return kept, is_new
 
@@ -123,13 +123,13 @@ class Documents:
         )
 
     def _write_source(self, document_id: str, source: Source) -> None:
-        files = self.parts.files
+        files, (file, text, tokens) = self.parts.files, file_names(document_id)
         if source.prompt is not None:
-            files.write_tokens(document_id, source.prompt.token_ids)
+            files.write(tokens, packed_tokens(source.prompt.token_ids))
         elif source.path is not None:
-            files.take_source(document_id, source.path, is_ours=source.is_ours)
+            (files.adopt if source.is_ours else files.copy)(source.path, file)
         else:
-            files.write(document_id, TEXT, source.text or b"")
+            files.write(text, source.text or b"")
 
     # -- looking -----------------------------------------------------------------------------------
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from coordinator.config import JobLimits
 from coordinator.jobs.documents.admission import Admission
 from coordinator.jobs.documents.document import Document, Live
-from coordinator.jobs.documents.document_files import DocumentFiles
 from coordinator.jobs.documents.document_tokens import DocumentTokens
 from coordinator.jobs.documents.ingestor import Ingestor
 from coordinator.jobs.engine.gate import Gate
 from coordinator.jobs.engine.table import JobTable
+from coordinator.jobs.files.folder import DurableFolder
 from protocol.crash_points import CrashPoints
 
 
@@ -19,7 +19,7 @@ class DocumentParts:
     """See the module's docstring."""
 
     table: JobTable[Document]
-    files: DocumentFiles
+    files: DurableFolder  # see document_files.py
     tokens: DocumentTokens
     ingestor: Ingestor  # makes KV of tokens
     admission: Admission

@@ -9,7 +9,7 @@ import logging
 import msgspec
 
 from coordinator.jobs.documents.document import Document, check_size
-from coordinator.jobs.documents.document_files import SOURCE, TEXT
+from coordinator.jobs.documents.document_files import file_names
 from coordinator.jobs.documents.document_tokens import finished
 from coordinator.jobs.documents.parts import DocumentParts
 from coordinator.jobs.engine.job import Notice
@@ -30,7 +30,8 @@ async def prepare(parts: DocumentParts, document: Document) -> Document:
     if tokens.is_current(document):
         check_size(document.num_tokens, parts.max_tokens())
         return document
-    if document.kind == "file" and not parts.files.has(document.id, TEXT):
+    source, text, _ = file_names(document.id)
+    if document.kind == "file" and not (parts.files / text).exists():
         await _parse(parts, document)
     if document.num_tokens and not tokens.has_tokens(document) and document.kind != "token_ids":
         # Whoever dies before the record says whose the tokens are that are written next must
@@ -39,7 +40,7 @@ async def prepare(parts: DocumentParts, document: Document) -> Document:
             document.id, lambda found: msgspec.structs.replace(found, num_tokens=0, first_hash="")
         )
     encoding = await tokens.encode(document, parts.max_tokens())
-    parts.files.remove(document.id, SOURCE)
+    parts.files.remove(source)
     hashes = encoding.prompt.block_hashes
     values = {
         "model": facts.name,
@@ -60,18 +61,18 @@ async def prepare(parts: DocumentParts, document: Document) -> Document:
 
 
 async def _parse(parts: DocumentParts, document: Document) -> None:
-    source, name = parts.files.path(document.id, SOURCE), f"{document.id}.{TEXT}"
-    new = parts.files.folder.new(name)
+    source, text, _ = file_names(document.id)
+    new = parts.files.new(text)
     while True:
         await parts.crash_points.pass_by(PARSE)
         try:
             warnings = await extract(
-                source, new, document.media_type, parts.limits, document.charset
+                parts.files / source, new, document.media_type, parts.limits, document.charset
             )
         except ParserCrashed as error:
             document = await _crashed(parts, document.id, error)
             continue
-        await finished(parts.files.folder.adopt, new, name, TEXT)
+        await finished(parts.files.adopt, new, text)
         if warnings:
             doubts = [_warning("doubtful_text", message) for message in warnings]
             await parts.table.change(document.id, lambda found: found, *doubts)

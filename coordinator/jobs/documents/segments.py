@@ -17,7 +17,7 @@ from coordinator.jobs.documents.parts import DocumentParts
 from coordinator.jobs.documents.states import DocumentEvent, DocumentState
 from coordinator.jobs.engine.job import Notice
 from coordinator.jobs.engine.suspects import Work
-from coordinator.jobs.engine.turns import Turn
+from coordinator.jobs.engine.turns import Renew
 from coordinator.text.tokenizing import Prompt
 from protocol.errors import RequestError
 from protocol.failpoints import SEGMENT_AFTER, SEGMENT_BEFORE
@@ -35,14 +35,14 @@ def segment_ends(num_stored: int, num_tokens: int, segment_tokens: int) -> Itera
 
 
 async def compute_segments(
-    parts: DocumentParts, document: Document, turn: Turn, on_segment: Callable[[], None]
+    parts: DocumentParts, document: Document, renew: Renew, on_segment: Callable[[], None]
 ) -> None:
     """Bring a document from PREFILLING to READY.
 
     Args:
         parts: of the documents.
         document: with its tokens.
-        turn: offered to others before each segment.
+        renew: offers the turn to others, before each segment.
         on_segment: called behind each.
 
     Raises:
@@ -54,7 +54,7 @@ async def compute_segments(
     attempt = _Attempt(parts, document, prompt)
     try:
         for _ in range(MAX_ROUNDS):
-            await attempt.compute_missing(turn, on_segment)
+            await attempt.compute_missing(renew, on_segment)
             await parts.table.change(document.id, lambda d: d.after(DocumentEvent.COMPUTED))
             num_stored = parts.ingestor.num_stored_blocks(prompt.block_hashes)
             if num_stored >= len(prompt.block_hashes):
@@ -97,7 +97,7 @@ class _Attempt:
         self._num_computed = 0  # by this attempt
         self._serial = 0
 
-    async def compute_missing(self, turn: Turn, on_segment: Callable[[], None]) -> None:
+    async def compute_missing(self, renew: Renew, on_segment: Callable[[], None]) -> None:
         """Compute every segment from the longest stored prefix on."""
         parts, hashes, total = self._parts, self._prompt.block_hashes, len(self._prompt.token_ids)
         num_stored = parts.ingestor.num_stored_blocks(hashes)
@@ -114,7 +114,7 @@ class _Attempt:
             )
         self._show(resumed)
         for end in segment_ends(resumed, total, parts.segment_tokens):
-            await turn.renew()
+            await renew()
             # By number, not by tokens: part of a segment may be stored when it is begun again.
             number = -(-end // parts.segment_tokens)
             async with parts.gate.work(Work(Document.KIND, self._document.id, LOADING + number)):

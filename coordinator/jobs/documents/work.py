@@ -12,13 +12,13 @@ order is by priority, then age. An attempt is counted before the work begins.
 """
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable, Collection
 
 import msgspec
 
 from coordinator.errors import internal_error
 from coordinator.jobs.documents.document import Document, Pin
+from coordinator.jobs.documents.document_files import file_names
 from coordinator.jobs.documents.ingestor import TRY_AGAIN
 from coordinator.jobs.documents.parts import DocumentParts
 from coordinator.jobs.documents.preparing import prepare
@@ -28,7 +28,7 @@ from coordinator.jobs.documents.stored import check_blocks, forget_blocks, tell_
 from coordinator.jobs.engine.engine import contained
 from coordinator.jobs.engine.job import Failure, JobEvent, Kind, Notice, WorkLimits
 from coordinator.jobs.engine.suspects import Work
-from coordinator.jobs.engine.turns import FairSlots, Turns
+from coordinator.jobs.engine.turns import FairSlots
 from protocol.errors import RequestError
 
 MAX_TENANTS = 4  # whose documents are worked on at one time
@@ -54,8 +54,8 @@ class DocumentWork(Kind[Document]):
             max_retry_s=limits.max_retry_s,
         )
         self._parts = parts
-        self._reading = FairSlots(Turns(limits.max_reading, most_read), time.monotonic)
-        self._computing = FairSlots(Turns(max_running, max_running), time.monotonic)
+        self._reading = FairSlots(limits.max_reading, most_read)
+        self._computing = FairSlots(max_running, max_running)
         self._last_seen = ""
 
     @property
@@ -71,13 +71,13 @@ class DocumentWork(Kind[Document]):
             work = Work(Document.KIND, document.id, READING)
             async with self._reading.turn(tenant, order), parts.gate.work(work):
                 document = await self._prepare(document)
-        async with self._computing.turn(tenant, order) as turn:
+        async with self._computing.turn(tenant, order) as renew:
             document = await parts.table.change(
                 document.id,
                 lambda found: found.after(DocumentEvent.TOKENIZED),
                 also=parts.admission.check_tokens,
             )
-            await compute_segments(parts, document, turn, on_progress)
+            await compute_segments(parts, document, renew, on_progress)
 
     async def _prepare(self, document: Document) -> Document:
         document = await self._parts.table.change(
@@ -113,11 +113,11 @@ class DocumentWork(Kind[Document]):
 
     async def clean_up(self, document: Document) -> None:
         await forget_blocks(self._parts, document)
-        await asyncio.to_thread(self._parts.files.remove, document.id)
+        await asyncio.to_thread(self._parts.files.remove, *file_names(document.id))
         self._parts.tokens.forget(document.id)
 
     async def recover(self, known: Collection[str]) -> None:
-        await asyncio.to_thread(self._parts.files.recover, known)
+        await asyncio.to_thread(self._parts.files.sweep, known)
         # What is pinned is kept from the beginning.
         for document in await self._parts.table.select("pin_mode != 'none'"):
             if document.state in USABLE:

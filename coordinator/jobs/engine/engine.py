@@ -77,8 +77,8 @@ class Engine(Generic[J]):
 
     async def events(self, job_id: str, after: int) -> tuple[list[WrittenEvent], bool]:
         """Events after a number, and whether there may be more; waits for nothing."""
-        job = await self.table.find(job_id)
-        return await self.table.events(job_id, after), job is not None and job.is_pending
+        found = await self.table.select("job_id = ?", job_id)  # it may be deleted meanwhile
+        return await self.table.events(job_id, after), any(job.is_pending for job in found)
 
     async def cancel(self, tenant: str, job_id: str) -> tuple[J, bool]:
         """End a job; and whether it was running until now.
@@ -168,7 +168,7 @@ class Engine(Generic[J]):
     async def look_after(self) -> None:
         """Do everything that is due now."""
         now = self.table.clock()
-        for job in await self.table.due(now):
+        for job in await self.table.select("due_at <= ?", now):
             with contained(job.id):
                 after = await self.kind.when_due(job, now)
                 if after.state is not job.state:

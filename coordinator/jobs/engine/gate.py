@@ -102,10 +102,6 @@ class Gate:
             )
         self._recovered.set()
 
-    async def wait_recovered(self) -> None:
-        """Until ``recover`` has returned."""
-        await self._recovered.wait()
-
     def set_aside(self, kind: str) -> list[str]:
         """Keys of a kind that are set aside."""
         return [n.key for n, s in self._known.items() if n.kind == kind and s.is_set_aside]
@@ -138,15 +134,37 @@ class Gate:
         """
         await self._recovered.wait()
         self.check(work.name)
+        while held_s := self.held_s:  # noqa: ASYNC110 - it is the time that is waited for
+            await asyncio.sleep(held_s)
         is_alone = suspects.is_doubtful(self._known.get(work.name), self._budget.max_deaths)
-        await self._enter(is_alone)
-        mark = self._marks.put(work)
+        async with self._inside(is_alone):
+            mark = self._marks.put(work)
+            try:
+                yield
+            finally:
+                self._marks.take(mark)
+        await self._clear(work)  # not of what was cancelled, or has failed
+
+    @asynccontextmanager
+    async def _inside(self, is_alone: bool) -> AsyncIterator[None]:
+        """Be let in: together with others, or alone. Whoever waits to be alone goes first."""
+        async with self._change:
+            self._num_waiting_alone += is_alone
+            try:
+                if is_alone:
+                    await self._change.wait_for(lambda: self._num_inside == 0)
+                else:
+                    await self._change.wait_for(
+                        lambda: not self._is_alone and self._num_waiting_alone == 0
+                    )
+                self._num_inside, self._is_alone = self._num_inside + 1, is_alone
+            finally:
+                self._num_waiting_alone -= is_alone
+                self._change.notify_all()
         try:
             yield
         finally:
-            self._marks.take(mark)
             await asyncio.shield(self._leave())
-        await self._clear(work)  # not of what was cancelled, or has failed
 
     def check(self, name: Name) -> None:
         """Refuse what is set aside.
@@ -171,24 +189,6 @@ class Gate:
         if name in self._known:
             await self._database.write(lambda c: _remove(c, name), "judged")
             self._known.pop(name, None)
-
-    async def _enter(self, is_alone: bool) -> None:
-        while held_s := self.held_s:  # noqa: ASYNC110 - it is the time that is waited for
-            await asyncio.sleep(held_s)
-        async with self._change:
-            if not is_alone:
-                await self._change.wait_for(
-                    lambda: not self._is_alone and self._num_waiting_alone == 0
-                )
-                self._num_inside += 1
-                return
-            self._num_waiting_alone += 1
-            try:
-                await self._change.wait_for(lambda: self._num_inside == 0)
-                self._num_inside, self._is_alone = 1, True
-            finally:
-                self._num_waiting_alone -= 1
-                self._change.notify_all()
 
     async def _leave(self) -> None:
         async with self._change:

@@ -22,7 +22,6 @@ from coordinator.jobs.engine.notifier import ChangeNotifier
 from coordinator.requests.admission import Departures, Queue
 from protocol.errors import RequestError
 
-MAX_EVENTS = 1_000
 Connection = sqlite3.Connection
 _ENCODER = msgspec.json.Encoder()
 _log = logging.getLogger(__name__)
@@ -57,11 +56,7 @@ class JobTable(Generic[J]):
     """
 
     def __init__(
-        self,
-        database: Database,
-        of: type[J],
-        clock: Callable[[], float],
-        max_events: int = MAX_EVENTS,
+        self, database: Database, of: type[J], clock: Callable[[], float], max_events: int = 1_000
     ) -> None:
         self.of = of
         self.clock = clock
@@ -97,9 +92,11 @@ class JobTable(Generic[J]):
         """
 
         def work(connection: Connection) -> tuple[J, bool]:
+            now = self.clock()
             if idempotency is not None:
-                before = self.clock() - idempotency_s
-                known = self._known(connection, job.tenant, idempotency, before)
+                before = (now - idempotency_s,)
+                connection.execute("DELETE FROM idempotency_key WHERE created_at < ?", before)
+                known = self._known(connection, job.tenant, idempotency)
                 if known is not None:
                     return known, False
             check(connection)
@@ -107,7 +104,7 @@ class JobTable(Generic[J]):
             if idempotency is not None:
                 connection.execute(
                     "INSERT INTO idempotency_key VALUES (?, ?, ?, ?, ?)",
-                    (job.tenant, idempotency.key, idempotency.digest, job.id, self.clock()),
+                    (job.tenant, idempotency.key, idempotency.digest, job.id, now),
                 )
             self._log(connection, job.id, [job.state_notice()])
             return job, True
@@ -141,8 +138,6 @@ class JobTable(Generic[J]):
 
         def transaction(connection: Connection) -> tuple[J, J]:
             before = self.found(connection, job_id)
-            if before is None:
-                raise self.not_found()
             after = work(before)
             if after is None:
                 return before, before
@@ -164,10 +159,7 @@ class JobTable(Generic[J]):
         """
 
         def work(connection: Connection) -> None:
-            job = self.found(connection, job_id)
-            if job is None:
-                raise self.not_found()
-            insert_cleanup(connection, job)
+            insert_cleanup(connection, self.found(connection, job_id))
             connection.execute("DELETE FROM job WHERE job_id = ?", (job_id,))
 
         await self._database.write(work, f"{self.of.KIND}_deleted")
@@ -180,17 +172,14 @@ class JobTable(Generic[J]):
 
     # -- looking -----------------------------------------------------------------------------------
 
-    async def find(self, job_id: str) -> J | None:
-        return await self._database.read(lambda connection: self.found(connection, job_id))
-
     async def get(self, tenant: str, job_id: str) -> J:
         """A job of the tenant's.
 
         Raises:
             RequestError: 404: unknown, malformed, or another tenant's.
         """
-        job = await self.find(job_id)
-        if job is None or job.tenant != tenant:
+        job = await self._database.read(lambda connection: self.found(connection, job_id))
+        if job.tenant != tenant:
             raise self.not_found()
         return job
 
@@ -220,7 +209,7 @@ class JobTable(Generic[J]):
         self, states: Iterable[Enum], *, after: str = "", limit: int = -1
     ) -> list[J]:
         """Jobs of any tenant in the order of their ids: those above ``after``, up to ``limit``."""
-        where = f"state IN ({named(states)}) AND job_id > ? ORDER BY job_id LIMIT ?"
+        where = f"state IN ({_named(states)}) AND job_id > ? ORDER BY job_id LIMIT ?"
         return await self.select(where, after, limit)
 
     async def waiting(self, limit: int) -> list[J]:
@@ -228,7 +217,7 @@ class JobTable(Generic[J]):
 
         Of one tenant's the one with the highest priority comes first, then the oldest.
         """
-        states = named(self.of.PENDING - self.of.BEGUN)
+        states = _named(self.of.PENDING - self.of.BEGUN)
         return await self._jobs(
             "(SELECT body, number, ROW_NUMBER() OVER (PARTITION BY tenant ORDER BY priority DESC,"
             f" number) AS place FROM job WHERE kind = ? AND state IN ({states}))"
@@ -236,48 +225,35 @@ class JobTable(Generic[J]):
             limit,
         )
 
-    async def due(self, now: float) -> list[J]:
-        """Jobs that time itself changes now."""
-        return await self.select("due_at <= ?", now)
-
     async def cleanups(self) -> list[J]:
         """Deleted and ended jobs that have left something to be put away."""
         return await self._jobs("cleanup WHERE kind = ?")
 
-    async def _jobs(self, source: str, *values: object) -> list[J]:
-        query = f"SELECT body FROM {source}"
-        rows = await self._database.read(
-            lambda c: c.execute(query, (self.of.KIND, *values)).fetchall()
-        )
-        jobs = []
-        for (body,) in rows:
-            try:
-                jobs.append(self._decode(body))
-            except RequestError as error:  # it does not keep the others from it
-                _log.error("a %s is passed over: %s", self.of.KIND, error)
-        return jobs
-
     async def ids(self) -> set[str]:
         """Of all jobs, with those that were deleted and have left something."""
-        query = (
-            "SELECT job_id FROM job WHERE kind = :kind"
-            " UNION SELECT job_id FROM cleanup WHERE kind = :kind"
-        )
-        values = {"kind": self.of.KIND}
-        rows = await self._database.read(lambda c: c.execute(query, values).fetchall())
+        query = "SELECT job_id FROM job UNION SELECT job_id FROM cleanup"
+        rows = await self._database.read(lambda c: c.execute(query).fetchall())
         return {job_id for (job_id,) in rows}
 
-    async def events(
-        self, job_id: str, starting_after: int, limit: int = 100
-    ) -> list[WrittenEvent]:
+    async def events(self, job_id: str, after: int, limit: int = 100) -> list[WrittenEvent]:
         """A job's events after a number, in order."""
         query = (
             "SELECT sequence, at, kind, data FROM event"
             " WHERE job_id = ? AND sequence > ? ORDER BY sequence LIMIT ?"
         )
-        values = (job_id, starting_after, limit)
+        values = (job_id, after, limit)
         rows = await self._database.read(lambda c: c.execute(query, values).fetchall())
         return [WrittenEvent(n, at, kind, msgspec.json.decode(data)) for n, at, kind, data in rows]
+
+    async def _jobs(self, source: str, *values: object) -> list[J]:
+        query, values = f"SELECT body FROM {source}", (self.of.KIND, *values)
+        jobs = []
+        for (body,) in await self._database.read(lambda c: c.execute(query, values).fetchall()):
+            try:
+                jobs.append(self._decode(body))
+            except RequestError as error:  # it does not keep the others from it
+                _log.error("a %s is passed over: %s", self.of.KIND, error)
+        return jobs
 
     def not_found(self, param: str | None = None) -> RequestError:
         """Of an id that is unknown, malformed or another tenant's: nobody learns which."""
@@ -286,15 +262,17 @@ class JobTable(Generic[J]):
 
     # -- inside of a transaction -------------------------------------------------------------------
 
-    def found(self, connection: Connection, job_id: str) -> J | None:
+    def found(self, connection: Connection, job_id: str) -> J:
         """The job with an id.
 
         Raises:
-            RequestError: its row is not what this version writes.
+            RequestError: there is none, or its row is not what this version writes.
         """
         query = "SELECT body FROM job WHERE kind = ? AND job_id = ?"
         row = connection.execute(query, (self.of.KIND, job_id)).fetchone()
-        return None if row is None else self._decode(row[0])
+        if row is None:
+            raise self.not_found()
+        return self._decode(row[0])
 
     def keep(
         self, connection: Connection, before: J, after: J, notices: Sequence[Notice] = ()
@@ -307,11 +285,10 @@ class JobTable(Generic[J]):
             if after.state in self.of.CLEANED:
                 insert_cleanup(connection, after)
         if after != before:
-            columns = {**after.columns(), "body": _ENCODER.encode(after)}
+            columns = _columns(after)
             names = ", ".join(f"{name} = ?" for name in columns)
-            connection.execute(
-                f"UPDATE job SET {names} WHERE job_id = ?", (*columns.values(), after.id)
-            )
+            query = f"UPDATE job SET {names} WHERE job_id = ?"
+            connection.execute(query, (*columns.values(), after.id))
         self._log(connection, after.id, notices)
         return after
 
@@ -340,27 +317,20 @@ class JobTable(Generic[J]):
             RequestError: 429 if they are the tenant's own, else 503. It says how long it takes
                 until there is room, at the rate at which jobs have ended lately.
         """
-        where = f"state IN ({named(self.of.PENDING)})"
-        everybody, own = self.count(connection, tenant, where)
+        everybody, own = self.count(connection, tenant, f"state IN ({_named(self.of.PENDING)})")
         is_own = own >= most[0]
-        if not is_own and everybody < most[1]:
-            return
-        now = self.clock()
-        raise RequestError(
-            message.format(own if is_own else everybody),
-            code=code,
-            status=429 if is_own else 503,
-            retry_after_s=self._queue.retry_after_s(1, self._departures.per_s(now), now),
-        )
+        if is_own or everybody >= most[1]:
+            now = self.clock()
+            raise RequestError(
+                message.format(own if is_own else everybody),
+                code=code,
+                status=429 if is_own else 503,
+                retry_after_s=self._queue.retry_after_s(1, self._departures.per_s(now), now),
+            )
 
-    def _known(
-        self, connection: Connection, tenant: str, idempotency: Idempotency, before: float
-    ) -> J | None:
-        connection.execute("DELETE FROM idempotency_key WHERE created_at < ?", (before,))
-        row = connection.execute(
-            "SELECT request_digest, job_id FROM idempotency_key WHERE tenant = ? AND key = ?",
-            (tenant, idempotency.key),
-        ).fetchone()
+    def _known(self, connection: Connection, tenant: str, idempotency: Idempotency) -> J | None:
+        query = "SELECT request_digest, job_id FROM idempotency_key WHERE tenant = ? AND key = ?"
+        row = connection.execute(query, (tenant, idempotency.key)).fetchone()
         if row is None:
             return None
         digest, job_id = row
@@ -390,40 +360,32 @@ class JobTable(Generic[J]):
         query = "SELECT COALESCE(MAX(sequence), 0) FROM event WHERE job_id = ?"
         (last,) = connection.execute(query, (job_id,)).fetchone()
         now = self.clock()
-        connection.executemany(
-            "INSERT INTO event VALUES (?, ?, ?, ?, ?)",
-            [
-                (job_id, number, now, notice.kind, msgspec.json.encode(notice.data))
-                for number, notice in enumerate(notices, last + 1)
-            ],
-        )
-        connection.execute(
-            "DELETE FROM event WHERE job_id = ? AND sequence <= ?",
-            (job_id, last + len(notices) - self._max_events),
-        )
-
-
-def named(states: Iterable[Enum]) -> str:
-    """A list of states in SQL."""
-    return ", ".join(sorted(f"'{state.value}'" for state in states))
+        rows = [
+            (job_id, number, now, notice.kind, msgspec.json.encode(notice.data))
+            for number, notice in enumerate(notices, last + 1)
+        ]
+        connection.executemany("INSERT INTO event VALUES (?, ?, ?, ?, ?)", rows)
+        dropped = (job_id, last + len(notices) - self._max_events)
+        connection.execute("DELETE FROM event WHERE job_id = ? AND sequence <= ?", dropped)
 
 
 def insert_row(connection: Connection, job: Job) -> None:
     """Write a new job, inside of a transaction."""
-    columns = {
-        "job_id": job.id,
-        "kind": job.KIND,
-        "tenant": job.tenant,
-        **job.columns(),
-        "body": _ENCODER.encode(job),
-    }
-    marks = ", ".join("?" * len(columns))
-    values = tuple(columns.values())
-    connection.execute(f"INSERT INTO job ({', '.join(columns)}) VALUES ({marks})", values)
+    columns = {"job_id": job.id, "kind": job.KIND, "tenant": job.tenant, **_columns(job)}
+    names, marks = ", ".join(columns), ", ".join("?" * len(columns))
+    connection.execute(f"INSERT INTO job ({names}) VALUES ({marks})", tuple(columns.values()))
 
 
 def insert_cleanup(connection: Connection, job: Job) -> None:
     """Write down that a job has left something to be put away, inside of a transaction."""
-    connection.execute(
-        "INSERT OR REPLACE INTO cleanup VALUES (?, ?, ?)", (job.id, job.KIND, _ENCODER.encode(job))
-    )
+    row = (job.id, job.KIND, _ENCODER.encode(job))
+    connection.execute("INSERT OR REPLACE INTO cleanup VALUES (?, ?, ?)", row)
+
+
+def _columns(job: Job) -> dict[str, object]:
+    return {**job.columns(), "body": _ENCODER.encode(job)}
+
+
+def _named(states: Iterable[Enum]) -> str:
+    """A list of states in SQL."""
+    return ", ".join(sorted(f"'{state.value}'" for state in states))

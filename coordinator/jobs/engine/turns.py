@@ -8,12 +8,13 @@
 
 import asyncio
 import itertools
+import time
 from collections import Counter
-from collections.abc import Callable
-from types import TracebackType
-from typing import Self
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 
 Order = tuple[float, ...]
+Renew = Callable[[], Awaitable[None]]  # lets whoever's turn it is go first
 
 
 class Turns:
@@ -74,19 +75,30 @@ class FairSlots:
     """Turns for one event loop.
 
     Args:
-        turns: whose turn it is.
-        clock: monotonic seconds.
+        count: slots there are.
+        most: of them that one tenant may have.
     """
 
-    def __init__(self, turns: Turns, clock: Callable[[], float]) -> None:
-        self._turns = turns
-        self._clock = clock
+    def __init__(self, count: int, most: int) -> None:
+        self._turns = Turns(count, most)
         self._numbers = itertools.count()
         self._granted: dict[int, asyncio.Event] = {}
 
-    def turn(self, tenant: str, order: Order) -> "Turn":
-        """A slot for the length of a block."""
-        return Turn(self, tenant, order)
+    @asynccontextmanager
+    async def turn(self, tenant: str, order: Order) -> AsyncIterator[Renew]:
+        """Have a slot while the block runs; what it is given offers the slot to others in it."""
+        number: int | None = await self.acquire(tenant, order)
+
+        async def renew() -> None:
+            nonlocal number
+            had, number = number, None
+            number = await self.acquire(tenant, order, had)
+
+        try:
+            yield renew
+        finally:
+            if number is not None:
+                self.release(number)
 
     async def acquire(self, tenant: str, order: Order, had: int | None = None) -> int:
         """Wait for a slot; its number. ``had`` is given up in the same moment."""
@@ -94,7 +106,7 @@ class FairSlots:
         self._granted[number] = granted
         self._turns.ask(number, tenant, order)
         if had is not None:
-            self._turns.end(had, self._clock())
+            self._turns.end(had, time.monotonic())
         self._deal()
         try:
             await granted.wait()
@@ -110,37 +122,9 @@ class FairSlots:
 
     def release(self, number: int) -> None:
         """Give back a slot."""
-        self._turns.end(number, self._clock())
+        self._turns.end(number, time.monotonic())
         self._deal()
 
     def _deal(self) -> None:
-        for number in self._turns.grant(self._clock()):
+        for number in self._turns.grant(time.monotonic()):
             self._granted[number].set()
-
-
-class Turn:
-    """A slot that is had for the length of a block, and offered to others in it by ``renew``."""
-
-    def __init__(self, slots: FairSlots, tenant: str, order: Order) -> None:
-        self._slots = slots
-        self._tenant = tenant
-        self._order = order
-        self._number: int | None = None
-
-    async def __aenter__(self) -> Self:
-        self._number = await self._slots.acquire(self._tenant, self._order)
-        return self
-
-    async def renew(self) -> None:
-        """Let whoever's turn it is go first."""
-        had, self._number = self._number, None
-        self._number = await self._slots.acquire(self._tenant, self._order, had)
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._number is not None:
-            self._slots.release(self._number)

@@ -62,7 +62,7 @@ class Files:
         crash_points: CrashPoints | None = None,
         quota: Quota = NO_QUOTA,
     ) -> None:
-        self.folder = DurableFolder(folder, crash_points)
+        self.folder = DurableFolder(folder, "upload", crash_points)
         self.limits = limits
         self.clock = clock
         self._database = database
@@ -70,7 +70,7 @@ class Files:
 
     def path(self, file_id: str) -> Path:
         """Where the bytes of a file that is known are."""
-        return self.folder.path / file_id
+        return self.folder / file_id
 
     async def add(self, file: StoredFile, arrived: Path) -> StoredFile:
         """Take over ``arrived``, which is on the same disk. Returns when it is durable.
@@ -78,7 +78,7 @@ class Files:
         Raises:
             RequestError: the tenant has too many files, or bytes, or the disk is full.
         """
-        await asyncio.to_thread(self.folder.adopt, arrived, file.file_id, "upload")
+        await asyncio.to_thread(self.folder.adopt, arrived, file.file_id)
 
         def work(connection: sqlite3.Connection) -> None:
             query = "SELECT count(*) FROM file WHERE tenant = ?"
@@ -148,13 +148,13 @@ class Files:
         await self._database.write(
             lambda c: c.execute("DELETE FROM file WHERE file_id = ?", (file_id,)), "file_deleted"
         )
-        await asyncio.to_thread(self.folder.remove, file_id, "upload")
+        await asyncio.to_thread(self.folder.remove, file_id)
 
     async def recover(self) -> None:
         """Remove what an earlier process has left and no row tells of. Before batches go on."""
         rows = await self._database.read(lambda c: c.execute("SELECT file_id FROM file").fetchall())
         known = {file_id for (file_id,) in rows}
-        await asyncio.to_thread(self.folder.sweep, known, "upload")
+        await asyncio.to_thread(self.folder.sweep, known)
 
     async def remove_expired(self) -> None:
         """Forget the files whose time is over."""
@@ -164,8 +164,9 @@ class Files:
             query = "DELETE FROM file WHERE expires_at <= ? RETURNING file_id"
             return [file_id for (file_id,) in connection.execute(query, (now,)).fetchall()]
 
-        for file_id in await self._database.write(work, "files_expired"):
-            await asyncio.to_thread(self.folder.remove, file_id, "upload")
+        await asyncio.to_thread(
+            self.folder.remove, *await self._database.write(work, "files_expired")
+        )
 
     async def _select(self, where: str, *values: object) -> list[StoredFile]:
         query = f"SELECT {_COLUMNS} FROM file WHERE {where}"

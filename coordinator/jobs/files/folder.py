@@ -8,7 +8,7 @@ and is removed at the next start.
 import contextlib
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from coordinator.jobs.engine.disk import told_when_full
@@ -21,87 +21,88 @@ UNFINISHED = ".new"
 class DurableFolder:
     """One folder, for such files alone. Its methods block: call them in a thread.
 
-    ``kind`` is one of ``protocol.failpoints.KINDS``. Methods that write raise ``RequestError`` if
-    the disk is full, and leave nothing then.
+    Methods that write raise ``RequestError`` if the disk is full, and leave nothing then.
 
     Args:
         path: made if it is not there, readable for nobody else.
+        kind: of the files, for failpoints; of one with a dot in its name it is what follows.
         crash_points: told of what becomes durable.
     """
 
-    def __init__(self, path: Path, crash_points: CrashPoints | None = None) -> None:
+    def __init__(self, path: Path, kind: str, crash_points: CrashPoints | None = None) -> None:
         self.path = path
         self.crash_points = CrashPoints() if crash_points is None else crash_points
+        self._kind = kind
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._found = {found.name for found in path.iterdir()}
 
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
     def new(self, name: str) -> Path:
         """Where a file is written before it has its name."""
-        return self.path / f"{name}{UNFINISHED}"
+        return self / f"{name}{UNFINISHED}"
 
-    def write(self, name: str, data: bytes | memoryview, kind: str) -> None:
+    def write(self, name: str, data: bytes | memoryview) -> None:
         """Returns when the file is on the disk."""
-        new = self.new(name)
-        try:
-            with told_when_full():
-                new.write_bytes(data)
-                self.adopt(new, name, kind)
-        finally:
-            new.unlink(missing_ok=True)
+        with self._writing(name) as new:
+            new.write_bytes(data)
 
-    def copy(self, source: Path, name: str, kind: str) -> None:
+    def copy(self, source: Path, name: str) -> None:
         """Keep another's file: nothing that happens to it afterwards is seen here."""
-        new = self.new(name)
-        try:
-            with told_when_full():
-                shutil.copyfile(source, new)
-                self.adopt(new, name, kind)
-        finally:
-            new.unlink(missing_ok=True)
+        with self._writing(name) as new:
+            shutil.copyfile(source, new)
 
-    def adopt(self, arrived: Path, name: str, kind: str) -> None:
-        """Take over a file that lies on the same disk."""
+    def adopt(self, arrived: Path, name: str, kind: str = "") -> None:
+        """Take over a file that lies on the same disk; it is gone if that fails."""
+        kind = kind or self._kind_of(name)
         try:
             with told_when_full():
                 with arrived.open("rb") as file:
                     os.fsync(file.fileno())
                 self.crash_points.reach(FILE_WRITE, kind)
-                arrived.replace(self.path / name)
+                arrived.replace(self / name)
         except BaseException:
             arrived.unlink(missing_ok=True)
             raise
         self.crash_points.reach(FILE_RENAMED, kind)
         self._sync()
 
-    def link(self, source: Path, name: str, kind: str) -> None:
+    def link(self, source: Path, name: str) -> None:
         """Keep a file of the same disk, whose deletion then takes nothing from here."""
-        os.link(source, self.path / name)
-        self.crash_points.reach(FILE_RENAMED, kind)
+        os.link(source, self / name)
+        self.crash_points.reach(FILE_RENAMED, self._kind_of(name))
         self._sync()
 
-    def remove(self, name: str, kind: str) -> None:
+    def remove(self, *names: str) -> None:
         """Idempotent."""
-        with contextlib.suppress(FileNotFoundError):
-            (self.path / name).unlink()
-            self.crash_points.reach(FILE_REMOVED, kind)
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                (self / name).unlink()
+                self.crash_points.reach(FILE_REMOVED, self._kind_of(name))
 
-    def sweep(self, known: Collection[str], kind: str) -> int:
+    def sweep(self, known: Collection[str]) -> None:
         """Remove what an earlier process has left, but for the files of known rows.
 
         What has come since the start is left: its row may be about to be written.
-
-        Returns:
-            How many files that were.
         """
-        strangers = [
-            name
-            for name in self._found
-            if name.endswith(UNFINISHED) or name.split(".")[0] not in known
-        ]
-        for name in strangers:
-            self.remove(name, kind)
+        for name in self._found:
+            if name.endswith(UNFINISHED) or name.split(".")[0] not in known:
+                self.remove(name)
         self._found.clear()
-        return len(strangers)
+
+    @contextlib.contextmanager
+    def _writing(self, name: str) -> Iterator[Path]:
+        new = self.new(name)
+        try:
+            with told_when_full():
+                yield new
+            self.adopt(new, name)
+        finally:
+            new.unlink(missing_ok=True)
+
+    def _kind_of(self, name: str) -> str:
+        return name.partition(".")[2] or self._kind
 
     def _sync(self) -> None:
         """Make names durable that have come or gone."""

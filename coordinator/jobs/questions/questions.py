@@ -1,4 +1,4 @@
-"""A request that names a document: ``open`` finds it, which must be the caller's and usable.
+"""A request that names a document, which must be the caller's and usable.
 
 How its prompt is made then, and what is told of a miss, is in prompts.py.
 """
@@ -14,50 +14,40 @@ from protocol.errors import RequestError
 EVICTED, EXPIRED, DAMAGED = "evicted", "expired", "damaged"
 
 
-class Questions:
-    """Makes prompts that begin with documents.
+async def open_document(
+    documents: Documents, tenant: str, document_id: str, form: str, param: str
+) -> Opened:
+    """A document for a question in ``form``.
 
-    Args:
-        documents: all of them.
+    Raises:
+        RequestError: it is not the tenant's (404), not ready (409), or cannot be used so (400).
     """
-
-    def __init__(self, documents: Documents) -> None:
-        self._documents = documents
-
-    async def open(self, tenant: str, document_id: str, form: str, param: str) -> Opened:
-        """A document for a question in ``form``.
-
-        Raises:
-            RequestError: it is not the tenant's (404), not ready (409), or cannot be used so (400).
-        """
-        try:
-            document = await self._documents.table.get(tenant, document_id)
-        except RequestError as error:
-            error.param = param
-            raise
-        _check_usable(document, param)
-        if form == TEXT and document.kind == "messages":
-            raise RequestError(
-                "this document was made of messages: ask about it in /v1/chat/completions",
-                code="document_form",
-                param=param,
-            )
-        tokens = self._documents.tokens
-        block_size = tokens.facts.block_size  # of what can be found now
-        document = await self._documents.checked(document)
-        missing = tokens.mismatch(document)
-        if document.kind == "token_ids" and missing == MODEL_CHANGED:
-            raise model_changed()
-        attached = Attached(
-            document_id=document.id,
-            cache_salt=document.cache_salt,
-            num_promised=document.num_tokens // block_size * block_size,
-            likely=_likely(document),
-            missing=missing,
+    try:
+        document = await documents.table.get(tenant, document_id)
+    except RequestError as error:
+        error.param = param
+        raise
+    _check_usable(document, param)
+    if form == TEXT and document.kind == "messages":
+        raise RequestError(
+            "this document was made of messages: ask about it in /v1/chat/completions",
+            code="document_form",
+            param=param,
         )
-        await self._documents.touch(document)
-        has_tokens = missing not in OF_TOKENS
-        return Opened(str(self._documents.folder), document, attached, has_tokens)
+    block_size = documents.tokens.facts.block_size  # of what can be found now
+    document = await documents.checked(document)
+    missing = documents.tokens.mismatch(document)
+    if document.kind == "token_ids" and missing == MODEL_CHANGED:
+        raise model_changed()
+    attached = Attached(
+        document_id=document.id,
+        cache_salt=document.cache_salt,
+        num_promised=document.num_tokens // block_size * block_size,
+        likely=_likely(document),
+        missing=missing,
+    )
+    await documents.touch(document)
+    return Opened(str(documents.folder), document, attached, missing not in OF_TOKENS)
 
 
 def _likely(document: Document) -> str:

@@ -204,8 +204,7 @@ def test_delete(site: Site) -> None:
     second = site.ingest(text=shared + "The other one does not. " * 20)["id"]
     site.wait(first)
     site.wait(second)
-    requests = {r.document_id: r for r in site.ingestor.requests}
-    hashes = {name: set(requests[name].block_hashes) for name in (first, second)}
+    hashes = {name: set(site.hashes_of(name)) for name in (first, second)}
     reply = site.client.delete(f"/v1/documents/{first}")
     assert reply.json() == {"id": first, "object": "document", "deleted": True}
     assert code_of(site.client.get(f"/v1/documents/{first}")) == (404, "document_not_found")
@@ -341,8 +340,7 @@ def test_rewarm(site: Site) -> None:
     found = site.wait(document_id)
     assert site.post(f"/{document_id}/rewarm").status_code == 202
     assert site.ingestor.warmed[-1] == document_id
-    request = next(r for r in site.ingestor.requests[::-1] if r.document_id == document_id)
-    site.running.do(lambda: site.ingestor.evict(request.block_hashes[5:]))
+    site.evict(site.hashes_of(document_id)[5:])
     assert site.get(document_id)["status"] == "evicted"
     assert site.post(f"/{document_id}/rewarm").json()["status"] == "queued"
     again = site.wait(document_id)
@@ -357,13 +355,9 @@ def test_rewarm(site: Site) -> None:
 def test_what_the_disk_has_lost_is_not_called_evicted(site: Site) -> None:
     document_id = site.ingest(text="Written on sand. " * 60)["id"]
     site.wait(document_id)
-    request = next(r for r in site.ingestor.requests[::-1] if r.document_id == document_id)
-
-    def damage() -> None:
-        site.ingestor.damaged.update(request.block_hashes[3:5])
-        site.ingestor.evict(request.block_hashes[3:])
-
-    site.running.do(damage)
+    hashes = site.hashes_of(document_id)
+    site.running.do(lambda: site.ingestor.damaged.update(hashes[3:5]))
+    site.evict(hashes[3:])
     assert site.get(document_id)["status"] == "damaged"
     warning = next(e for e in site.events(document_id) if e["type"] == "warning")
     assert warning["code"] == "damaged"
@@ -374,13 +368,13 @@ def test_what_the_disk_has_lost_is_not_called_evicted(site: Site) -> None:
 def test_eviction_is_noticed_without_asking(site: Site) -> None:
     document_id = site.ingest(text="Lost in silence. " * 40)["id"]
     site.wait(document_id)
-    request = next(r for r in site.ingestor.requests[::-1] if r.document_id == document_id)
-    site.running.do(lambda: site.ingestor.evict(request.block_hashes))
-    listed = lambda: {  # noqa: E731
-        d["id"]: d["status"]
-        for d in site.client.get("/v1/documents", params={"limit": 100}).json()["data"]
-    }
-    site.until(lambda: listed()[document_id] == "evicted")
+    site.evict(site.hashes_of(document_id))
+
+    def status() -> str:
+        listed = site.client.get("/v1/documents", params={"limit": 100}).json()["data"]
+        return next(d["status"] for d in listed if d["id"] == document_id)
+
+    site.until(lambda: status() == "evicted")
 
 
 def test_a_small_document_has_nothing_to_keep(site: Site) -> None:

@@ -89,13 +89,7 @@ def test_a_pin_expires(site: Site) -> None:
     assert found["status"] == "ready"
     assert made["id"] not in site.ingestor.pins
     assert site.events(made["id"])[-1]["type"] == "expired"
-    request = next(r for r in site.ingestor.requests[::-1] if r.document_id == made["id"])
-
-    def lose() -> None:
-        site.ingestor.evict(request.block_hashes)
-        site.running.fake.cache["decode0"].difference_update(request.block_hashes)
-
-    site.running.do(lose)
+    site.evict(site.hashes_of(made["id"]))
     assert site.ask(made["id"], "Gone?")["cache_miss"]["reason"] == "expired"
 
 

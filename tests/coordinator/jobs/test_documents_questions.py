@@ -188,14 +188,7 @@ def test_evicted_blocks_are_told(site: Site) -> None:
     text = "Evicted later. " * 40
     document_id = site.ingest(text=text)["id"]
     site.wait(document_id)
-    request = next(r for r in site.ingestor.requests[::-1] if r.document_id == document_id)
-
-    def lose() -> None:
-        site.ingestor.evict(request.block_hashes)
-        site.running.fake.cache["decode0"].difference_update(request.block_hashes)
-        site.running.fake.cache["prefill0"].difference_update(request.block_hashes)
-
-    site.running.do(lose)
+    site.evict(site.hashes_of(document_id))
     answer = site.ask(document_id, "Where is it?")
     promised = full_blocks(len(f"user: {text}"))
     assert answer["cache_miss"] == {"reason": "evicted", "missed_tokens": promised}

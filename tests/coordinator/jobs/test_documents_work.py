@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.jobs.documents.document_files import DocumentFiles, read_text, read_tokens
+from coordinator.jobs.documents.document_files import packed_tokens, read_text, read_tokens
 from coordinator.jobs.documents.segments import segment_ends
 from coordinator.jobs.engine.marks import Marks, boot_id
 from coordinator.jobs.engine.suspects import Work
+from coordinator.jobs.files.folder import DurableFolder
 from modeling.checkpoint.config import load_config
 from protocol.errors import RequestError
 from tests.coordinator.jobs.world import BLOCK_SIZE, FINGERPRINT, FakeIngestor, Site, start_site
@@ -199,14 +200,6 @@ def test_another_model(tmp_path: Path) -> None:
         assert error["code"] == "document_model_changed"
 
 
-def test_a_full_disk_is_told_before(tmp_path: Path) -> None:
-    with start_site(tmp_path, min_free_bytes=1 << 60) as site:
-        reply = site.post(source={"text": TEXT})
-        assert (reply.status_code, reply.json()["error"]["code"]) == (507, "insufficient_storage")
-        assert site.client.get("/v1/documents").json()["data"] == []
-        assert site.client.post("/v1/completions", json={"prompt": "a"}).status_code == 200
-
-
 def test_a_disk_that_fills_up(tmp_path: Path) -> None:
     with start_site(tmp_path, data_dir=str(tmp_path / "data")) as site:
         site.close_gate()
@@ -263,22 +256,21 @@ def test_damaged_tokens_are_made_again(tmp_path: Path) -> None:
 
 
 def test_files_are_whole_or_not_there(tmp_path: Path) -> None:
-    folder = tmp_path / "documents"
-    files = DocumentFiles(folder)
-    assert os.stat(folder).st_mode & 0o077 == 0
-    files.write_tokens("doc_a", [0, 1, 2**32 - 1])
-    files.write("doc_b", "text", "né".encode())
-    assert read_tokens(folder, "doc_a") == (0, 1, 2**32 - 1)
-    assert read_text(folder, "doc_b") == "né"
-    (folder / "doc_a.text.new").write_text("half")
-    following = DocumentFiles(folder)
-    following.write("doc_c", "text", b"written before its row is")
-    assert following.recover({"doc_a"}) == 2
-    assert {path.name for path in folder.iterdir()} == {"doc_a.tokens", "doc_c.text"}
-    files.remove("doc_a")
-    files.remove("doc_a")
+    folder = DurableFolder(tmp_path / "documents", "")
+    assert os.stat(folder.path).st_mode & 0o077 == 0
+    folder.write("doc_a.tokens", packed_tokens([0, 1, 2**32 - 1]))
+    folder.write("doc_b.text", "né".encode())
+    assert read_tokens(folder.path, "doc_a") == (0, 1, 2**32 - 1)
+    assert read_text(folder.path, "doc_b") == "né"
+    folder.new("doc_a.text").write_text("half")
+    following = DurableFolder(folder.path, "")
+    following.write("doc_c.text", b"written before its row is")
+    following.sweep({"doc_a"})
+    assert {path.name for path in folder.path.iterdir()} == {"doc_a.tokens", "doc_c.text"}
+    folder.remove("doc_a.tokens")
+    folder.remove("doc_a.tokens")
     with pytest.raises(RequestError, match="ingest it again"):
-        read_tokens(folder, "doc_a")
+        read_tokens(folder.path, "doc_a")
 
 
 @given(st.integers(0, 100), st.integers(0, 3000), st.integers(1, 512))

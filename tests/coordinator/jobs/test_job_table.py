@@ -50,7 +50,7 @@ def test_a_change_writes_the_state_its_time_and_its_event_or_nothing() -> None:
         await put(table, document(1))
         told = Notice("warning", {"code": "x"})
         made = await table.change("doc_1", lambda d: d.after(DocumentEvent.START, attempt=1), told)
-        assert made == await table.find("doc_1")
+        assert made == await table.get("t", "doc_1")
         assert (made.state, made.times) == (DocumentState.TOKENIZING, {"tokenizing": 7.5})
         assert await table.change("doc_1", lambda _: None, told) == made
         with pytest.raises(IllegalTransition):
@@ -61,7 +61,7 @@ def test_a_change_writes_the_state_its_time_and_its_event_or_nothing() -> None:
 
         with pytest.raises(RequestError):
             await table.change("doc_1", lambda d: d.after(JobEvent.CANCEL), told, also=refuse)
-        assert await table.find("doc_1") == made
+        assert await table.get("t", "doc_1") == made
         events = await table.events("doc_1", 0)
         assert [(e.sequence, e.kind) for e in events] == [
             (1, "state"),
@@ -103,7 +103,7 @@ def test_what_is_deleted_or_has_ended_is_left_to_be_cleaned_up() -> None:
         batches = JobTable(database, Batch, lambda: 7.5)
         await put(table, document(1))
         await table.delete("doc_1")
-        assert await table.find("doc_1") is None
+        assert await table.select("job_id = 'doc_1'") == []
         assert await table.events("doc_1", 0) == []
         assert [one.id for one in await table.cleanups()] == ["doc_1"]
         assert await table.ids() == {"doc_1"}
@@ -114,8 +114,8 @@ def test_what_is_deleted_or_has_ended_is_left_to_be_cleaned_up() -> None:
         assert await batches.cleanups() == [ended]
         await batches.cleaned_up("batch_1")
         await table.cleaned_up("doc_1")
-        assert await table.ids() == set()
-        assert await batches.find("batch_1") == ended
+        assert await table.ids() == {"batch_1"}
+        assert await batches.get("t", "batch_1") == ended
 
     with_documents(work)
 
@@ -184,7 +184,7 @@ def test_a_database_of_version_1_is_converted(old: Path) -> None:
             await documents.insert(document(1, "default"), lambda _: None, again, 1e12)
         assert [one.id for one in await documents.cleanups()] == ["doc_gone"]
         with pytest.raises(RequestError, match="cannot be read"):
-            await documents.find("doc_torn")
+            await documents.get("default", "doc_torn")
 
         kept, _ = await batches.page("default", None, 10, is_ascending=True)
         states = ["completed", "in_progress", "failed", "set_aside"]

@@ -1,7 +1,6 @@
 """Whose turn it is."""
 
 import asyncio
-import time
 from collections import Counter
 
 import pytest
@@ -100,12 +99,12 @@ def test_everybody_gets_on_and_nobody_has_too_much(
 
 
 async def _cancelled_in_every_state() -> None:
-    slots = FairSlots(Turns(1, 1), time.monotonic)
-    async with slots.turn("a", (0,)) as turn:
+    slots = FairSlots(1, 1)
+    async with slots.turn("a", (0,)) as renew:
         waiting = [asyncio.create_task(slots.acquire(name, (0,))) for name in "bc"]
         await asyncio.sleep(0)
         waiting[0].cancel()
-        renewing = asyncio.create_task(turn.renew())
+        renewing = asyncio.ensure_future(renew())
         number = await waiting[1]  # it was its turn
         renewing.cancel()
         with pytest.raises(asyncio.CancelledError):

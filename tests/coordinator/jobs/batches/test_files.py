@@ -202,7 +202,8 @@ def test_a_full_disk_refuses_before_anything_is_taken(tmp_path: Path) -> None:
     with start_site(tmp_path, min_free_bytes=1 << 60) as site:
         reply = site.client.post("/v1/files", content=form(PURPOSE, FILE), headers=HEAD)
         check_error(reply, 507, "insufficient_storage")
-        assert site.stored() == []
+        check_error(site.post(source={"text": "x"}), 507, "insufficient_storage")
+        assert site.stored() == site.client.get("/v1/documents").json()["data"] == []
         assert site.client.post("/v1/completions", json={"prompt": "x"}).status_code == 200
 
 
