@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from bench.simulate.command import add_arguments, run
+from bench.simulate.command import add_arguments, run_experiments
 from protocol.errors import ConfigError
 
 
@@ -13,7 +13,7 @@ def main() -> int:
     )
     add_arguments(parser)
     try:
-        return run(parser.parse_args())
+        return run_experiments(parser.parse_args())
     except ConfigError as error:
         parser.error(str(error))
 

@@ -1,6 +1,6 @@
 """The experiments as commands: ``python -m bench.simulate NAME|all [--seeds N] [--save DIR]``.
 
-``add_arguments`` and ``run`` are what any other command line needs to offer them.
+``add_arguments`` and ``run_experiments`` are what any other command line needs to offer them.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save", type=Path, metavar="DIR", help=f"keep results in DIR/{FOLDER}")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run_experiments(arguments: argparse.Namespace) -> int:
     """Run what is asked for.
 
     Returns:

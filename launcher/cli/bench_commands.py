@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from bench.simulate.command import add_arguments, run
+from bench.simulate.command import add_arguments, run_experiments
 from launcher.cli.bench_flags import (
     EXIT_INVALID,
     EXIT_MISSED,
@@ -68,7 +68,7 @@ def _without_secrets(argv: list[str]) -> list[str]:
 
 
 def _experiment(arguments: argparse.Namespace, _command: str) -> int:
-    return run(arguments)
+    return run_experiments(arguments)
 
 
 def _run(arguments: argparse.Namespace, command: str) -> int:

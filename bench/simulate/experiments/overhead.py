@@ -163,13 +163,17 @@ class Timed:
         seconds = time.perf_counter() - started
         if plan is None:
             return seconds, 0
-        tokens = tuple(SampledToken(*one.key, PLAIN_TOKEN) for one in scheduler.sampled(plan))
+        tokens = tuple(_token(*one.key) for one in scheduler.sampled(plan))
         results = [StepResult(plan.step, 0, tokens)]
         started = time.perf_counter()
         scheduler.update(plan, results, 0.0)
         seconds += time.perf_counter() - started
         scheduler.take_commands()
         return seconds, len(tokens)
+
+
+def _token(request_id: str, attempt: int) -> SampledToken:
+    return SampledToken(request_id=request_id, attempt=attempt, token_id=PLAIN_TOKEN)
 
 
 def measure(batch: int, queue: int, num_steps: int = NUM_TIMED) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import pytest
 import scipy.stats
 
 from bench.load.analysis.metrics import ttft_of
-from bench.simulate.command import NAMES, add_arguments, run
+from bench.simulate.command import NAMES, add_arguments, run_experiments
 from bench.simulate.estimates import T_975, difference, mean_of, pick, ratio, short
 from bench.simulate.experiments import budgets, disaggregation, overhead, ring, routing
 from bench.simulate.report import Scale
@@ -162,12 +162,12 @@ def parse(*words: str) -> argparse.Namespace:
 )
 def test_mistakes_are_told(words: tuple[str, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        run(parse(*words))
+        run_experiments(parse(*words))
 
 
 def test_an_experiment_runs_and_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = ("--seeds", "2", "--size", "0.05", "--no-live", "--save", str(tmp_path))
-    assert run(parse("overhead", *small)) == 0
+    assert run_experiments(parse("overhead", *small)) == 0
     assert "Null case" in capsys.readouterr().out
     kept = tmp_path / "experiments"
     assert sorted(path.name for path in kept.iterdir()) == [
