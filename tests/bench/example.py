@@ -1,167 +1,79 @@
-"""Made-up runs of a disaggregated and a colocated server, drawn from a seed: no server is asked.
+"""Made-up runs of two servers under the same schedule, drawn from a seed: no server is asked.
 
-The two servers are queues: the disaggregated one prefills on its own pool and hands over, the
-colocated one stalls the tokens of everybody while it prefills.
+With the rate first tokens come later; the colocated server also stalls its answers now and then.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from bench.load.record import FORMAT_VERSION, Manifest, RequestRecord
 from bench.report.runs import Run
+from tests.bench.records import record
 
-PREFILL_S_PER_TOKEN = 4e-5
-STEP_S = 0.016
-KV_BYTES_PER_TOKEN = 131_072
-SLO = {
-    "short": {"ttft_ms": {"base": 350, "per_1k_tokens": 120}, "tpot_ms": 30, "target": 0.9},
-    "long": {"ttft_ms": {"base": 350, "per_1k_tokens": 120}, "tpot_ms": 30, "target": 0.9},
-    "default": {"ttft_ms": 800, "target": 0.9},
-}
-TARGETS = [
-    {"name": "disaggregated", "url": "example:", "model": "example", "num_accelerators": 4},
-    {"name": "colocated", "url": "example:", "model": "example", "num_accelerators": 4},
-]
+DEADLINE = {"ttft_ms": {"base": 350, "per_1k_tokens": 120}, "tpot_ms": 30, "target": 0.9}
+SLO = {"short": DEADLINE, "long": DEADLINE, "default": {"ttft_ms": 800, "target": 0.9}}
+TARGETS = ("disaggregated", "colocated")
 
 
-@dataclass(slots=True)
-class _Server:
-    """One queue for prompts; whoever prefills where others decode slows their tokens."""
-
-    name: str
-    is_colocated: bool
-    prefill_free_s: float = 0.0
-
-    def serve(self, random: Random, asked: RequestRecord) -> RequestRecord:
-        share = 0.995 if asked.kind == "question" else random.choice((0.0, 0.0, 0.35, 0.8))
-        cached = int(asked.num_prompt_tokens * share)
-        compute = (asked.num_prompt_tokens - cached) * PREFILL_S_PER_TOKEN
-        compute *= (1.25 if self.is_colocated else 1.0) * random.uniform(0.97, 1.1)
-        ready = asked.sent_s + 0.004
-        start = max(ready, self.prefill_free_s)
-        self.prefill_free_s = start + compute
-        first = start + compute + random.uniform(0.002, 0.006)
-        transfer = 0.0 if self.is_colocated else 0.004 + 2e-7 * asked.num_prompt_tokens
-        times = [first]
-        for number in range(1, asked.max_tokens):
-            step = STEP_S * random.uniform(0.9, 1.2)
-            if self.is_colocated and random.random() < 0.03:
-                step += random.expovariate(1 / 0.11)
-            times.append(times[-1] + step + (transfer if number == 1 else 0.0))
-        if random.random() < 0.004:
-            return _failed(asked, self.name)
-        queue = start - ready
-        return RequestRecord(
-            self.name,
-            asked.index,
-            asked.session,
-            asked.turn,
-            asked.kind,
-            asked.intended_s,
-            asked.sent_s,
-            asked.sent_s + 0.003,
-            tuple(round(at, 6) for at in times),
-            (1,) * len(times),
-            round(times[-1] + 0.0004, 6),
-            asked.num_prompt_tokens,
-            len(times),
-            cached,
-            asked.max_tokens,
-            "ok",
-            200,
-            finish_reason="length",
-            request_id=f"example-{asked.index}",
-            timeline={"requests": [self._timeline(asked, times, (queue, compute, transfer))]},
-        )
-
-    def _timeline(
-        self, asked: RequestRecord, times: list[float], took: tuple[float, float, float]
-    ) -> dict[str, object]:
-        queue_s, compute_s, transfer_s = took
-        base = asked.sent_s + 0.001
-        first = times[0] - base - 0.001
-        events = {"arrived": 0.0, "tokenized": 0.0015, "reserved": 0.002}
-        if not self.is_colocated:
-            events["prefill_sent"] = 0.003
-        events["first_token"] = first
-        if not self.is_colocated:
-            events["committed"] = first + transfer_s
-        if len(times) > 1:
-            events["first_decode"] = times[1] - base - 0.001
-        events["finished"] = times[-1] - base - 0.001
-        moved = {"transport": "example", "num_bytes": KV_BYTES_PER_TOKEN * asked.num_prompt_tokens}
-        transfer = {**moved, "read_s": round(compute_s + transfer_s, 6)}
-        prefill = {"pool_id": "prefill0", "queue_s": queue_s, "compute_s": compute_s}
-        return {
-            "num_prompt_tokens": asked.num_prompt_tokens,
-            "decode_pool": "decode0",
-            "prefill_pool": None if self.is_colocated else "prefill0",
-            "events": {name: round(at, 6) for name, at in events.items()},
-            "prefill": None if self.is_colocated else prefill,
-            "transfer": None if self.is_colocated else transfer,
-        }
-
-
-def _failed(asked: RequestRecord, target: str) -> RequestRecord:
-    return RequestRecord(
-        target,
-        asked.index,
-        asked.session,
-        asked.turn,
-        asked.kind,
-        asked.intended_s,
-        asked.sent_s,
-        finished_s=asked.sent_s + 0.2,
-        num_prompt_tokens=asked.num_prompt_tokens,
-        max_tokens=asked.max_tokens,
-        outcome="http_error",
-        status=503,
-        error_code="overloaded",
-    )
-
-
-def requests(random: Random, rate: float, duration_s: float) -> Iterator[RequestRecord]:
-    """An open-loop schedule: mostly short prompts, some long, documents with three questions."""
-    at, index = 0.0, 0
-    while (at := at + random.expovariate(rate)) < duration_s:
-        draw = random.random()
-        kind = "long" if draw < 0.08 else "document" if draw < 0.1 else "short"
-        tokens = int(min(30_000, random.lognormvariate(6.2 if kind == "short" else 8.9, 0.6)))
+def _asked(random: Random, rate: float, duration_s: float) -> Iterator[dict[str, Any]]:
+    """An open loop: mostly short prompts, some long, documents with three questions."""
+    at_s, index = 0.0, 0
+    while (at_s := at_s + random.expovariate(rate)) < duration_s:
+        kind = random.choices(("short", "long", "document"), (0.9, 0.08, 0.02))[0]
+        num_tokens = int(random.lognormvariate(6.2 if kind == "short" else 8.9, 0.6)) + 16
         for turn in range(4 if kind == "document" else 1):
-            start = at + 2.5 * turn
-            is_question = kind == "document" and turn > 0
-            yield RequestRecord(
-                "",
-                index,
-                f"session-{index - turn}",
-                turn,
-                "question" if is_question else kind,
-                round(start, 6),
-                round(start + random.expovariate(1 / 0.0004), 6),
-                num_prompt_tokens=max(16, tokens) + 40 * turn,
-                max_tokens=random.randint(8, 48),
-            )
+            yield {
+                "index": index,
+                "session": f"session-{index - turn}",
+                "turn": turn,
+                "kind": "question" if turn else kind,
+                "at_s": round(at_s + 2.5 * turn, 6),
+                "num_prompt_tokens": num_tokens + 40 * turn,
+                "num_cached_tokens": num_tokens if turn else 0,
+                "max_tokens": random.randint(8, 48),
+            }
             index += 1
+
+
+def _answered(random: Random, asked: dict[str, Any], target: str, rate: float) -> RequestRecord:
+    num_computed = asked["num_prompt_tokens"] - asked["num_cached_tokens"]
+    ttft_s = 0.01 + 4e-5 * num_computed + random.expovariate(16 / rate**1.5)
+    stall_s = 0.11 if target == "colocated" else 0.0
+    gaps_s = tuple(
+        0.016 * random.uniform(0.9, 1.2) + stall_s * (random.random() < 0.03)
+        for _ in range(asked["max_tokens"] - 1)
+    )
+    return record(
+        ttft_s=ttft_s,
+        gaps_s=gaps_s,
+        target=target,
+        sent_s=asked["at_s"] + random.expovariate(1 / 0.0004),
+        status=200,
+        finish_reason="length",
+        request_id=f"example-{asked['index']}",
+        **asked,
+    )
 
 
 def sample_run(
     seed: int, rate: float, duration_s: float = 60.0
 ) -> tuple[Manifest, list[RequestRecord]]:
-    """Both servers under the same schedule."""
+    """Both servers."""
     random = Random(f"{seed}/{rate}")
-    asked = sorted(requests(random, rate, duration_s), key=lambda record: record.sent_s)
-    records: list[RequestRecord] = []
-    for server in (_Server("disaggregated", False), _Server("colocated", True)):
-        records += [server.serve(random, one) for one in asked]
+    asked = sorted(_asked(random, rate, duration_s), key=lambda one: one["at_s"])
+    records = [_answered(random, one, target, rate) for target in TARGETS for one in asked]
     manifest = Manifest(
         version=FORMAT_VERSION,
-        command=f"baton bench report --example --seed {seed}",
+        command="baton bench run",
         seed=seed,
         workload={"name": "example: short, long, documents with questions"},
         arrival={"name": "poisson", "rate": rate},
-        targets=[dict(target) for target in TARGETS],
+        targets=[
+            {"name": name, "url": "example:", "model": "example", "num_accelerators": 4}
+            for name in TARGETS
+        ],
         slo=SLO,
         duration_s=duration_s,
         environment={"cpu": "none: these figures are made up"},
@@ -177,8 +89,4 @@ def sample_run(
 
 def sample_runs(seed: int = 0, rates: tuple[float, ...] = (2, 6, 10, 14, 18)) -> list[Run]:
     """A sweep: one run per rate."""
-    runs: list[Run] = []
-    for rate in rates:
-        manifest, records = sample_run(seed, rate)
-        runs.append(Run(Path(f"rate-{rate:g}"), manifest, records))
-    return runs
+    return [Run(Path(f"rate-{rate:g}"), *sample_run(seed, rate)) for rate in rates]
