@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 
+from baton_client import BatonAPIError, BatonConnectionError, Client, Completion, Usage
 from bench.load.local_cluster import LocalCluster, descendants
 from modeling.arithmetic import expected_tokens
 from modeling.checkpoint.config import load_config
@@ -57,6 +58,13 @@ def parse_path(header: str) -> dict[str, str]:
     return {name: value for name, _, value in parts}
 
 
+def greedy(max_tokens: int) -> dict[str, Any]:
+    """The parameters of an answer of so many tokens, each the likeliest."""
+    return {
+        "max_tokens": max_tokens, "temperature": 0, "return_token_ids": True, "ignore_eos": True
+    }  # fmt: skip
+
+
 def prompt_of(rng: random.Random, num_tokens: int) -> list[int]:
     """Token ids that every model of these tests has."""
     return [rng.randrange(500) for _ in range(num_tokens)]
@@ -74,53 +82,42 @@ class Stream(threading.Thread):
         self.token_ids: list[int] = []
         self.num_logprobs = 0
         self.finish_reason: str | None = None
-        self.usage: Json = {}
+        self.usage: Usage | None = None
         self.error = ""  # the code of an error event, or of a broken connection
         self.is_done = False  # [DONE] was said
         self._url = url
-        self._headers = {"x-request-id": request_id} if request_id else {}
-        self._body = {
-            "prompt": prompt,
-            "max_tokens": max_tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "return_token_ids": True,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            **fields,
-        }
+        self._parameters = {**greedy(max_tokens), **fields}
+        self._request_id = request_id or None
         self._begun = threading.Event()
         self.start()
 
     def run(self) -> None:
         try:
             with (
-                httpx.Client(base_url=self._url, timeout=120.0, headers=self._headers) as client,
-                client.stream("POST", "/v1/completions", json=self._body) as reply,
+                Client(self._url, timeout_s=120.0) as client,
+                client.complete_stream(
+                    self.prompt, request_id=self._request_id, **self._parameters
+                ) as chunks,
             ):
-                self.path = parse_path(reply.headers.get("x-baton-path", ""))
-                for line in reply.iter_lines():
-                    self._take(line.removeprefix("data: "))
-        except httpx.TransportError as error:
-            self.error = self.error or type(error).__name__
+                self.path = parse_path(chunks.outcome.path)
+                for chunk in chunks:
+                    self._take(chunk)
+                self.usage = chunks.outcome.usage
+            self.is_done = True
+        except BatonAPIError as error:
+            self.error = error.code
+        except BatonConnectionError as error:
+            self.error = type(error).__name__
         finally:
             self._begun.set()
 
-    def _take(self, event: str) -> None:
-        if event == "[DONE]":
-            self.is_done = True
-        elif event.startswith("{"):
-            said = json.loads(event)
-            if "error" in said:
-                self.error = said["error"]["code"]
-            self.usage = said.get("usage") or self.usage
-            for choice in said.get("choices", ()):
-                self.token_ids += choice.get("token_ids") or []
-                logprobs = choice.get("logprobs") or {}
-                self.num_logprobs += len(logprobs.get("token_logprobs", ()))
-                self.finish_reason = choice["finish_reason"] or self.finish_reason
-            if len(self.token_ids) > DECODING:  # the first one comes from the prefill pool
-                self._begun.set()
+    def _take(self, chunk: Completion) -> None:
+        for choice in chunk.choices:
+            self.token_ids += choice.token_ids or ()
+            self.num_logprobs += len((choice.logprobs or {}).get("token_logprobs", ()))
+            self.finish_reason = choice.finish_reason or self.finish_reason
+        if len(self.token_ids) > DECODING:  # the first one comes from the prefill pool
+            self._begun.set()
 
     def wait_begun(self) -> str:
         """Wait until it is being decoded; the pool that does."""
@@ -167,30 +164,19 @@ class Cluster:
         self.pids = local.processes  # by name: ``coordinator``, ``prefill0/0``...
         self.url = local.url
         self.model = model
-        self.client = httpx.Client(base_url=local.url, timeout=120.0)
+        self.client = Client(local.url, timeout_s=120.0)
+        self.http = httpx.Client(base_url=local.url, timeout=120.0)
         self.exit_code: int | None = 0  # with which it must end; None if it is killed
 
     # -- requests ----------------------------------------------------------------------------------
 
-    def complete(self, prompt: str | Sequence[int], max_tokens: int, **fields: Any) -> Json:
-        """A greedy completion; returns the answer with its path header under ``path``."""
-        body = {
-            "prompt": prompt,
-            "max_tokens": max_tokens,
-            "temperature": 0,
-            "return_token_ids": True,
-            "ignore_eos": True,
-            **fields,
-        }
-        reply = self.client.post("/v1/completions", json=body)
-        assert reply.status_code == 200, reply.text
-        return {**reply.json(), "path": parse_path(reply.headers["x-baton-path"])}
+    def complete(self, prompt: str | Sequence[int], max_tokens: int, **fields: Any) -> Completion:
+        """A greedy completion of that many tokens."""
+        return self.client.complete(prompt, **greedy(max_tokens), **fields)
 
     def tokens(self, prompt: str | Sequence[int], max_tokens: int, **fields: Any) -> list[int]:
         """The greedy tokens after ``prompt``."""
-        (choice,) = self.complete(prompt, max_tokens, **fields)["choices"]
-        token_ids: list[int] = choice["token_ids"]
-        return token_ids
+        return self.complete(prompt, max_tokens, **fields).token_ids
 
     def stream(
         self, prompt: Sequence[int], max_tokens: int, request_id: str = "", **fields: Any
@@ -201,14 +187,14 @@ class Cluster:
     def check_exact(self, prompt: Sequence[int], **path: str) -> None:
         """A request is answered with the arithmetic model's tokens, and went this way."""
         answer = self.complete(prompt, 8)
-        assert answer["choices"][0]["token_ids"] == expected(self.model, prompt, 8)
-        assert path.items() <= answer["path"].items(), answer["path"]
+        assert answer.token_ids == expected(self.model, prompt, 8)
+        assert path.items() <= parse_path(answer.path).items(), answer.path
 
     # -- what is known of it -----------------------------------------------------------------------
 
     def state(self) -> Json:
         """What ``/v1/cluster`` says."""
-        state: Json = self.client.get("/v1/cluster").json()
+        state: Json = self.http.get("/v1/cluster").json()
         return state
 
     def pools(self) -> dict[str, Json]:
@@ -217,7 +203,7 @@ class Cluster:
 
     def timeline(self, request_id: str) -> Json:
         """What became of a request so far; empty if it is not known yet."""
-        reply = self.client.get(f"/v1/requests/{request_id}/timeline")
+        reply = self.http.get(f"/v1/requests/{request_id}/timeline")
         requests: list[Json] = [] if reply.status_code == 404 else reply.json()["requests"]
         return requests[0] if requests else {}
 
@@ -256,7 +242,7 @@ class Cluster:
 
         wait_until(is_serving, "every pool serves", BACK_S)
         # A loop that stood still is not ready for some seconds more.
-        wait_until(lambda: self.client.get("/ready").status_code == 200, "it is ready", BACK_S)
+        wait_until(lambda: self.http.get("/ready").status_code == 200, "it is ready", BACK_S)
 
     def assert_no_leaks(self, num_lost: int = 0) -> None:
         """Every block of every pool but those that are lost is free or cached once nothing runs."""
@@ -298,7 +284,7 @@ def run_cluster(
     try:
         local.wait_until_ready()
         cluster = Cluster(local, flags[0])
-        with cluster.client:
+        with cluster.client, cluster.http:
             yield cluster
     finally:
         processes = descendants(local.process.pid)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from baton_client.types import RequestCounts
 from tests.e2e.cluster import Cluster, Json, expected, wait_until
 from tests.e2e.test_documents import DOCUMENT, MODEL, SEGMENTS, running
 
@@ -28,10 +29,9 @@ def lines() -> list[Json]:
     return [{"custom_id": c, "method": "POST", "url": url, "body": b} for c, url, b in asked]
 
 
-def batch_of(cluster: Cluster, batch_id: str) -> Json:
-    found: Json = cluster.client.get(f"/v1/batches/{batch_id}").json()
-    assert found["status"] not in ("failed", "expired", "cancelled"), found
-    return found
+def num_done(cluster: Cluster, batch_id: str) -> int:
+    counts = cluster.client.batches.get(batch_id).request_counts
+    return 0 if counts is None else counts.completed
 
 
 @pytest.mark.slow
@@ -39,30 +39,17 @@ def test_a_batch_outlives_every_process(tmp_path: Path) -> None:
     data = ("--data-dir", str(tmp_path / "data"), *SEGMENTS)
     text = "\n".join(json.dumps(line) for line in lines())
     with running("--prefill", "cp2", "--decode", "tp2", *data) as first:
-        made = first.client.post(
-            "/v1/files", data={"purpose": "batch"}, files={"file": ("in.jsonl", text)}
-        ).json()
-        batch = first.client.post(
-            "/v1/batches",
-            json={"input_file_id": made["id"], "endpoint": URL, "completion_window": "24h"},
-        ).json()
-        wait_until(
-            lambda: batch_of(first, batch["id"])["request_counts"]["completed"] > 10,
-            "some questions are answered",
-            90.0,
-        )
+        file = first.client.files.create(text.encode(), filename="in.jsonl")
+        batch = first.client.batches.create(file.id, URL)
+        wait_until(lambda: num_done(first, batch.id) > 10, "some questions are answered", 90.0)
         first.kill()
     with running("--prefill", "cp1", "--decode", "tp1", *data) as second:
-        before = batch_of(second, batch["id"])["request_counts"]
-        assert before["completed"] > 10
-
-        def done() -> Json:
-            return batch_of(second, batch["id"])
-
-        wait_until(lambda: done()["status"] == "completed", "it is done", 90.0)
+        assert num_done(second, batch.id) > 10
+        done = second.client.batches.wait(batch.id, 90.0)
         total = NUM_QUESTIONS + 1
-        assert done()["request_counts"] == {"total": total, "completed": total, "failed": 0}
-        content = second.client.get(f"/v1/files/{done()['output_file_id']}/content").text
+        assert done.request_counts == RequestCounts(total=total, completed=total, failed=0)
+        assert done.output_file_id is not None
+        content = second.client.files.content(done.output_file_id)
     answers = {a["custom_id"]: a["response"]["body"] for a in map(json.loads, content.splitlines())}
     assert list(answers) == [line["custom_id"] for line in lines()]
     for number in range(0, NUM_QUESTIONS, 7):

@@ -4,12 +4,12 @@ import json
 import socket
 from collections.abc import Iterator
 
-import httpx
 import openai
 import pytest
 
+from baton_client import BatonAPIError
 from launcher.__main__ import main
-from tests.e2e.cluster import Cluster, run_cluster, wait_until
+from tests.e2e.cluster import Cluster, greedy, run_cluster, wait_until
 
 MODEL = "arithmetic:layers=2,heads=4,kv_heads=2,vocab=512,max_len=4096"
 
@@ -55,14 +55,8 @@ def test_the_openai_client_streams(cluster: Cluster) -> None:
 
 @pytest.mark.cluster
 def test_a_client_that_leaves_frees_every_block(cluster: Cluster) -> None:
-    body = {"prompt": [5] * 2000, "max_tokens": 1500, "stream": True, "ignore_eos": True}
-    with (
-        httpx.Client(base_url=cluster.url, timeout=30.0) as client,
-        client.stream("POST", "/v1/completions", json=body) as reply,
-    ):
-        for line in reply.iter_lines():
-            if line.startswith("data: "):
-                break
+    with cluster.client.complete_stream([5] * 2000, **greedy(1500)) as chunks:
+        assert next(iter(chunks)).token_ids
     wait_until(lambda: cluster.state()["num_active_requests"] == 0, "the request goes on")
     cluster.assert_no_leaks()
 
@@ -100,7 +94,7 @@ def test_a_client_that_leaves_before_the_first_token(cluster: Cluster) -> None:
 )
 def test_bad_requests_disturb_nobody(cluster: Cluster, content: bytes, param: str | None) -> None:
     headers = {"content-type": "application/json"}
-    reply = cluster.client.post("/v1/completions", content=content, headers=headers)
+    reply = cluster.http.post("/v1/completions", content=content, headers=headers)
     assert reply.status_code == 400
     error = reply.json()["error"]
     assert isinstance(error["code"], str)
@@ -110,11 +104,11 @@ def test_bad_requests_disturb_nobody(cluster: Cluster, content: bytes, param: st
 
 @pytest.mark.cluster
 def test_over_long_prompts_name_both_numbers(cluster: Cluster) -> None:
-    reply = cluster.client.post("/v1/completions", json={"prompt": [1] * 5000, "max_tokens": 4})
-    assert reply.status_code == 400
-    assert reply.json()["error"]["code"] == "context_length_exceeded"
-    assert "4096" in reply.json()["error"]["message"]
-    assert "5000" in reply.json()["error"]["message"]
+    with pytest.raises(BatonAPIError) as caught:
+        cluster.client.complete([1] * 5000, max_tokens=4)
+    assert (caught.value.status, caught.value.code) == (400, "context_length_exceeded")
+    assert "4096" in caught.value.message
+    assert "5000" in caught.value.message
 
 
 @pytest.mark.cluster
@@ -122,12 +116,8 @@ def test_the_doctor_finds_the_cluster_well(
     cluster: Cluster, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Right after a client has left, whose blocks are still on their way back."""
-    body = {"prompt": [6] * 2000, "max_tokens": 1500, "stream": True, "ignore_eos": True}
-    with (
-        httpx.Client(base_url=cluster.url, timeout=30.0) as client,
-        client.stream("POST", "/v1/completions", json=body) as reply,
-    ):
-        next(reply.iter_lines())
+    with cluster.client.complete_stream([6] * 2000, **greedy(1500)) as chunks:
+        next(iter(chunks))
     assert main(["doctor", "--json", "--url", cluster.url]) == 0
     report = json.loads(capsys.readouterr().out)
     told = {finding["name"]: finding["found"] for finding in report["findings"]}

@@ -13,15 +13,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 
+from baton_client import Client, PoolState
 from tests.e2e.cluster import (
     SLOW_STEPS,
     Json,
     LoneProcess,
     Stream,
     expected,
+    greedy,
     parse_path,
     wait_until,
 )
@@ -123,24 +124,20 @@ class Site:
         self.url = url
         self._rng = random.Random(7)
 
-    def pool(self, pool_id: str) -> Json:
-        pools = httpx.get(f"{self.url}/v1/cluster", timeout=10.0).json()["pools"]
-        (found,) = [pool for pool in pools if pool["pool_id"] == pool_id]
-        return dict(found)
+    def pool(self, pool_id: str) -> PoolState:
+        with Client(self.url, timeout_s=10.0) as client:
+            (found,) = [pool for pool in client.cluster().pools if pool.pool_id == pool_id]
+        return found
 
     def ask(self) -> tuple[float, dict[str, str]]:
         """A long prompt that nobody has seen, answered exactly: seconds, and its path."""
         prompt = [self._rng.randrange(250) for _ in range(400)]
-        body = {"prompt": prompt, "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True}
         began = time.monotonic()
-        reply = httpx.post(
-            f"{self.url}/v1/completions", json={**body, "return_token_ids": True}, timeout=90.0
-        )
+        with Client(self.url, timeout_s=90.0) as client:
+            answer = client.complete(prompt, **greedy(NUM_TOKENS))
         took_s = time.monotonic() - began
-        assert reply.status_code == 200, reply.text
-        want = expected(MODEL, prompt, NUM_TOKENS)
-        assert reply.json()["choices"][0]["token_ids"] == want
-        return took_s, parse_path(reply.headers["x-baton-path"])
+        assert answer.token_ids == expected(MODEL, prompt, NUM_TOKENS)
+        return took_s, parse_path(answer.path)
 
 
 @pytest.fixture(scope="module")
@@ -192,12 +189,12 @@ def test_a_pool_that_the_coordinator_does_not_reach_for_a_while(site: Site) -> N
     """Its streams go on elsewhere, and it comes back as it is: with model, process and cache."""
     stream = Stream(site.url, [5] * 300, LONG)
     pool_id = stream.wait_begun()
-    epoch = site.pool(pool_id)["epoch"]
+    epoch = site.pool(pool_id).epoch
     with site.network.cut(HERE, pool_id):
-        wait_until(lambda: not site.pool(pool_id)["serving"], "it is missed")
-    wait_until(lambda: site.pool(pool_id)["serving"], "it is back")
+        wait_until(lambda: not site.pool(pool_id).serving, "it is missed")
+    wait_until(lambda: site.pool(pool_id).serving, "it is back")
     stream.check_exact(MODEL)
-    assert site.pool(pool_id)["epoch"] > epoch
+    assert site.pool(pool_id).epoch > epoch
     assert all(process.process.poll() is None for process in site.processes.values()), "given up"
     for _ in range(4):
         site.ask()

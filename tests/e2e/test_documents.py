@@ -6,16 +6,16 @@ be what was computed, to the last bit and in its place, or the answer is another
 
 import os
 import signal
-import time
 from contextlib import AbstractContextManager
 from pathlib import Path
 from random import Random
 from typing import Any
 
-import httpx
 import pytest
 
-from tests.e2e.cluster import Cluster, Json, expected, run_cluster, wait_until
+from baton_client import Client, Document, Retry
+from baton_client.types import Residency, TokenCounts
+from tests.e2e.cluster import Cluster, expected, parse_path, run_cluster, wait_until
 
 MODEL = "arithmetic:layers=3,heads=4,kv_heads=2,vocab=512,max_len=16384"
 SMALL = ("--kv-memory", "32MiB", "--store-memory", "8MiB", "--checksum", "always")
@@ -35,36 +35,29 @@ def has_nixl_files(cluster: Cluster) -> bool:
     return "libplugin_POSIX" in Path(f"/proc/{cluster.pids()['store0/0']}/maps").read_text()
 
 
-def ingest(cluster: Cluster, **fields: Any) -> str:
+def ingest(cluster: Cluster, **options: Any) -> str:
     """The id of a new document."""
-    body = {"source": {"token_ids": DOCUMENT}, "form": "text", **fields}
-    reply = cluster.client.post("/v1/documents", json=body)
-    assert reply.status_code == 202, reply.text
-    document_id: str = reply.json()["id"]
-    return document_id
+    return cluster.client.documents.create(token_ids=DOCUMENT, form="text", **options).id
 
 
-def document(cluster: Cluster, document_id: str, wait_s: float = 0.0) -> Json:
-    reply = cluster.client.get(f"/v1/documents/{document_id}", params={"wait": wait_s})
-    assert reply.status_code == 200, reply.text
-    found: Json = reply.json()
-    return found
+def status(cluster: Cluster, document_id: str) -> str:
+    return cluster.client.documents.get(document_id).status
 
 
-def ready(cluster: Cluster, document_id: str) -> Json:
-    """The document, once it is."""
-    end = time.monotonic() + READY_S
-    while (found := document(cluster, document_id, 5.0))["status"] != "ready":
-        assert found["status"] not in ("failed", "cancelled", "expired"), found
-        assert time.monotonic() < end, found
+def ready(cluster: Cluster, document_id: str) -> Document:
+    """The document, once it is; also over a coordinator that is away for a while."""
+    retry = Retry(max_attempts=100, max_delay_s=1.0)
+    with Client(cluster.url, retry=retry) as patient:
+        found = patient.documents.wait(document_id, READY_S)
+    assert found.status == "ready"
     return found
 
 
 def ask(cluster: Cluster, document_id: str) -> tuple[list[int], int, dict[str, str]]:
     """(tokens, cached tokens, path) of an answer about the document."""
     answer = cluster.complete(QUESTION, 6, document_id=document_id)
-    cached = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
-    return answer["choices"][0]["token_ids"], cached, answer["path"]
+    assert answer.usage is not None
+    return answer.token_ids, answer.usage.cached_tokens, parse_path(answer.path)
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +74,10 @@ def test_a_document_outlives_every_process(tmp_path: Path, answer: list[int]) ->
     through_nixl = ("--disk-io", "nixl-posix")
     with running("--prefill", "cp2", "--decode", "tp2", *data, *through_nixl) as first:
         assert has_nixl_files(first)
-        document_id = ingest(first, pin={"mode": "hard", "ttl": "1h", "tier": "disk"})
+        document_id = ingest(first, pin="hard", ttl="1h", tier="disk")
         found = ready(first, document_id)
-        assert found["tokens"] == {"total": len(DOCUMENT), "done": len(DOCUMENT), "cached": 0}
-        assert {"tier": "disk", "worker": "store0", "fraction": 1.0} in found["residency"]
+        assert found.tokens == TokenCounts(total=len(DOCUMENT), done=len(DOCUMENT), cached=0)
+        assert Residency(tier="disk", worker="store0", fraction=1.0) in found.residency
         tokens, cached, path = ask(first, document_id)
         assert (tokens, cached) == (answer, NUM_KEPT)
         assert path["loaded"] == str(NUM_KEPT) and "prefill" not in path
@@ -93,7 +86,7 @@ def test_a_document_outlives_every_process(tmp_path: Path, answer: list[int]) ->
         first.kill()
     with running("--prefill", "cp1", "--decode", "tp1", *data, *through_nixl) as second:
         assert has_nixl_files(second)
-        assert document(second, document_id)["status"] == "ready"
+        assert status(second, document_id) == "ready"
         tokens, cached, path = ask(second, document_id)
         assert (tokens, cached) == (answer, NUM_KEPT)
         assert path["loaded"] == str(NUM_KEPT) and "prefill" not in path
@@ -107,7 +100,7 @@ def test_a_document_outlives_every_process(tmp_path: Path, answer: list[int]) ->
         tokens, cached, _ = ask(third, document_id)
         assert tokens == answer, "KV that was damaged on disk was used"
         assert cached < NUM_KEPT
-        assert document(third, document_id)["status"] == "damaged"
+        assert status(third, document_id) == "damaged"
         third.assert_no_leaks()
     opened = [path for path in (tmp_path / "data").rglob("*") if path.stat().st_mode & 0o077]
     assert not opened, "somebody else may read it"
@@ -125,11 +118,10 @@ def test_a_job_goes_on_after_a_death(tmp_path: Path, answer: list[int], victim: 
     data = ("--data-dir", str(tmp_path / "data"), *SEGMENTS)
     with running("--prefill", "cp1", "--decode", "tp1", *data) as cluster:
         document_id = ingest(cluster)
-        wait_until(
-            lambda: document(cluster, document_id)["tokens"]["done"] >= 1024, "a segment is done"
-        )
+        documents = cluster.client.documents
+        wait_until(lambda: documents.get(document_id).tokens.done >= 1024, "a segment is done")
         os.kill(cluster.pids()[victim], signal.SIGKILL)
-        wait_until(lambda: _is_ready(cluster, document_id), "it is ready", READY_S)
+        ready(cluster, document_id)
         tokens, cached, _ = ask(cluster, document_id)
         assert (tokens, cached) == (answer, NUM_KEPT)
 
@@ -143,11 +135,3 @@ def test_a_colocated_cluster_keeps_documents_too(tmp_path: Path, answer: list[in
         first.kill()
     with running("--decode", "tp1", *data) as second:
         assert ask(second, document_id)[:2] == (answer, NUM_KEPT)
-
-
-def _is_ready(cluster: Cluster, document_id: str) -> bool:
-    """The coordinator itself may be gone for a moment."""
-    try:
-        return bool(document(cluster, document_id)["status"] == "ready")
-    except (httpx.HTTPError, AssertionError):
-        return False

@@ -10,7 +10,7 @@ import pytest
 from modeling.embedded import CHECKPOINT
 from modeling.embedded.grammar import Document, write_document
 from modeling.text.tokenizer import load_tokenizer
-from tests.e2e.cluster import run_cluster
+from tests.e2e.cluster import parse_path, run_cluster
 
 NUM_TOKENS = 3000
 DEMO_S = 200.0
@@ -52,23 +52,15 @@ def test_every_split_gives_the_same_right_answers(
             question = fact.question(random, paraphrase=index % 2 == 1)
             content = question if messages else f"{document.text}\n\n{question}"
             messages.append({"role": "user", "content": content})
-            body = {
-                "messages": messages,
-                "temperature": 0,
-                "max_tokens": 40,
-                "session_id": "splits",
-            }
-            reply = cluster.client.post("/v1/chat/completions", json=body)
-            assert reply.status_code == 200, reply.text
-            answer = reply.json()
-            assert answer["choices"][0]["message"]["content"] == fact.answer
-            assert answer["choices"][0]["finish_reason"] == "stop"
-            messages.append({"role": "assistant", "content": fact.answer})
-            computed = int(reply.headers["x-baton-path"].split("computed=")[1].split(";")[0])
-            assert computed < 100 if index else computed > NUM_TOKENS
-            assert ("prefill=" in reply.headers["x-baton-path"]) is (
-                index == 0 and split != COLOCATED
+            answer = cluster.client.chat(
+                messages, temperature=0, max_tokens=40, session_id="splits"
             )
+            assert (answer.text, answer.finish_reason) == (fact.answer, "stop")
+            messages.append({"role": "assistant", "content": fact.answer})
+            path = parse_path(answer.path)
+            computed = int(path["computed"])
+            assert computed < 100 if index else computed > NUM_TOKENS
+            assert ("prefill" in path) is (index == 0 and split != COLOCATED)
 
 
 @pytest.mark.cluster

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.e2e.cluster import expected, prompt_of, run_cluster
+from tests.e2e.cluster import expected, parse_path, prompt_of, run_cluster
 
 MODEL = "arithmetic:layers=3,heads=8,kv_heads=4,vocab=512,max_len=8192"
 SHAPES = {
@@ -67,13 +67,13 @@ def test_a_session_computes_and_moves_only_what_is_new(shape: str) -> None:
                 held = max(0, len(history) - 1) // 16 * 16
                 history += prompt_of(rng, num_new)
                 answer = cluster.complete(history, NUM_TOKENS, session_id=session)
-                tokens = answer["choices"][0]["token_ids"]
+                tokens = answer.token_ids
                 assert tokens == expected(MODEL, history, NUM_TOKENS)
-                path = answer["path"]
+                path = parse_path(answer.path)
                 assert ("local" in path) == (num_new <= 40), "few new tokens are not worth moving"
                 assert int(path["cached"]) == held
                 assert int(path["computed"]) == len(history) - held
-                assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == held
+                assert answer.usage is not None and answer.usage.cached_tokens == held
                 if "local" not in path:
                     assert int(path.get("fetched", 0)) == held - num_prefilled
                     assert int(path["moved"]) == len(history) - held

@@ -60,8 +60,9 @@ def test_streams_survive_the_death_of_a_decode_pool() -> None:
             stream.check_exact(MODEL)
             assert stream.finish_reason == "length"
             assert stream.num_logprobs == 200
-            assert stream.usage["prompt_tokens"] == len(stream.prompt)
-            assert stream.usage["completion_tokens"] == 200
+            assert stream.usage is not None
+            assert stream.usage.prompt_tokens == len(stream.prompt)
+            assert stream.usage.completion_tokens == 200
             timeline = cluster.timeline(name)
             assert timeline["attempt"] == (2 if homes[name] == victim else 1)
             if homes[name] == victim:

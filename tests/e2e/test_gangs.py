@@ -22,6 +22,7 @@ from tests.e2e.cluster import (
     LoneProcess,
     Stream,
     expected,
+    parse_path,
     prompt_of,
     run_cluster,
     send,
@@ -102,7 +103,7 @@ def test_a_killed_decode_follower(cluster: Cluster) -> None:
     send(pids["decode0/1"], signal.SIGKILL)
     cluster.wait_lost("decode0", epoch)
     wait_gone(pids["decode0/0"])
-    assert cluster.client.get("/ready").status_code == 200
+    assert cluster.http.get("/ready").status_code == 200
     check_exact(cluster, decode="decode1")
     by_pool["decode1"].check_exact(MODEL)
     by_pool["decode0"].check_end(MODEL, "worker_lost")
@@ -186,8 +187,8 @@ def test_a_coordinator_that_is_gone(cluster: Cluster, number: signal.Signals) ->
     for old, pool in zip(before["pools"], after["pools"], strict=True):
         assert pool["epoch"] > old["epoch"]
     answer = cluster.complete(prompt, 4)
-    assert answer["choices"][0]["token_ids"] == expected(MODEL, prompt, 4)
-    assert int(answer["path"]["cached"]) >= len(prompt) // 16 * 16 - 16
+    assert answer.token_ids == expected(MODEL, prompt, 4)
+    assert int(parse_path(answer.path)["cached"]) >= len(prompt) // 16 * 16 - 16
 
 
 def test_a_coordinator_that_pauses(cluster: Cluster) -> None:
@@ -248,14 +249,14 @@ def test_a_busy_coordinator_and_the_end() -> None:
         after = cluster.state()
         assert cluster.pids() == pids
         assert [pool["epoch"] for pool in after["pools"]] == [p["epoch"] for p in before["pools"]]
-        assert "baton_attempts_lost_total{" not in cluster.client.get("/metrics").text
+        assert "baton_attempts_lost_total{" not in cluster.http.get("/metrics").text
         streams = [begin(cluster) for _ in range(2)]
         for stream in streams:
             stream.wait_begun()
         for pid in (cluster.process.pid, *pids.values()):
             os.kill(pid, signal.SIGTERM)
-        wait_until(lambda: cluster.client.get("/ready").status_code == 503, "it takes nothing new")
-        reply = cluster.client.post("/v1/completions", json={"prompt": [1]})
+        wait_until(lambda: cluster.http.get("/ready").status_code == 503, "it takes nothing new")
+        reply = cluster.http.post("/v1/completions", json={"prompt": [1]})
         assert (reply.status_code, reply.json()["error"]["code"]) == (503, "shutting_down")
         for stream in streams:
             stream.check_exact(MODEL)
@@ -322,7 +323,7 @@ def test_restarts_are_used_up(tmp_path: Path) -> None:
         pids = cluster.pids()
         send(pids["prefill0/0"], signal.SIGKILL)
         wait_until(lambda: cluster.state()["missing"], "it is lost")
-        assert cluster.client.get("/ready").status_code == 200
+        assert cluster.http.get("/ready").status_code == 200
         check_exact(cluster)
         send(pids["decode0/0"], signal.SIGKILL)
         cluster.exit_code = 1

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.e2e.cluster import run_cluster, wait_until
+from tests.e2e.cluster import parse_path, run_cluster, wait_until
 from tests.modeling.checkpoints import write_checkpoint
 
 NUM_TOKENS = 6
@@ -59,7 +59,7 @@ def test_a_pool_that_makes_numbers_that_are_not_finite_is_lost(tmp_path: Path) -
             """The answer to a prompt that no cache has, and the pool that it is of."""
             prompt = prompts[number % len(prompts)]
             answer = cluster.complete(prompt, NUM_TOKENS, cache_salt=f"{number}")
-            return answer["choices"][0]["token_ids"], answer["path"]["decode"]
+            return answer.token_ids, parse_path(answer.path)["decode"]
 
         first = [ask(number) for number in range(len(prompts))]
         assert {pool_id for _, pool_id in first} == {DAMAGED}
@@ -79,7 +79,7 @@ def test_a_pool_that_makes_numbers_that_are_not_finite_is_lost(tmp_path: Path) -
             first[number % len(prompts)][0] for number in range(200, 200 + len(prompts))
         ]
         assert DAMAGED in {pool_id for _, pool_id in again}
-        text = cluster.client.get("/metrics").text
+        text = cluster.http.get("/metrics").text
         counts = re.findall(r'baton_non_finite_logits_total\{pool="(\w+)"\} (\S+)', text)
         assert [pool_id for pool_id, _ in counts] == [DAMAGED]
         assert 3 <= float(counts[0][1]) <= number - len(prompts)

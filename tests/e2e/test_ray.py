@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.cluster import expected, prompt_of, run_cluster, wait_until
+from tests.e2e.cluster import expected, parse_path, prompt_of, run_cluster, wait_until
 from tests.e2e.doors import doors_of, tree
 
 MODEL = "arithmetic:layers=3,heads=4,kv_heads=2,vocab=512,max_len=4096"
@@ -32,21 +32,13 @@ def test_the_same_requests_pass_under_ray(tmp_path: Path) -> None:
             assert [host for host in hosts if host != "127.0.0.1"] == ["::"], found
         assert "AuthenticationError" in _ask_ray_without_its_token(cluster.process.pid, tmp_path)
         document = prompt_of(rng, 1600)
-        source = {"token_ids": document}
-        made = cluster.client.post("/v1/documents", json={"source": source}).json()
-        path = f"/v1/documents/{made['id']}"
-
-        def is_ready() -> bool:
-            status = cluster.client.get(path, params={"wait": 5}).json()["status"]
-            assert status not in ("failed", "cancelled")
-            return bool(status == "ready")
-
-        wait_until(is_ready, "the document is ready", 60.0)
+        made = cluster.client.documents.create(token_ids=document)
+        cluster.client.documents.wait(made.id, timeout_s=60.0)
         assert list(tmp_path.glob("kv/**/*")), "its KV is on the disk"
-        asked = cluster.complete([7, 3], 8, document_id=made["id"])
-        assert int(asked["path"]["cached"]) == 1600
+        asked = cluster.complete([7, 3], 8, document_id=made.id)
+        assert int(parse_path(asked.path)["cached"]) == 1600
         want = expected(MODEL, [*document, 7, 3], 8)
-        assert asked["choices"][0]["token_ids"] == want
+        assert asked.token_ids == want
         cluster.assert_no_leaks()
 
 

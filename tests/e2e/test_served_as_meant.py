@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from baton_client import BatonAPIError, Completion
 from tests.e2e.cluster import Cluster, run_cluster
 from tests.modeling.checkpoints import write_checkpoint
 
@@ -71,12 +72,8 @@ def cluster(folder: Path, stop_text: str, said: Path) -> Iterator[Cluster]:
         yield running
 
 
-def ask(cluster: Cluster, **fields: Any) -> dict[str, Any]:
-    body = {"prompt": PROMPT, "max_tokens": 12, "return_token_ids": True, **fields}
-    reply = cluster.client.post("/v1/completions", json=body)
-    assert reply.status_code == 200, reply.text
-    choice: dict[str, Any] = reply.json()["choices"][0]
-    return choice
+def ask(cluster: Cluster, **fields: Any) -> Completion:
+    return cluster.client.complete(PROMPT, max_tokens=12, return_token_ids=True, **fields)
 
 
 @pytest.mark.cluster
@@ -84,9 +81,9 @@ def test_a_request_that_names_none_is_sampled_by_the_folders_defaults(
     cluster: Cluster, reference: list[int]
 ) -> None:
     for seed in (1, 2):
-        assert ask(cluster, ignore_eos=True, seed=seed)["token_ids"] == reference
+        assert ask(cluster, ignore_eos=True, seed=seed).token_ids == reference
     own = {**SAMPLING, "repetition_penalty": 1.0}
-    assert ask(cluster, ignore_eos=True, **own)["token_ids"] != reference
+    assert ask(cluster, ignore_eos=True, **own).token_ids != reference
 
 
 @pytest.mark.cluster
@@ -94,17 +91,18 @@ def test_the_tokenizers_end_of_sequence_ends_an_answer(
     cluster: Cluster, reference: list[int]
 ) -> None:
     answer = ask(cluster)
-    assert (answer["finish_reason"], answer["token_ids"]) == ("stop", reference[:4])
+    assert (answer.finish_reason, answer.token_ids) == ("stop", reference[:4])
 
 
 @pytest.mark.cluster
 def test_every_name_is_served_and_no_other(cluster: Cluster, folder: Path) -> None:
-    listed = cluster.client.get("/v1/models").json()["data"]
+    listed = cluster.http.get("/v1/models").json()["data"]
     assert {model["id"] for model in listed} == set(NAMES)
     for name in NAMES:
-        assert ask(cluster, model=name)["finish_reason"] == "stop"
-    body = {"model": folder.name, "prompt": PROMPT}
-    assert cluster.client.post("/v1/completions", json=body).status_code == 404
+        assert ask(cluster, model=name).finish_reason == "stop"
+    with pytest.raises(BatonAPIError) as caught:
+        ask(cluster, model=folder.name)
+    assert caught.value.status == 404
 
 
 @pytest.mark.cluster
