@@ -1,5 +1,6 @@
 """``/v1/batches``, in OpenAI's shape: paths to functions."""
 
+import hashlib
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Request
@@ -11,6 +12,8 @@ from coordinator.http.frontend import Frontend
 from coordinator.http.listing import listed, tenant_of
 from coordinator.jobs.batches.batch import describe_batch
 from coordinator.jobs.batches.batches import BatchRequest
+from coordinator.jobs.engine.table import Idempotency
+from coordinator.validation.document_bodies import check_idempotency_key
 from coordinator.validation.schemas import validate
 
 MAX_PAGE, DEFAULT_PAGE = 100, 20
@@ -50,7 +53,7 @@ def add_batches(app: FastAPI, frontend: Frontend) -> None:
             metadata=body.metadata,
             output_ttl_s=None if expiry is None else expiry.seconds,
         )
-        return describe_batch(await batches.create(asked))
+        return describe_batch(await batches.create(asked, _idempotency(request, body)))
 
     @app.get("/v1/batches")
     async def page(request: Request) -> Response:
@@ -69,3 +72,11 @@ def add_batches(app: FastAPI, frontend: Frontend) -> None:
     async def retry(request: Request, batch_id: str) -> Response:
         batch = await batches.retry(tenant_of(request), batch_id)
         return JSONResponse(describe_batch(batch), status_code=202)
+
+
+def _idempotency(request: Request, body: BatchBody) -> Idempotency | None:
+    key = request.headers.get("idempotency-key")
+    if key is None:
+        return None
+    check_idempotency_key(key)
+    return Idempotency(key, hashlib.sha256(body.model_dump_json().encode()).digest())

@@ -119,7 +119,7 @@ class Jobs:
     ) -> Documents:
         config, ingestor = dependencies.config, dependencies.ingestor
         limits = config.jobs
-        table = JobTable(self.database, Document, dependencies.clock, limits.max_events)
+        table = JobTable(self.database, Document, dependencies.clock, limits)
         files = DurableFolder(self.folder / "documents", "", crash_points)
         facts = ModelFacts(
             name=config.model_name,
@@ -150,7 +150,7 @@ class Jobs:
         return Documents(parts, Engine(work, table, self.gate, limits))
 
     def _batches(self, dependencies: JobDependencies, crash_points: CrashPoints) -> Batches:
-        table = JobTable(self.database, Batch, dependencies.clock)
+        table = JobTable(self.database, Batch, dependencies.clock, dependencies.config.jobs)
         parts = BatchParts(
             table=table,
             lines=LineTable(self.database, table),

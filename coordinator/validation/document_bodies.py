@@ -242,8 +242,7 @@ def _idempotency(
     key = header or body.idempotency_key
     if key is None:
         return None
-    if not key.isprintable() or len(key) > 256:
-        raise _invalid("idempotency_key", "an idempotency key is 1 to 256 printable characters")
+    check_idempotency_key(key)
     digest = hashlib.sha256()
     asked = body.model_dump(exclude={"source", "idempotency_key"}, exclude_none=True)
     asked["file_name"], charset = named
@@ -254,6 +253,12 @@ def _idempotency(
     for piece in _contents(source):
         digest.update(piece)
     return Idempotency(key, digest.digest())
+
+
+def check_idempotency_key(key: str) -> None:
+    """Raises RequestError if a caller may not use such a key."""
+    if not key.isprintable() or not 0 < len(key) <= 256:
+        raise _invalid("idempotency_key", "an idempotency key is 1 to 256 printable characters")
 
 
 def _contents(source: _Source) -> Sequence[bytes]:

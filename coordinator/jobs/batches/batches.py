@@ -17,7 +17,7 @@ from coordinator.jobs.engine.disk import check_space
 from coordinator.jobs.engine.engine import Engine
 from coordinator.jobs.engine.gate import Gate
 from coordinator.jobs.engine.suspects import LINE, Name
-from coordinator.jobs.engine.table import Connection, JobTable
+from coordinator.jobs.engine.table import Connection, Idempotency, JobTable
 from coordinator.jobs.files.files import BATCH, Files, StoredFile, new_file_id
 from coordinator.jobs.files.folder import DurableFolder
 from protocol.errors import RequestError
@@ -75,8 +75,8 @@ class Batches:
         self.engine = engine
         self.table = parts.table
 
-    async def create(self, asked: BatchRequest) -> Batch:
-        """Accept a batch.
+    async def create(self, asked: BatchRequest, idempotency: Idempotency | None = None) -> Batch:
+        """Accept a batch, or find the one that an earlier request with the same key has made.
 
         Raises:
             RequestError: it cannot be accepted, or there is no room for its results.
@@ -100,7 +100,7 @@ class Batches:
 
         try:
             await asyncio.to_thread(inputs.link, files.path(file.file_id), batch.id)
-            await self.table.insert(batch, check)
+            kept, is_new = await self.table.insert(batch, check, idempotency)
         except FileNotFoundError as error:  # deleted in this moment
             raise RequestError(
                 "no such file", code="file_not_found", param="input_file_id", status=404
@@ -108,8 +108,10 @@ class Batches:
         except RequestError:
             await asyncio.to_thread(inputs.remove, batch.id)
             raise
+        if not is_new:
+            await asyncio.to_thread(inputs.remove, batch.id)
         self.engine.runner.wake()
-        return batch
+        return kept
 
     async def retry(self, tenant: str, batch_id: str) -> Batch:
         """Go on with a batch that was set aside, or with those lines of a running one.

@@ -93,7 +93,6 @@ class Documents:
                 document,
                 lambda connection: self.parts.admission.check_new(connection, document),
                 idempotency,
-                self.limits.idempotency_s,
             )
         except RequestError:  # not of a cancelled caller, whose document may be there
             await asyncio.to_thread(self.parts.files.remove, *file_names(document.id))

@@ -16,6 +16,7 @@ from typing import Any, Generic
 
 import msgspec
 
+from coordinator.config import JobLimits
 from coordinator.jobs.engine.database import Database
 from coordinator.jobs.engine.job import J, Job, Notice
 from coordinator.jobs.engine.notifier import ChangeNotifier
@@ -52,17 +53,17 @@ class JobTable(Generic[J]):
         database: with the tables of schema.py.
         of: the struct of these jobs.
         clock: Unix time.
-        max_events: of one job that are kept, the newest.
+        limits: how many events of one job are kept, the newest, and how long idempotency keys.
     """
 
     def __init__(
-        self, database: Database, of: type[J], clock: Callable[[], float], max_events: int = 1_000
+        self, database: Database, of: type[J], clock: Callable[[], float], limits: JobLimits
     ) -> None:
         self.of = of
         self.clock = clock
         self.changes = ChangeNotifier()
         self._database = database
-        self._max_events = max_events
+        self._limits = limits
         self._decoder = msgspec.json.Decoder(of)
         self._departures = Departures()
         self._queue = Queue()
@@ -74,7 +75,6 @@ class JobTable(Generic[J]):
         job: J,
         check: Callable[[Connection], None],
         idempotency: Idempotency | None = None,
-        idempotency_s: float = 0.0,
     ) -> tuple[J, bool]:
         """Keep a new job, or find the one that an earlier request with the same key has made.
 
@@ -82,7 +82,6 @@ class JobTable(Generic[J]):
             job: the new one.
             check: raises, inside the transaction, if there is no room for it.
             idempotency: the caller's, if it gave a key.
-            idempotency_s: how long keys are kept.
 
         Returns:
             The job, and whether it is new.
@@ -94,7 +93,7 @@ class JobTable(Generic[J]):
         def work(connection: Connection) -> tuple[J, bool]:
             now = self.clock()
             if idempotency is not None:
-                before = (now - idempotency_s,)
+                before = (now - self._limits.idempotency_s,)
                 connection.execute("DELETE FROM idempotency_key WHERE created_at < ?", before)
                 known = self._known(connection, job.tenant, idempotency)
                 if known is not None:
@@ -365,7 +364,7 @@ class JobTable(Generic[J]):
             for number, notice in enumerate(notices, last + 1)
         ]
         connection.executemany("INSERT INTO event VALUES (?, ?, ?, ?, ?)", rows)
-        dropped = (job_id, last + len(notices) - self._max_events)
+        dropped = (job_id, last + len(notices) - self._limits.max_events)
         connection.execute("DELETE FROM event WHERE job_id = ? AND sequence <= ?", dropped)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from coordinator.config import BatchLimits
+from coordinator.config import BatchLimits, JobLimits
 from coordinator.jobs.batches.batch import Batch, describe_batch
 from coordinator.jobs.batches.lines import LineTable
 from coordinator.jobs.batches.states import BatchEvent
@@ -21,6 +21,7 @@ from coordinator.jobs.files.files import Files
 from coordinator.jobs.schema import prepare
 from protocol.errors import ConfigError, IllegalTransition, RequestError
 
+LIMITS = JobLimits()
 VERSION_1 = Path(__file__).with_name("version1.sql")
 
 
@@ -30,11 +31,11 @@ def document(number: int, tenant: str = "t", **fields: Any) -> Document:
 
 
 def with_documents(
-    work: Callable[[JobTable[Document], Database], Awaitable[None]], max_events: int = 100
+    work: Callable[[JobTable[Document], Database], Awaitable[None]], limits: JobLimits = LIMITS
 ) -> None:
     async def run() -> None:
         database = Database(None, prepare)
-        await work(JobTable(database, Document, lambda: 7.5, max_events), database)
+        await work(JobTable(database, Document, lambda: 7.5, limits), database)
         database.close()
 
     asyncio.run(run())
@@ -80,7 +81,7 @@ def test_the_oldest_events_of_a_job_go() -> None:
             await table.change("doc_1", lambda d: d, Notice("progress", {"n": number}))
         assert [event.sequence for event in await table.events("doc_1", 0)] == [4, 5, 6]
 
-    with_documents(work, max_events=3)
+    with_documents(work, JobLimits(max_events=3))
 
 
 def test_what_waits_is_given_in_turns_of_the_tenants() -> None:
@@ -100,7 +101,7 @@ def test_what_waits_is_given_in_turns_of_the_tenants() -> None:
 
 def test_what_is_deleted_or_has_ended_is_left_to_be_cleaned_up() -> None:
     async def work(table: JobTable[Document], database: Database) -> None:
-        batches = JobTable(database, Batch, lambda: 7.5)
+        batches = JobTable(database, Batch, lambda: 7.5, LIMITS)
         await put(table, document(1))
         await table.delete("doc_1")
         assert await table.select("job_id = 'doc_1'") == []
@@ -168,8 +169,8 @@ def old(tmp_path: Path) -> Path:
 def test_a_database_of_version_1_is_converted(old: Path) -> None:
     async def run() -> None:
         database = Database(old, prepare)
-        documents = JobTable(database, Document, lambda: 7.5)
-        batches = JobTable(database, Batch, lambda: 7.5)
+        documents = JobTable(database, Document, lambda: 7.5, LIMITS)
+        batches = JobTable(database, Batch, lambda: 7.5, LIMITS)
         found, _ = await documents.page("default", None, 10, is_ascending=True)
         states = ["ready", "ready", "prefilling", "tokenizing", "cancelled"]
         assert [one.state.value for one in found] == states
@@ -181,7 +182,7 @@ def test_a_database_of_version_1_is_converted(old: Path) -> None:
         assert events[-1].data["status"] == "ready"
         again = Idempotency("k", b"another digest")
         with pytest.raises(RequestError, match="used for another request"):
-            await documents.insert(document(1, "default"), lambda _: None, again, 1e12)
+            await documents.insert(document(1, "default"), lambda _: None, again)
         assert [one.id for one in await documents.cleanups()] == ["doc_gone"]
         with pytest.raises(RequestError, match="cannot be read"):
             await documents.get("default", "doc_torn")

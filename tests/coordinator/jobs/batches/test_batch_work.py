@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from coordinator.config import BatchLimits
+from coordinator.config import BatchLimits, JobLimits
 from coordinator.jobs.batches.batch import Batch, Line, Result, Usage
 from coordinator.jobs.batches.lines import LineTable
 from coordinator.jobs.batches.output import write_files
@@ -46,7 +46,7 @@ class Rows:
 
     def __init__(self) -> None:
         self.database = Database(None, prepare)
-        self.table = JobTable(self.database, Batch, lambda: 1.0)
+        self.table = JobTable(self.database, Batch, lambda: 1.0, JobLimits())
         self.lines = LineTable(self.database, self.table)
 
     async def fill(self) -> None:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
@@ -184,6 +185,23 @@ def test_what_is_refused_at_once(tmp_path: Path) -> None:
         assert refusal(input_file_id=good, metadata={"k": 1})[1] == "invalid_type"
         assert not list((tmp_path / "batches").iterdir())
         assert site.client.get("/v1/batches").json()["data"] == []
+
+
+def test_the_same_request_again_means_the_same_batch(site: Site) -> None:
+    text = json.dumps(prompts(1)[0]).encode()
+    file = site.openai.files.create(file=("in.jsonl", text), purpose="batch")
+    fields = {"input_file_id": file.id, "endpoint": COMPLETIONS, "completion_window": "24h"}
+    headers = {"idempotency-key": "once"}
+
+    def post(**more: Any) -> httpx.Response:
+        return site.client.post("/v1/batches", json={**fields, **more}, headers=headers)
+
+    first, again, other = post(), post(), post(metadata={"a": "b"})
+    assert first.json()["id"] == again.json()["id"]
+    assert (other.status_code, other.json()["error"]["code"]) == (409, "idempotency_conflict")
+    headers["idempotency-key"] = "k" * 257
+    assert post().json()["error"]["param"] == "idempotency_key"
+    site.ended(first.json()["id"])
 
 
 def test_cancelling_keeps_what_is_answered(site: Site) -> None:
