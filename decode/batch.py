@@ -6,13 +6,13 @@ what is left of the token budget. Before that every decoding sequence gets a slo
     running, oldest first    A  B  C  D        B needs a block and there is none:
                                       `-- goes to host memory, as many as it takes, newest first
 
-A sequence whose own turn it is to go waits itself. The oldest comes back first, and only in a step
-in which none went, so that what was freed for one is not taken by another.
+The sequence that needs the block may be the newest itself; then it goes. The oldest comes back
+first, and only in a step in which none went, so that no other takes what was freed for one.
 """
 
 import bisect
-from dataclasses import dataclass
 
+from decode.facts import DecodeFacts
 from decode.memory import SequenceMemory
 from decode.sequence import Sequence
 from decode.states import SequenceEvent, SequenceState
@@ -20,36 +20,21 @@ from protocol.plans import DecodePlan, NewSequence, SequenceStep, SwapBlocks
 from protocol.request import RequestKey
 
 
-@dataclass(frozen=True, slots=True)
-class SchedulerLimits:
-    """How much a decode pool takes on.
-
-    ``token_budget`` tokens are computed in a step, at least ``max_num_sequences``, so that every
-    decoding sequence has its own each step.
-    """
-
-    max_model_len: int
-    token_budget: int
-    max_num_sequences: int
-    watermark_blocks: int = 1  # kept for running sequences to grow into when one is admitted
-    max_swapped_blocks: int = 1 << 30  # in host memory; beyond, KV is dropped and recomputed
-    min_tokens_to_load: int = 1  # of a prefix, from a store; fewer are computed
-    load_piece_blocks: int = 128  # that are asked of a store at a time
-
-    def __post_init__(self) -> None:
-        assert self.token_budget >= self.max_num_sequences, "a decoding sequence would starve"
-
-
 def _arrival(sequence: Sequence) -> int:
     return sequence.arrival
 
 
 class Batch:
-    """RUNNING and PREEMPTED sequences."""
+    """The RUNNING and PREEMPTED sequences.
 
-    def __init__(self, memory: SequenceMemory, limits: SchedulerLimits) -> None:
+    Args:
+        memory: the pool's blocks.
+        facts: of the pool.
+    """
+
+    def __init__(self, memory: SequenceMemory, facts: DecodeFacts) -> None:
         self._memory = memory
-        self._limits = limits
+        self._facts = facts
         self.running: list[Sequence] = []  # both: oldest arrival first
         self.preempted: list[Sequence] = []
         self.num_preemptions = 0
@@ -60,11 +45,11 @@ class Batch:
         self._num_steps = 0
 
     def join(self, sequence: Sequence) -> None:
-        """A sequence is RUNNING from now on."""
+        """Take in a sequence that is RUNNING from now on."""
         bisect.insort(self.running, sequence, key=_arrival)
 
     def leave(self, sequence: Sequence) -> None:
-        """A sequence ends; the runners forget it with the next plan."""
+        """Let go of a sequence that ends; the runners forget it with the next plan."""
         if sequence.state is SequenceState.RUNNING:
             self.running.remove(sequence)
         else:
@@ -103,7 +88,7 @@ class Batch:
     # -- room --------------------------------------------------------------------------------------
 
     def _grow_all(self) -> bool:
-        """Whether nobody had to go."""
+        """Give each sequence, oldest first, a slot for its next token; whether none had to go."""
         num_preemptions = self.num_preemptions
         index = 0
         while index < len(self.running):
@@ -111,14 +96,18 @@ class Batch:
             if self._memory.grow(sequence):
                 index += 1
             else:
-                self._preempt(self.running.pop())  # perhaps the very sequence
+                # The newest goes; it may be ``sequence`` itself, and then the loop ends.
+                self._preempt(self.running.pop())
         return num_preemptions == self.num_preemptions
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Its blocks may be reused in the same step: every rank swaps before it computes."""
+        """Take a sequence's blocks away; its KV goes to host memory, or is computed again later.
+
+        The blocks may be reused in the same step: every rank swaps before it computes.
+        """
         sequence.advance(SequenceEvent.PREEMPT)
         num_blocks = self._memory.num_blocks_for(sequence.num_computed_tokens)
-        if self.num_swapped_blocks + num_blocks <= self._limits.max_swapped_blocks:
+        if self.num_swapped_blocks + num_blocks <= self._facts.max_swapped_blocks:
             sequence.num_swapped_blocks = num_blocks
             self.num_swapped_blocks += num_blocks
         else:
@@ -153,10 +142,10 @@ class Batch:
     # -- the step ----------------------------------------------------------------------------------
 
     def _pick(self, new: list[NewSequence]) -> list[SequenceStep]:
-        """What is computed: who has one token to compute first, then chunks of the others."""
+        """What is computed: first the sequences with one token left, then chunks of the others."""
         decoding = [sequence for sequence in self.running if sequence.num_pending_tokens == 1]
         steps = [self._step(sequence, 1, new) for sequence in decoding]
-        num_left = self._limits.token_budget - len(steps)
+        num_left = self._facts.token_budget - len(steps)
         if len(decoding) == len(self.running):
             return steps
         for sequence in self.running:
@@ -170,7 +159,7 @@ class Batch:
         return steps
 
     def _chunk(self, sequence: Sequence, num_left: int) -> int:
-        """How many tokens to compute now; a chunk that does not end the prompt ends a block."""
+        """How many tokens to compute now. A chunk that does not end the prompt ends a block."""
         if sequence.num_pending_tokens <= num_left:
             return sequence.num_pending_tokens
         past_boundary = (sequence.num_computed_tokens + num_left) % self._memory.block_size

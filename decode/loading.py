@@ -2,23 +2,25 @@
 
 The life of a loading
 1. ``begin``: a sequence has been granted blocks, and a store holds more of its prefix than this
-   pool. What is missed is asked for in *pieces*, each a hand-off of its own into the sequence's
+   pool. What is missing is asked for in *parts*, each a hand-off of its own into the sequence's
    blocks, a few at a time: the store brings one up from disk while another one moves.
-2. A piece is opened on all ranks, asked for by the hashes of its blocks, and committed.
-3. A refusal, a broken hand-off, ``close``, or ``LOAD_TIMEOUT_S``: nothing more is asked for, and
-   what is open is closed. However it ends, it is over when nothing can land in the blocks any more,
-   and the pieces that arrived in a row from the first on are what the sequence has; the rest of its
-   prompt is computed, as if the store had never had it.
+2. A part is opened on all ranks, asked for by the hashes of its blocks, and committed.
+3. A refusal, a broken hand-off, ``close``, or ``LOAD_TIMEOUT_S`` gives the loading up: nothing more
+   is asked for, and what is open is closed.
+4. It is over when nothing can land in the blocks any more. The sequence then has the parts that
+   arrived in a row from the first on; the rest of its prompt is computed, as if the store had never
+   had it.
 """
 
 from dataclasses import dataclass, field
 
+from decode.facts import DecodeFacts
 from decode.memory import SequenceMemory
-from decode.sequence import Sequence
+from decode.sequence import Sequence, StoreHint
 from decode.states import SequenceEvent, SequenceState
+from engine.leader_node import Commands
 from kvtransfer.events import (
     CloseTarget,
-    Command,
     HandoffBroken,
     OpenTargetBlocks,
     TargetClosed,
@@ -37,23 +39,39 @@ TargetEvent = TargetIsOpen | TargetCommitted | TargetClosed | HandoffBroken
 
 @dataclass(frozen=True, slots=True)
 class LoadPart:
-    """Adjacent blocks of a prefix. A pool is the target of many pieces of one request at a time, so
-    each has a name of its own."""
+    """Adjacent blocks of a prefix.
 
+    Its hand-off has a key of its own, because a pool is the target of many parts of one request at
+    the same time.
+    """
+
+    key: RequestKey
     number: int
     first_logical: int
     blocks: tuple[BlockRef, ...]
     hashes: tuple[bytes, ...]
 
-    def key(self, sequence: RequestKey) -> RequestKey:
-        return (f"{sequence[0]}~{self.number}", sequence[1])
+    def open(self) -> OpenTargetBlocks:
+        """Have every rank expect the part."""
+        return OpenTargetBlocks(*self.key, first_logical=self.first_logical, blocks=self.blocks)
+
+    def ask(self, store: StoreHint) -> Fetch:
+        """Have the store send the part, once every rank expects it."""
+        return Fetch(
+            *self.key,
+            source_pool_id=store.pool_id,
+            source_epoch=store.epoch,
+            first_logical=self.first_logical,
+            owners=(0,) * len(self.blocks),
+            block_hashes=self.hashes,
+        )
 
 
 @dataclass(slots=True)
 class _Loading:
     sequence: Sequence
-    source: tuple[str, int]  # the store, at its epoch
-    pieces: list[LoadPart]
+    store: StoreHint
+    parts: list[LoadPart]
     heard: float  # when something last arrived
     num_begun: int = 0
     open: dict[RequestKey, LoadPart] = field(default_factory=dict)
@@ -62,23 +80,23 @@ class _Loading:
 
     @property
     def is_over(self) -> bool:
-        is_whole = len(self.arrived) == len(self.pieces)
+        is_whole = len(self.arrived) == len(self.parts)
         return not self.open and (self.is_closing or is_whole)
 
     @property
     def num_blocks(self) -> int:
-        """That have arrived, in a row from the first one on."""
+        """Blocks that have arrived, in a row from the first one on."""
         total = 0
-        for piece in self.pieces:
-            if piece.number not in self.arrived:
+        for part in self.parts:
+            if part.number not in self.arrived:
                 break
-            total += len(piece.blocks)
+            total += len(part.blocks)
         return total
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """Nothing lands in the sequence's blocks any more; these many of them have what they should."""
+    """Nothing lands in the sequence's blocks any more; so many of them hold what they should."""
 
     sequence: Sequence
     num_blocks: int
@@ -89,113 +107,110 @@ class Loadings:
 
     Args:
         memory: the pool's blocks.
-        min_tokens: fewer are not worth it.
-        piece_blocks: of one piece at most.
+        facts: of the pool: how few tokens are computed instead, and how large a part is.
+        commands: takes what follows.
     """
 
-    def __init__(self, memory: SequenceMemory, min_tokens: int, piece_blocks: int) -> None:
+    def __init__(self, memory: SequenceMemory, facts: DecodeFacts, commands: Commands) -> None:
         self._memory = memory
-        self._piece_blocks = piece_blocks
-        self._min_blocks = max(1, min_tokens // memory.block_size)
+        self._part_blocks = facts.load_part_blocks
+        self._min_blocks = max(1, facts.min_tokens_to_load // memory.block_size)
+        self._commands = commands
         self._loadings: dict[RequestKey, _Loading] = {}  # by sequence
-        self._by_piece: dict[RequestKey, _Loading] = {}
-        self._commands: list[Command] = []
+        self._by_part: dict[RequestKey, _Loading] = {}
         self.num_loaded_blocks = 0
 
     def __len__(self) -> int:
         return len(self._loadings)
 
     def owns(self, event: TargetEvent) -> bool:
-        """Whether an event is about a piece."""
-        return event.key in self._by_piece
+        """Whether an event is about a part."""
+        return event.key in self._by_part
 
     def begin(self, sequence: Sequence, now: float) -> bool:
-        """Ask for what a store has of it and this pool has not; False if it is not worth it."""
+        """Ask for what a store has of a sequence and this pool has not.
+
+        Returns:
+            Whether anything was asked for; False when there is too little to be worth it.
+        """
         if self._memory.num_blocks_to_load(sequence) < self._min_blocks:
             return False
+        assert sequence.store is not None, "there is a store to ask"
         sequence.advance(SequenceEvent.LOAD)
         first, blocks = self._memory.begin_loading(sequence)
-        pieces: list[LoadPart] = []
-        for start in range(0, len(blocks), self._piece_blocks):
-            part = tuple(blocks[start : start + self._piece_blocks])
+        request_id, attempt = sequence.key
+        parts: list[LoadPart] = []
+        for start in range(0, len(blocks), self._part_blocks):
+            part = tuple(blocks[start : start + self._part_blocks])
             logical = first + start
-            hashes = tuple(sequence.block_hashes[logical : logical + len(part)])
-            pieces.append(LoadPart(len(pieces), logical, part, hashes))
-        assert sequence.store is not None, "there is a store to ask"
-        source = (sequence.store.pool_id, sequence.store.epoch)
-        loading = _Loading(sequence, source, pieces, now)
+            parts.append(
+                LoadPart(
+                    key=(f"{request_id}~{len(parts)}", attempt),
+                    number=len(parts),
+                    first_logical=logical,
+                    blocks=part,
+                    hashes=tuple(sequence.block_hashes[logical : logical + len(part)]),
+                )
+            )
+        loading = _Loading(sequence, sequence.store, parts, now)
         self._loadings[sequence.key] = loading
         self._open_more(loading)
         return True
 
     def close(self, key: RequestKey) -> None:
-        """Give a loading up; it is over when nothing can land any more. Idempotent."""
+        """Give a sequence's loading up; ``on_event`` tells when it is over. Idempotent."""
         loading = self._loadings[key]
         if not loading.is_closing:
             loading.is_closing = True
-            self._commands += [CloseTarget(*piece) for piece in loading.open]
+            self._commands.add(*(CloseTarget(*part) for part in loading.open))
 
     def on_event(self, event: TargetEvent, now: float) -> Loaded | None:
-        """What has become of a piece; ``Loaded`` when it was the last one, and then the sequence,
-        unless it is being closed, has the blocks that have come."""
-        key = event.key
-        loading = self._by_piece[key]
+        """Take in an event of a part.
+
+        Returns:
+            ``Loaded`` when the loading is over. The sequence then has the blocks that have come,
+            unless it is being closed.
+        """
+        loading = self._by_part[event.key]
         loading.heard = now
+        part = loading.open[event.key]
         match event:
             case TargetIsOpen():
                 if not loading.is_closing:
-                    self._commands.append(self._ask(loading, loading.open[key], key))
+                    self._commands.add(part.ask(loading.store))
                 return None
             case HandoffBroken():
                 self.close(loading.sequence.key)
                 return None
             case TargetCommitted():
-                piece = loading.open[key]
-                loading.arrived.add(piece.number)
-                self.num_loaded_blocks += len(piece.blocks)
+                # Also while the loading is being closed: a commit that crosses the order to close
+                # ends the part as well as its closure would.
+                loading.arrived.add(part.number)
+                self.num_loaded_blocks += len(part.blocks)
             case TargetClosed():
                 pass
-        del loading.open[key], self._by_piece[key]
+        del loading.open[event.key], self._by_part[event.key]
         if not loading.is_closing:
             self._open_more(loading)
         if not loading.is_over:
             return None
-        sequence, num_blocks = loading.sequence, loading.num_blocks
+        sequence = loading.sequence
+        num_blocks = loading.num_blocks
         del self._loadings[sequence.key]
         if sequence.state is SequenceState.LOADING:
             self._memory.end_loading(sequence, num_blocks)
         return Loaded(sequence, num_blocks)
 
     def tick(self, now: float) -> None:
-        """Give up those of which nothing has come for too long."""
+        """Give up the loadings of which nothing has come for too long."""
         for key, loading in self._loadings.items():
             if now - loading.heard > LOAD_TIMEOUT_S:
                 self.close(key)
 
-    def take_commands(self) -> list[Command]:
-        commands, self._commands = self._commands, []
-        return commands
-
     def _open_more(self, loading: _Loading) -> None:
-        while loading.num_begun < len(loading.pieces) and len(loading.open) < NUM_OPEN:
-            piece = loading.pieces[loading.num_begun]
+        while loading.num_begun < len(loading.parts) and len(loading.open) < NUM_OPEN:
+            part = loading.parts[loading.num_begun]
             loading.num_begun += 1
-            key = piece.key(loading.sequence.key)
-            loading.open[key] = piece
-            self._by_piece[key] = loading
-            self._commands.append(
-                OpenTargetBlocks(*key, first_logical=piece.first_logical, blocks=piece.blocks)
-            )
-
-    @staticmethod
-    def _ask(loading: _Loading, piece: LoadPart, key: RequestKey) -> Fetch:
-        owners = (0,) * len(piece.blocks)
-        source_pool_id, source_epoch = loading.source
-        return Fetch(
-            *key,
-            source_pool_id=source_pool_id,
-            source_epoch=source_epoch,
-            first_logical=piece.first_logical,
-            owners=owners,
-            block_hashes=piece.hashes,
-        )
+            loading.open[part.key] = part
+            self._by_part[part.key] = loading
+            self._commands.add(part.open())

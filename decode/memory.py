@@ -5,10 +5,10 @@ The life of a sequence's blocks
 2. ``begin_transfer`` while a hand-off may write into them, ``end_transfer`` when none can any more;
 3. ``grow`` adds one when the context crosses a block boundary;
 4. ``offer`` names the full blocks by their hashes, for later prompts to find; ``forget`` takes that
-   back, and nothing of a doubtful one is offered;
-5. ``release`` gives them all up: in one place, whatever ended the sequence. Those into which a peer
-   may still write are given up by ``close_transfer``, when none does any more; what has arrived in
-   full by then stays to be found, and the next attempt goes on from there.
+   back, and nothing of a doubtful sequence is offered;
+5. ``release`` gives them all up, in one place, however the sequence has ended. Blocks into which a
+   peer may still write are given up by ``close_transfer``, when none does any more. What has
+   arrived in full by then stays in the cache, and the next attempt goes on from there.
 """
 
 from collections.abc import Iterable
@@ -24,7 +24,7 @@ class SequenceMemory:
     """A decode pool's blocks, by sequence.
 
     Args:
-        pool: the block space; nobody else changes it.
+        pool: the block space, which only this object and the exports of prefixes change.
         watermark_blocks: kept available for running sequences when one is admitted.
     """
 
@@ -33,27 +33,31 @@ class SequenceMemory:
         self._watermark_blocks = watermark_blocks
         self.block_size = pool.block_size
         self.num_slots = pool.num_blocks * pool.block_size
-        self.has_new_room = True  # something was given up since someone last cleared this
+        self.has_new_room = True  # a block was given up since admission last found no room
 
     def num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
     def allocate(self, sequence: Sequence, num_slots: int, *, is_alone: bool) -> bool:
-        """Give ``sequence`` blocks for ``num_slots`` tokens, or change nothing and say False.
+        """Give ``sequence`` blocks for ``num_slots`` tokens.
 
-        Unless its KV waits in host memory, leading blocks are shared with whoever computed them
-        before; at least one token is left to compute, for there is nothing to sample from else.
+        Unless its KV waits in host memory, leading blocks that are cached are shared. At least one
+        token is left to compute, because there would be nothing to sample from.
 
         Args:
             sequence: holds no block.
             num_slots: tokens that must find room.
             is_alone: no other sequence holds a block, so none needs room to grow.
+
+        Returns:
+            Whether there was room; if not, nothing is changed.
         """
         assert not sequence.blocks, "a sequence's blocks are allocated once"
         pool = self._pool
         cached = [] if sequence.num_swapped_blocks else pool.match(self._reusable(sequence))
         num_new = self.num_blocks_for(num_slots) - len(cached)
-        pool.share(cached)  # first: what is shared can no longer be evicted for the rest
+        # Share first: a shared block cannot be evicted to make room for the new ones.
+        pool.share(cached)
         if not pool.can_allocate(num_new + (0 if is_alone else self._watermark_blocks)):
             pool.release(cached)
             return False

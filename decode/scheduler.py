@@ -9,12 +9,12 @@ The life of a request
    Or ``ComputeHere``: the unused hand-off is closed, and the prompt is computed here in chunks.
 4. A step computes the next token of every decoding sequence, and with what is left of the token
    budget the next chunks of prompts. Out of blocks, the newest sequence goes to host memory; the
-   oldest comes back first, before anybody new is admitted.
+   oldest comes back first, before any new one is admitted.
 5. While the ticket is out, the prefill pool may fetch what is cached here of the prompt
-   (prefix_exports.py); what it reads stays in place until it is seen to have read.
-6. The end, an abort, a broken hand-off: its blocks are given up and ``Released`` is said, after the
-   last byte that could land in them has. Blocks that have arrived in full stay in the cache, so
-   that the next attempt at the request goes on from there.
+   (prefix_exports.py). Those blocks stay in place until the fetch is seen to have ended.
+6. At the end, an abort or a broken hand-off its blocks are given up, and ``Released`` is sent when
+   no byte can land in them any more. Blocks that have arrived in full stay in the cache, so that
+   the next attempt at the request goes on from there.
 
 Events are handled between ``update`` and the next ``schedule``, never while a plan is under way.
 """
@@ -22,13 +22,15 @@ Events are handled between ``update`` and the next ``schedule``, never while a p
 from collections.abc import Iterable
 
 from decode.admission import Admission
-from decode.batch import Batch, SchedulerLimits
+from decode.batch import Batch
+from decode.facts import DecodeFacts
 from decode.loading import Loadings, TargetEvent
 from decode.memory import SequenceMemory
 from decode.prefix_exports import PrefixExports
 from decode.sequence import Sequence
 from decode.states import SequenceEvent, SequenceState
-from decode.totals import Totals
+from engine.attempts import Attempts
+from engine.leader_node import Commands
 from kvcache.blocks import BlockPool
 from kvtransfer.events import (
     CloseTarget,
@@ -38,13 +40,11 @@ from kvtransfer.events import (
     HandoffBroken,
     Load,
     OpenTargetBlocks,
-    SendControl,
     SourceClosed,
     TargetClosed,
     TargetCommitted,
     TargetIsOpen,
 )
-from protocol.ended import ByAttempt, EndedAttempts
 from protocol.handoff import Fetch
 from protocol.messages import (
     Abort,
@@ -56,64 +56,133 @@ from protocol.messages import (
     RequestFailed,
     Reserve,
     Ticket,
-    ToCoordinator,
     Tokens,
+    ToRank,
 )
 from protocol.plans import DecodePlan, FailedRow, StepResult, outcomes
-from protocol.request import NoToken, no_token_message
+from protocol.request import NoToken, RequestKey, no_token_message
+
+_TOTALS = (  # counted since the start, for heartbeats
+    "requests_total",
+    "prompt_tokens_total",
+    "cached_tokens_total",
+    "output_tokens_total",  # sampled here
+    "kept_blocks_total",  # of hand-offs that did not complete
+    "queue_s_total",
+    "busy_s_total",
+)
 
 
 class DecodeScheduler:
-    """The leader's decisions over one block space.
+    """The decisions of a decode pool's leader; see :class:`engine.leader_node.LeaderNode`.
 
     Args:
-        pool: the pool's block space, for the scheduler alone.
-        limits: how much to take on.
-        model_fingerprint: part of every block hash.
+        facts: of the pool.
+        blocks: its block space, for the scheduler alone.
     """
 
-    def __init__(self, pool: BlockPool, limits: SchedulerLimits, model_fingerprint: str) -> None:
-        self._memory = SequenceMemory(pool, limits.watermark_blocks)
-        self._batch = Batch(self._memory, limits)
-        self._exports = PrefixExports(pool)
-        self._loadings = Loadings(
-            self._memory,
-            min_tokens=limits.min_tokens_to_load,
-            piece_blocks=limits.load_piece_blocks,
-        )
-        self._model_fingerprint = model_fingerprint
-        self._max_len = limits.max_model_len
-        self._sequences: ByAttempt[Sequence] = ByAttempt()  # all that are not RELEASED
-        self._admission = Admission(self._memory, limits)
-        self._ended = EndedAttempts()
+    def __init__(self, facts: DecodeFacts, blocks: BlockPool) -> None:
+        self.facts = facts
+        self._commands = Commands()
+        self._memory = SequenceMemory(blocks, facts.watermark_blocks)
+        self._batch = Batch(self._memory, facts)
+        self._admission = Admission(self._memory, facts)
+        self._loadings = Loadings(self._memory, facts, self._commands)
+        self._exports = PrefixExports(blocks, self._commands)
+        self._sequences: Attempts[Sequence] = Attempts()  # all that are not RELEASED
         self._num_closing = 0
-        self._commands: list[Command] = []
+        self._num_arrivals = 0
         self._plan: DecodePlan | None = None  # under way
         self._step_started_s = 0.0
-        self._num_arrivals = 0
-        self._totals = Totals()
+        self._totals = dict.fromkeys(_TOTALS, 0.0)
 
     # -- in: events --------------------------------------------------------------------------------
 
     def on_event(self, event: Event, now: float) -> None:
-        """Take note of a message or of what became of a hand-off; others' events are ignored."""
+        """Take in an event; see :class:`engine.leader_node.LeaderNode`."""
         assert self._plan is None, "events are handled between steps"
         match event:
-            case ControlReceived(Reserve() as message):
-                self._on_reserve(message, now)
-            case ControlReceived(ComputeHere() as message):
-                self._on_compute_here(message)
-            case ControlReceived(Abort() as message):
-                self._on_abort(message)
-            case ControlReceived(Ask() as message):
-                self._on_ask(message)
+            case ControlReceived(message):
+                self._on_message(message, now)
             case Fetch() | SourceClosed() | HandoffBroken(side="source"):
                 self._on_source(event, now)
             case TargetIsOpen() | TargetCommitted() | TargetClosed() | HandoffBroken():
                 self._on_target(event, now)
 
+    def _on_message(self, message: ToRank, now: float) -> None:
+        match message:
+            case Reserve():
+                self._on_reserve(message, now)
+            case ComputeHere():
+                self._on_compute_here(message)
+            case Abort():
+                self._on_abort(message)
+            case Ask():
+                self._on_ask(message)
+
+    def _on_reserve(self, message: Reserve, now: float) -> None:
+        """Queue a request. A duplicate changes nothing; a newer attempt ends the older ones."""
+        older = self._sequences.superseded_by(message.key)
+        if older is None:
+            return
+        for sequence in older:
+            self._give_up(sequence)
+        sequence = Sequence.of(message, self._num_arrivals, now, self.facts.model_fingerprint)
+        self._num_arrivals += 1
+        self._sequences.begin(message.key, sequence)
+        self._admission.add(sequence)
+        refusal = self._admission.refusal(sequence)
+        if refusal is not None:
+            self._fail(sequence, "kv_capacity_exceeded", refusal)
+
+    def _on_compute_here(self, message: ComputeHere) -> None:
+        sequence = self._sequences.get(message.key)
+        if sequence is None:
+            return
+        if sequence.state in (SequenceState.QUEUED, SequenceState.LOADING):
+            sequence.is_local = True  # no hand-off need ever be opened
+        elif sequence.state in (SequenceState.OPENING, SequenceState.RESERVED):
+            if sequence.state is SequenceState.OPENING:
+                self._give_ticket(sequence)
+            sequence.is_local = True
+            sequence.advance(SequenceEvent.COMPUTE_HERE)
+            self._commands.add(CloseTarget(*sequence.key))
+
+    def _on_abort(self, message: Abort) -> None:
+        """Give the request up; answered by ``Released`` as often as it is asked for."""
+        self._memory.forget(message.doubtful_hashes)
+        sequence = self._sequences.get(message.key)
+        if sequence is not None:
+            sequence.is_doubtful |= message.is_doubtful
+            self._give_up(sequence)
+        elif message.key not in self._exports:  # else ``Released`` follows its last read
+            # The abort may have overtaken its Reserve, which must not begin after this.
+            self._sequences.end(message.key)
+            self._commands.tell(Released(*message.key))
+
+    def _on_ask(self, message: Ask) -> None:
+        """Repeat how the request stands: an earlier message may have been lost."""
+        sequence = self._sequences.get(message.key)
+        if sequence is None:
+            self._tell_released(message.key)
+        elif sequence.has_ticket and sequence.state is not SequenceState.CLOSING:
+            self._give_ticket(sequence)
+
+    def _on_source(self, event: Fetch | SourceClosed | HandoffBroken, now: float) -> None:
+        """An event of a fetch by another pool, of which this one is the source."""
+        match event:
+            case Fetch():
+                self._exports.ask(event, self._sequences.get(event.key), now)
+            case HandoffBroken():
+                self._exports.close(event.key)
+            case SourceClosed() if event.key in self._exports:
+                self._exports.on_closed(event.key)
+                self._memory.has_new_room = True
+                if event.key not in self._sequences:
+                    self._commands.tell(Released(*event.key))
+
     def _on_target(self, event: TargetEvent, now: float) -> None:
-        """What concerns this pool as the target of a hand-off."""
+        """An event of a hand-off into this pool: of a prompt, or of a part from a store."""
         if self._loadings.owns(event):
             self._on_loading(event, now)
             return
@@ -136,62 +205,11 @@ class DecodeScheduler:
                 SequenceState.RESERVED,
             ):
                 self._fail(sequence, "handoff_failed", event.reason)
-                self._close_handoff(sequence)
-
-    def _on_reserve(self, message: Reserve, now: float) -> None:
-        """Queue a request. A duplicate changes nothing; a newer attempt ends the older ones."""
-        key = message.key
-        others = self._sequences.of(message.request_id)
-        if self._ended.covers(*key) or any(other.key[1] >= key[1] for other in others):
-            return
-        for other in others:
-            self._give_up(other)
-        sequence = Sequence.of(message, self._num_arrivals, now, self._model_fingerprint)
-        self._num_arrivals += 1
-        self._sequences[key] = sequence
-        self._admission.add(sequence)
-        refusal = self._admission.refusal(sequence)
-        if refusal is not None:
-            self._fail(sequence, "kv_capacity_exceeded", refusal)
-            self._give_up(sequence)
-
-    def _on_compute_here(self, message: ComputeHere) -> None:
-        sequence = self._sequences.get(message.key)
-        if sequence is None:
-            return
-        if sequence.state in (SequenceState.QUEUED, SequenceState.LOADING):
-            sequence.is_local = True  # no hand-off need ever be opened
-        elif sequence.state in (SequenceState.OPENING, SequenceState.RESERVED):
-            if sequence.state is SequenceState.OPENING:
-                self._give_ticket(sequence)
-            sequence.is_local = True
-            sequence.advance(SequenceEvent.COMPUTE_HERE)
-            self._commands.append(CloseTarget(*sequence.key))
-
-    def _on_abort(self, message: Abort) -> None:
-        key = message.key
-        sequence = self._sequences.get(key)
-        self._memory.forget(message.doubtful_hashes)
-        if sequence is not None:
-            sequence.is_doubtful |= message.is_doubtful
-            self._give_up(sequence)
-        elif key not in self._exports:  # else it is said when the last read has ended
-            self._ended.add(*key)
-            self._send(Released(*key))
-
-    def _on_ask(self, message: Ask) -> None:
-        """Say again what may have been lost on its way."""
-        key = message.key
-        sequence = self._sequences.get(key)
-        if sequence is not None:
-            if sequence.has_ticket and sequence.state is not SequenceState.CLOSING:
-                self._give_ticket(sequence)
-        elif key not in self._exports:
-            self._send(Released(*key))
 
     def _on_committed(self, sequence: Sequence, event: TargetCommitted) -> None:
         if sequence.state is not SequenceState.RESERVED:
-            # Closing already: as good as closed, and all of it is here.
+            # The commit has crossed the order to close: it ends the hand-off as well as its
+            # closure would, and all of the prompt is here.
             self._end_handoff(sequence, SequenceEvent.COMMITTED, len(sequence.in_transfer))
         elif event.num_tokens != sequence.num_prompt_tokens:
             self._fail(
@@ -200,100 +218,24 @@ class DecodeScheduler:
                 f"{event.num_tokens} tokens were committed for a prompt of "
                 f"{sequence.num_prompt_tokens}",
             )
-            self._close_handoff(sequence)
             self._end_handoff(sequence, SequenceEvent.COMMITTED)
         else:
             sequence.num_computed_tokens = event.num_tokens
             sequence.output_token_ids.append(event.first_token_id)
-            self._send(Committed(*sequence.key, stats=event.stats))
+            self._commands.tell(Committed(*sequence.key, stats=event.stats))
             self._end_handoff(sequence, SequenceEvent.COMMITTED)
-            if sequence.finish_reason(self._max_len) is not None:
-                self._end(sequence)  # the coordinator knows from the prefill pool
+            if sequence.finish_reason(self.facts.max_model_len) is not None:
+                self._end(sequence)  # the coordinator knows it from the prefill pool
 
-    def _on_source(self, event: Fetch | SourceClosed | HandoffBroken, now: float) -> None:
-        """What concerns this pool as the source of a fetch."""
-        key = event.key
-        match event:
-            case Fetch():
-                self._commands += self._exports.ask(event, self._sequences.get(key), now)
-            case HandoffBroken():
-                self._commands += self._exports.close(key)
-            case SourceClosed() if key in self._exports:
-                self._exports.end(key)
-                self._memory.has_new_room = True
-                if key not in self._sequences:
-                    self._send(Released(*key))
-
-    # -- the ways out of a state -------------------------------------------------------------------
-
-    def _give_ticket(self, sequence: Sequence) -> None:
-        sequence.has_ticket = True
-        self._send(
-            Ticket(
-                *sequence.key,
-                num_cached_tokens=sequence.num_cached_tokens,
-                num_loaded_tokens=sequence.num_loaded_tokens,
-            )
-        )
-
-    def _end_handoff(
-        self, sequence: Sequence, event: SequenceEvent, num_whole_blocks: int = 0
-    ) -> None:
-        """Nothing can land any more: run with what is here, or be gone and leave what is whole."""
-        sequence.advance(event)
-        if sequence.state is SequenceState.RUNNING:
-            self._memory.end_transfer(sequence)
-            self._memory.offer_prompt(sequence)
-            self._batch.join(sequence)
-        else:
-            self._memory.close_transfer(sequence, num_whole_blocks)
-            self._totals.num_kept_blocks += num_whole_blocks
-            self._num_closing -= 1
-            self._forget(sequence)
-
-    def _close_handoff(self, sequence: Sequence) -> None:
-        """Give up the blocks; those in which a byte can still land, when none can any more."""
-        if sequence.state is SequenceState.LOADING:
-            self._loadings.close(sequence.key)
-        elif sequence.state is not SequenceState.SWITCHING:  # then it is being closed already
-            self._commands.append(CloseTarget(*sequence.key))
-        self._commands += self._exports.close(sequence.key)
-        sequence.advance(SequenceEvent.CLOSE)
-        self._memory.release_quiet(sequence)
-        self._num_closing += 1
-
-    def _give_up(self, sequence: Sequence) -> None:
-        """End a sequence wherever it stands."""
-        if sequence.state is SequenceState.CLOSING:
+    def _on_loading(self, event: TargetEvent, now: float) -> None:
+        """A loading has ended: grant the sequence as any other, or finish closing it."""
+        loaded = self._loadings.on_event(event, now)
+        if loaded is None:
             return
-        if sequence.holds_handoff:
-            self._close_handoff(sequence)
+        if loaded.sequence.state is SequenceState.LOADING:
+            self._grant(loaded.sequence)
         else:
-            self._end(sequence)
-
-    def _end(self, sequence: Sequence) -> None:
-        """A sequence without hand-off is over: finished or given up."""
-        if sequence.state is SequenceState.QUEUED:
-            self._admission.remove(sequence)
-        else:
-            self._batch.leave(sequence)
-        sequence.advance(SequenceEvent.END)
-        if sequence.blocks:
-            self._memory.release(sequence)
-        self._forget(sequence)
-
-    def _forget(self, sequence: Sequence) -> None:
-        del self._sequences[sequence.key]
-        self._ended.add(*sequence.key)
-        self._commands += self._exports.close(sequence.key)
-        if sequence.key not in self._exports:  # else it is said when the last read has ended
-            self._send(Released(*sequence.key))
-
-    def _fail(self, sequence: Sequence, code: str, message: str) -> None:
-        self._send(RequestFailed(*sequence.key, code=code, message=message))
-
-    def _send(self, message: ToCoordinator) -> None:
-        self._commands.append(SendControl(message))
+            self._end_handoff(loaded.sequence, SequenceEvent.CLOSED, loaded.num_blocks)
 
     # -- out: plans --------------------------------------------------------------------------------
 
@@ -301,9 +243,11 @@ class DecodeScheduler:
         """The next step's plan, or None when there is nothing to do. ``update`` must follow."""
         assert self._plan is None, "the last plan has not been updated"
         self._loadings.tick(now)
-        self._commands += self._exports.tick(now)
+        self._exports.tick(now)
         batch = self._batch
         batch.make_room(self._num_holders - len(batch.running))
+        # Never admit in a step that pre-empts: a peer could write into blocks that a slower rank of
+        # this pool has yet to copy to host memory.
         if not batch.preempted:
             self._admit(now)
         self._plan = batch.plan()
@@ -317,18 +261,17 @@ class DecodeScheduler:
         return len(self._sequences) - num_without
 
     def _admit(self, now: float) -> None:
-        """Grant blocks to those for whom there is room.
-
-        Never in a step that pre-empts: a peer could write into blocks that a slower rank of this
-        pool has yet to copy to host memory.
-        """
+        """Grant blocks to the sequences for which there is room."""
         while (sequence := self._admission.next(self._num_holders)) is not None:
-            self._totals.grant(sequence, now)
+            self._totals["requests_total"] += 1
+            self._totals["prompt_tokens_total"] += sequence.num_prompt_tokens
+            self._totals["cached_tokens_total"] += sequence.num_cached_tokens
+            self._totals["queue_s_total"] += now - sequence.arrived_s
             if not self._loadings.begin(sequence, now):
                 self._grant(sequence)
 
     def _grant(self, sequence: Sequence) -> None:
-        """It has what is cached of it: go on with the rest, here or by a hand-off."""
+        """A sequence has what is cached of its prompt: get the rest, here or by a hand-off."""
         if sequence.is_local:
             sequence.advance(SequenceEvent.GRANT_LOCAL)
             self._give_ticket(sequence)
@@ -336,38 +279,29 @@ class DecodeScheduler:
         else:
             sequence.advance(SequenceEvent.GRANT)
             first = self._memory.begin_transfer(sequence)
-            blocks = tuple(sequence.in_transfer)
-            self._commands.append(
-                OpenTargetBlocks(*sequence.key, first_logical=first, blocks=blocks)
+            self._commands.add(
+                OpenTargetBlocks(
+                    *sequence.key, first_logical=first, blocks=tuple(sequence.in_transfer)
+                )
             )
-
-    def _on_loading(self, event: TargetEvent, now: float) -> None:
-        """Its prefix comes up from a store, or will not; then it is granted as any other."""
-        loaded = self._loadings.on_event(event, now)
-        if loaded is None:
-            return
-        if loaded.sequence.state is SequenceState.LOADING:
-            self._grant(loaded.sequence)
-        else:
-            self._end_handoff(loaded.sequence, SequenceEvent.CLOSED, loaded.num_blocks)
 
     def sampled(self, plan: DecodePlan) -> list[Sequence]:
         """The sequences of which ``plan`` samples a token, in its order."""
-        steps = plan.sequences
-        return [self._sequences[step.key] for step in steps if step.sample]
+        return [self._sequences[step.key] for step in plan.sequences if step.sample]
 
     def update(self, plan: DecodePlan, results: Iterable[StepResult], now: float) -> None:
-        """Take note of what the step under way has brought; rank 0 alone samples."""
+        """Take in the results of the step under way; rank 0 alone samples."""
         assert plan is self._plan, "only the plan under way can be updated"
         self._plan = None
-        self._totals.busy_s += now - self._step_started_s
+        self._totals["busy_s_total"] += now - self._step_started_s
         rows = outcomes(results)
         new_tokens: list[NewToken] = []
         finished: list[Sequence] = []
         for step in plan.sequences:
             sequence = self._sequences[step.key]
-            if isinstance(row := rows.get(sequence.key), FailedRow):
-                self._came_to_nothing(sequence, row.why)
+            row = rows.get(step.key)
+            if isinstance(row, FailedRow):
+                self._fail_without_token(sequence, row.why)
                 continue
             is_prompt = sequence.num_computed_tokens < sequence.num_prompt_tokens
             sequence.num_computed_tokens += len(step.token_ids)
@@ -375,31 +309,102 @@ class DecodeScheduler:
                 self._memory.offer_prompt(sequence)
             if step.sample:
                 assert row is not None, f"{sequence.key} has no token"
-                new_tokens.append(sequence.append(row, self._max_len))
+                new_tokens.append(sequence.append(row, self.facts.max_model_len))
                 if new_tokens[-1].finish_reason is not None:
                     finished.append(sequence)
         if new_tokens:
-            self._totals.num_output_tokens += len(new_tokens)
-            self._send(Tokens(plan.step, tuple(new_tokens)))
-        for sequence in finished:  # its last token goes first
+            self._totals["output_tokens_total"] += len(new_tokens)
+            self._commands.tell(Tokens(plan.step, tuple(new_tokens)))
+        for sequence in finished:  # ``Released`` must not overtake the last token
             self._end(sequence)
 
-    def _came_to_nothing(self, sequence: Sequence, why: NoToken) -> None:
-        """Its numbers give no token: it ends, and leaves nothing behind to be found."""
+    # -- the ways out ------------------------------------------------------------------------------
+
+    def _give_ticket(self, sequence: Sequence) -> None:
+        sequence.has_ticket = True
+        self._commands.tell(
+            Ticket(
+                *sequence.key,
+                num_cached_tokens=sequence.num_cached_tokens,
+                num_loaded_tokens=sequence.num_loaded_tokens,
+            )
+        )
+
+    def _fail(self, sequence: Sequence, code: str, message: str) -> None:
+        self._commands.tell(RequestFailed(*sequence.key, code=code, message=message))
+        self._give_up(sequence)
+
+    def _fail_without_token(self, sequence: Sequence, why: NoToken) -> None:
+        """End a sequence whose numbers give no token; its KV must not be found by others."""
         if why is NoToken.NON_FINITE:
             sequence.is_doubtful = True
             self._memory.forget(sequence.block_hashes)
         self._fail(sequence, why, no_token_message(why))
-        self._end(sequence)
+
+    def _give_up(self, sequence: Sequence) -> None:
+        """End a sequence in whatever state it is."""
+        if sequence.state is SequenceState.CLOSING:
+            return
+        if sequence.holds_handoff:
+            self._close_handoff(sequence)
+        else:
+            self._end(sequence)
+
+    def _close_handoff(self, sequence: Sequence) -> None:
+        """Give up a sequence's blocks; those in which a byte can still land, when none can."""
+        if sequence.state is SequenceState.LOADING:
+            self._loadings.close(sequence.key)
+        elif sequence.state is not SequenceState.SWITCHING:  # then it is being closed already
+            self._commands.add(CloseTarget(*sequence.key))
+        self._exports.close(sequence.key)
+        sequence.advance(SequenceEvent.CLOSE)
+        self._memory.release_quiet(sequence)
+        self._num_closing += 1
+
+    def _end_handoff(
+        self, sequence: Sequence, event: SequenceEvent, num_whole_blocks: int = 0
+    ) -> None:
+        """Nothing can land any more: run with what is here, or leave what is whole and be gone."""
+        sequence.advance(event)
+        if sequence.state is SequenceState.RUNNING:
+            self._memory.end_transfer(sequence)
+            self._memory.offer_prompt(sequence)
+            self._batch.join(sequence)
+        else:
+            self._memory.close_transfer(sequence, num_whole_blocks)
+            self._totals["kept_blocks_total"] += num_whole_blocks
+            self._num_closing -= 1
+            self._release(sequence)
+
+    def _end(self, sequence: Sequence) -> None:
+        """End a sequence without hand-off: it has finished, or is given up."""
+        if sequence.state is SequenceState.QUEUED:
+            self._admission.remove(sequence)
+        else:
+            self._batch.leave(sequence)
+        sequence.advance(SequenceEvent.END)
+        if sequence.blocks:
+            self._memory.release(sequence)
+        self._release(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        """Forget a sequence, which holds no block any more."""
+        self._sequences.end(sequence.key)
+        self._exports.close(sequence.key)
+        self._tell_released(sequence.key)
+
+    def _tell_released(self, key: RequestKey) -> None:
+        """Unless its cached prefix is still being read: then ``Released`` follows the last read."""
+        if key not in self._exports:
+            self._commands.tell(Released(*key))
 
     # -- out: commands and figures -----------------------------------------------------------------
 
     def take_commands(self) -> list[Command]:
-        """What the transfer thread is to do, since the last call, in order."""
+        """What is to be done, decided since the last call, in order."""
         if (update := self._memory.take_cache_update()) is not None:
-            self._send(update)
-        commands, self._commands = [*self._commands, *self._loadings.take_commands()], []
-        return commands
+            self._commands.tell(update)
+        return self._commands.take()
 
     @property
     def is_idle(self) -> bool:
@@ -411,6 +416,18 @@ class DecodeScheduler:
         self._memory.check()
 
     def load(self) -> Load:
-        """What the heartbeat says."""
-        num_waiting, num_exported = len(self._admission), self._exports.num_blocks_total
-        return self._totals.load(self._batch, num_waiting, num_exported, self._memory.counts())
+        """What is waiting, running and held."""
+        batch = self._batch
+        return Load(
+            num_waiting=len(self._admission) + len(batch.preempted),
+            num_running=len(batch.running),
+            pending_tokens=sum(sequence.num_pending_tokens for sequence in batch.running),
+            blocks=(self._memory.counts(),),
+            counters={
+                **self._totals,
+                "preemptions_total": batch.num_preemptions,
+                "recomputed_tokens_total": batch.num_recomputed_tokens,
+                "swapped_blocks": batch.num_swapped_blocks,
+                "served_blocks_total": self._exports.num_blocks_total,
+            },
+        )

@@ -1,23 +1,27 @@
 """What the leader of a pool is, whatever its role. Without clock, socket, thread or torch.
 
 The life of a step
-1. ``on_event`` takes in what has come: messages of the coordinator, what became of a hand-off, what
-   a disk has done.
+1. ``on_event`` takes in a message of the coordinator, the outcome of a hand-off, or that of a
+   disk's job.
 2. ``schedule`` decides the next step: a plan, which every rank of the pool executes. None when
    there is nothing to compute now, which for a store is always so.
-3. ``update`` takes in what the ranks have brought.
-4. ``take_commands``, after any of these: what is to be done now, by the transfer thread or by the
-   disk's threads.
+3. ``update`` takes in the results of the ranks.
+4. ``take_commands``, after any of these, gives what the transfer thread, or the disk's threads, are
+   to do now.
 
 Calls alternate: any number of ``on_event``, one ``schedule``, and if that had a plan, one
 ``update`` with its results. Nothing blocks. A process, the simulations, the experiments, the
-exhaustive search and the tests call the same four methods, each with a clock of its own.
+exhaustive search and the tests drive it by the same four methods, each with a clock of its own.
+
+A node is made of its *facts*, which never change while the pool lives, and of the block spaces of
+its ranks, which are its alone to change. Its parts share one :class:`Commands`.
 """
 
 from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
-from kvtransfer.events import Command, Event, Load
+from kvtransfer.events import Command, Event, Load, SendControl
+from protocol.messages import ToCoordinator
 from protocol.plans import StepPlan, StepResult
 
 P = TypeVar("P", bound=StepPlan)
@@ -27,7 +31,7 @@ class LeaderNode(Protocol[P]):
     """The leader of a prefill pool, of a decode pool, or of a store; ``P`` is its plan."""
 
     def on_event(self, event: Event, now: float) -> None:
-        """Take note of an event. One that concerns nobody here changes nothing."""
+        """Take in an event. One that concerns no request here changes nothing."""
         ...
 
     def schedule(self, now: float) -> P | None:
@@ -35,21 +39,21 @@ class LeaderNode(Protocol[P]):
         ...
 
     def update(self, plan: P, results: Sequence[StepResult], now: float) -> None:
-        """Take note of what a step has brought.
+        """Take in the results of a step.
 
         Args:
             plan: what ``schedule`` has returned last.
-            results: of the ranks, the own one first; those of ranks that sample nothing may miss.
+            results: of the ranks, the leader's first; ranks that sample nothing may be missing.
             now: after the step, on the clock of ``schedule``.
         """
         ...
 
     def take_commands(self) -> list[Command]:
-        """What is to be done since the last call, in order."""
+        """What is to be done, decided since the last call, in order."""
         ...
 
     def load(self) -> Load:
-        """What it has to do and what it holds, for a heartbeat."""
+        """The work that waits and runs, and the blocks that are held, for a heartbeat."""
         ...
 
     @property
@@ -58,5 +62,26 @@ class LeaderNode(Protocol[P]):
         ...
 
     def check(self) -> None:
-        """Assert that every block is accounted for, and that nothing is held for nobody."""
+        """Assert that every block is accounted for, and that no request that is gone holds one."""
         ...
+
+
+class Commands:
+    """What a leader node wants done, in order, until a driver takes it."""
+
+    def __init__(self) -> None:
+        self._waiting: list[Command] = []
+
+    def add(self, *commands: Command) -> None:
+        """Have these done, after everything that was added before."""
+        self._waiting += commands
+
+    def tell(self, message: ToCoordinator) -> None:
+        """Have a message sent to the coordinator."""
+        self.add(SendControl(message))
+
+    def take(self) -> list[Command]:
+        """What was added since the last call, in order."""
+        taken = self._waiting
+        self._waiting = []
+        return taken

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 
 from kvtransfer.events import AnnounceBlocks, AnnouncedAll, Command
-from prefill.blocks import ref_of
 from prefill.manifest import CACHED_CHUNK, cached_blocks, moving_blocks
+from prefill.request import ref_of
 from protocol.plans import ChunkWork, HandoffRoute, PlacedBlock
 
 

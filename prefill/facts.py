@@ -8,13 +8,13 @@ from protocol.messages import Prefill
 
 
 @dataclass(frozen=True, slots=True)
-class PoolFacts:
+class PrefillFacts:
     """A prefill pool, as its scheduler needs to know it."""
 
     pool_id: str
     geometry: Geometry
     tp_size: int
-    num_blocks: int  # of each cp rank
+    num_blocks: int  # of each cp rank's block space
     layer_groups: tuple[range, ...]
     model_fingerprint: str
     vocab_size: int

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
+from ring_attention.cost import ChunkShape, CostModel
 from ring_attention.partition import deal_zigzag
 
 # A last chunk of less than this share of a full one is joined to the chunk before it.
@@ -37,6 +38,32 @@ class ChunkCosts(Protocol):
     def worth_taking(self, new: int, cached: int, ring_sizes: Sequence[int]) -> Sequence[int]:
         """The ring sizes that do not waste the ranks they take; at least one."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class PoolCosts:
+    """The measured cost model with one pool's model and the operator's choice filled in.
+
+    Args:
+        ring_threshold_tokens: prompts of at least that many tokens to compute ring over all ranks,
+            shorter ones never do; None leaves it to the cost model.
+    """
+
+    model: CostModel
+    shape: ChunkShape
+    ring_threshold_tokens: int | None = None
+
+    def seconds(self, new: int, cached: int, ring_size: int) -> float:
+        return self.model.chunk_seconds(self.shape, new, cached, ring_size)
+
+    def prefers_pass_q(self, new: int, cached: int, ring_size: int) -> bool:
+        return self.model.prefers_pass_q(self.shape, new, cached, ring_size)
+
+    def worth_taking(self, new: int, cached: int, ring_sizes: Sequence[int]) -> Sequence[int]:
+        if self.ring_threshold_tokens is not None:
+            return (max(ring_sizes) if new >= self.ring_threshold_tokens else 1,)
+        largest = self.model.choose_ring_size(self.shape, new, cached, ring_sizes)
+        return [size for size in ring_sizes if size <= largest]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,22 +1,25 @@
 """What the scheduler keeps of one request, in the order of its life. Pure."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kvtransfer.events import CommitWhenRead, OpenTargetBlocks
-from prefill.blocks import Owned, ref_of
 from prefill.manifest import CACHED_CHUNK
 from prefill.placement import RingPlacement
 from prefill.states import TABLE, RequestEvent, RequestState
 from protocol.handoff import Fetch, SegmentKey
+from protocol.kv import BlockRef
 from protocol.messages import Prefill, Progress
 from protocol.plans import HandoffRoute, PlacedBlock
 from protocol.request import FinishReason, PrefillPath, RequestKey
 from protocol.transitions import advance
 
+Owned = tuple[int, BlockRef]  # a cp rank, and a block of its space
+
 
 @dataclass(eq=False)
 class Request:
-    """One attempt at one prompt. Only the scheduler changes it."""
+    """One attempt at one prompt. Only the scheduler and its parts change it."""
 
     message: Prefill
     arrived: float
@@ -163,3 +166,21 @@ class Request:
         if num_output >= sampling.max_tokens or self.num_tokens + 1 >= max_model_len:
             return FinishReason.LENGTH
         return None
+
+
+def ref_of(block: PlacedBlock) -> BlockRef:
+    """The block, as its own rank's space knows it."""
+    return BlockRef(block.block_id, block.generation)
+
+
+def placed(first_logical: int, blocks: Sequence[Owned]) -> tuple[PlacedBlock, ...]:
+    """Blocks as those of a sequence, the first of them at ``first_logical``."""
+    return tuple(
+        PlacedBlock(
+            logical=first_logical + index,
+            cp_rank=cp_rank,
+            block_id=ref.block_id,
+            generation=ref.generation,
+        )
+        for index, (cp_rank, ref) in enumerate(blocks)
+    )

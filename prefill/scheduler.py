@@ -1,21 +1,25 @@
 """What a prefill pool does next. Pure: events and time come in, plans and commands go out.
 
 The life of a request
-1. ``Prefill``: it waits in the order of arrival; what can never be served fails at once.
-2. ``schedule`` admits it with its first chunk: the cached prefix is shared, all blocks of the rest
-   are granted on the ranks of its ring. From now on it waits for no block. (step.py: who goes
-   first; placement.py: on which ranks; memory.py: the blocks.) If its decode pool holds more of the
-   prefix, that is fetched before the first chunk; if this fails it waits again, to be computed.
-3. Each step plans at most one chunk of it; ``update`` records it, hashes its full blocks and tells
-   the coordinator how far it is. Ranks announce what they have computed without asking here.
-4. The last chunk brings the first token: it is told at once, and the manifest is handed to the
-   transfer thread to be committed when every target rank has read.
+1. ``Prefill``: it waits in the order of arrival. A prompt that can never be served fails at once.
+2. ``schedule`` admits it with its first chunk: the cached prefix is shared, and all blocks of the
+   rest are granted on the ranks of its ring. From now on it waits for no block. (backlog.py: who
+   goes first; placement.py: on which ranks; memory.py: the blocks.) If its decode pool holds more
+   of the prefix, that is fetched before the first chunk; if the fetch fails, the request waits
+   again and is computed.
+3. Each step plans at most one chunk of it. ``update`` records the chunk, hashes its full blocks and
+   tells the coordinator the progress. Ranks announce what they have computed without asking here.
+4. The last chunk brings the first token. The coordinator is told at once, and the transfer thread
+   gets the manifest, to commit it when every target rank has read.
 5. On ``SourceClosed`` its blocks are given back, in ``_release``. An abort, a broken hand-off or a
-   lost target close the hand-off first, or else the fetch, and come to the same place.
+   lost target close the hand-off, or the fetch, first, and come to the same place.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+from engine.attempts import Attempts
+from engine.leader_node import Commands
+from kvcache.blocks import BlockPool
 from kvcache.prefix import block_salt, hash_blocks
 from kvtransfer.events import (
     CloseSource,
@@ -26,21 +30,18 @@ from kvtransfer.events import (
     HandoffBroken,
     Load,
     PoolsChanged,
-    SendControl,
     SourceClosed,
     TargetClosed,
     TargetCommitted,
     TargetIsOpen,
 )
-from prefill.backlog import Backlog
-from prefill.facts import PoolFacts
+from prefill.backlog import Backlog, service_order
+from prefill.facts import PrefillFacts
 from prefill.manifest import segment_keys
 from prefill.memory import RequestMemory
 from prefill.placement import ChunkCosts, RingPlacement
 from prefill.request import Request
 from prefill.states import RequestEvent, RequestState
-from prefill.step import StepTime, load_s, service_order
-from protocol.ended import ByAttempt, EndedAttempts
 from protocol.kv import PoolEndpoint
 from protocol.messages import (
     Abort,
@@ -50,7 +51,7 @@ from protocol.messages import (
     Prefill,
     Released,
     RequestFailed,
-    ToCoordinator,
+    ToRank,
 )
 from protocol.plans import ChunkWork, FailedRow, PrefillPlan, SampledToken, StepResult, outcomes
 from protocol.request import NoToken, RequestKey, no_token_message
@@ -60,18 +61,23 @@ _WITHOUT_SOURCE = (RequestState.WAITING, RequestState.FETCHING, RequestState.RET
 
 
 class PrefillScheduler:
-    """The decisions of a prefill pool's leader; see :class:`engine.leader_node.LeaderNode`."""
+    """The decisions of a prefill pool's leader; see :class:`engine.leader_node.LeaderNode`.
 
-    def __init__(self, facts: PoolFacts, costs: ChunkCosts) -> None:
+    Args:
+        facts: of the pool.
+        spaces: its block spaces, one for each cp rank, for the scheduler alone.
+        costs: of chunks on rings of any size.
+    """
+
+    def __init__(self, facts: PrefillFacts, spaces: Sequence[BlockPool], costs: ChunkCosts) -> None:
         self.facts = facts
         self._costs = costs
-        self._memory = RequestMemory(facts, costs)
+        self._memory = RequestMemory(facts, spaces, costs)
+        self._commands = Commands()
         self._epochs: dict[str, int] = {}  # of the decode pools that can be reached
-        self._requests: ByAttempt[Request] = ByAttempt()
-        self._backlog = Backlog(facts.geometry.chunk_tokens)  # what of them is to be computed
+        self._requests: Attempts[Request] = Attempts()
+        self._backlog = Backlog(facts.geometry.chunk_tokens)  # of them, those to be computed
         self._num_added = 0
-        self._ended = EndedAttempts()
-        self._commands: list[Command] = []
         self._step = 0
         self._plan: PrefillPlan | None = None  # between schedule and update
         self._last_served: frozenset[RequestKey] = frozenset()
@@ -79,74 +85,126 @@ class PrefillScheduler:
         self.num_cached_tokens = 0
         self.num_fetched_tokens = 0
 
-    # -- what comes in -----------------------------------------------------------------------------
-
-    def _on_prefill(self, message: Prefill, now: float) -> None:
-        """Queue a prompt. A duplicate changes nothing; a newer attempt ends the older ones."""
-        key = message.key
-        others = self._requests.of(message.request_id)
-        if self._ended.covers(*key) or any(other.key[1] >= message.attempt for other in others):
-            return
-        for other in others:
-            self._end(other)
-        self._num_added += 1
-        request = Request(message, now, self._num_added)
-        self._requests[key] = request
-        self._backlog.add(request)
-        refusal = self.facts.refusal(message, self._epochs)
-        if refusal is None:
-            salt = block_salt(self.facts.model_fingerprint, message.cache_salt)
-            block_size = self.facts.geometry.block_size
-            request.block_hashes = hash_blocks(message.prompt_token_ids, block_size, salt)
-        else:
-            self._fail(request, *refusal)
-
-    def _on_abort(self, message: Abort) -> None:
-        """Hold nothing of it any more; answered by ``Released`` however often it is asked."""
-        key = message.key
-        self._memory.disown(message.doubtful_hashes)
-        request = self._requests.get(key)
-        if request is not None:
-            self._end(request)
-        else:
-            self._ended.add(*key)
-            self._tell(Released(*key))
-
-    def _on_ask(self, message: Ask) -> None:
-        """Say again how it stands: something may have been lost on its way."""
-        key = message.key
-        request = self._requests.get(key)
-        if request is None:
-            self._tell(Released(*key))
-        elif request.state in _COMPUTED_HERE:
-            self._tell(request.progress())
+    # -- in: events --------------------------------------------------------------------------------
 
     def on_event(self, event: Event, now: float) -> None:
-        """Take in what the transfer thread says; events that concern nobody here change nothing."""
+        """Take in an event; see :class:`engine.leader_node.LeaderNode`."""
         match event:
-            case ControlReceived(Prefill() as message):
-                self._on_prefill(message, now)
-            case ControlReceived(Abort() as message):
-                self._on_abort(message)
-            case ControlReceived(Ask() as message):
-                self._on_ask(message)
-            case SourceClosed():
-                self._on_closed(event)
-            case TargetIsOpen() | TargetCommitted() | TargetClosed():
-                self._on_fetch(event)
-            case HandoffBroken():
-                self._on_broken(event)
+            case ControlReceived(message):
+                self._on_message(message, now)
+            case SourceClosed() | HandoffBroken(side="source"):
+                self._on_source(event)
+            case TargetIsOpen() | TargetCommitted() | TargetClosed() | HandoffBroken():
+                self._on_target(event)
             case PoolsChanged():
                 self._on_pools(event.pools)
 
-    # -- a step ------------------------------------------------------------------------------------
+    def _on_message(self, message: ToRank, now: float) -> None:
+        match message:
+            case Prefill():
+                self._on_prefill(message, now)
+            case Abort():
+                self._on_abort(message)
+            case Ask():
+                self._on_ask(message)
+
+    def _on_prefill(self, message: Prefill, now: float) -> None:
+        """Queue a prompt. A duplicate changes nothing; a newer attempt ends the older ones."""
+        older = self._requests.superseded_by(message.key)
+        if older is None:
+            return
+        for request in older:
+            self._give_up(request)
+        self._num_added += 1
+        request = Request(message, now, self._num_added)
+        self._requests.begin(message.key, request)
+        self._backlog.add(request)
+        refusal = self.facts.refusal(message, self._epochs)
+        if refusal is not None:
+            self._fail(request, *refusal)
+            return
+        salt = block_salt(self.facts.model_fingerprint, message.cache_salt)
+        block_size = self.facts.geometry.block_size
+        request.block_hashes = hash_blocks(message.prompt_token_ids, block_size, salt)
+
+    def _on_abort(self, message: Abort) -> None:
+        """Give the request up; answered by ``Released`` as often as it is asked for."""
+        self._memory.disown(message.doubtful_hashes)
+        request = self._requests.get(message.key)
+        if request is not None:
+            self._give_up(request)
+        else:
+            # The abort may have overtaken its Prefill, which must not begin after this.
+            self._requests.end(message.key)
+            self._commands.tell(Released(*message.key))
+
+    def _on_ask(self, message: Ask) -> None:
+        """Repeat how the request stands: an earlier message may have been lost."""
+        request = self._requests.get(message.key)
+        if request is None:
+            self._commands.tell(Released(*message.key))
+        elif request.state in _COMPUTED_HERE:
+            self._commands.tell(request.progress())
+
+    def _on_source(self, event: SourceClosed | HandoffBroken) -> None:
+        """An event of the hand-off to the request's decode pool."""
+        request = self._requests.get(event.key)
+        if request is None:
+            return
+        if isinstance(event, HandoffBroken):
+            self._fail(request, "handoff_failed", event.reason)
+            return
+        if request.state in _WITHOUT_SOURCE:
+            return
+        if not (event.committed or request.state is RequestState.CLOSING):
+            message = "the hand-off was closed before it was complete"
+            self._commands.tell(RequestFailed(*request.key, code="handoff_failed", message=message))
+        if request.state is RequestState.RUNNING:
+            self._stop(request)
+        self._advance(request, RequestEvent.CLOSED)
+        self._release(request)
+
+    def _on_target(
+        self, event: TargetIsOpen | TargetCommitted | TargetClosed | HandoffBroken
+    ) -> None:
+        """An event of the fetch from the request's decode pool."""
+        request = self._requests.get(event.key)
+        if request is None:
+            return
+        match event:
+            case TargetIsOpen() if request.state is RequestState.FETCHING:
+                self._commands.add(request.ask_fetch())
+            case TargetCommitted() if request.state is RequestState.FETCHING:
+                self._advance(request, RequestEvent.FETCHED)
+                self._memory.end_transfer(request)
+                self._memory.offer(request, request.fetched_blocks)
+                num_blocks = len(request.fetched_blocks)
+                self.num_fetched_tokens += num_blocks * self.facts.geometry.block_size
+            case TargetClosed() if request.state is RequestState.RETURNING:
+                self._advance(request, RequestEvent.CLOSED)
+                self._memory.give_back(request)
+            case TargetClosed() if request.state is RequestState.CLOSING:
+                self._advance(request, RequestEvent.CLOSED)
+                self._release(request)
+            case HandoffBroken() if request.state is RequestState.FETCHING:
+                self._give_up_fetch(request)
+
+    def _on_pools(self, pools: Iterable[PoolEndpoint]) -> None:
+        self._epochs = {pool.pool_id: pool.epoch for pool in pools if pool.role != "prefill"}
+        for request in list(self._requests.values()):
+            target = request.message.target_pool_id
+            if self._epochs.get(target) != request.message.target_epoch:
+                self._fail(request, "stale_target", f"{target} has gone or has started again")
+
+    # -- out: plans --------------------------------------------------------------------------------
 
     def schedule(self, now: float) -> PrefillPlan | None:
         """The next step, or None when there is nothing that can be done now."""
         assert self._plan is None, "the last plan's results have not come in"
         self._give_up_late_fetches(now)
         time = StepTime(self._costs, self.facts.geometry.cp_size, self.facts.step_target_s)
-        work, may_admit = list[ChunkWork](), True
+        work: list[ChunkWork] = []
+        may_admit = True
         chunk_tokens = self.facts.geometry.chunk_tokens
         for request in service_order(self._backlog.candidates(), self._last_served, chunk_tokens):
             if time.is_full:
@@ -155,19 +213,21 @@ class PrefillScheduler:
                 if not time.take(request.placed, request.num_chunks_done, request.priority):
                     continue
             elif self._memory.is_prefix_coming(request):
-                continue  # somebody computes for it already
+                continue  # another request computes this prefix now: wait, and find it cached
             else:
                 may_admit = may_admit and self._num_holding < self.facts.max_num_sequences
                 loads = load_s(self._backlog.begun, self.facts.geometry.cp_size)
                 placement = self._memory.place(request, loads) if may_admit else None
                 if placement is None:
-                    may_admit = False  # nobody takes the blocks that an older request waits for
+                    # From here on admit none, or the younger would take the blocks for which an
+                    # older request waits, for ever. Those that run go on.
+                    may_admit = False
                     continue
                 if placement.num_fetched_blocks:
                     self._fetch(request, placement, now)
                     continue
                 if not time.take(placement, 0, request.priority):
-                    self._memory.give_back(request)  # not in this step after all
+                    self._memory.give_back(request)  # ``place`` has shared its prefix already
                     continue
                 self._admit(request, placement, now)
                 self._advance(request, RequestEvent.ADMIT)
@@ -179,14 +239,6 @@ class PrefillScheduler:
         self._plan = PrefillPlan(self._step, tuple(work))
         return self._plan
 
-    def take_commands(self) -> list[Command]:
-        """What the transfer thread is to do, since the last call, in order."""
-        stored, evicted = self._memory.take_cache_events()
-        if stored or evicted:
-            self._tell(CacheUpdate(stored, evicted))
-        commands, self._commands = self._commands, []
-        return commands
-
     def update(self, plan: PrefillPlan, results: Iterable[StepResult], now: float) -> None:
         """Record what the ranks did; requests that have ended meanwhile are left alone."""
         assert plan is self._plan, "results of another plan"
@@ -196,39 +248,14 @@ class PrefillScheduler:
             request = self._requests.get(work.key)
             if request is None or request.state is not RequestState.RUNNING:
                 continue
-            if isinstance(row := rows.get(request.key), FailedRow):
-                self._came_to_nothing(request, row.why)
+            row = rows.get(request.key)
+            if isinstance(row, FailedRow):
+                self._fail_without_token(request, row.why)
                 continue
             self._chunk_done(request, work)
             if work.is_last:
                 assert row is not None, f"{request.key} has no token"
                 self._prompt_done(request, row, now)
-
-    def load(self) -> Load:
-        """What is waiting, running and held."""
-        backlog = self._backlog
-        return Load(
-            num_waiting=backlog.num_waiting,
-            num_running=backlog.num_begun,
-            pending_tokens=backlog.num_pending_tokens,
-            blocks=self._memory.counts(),
-            counters={
-                "prefill_computed_tokens": self.num_computed_tokens,
-                "prefill_cached_tokens": self.num_cached_tokens,
-                "prefill_fetched_tokens": self.num_fetched_tokens,
-            },
-        )
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether no request is here at all."""
-        return not self._requests
-
-    def check(self) -> None:
-        """Assert that every block is accounted for, and that nothing is held for nobody."""
-        held = [request.blocks for request in self._requests.values() if request.blocks]
-        self._memory.check(sum(map(len, held)))
-        assert self._num_holding == len(held)
 
     # -- a request's way ---------------------------------------------------------------------------
 
@@ -248,15 +275,18 @@ class PrefillScheduler:
         self.num_cached_tokens += placement.num_cached_blocks * self.facts.geometry.block_size
 
     def _chunk_work(self, request: Request) -> ChunkWork:
-        facts, message, placement = self.facts, request.message, request.placed
+        """The next chunk of an admitted request, which is about to be planned."""
+        facts = self.facts
+        message = request.message
+        placement = request.placed
         chunk = placement.chunks[request.num_chunks_done]
         block_size = facts.geometry.block_size
         route = request.route(block_size)
+        is_first = request.num_chunks_done == 0
         is_last = chunk.stop == request.num_tokens
         cached = request.blocks[route.first_logical : placement.num_cached_blocks]
         work = ChunkWork(
-            request_id=message.request_id,
-            attempt=message.attempt,
+            *message.key,
             chunk=request.next_chunk,
             start=chunk.start,
             token_ids=message.prompt_token_ids[chunk.start : chunk.stop],
@@ -265,16 +295,19 @@ class PrefillScheduler:
             blocks=request.blocks[: -(-chunk.stop // block_size)],
             is_last=is_last,
             route=route,
-            announce_cached=cached if request.num_chunks_done == 0 else (),
+            announce_cached=cached if is_first else (),
             sampling=message.sampling if is_last else None,
             prompt_token_ids=message.prompt_token_ids if is_last and request.needs_history else (),
             num_output_tokens=message.num_output_tokens,
         )
-        if request.num_chunks_done == 0:
-            self._tell(request.progress())  # before it is computed: it may be what kills us
+        if is_first:
+            # Before the chunk is computed: if it kills this pool, the coordinator has to know that
+            # the request was on board.
+            self._commands.tell(request.progress())
         request.manifest += segment_keys(
             work, tp_size=facts.tp_size, block_size=block_size, groups=facts.layer_groups
         )
+        # Ranks announce these while they compute, without asking, and targets read at once.
         first_new = max(chunk.start // block_size, route.first_logical)
         announced = (*work.announce_cached, *work.blocks[first_new:])
         self._memory.begin_transfer(request, announced)
@@ -286,128 +319,172 @@ class PrefillScheduler:
         self.num_computed_tokens += len(work.token_ids)
         first, end = work.start // block_size, request.num_computed_tokens // block_size
         self._memory.offer(request, request.blocks[first:end])
-        self._tell(request.progress())
+        self._commands.tell(request.progress())
 
     def _prompt_done(self, request: Request, sampled: SampledToken, now: float) -> None:
         self._advance(request, RequestEvent.COMPUTED)
-        path = request.path(self.facts.pool_id, now)
-        finish = request.finish_reason(sampled.token_id, self.facts.max_model_len)
-        index = request.message.num_output_tokens
-        self._tell(
+        self._commands.tell(
             FirstToken(
                 *request.key,
                 token_id=sampled.token_id,
-                path=path,
+                path=request.path(self.facts.pool_id, now),
                 logprobs=sampled.logprobs,
-                finish_reason=finish,
-                index=index,
+                finish_reason=request.finish_reason(sampled.token_id, self.facts.max_model_len),
+                index=request.message.num_output_tokens,
             )
         )
-        self._commands.append(request.commit(sampled.token_id))
+        self._commands.add(request.commit(sampled.token_id))
 
-    # -- what its decode pool has of it ------------------------------------------------------------
+    # -- a fetch from its decode pool --------------------------------------------------------------
 
     def _fetch(self, request: Request, placement: RingPlacement, now: float) -> None:
-        """Admit it, and have a part of its prefix read from its decode pool first."""
+        """Admit a request, and have a part of its prefix read from its decode pool first."""
         self._admit(request, placement, now)
         self._advance(request, RequestEvent.FETCH)
         self._memory.begin_transfer(request, request.fetched_blocks)
-        self._commands.append(request.open_fetch())
-
-    def _on_fetch(self, event: TargetIsOpen | TargetCommitted | TargetClosed) -> None:
-        request = self._requests.get(event.key)
-        if request is None:
-            return
-        match event:
-            case TargetIsOpen() if request.state is RequestState.FETCHING:
-                self._commands.append(request.ask_fetch())
-            case TargetCommitted() if request.state is RequestState.FETCHING:
-                self._advance(request, RequestEvent.FETCHED)
-                self._memory.end_transfer(request)
-                self._memory.offer(request, request.fetched_blocks)
-                num_blocks = len(request.fetched_blocks)
-                self.num_fetched_tokens += num_blocks * self.facts.geometry.block_size
-            case TargetClosed() if request.state is RequestState.RETURNING:
-                self._advance(request, RequestEvent.CLOSED)
-                self._memory.give_back(request)
-            case TargetClosed() if request.state is RequestState.CLOSING:
-                self._advance(request, RequestEvent.CLOSED)
-                self._release(request)
-
-    def _on_broken(self, event: HandoffBroken) -> None:
-        request = self._requests.get(event.key)
-        if request is None:
-            return
-        if event.side == "source":
-            self._fail(request, "handoff_failed", event.reason)
-        elif request.state is RequestState.FETCHING:
-            self._give_up_fetch(request)
+        self._commands.add(request.open_fetch())
 
     def _give_up_late_fetches(self, now: float) -> None:
-        """A request for blocks, or its answer, can be lost with a connection."""
+        """A fetch, or its answer, can be lost with a connection."""
         for request in self._backlog.fetching_since(now - self.facts.fetch_timeout_s):
             self._give_up_fetch(request)
 
     def _give_up_fetch(self, request: Request) -> None:
-        """It can still be computed, once nothing can land in its blocks any more."""
+        """Have a request computed instead, once nothing can land in its blocks any more."""
         request.may_fetch = False
         self._advance(request, RequestEvent.GIVE_UP)
         self._memory.expect_no_more(request)
-        self._commands.append(CloseTarget(*request.key))
+        self._commands.add(CloseTarget(*request.key))
 
-    # -- its end -----------------------------------------------------------------------------------
+    # -- the ways out ------------------------------------------------------------------------------
 
-    def _end(self, request: Request) -> None:
-        """Give a request up, from whatever state."""
-        if request.state is RequestState.WAITING:
-            self._advance(request, RequestEvent.DROP)
-            self._release(request)
-        elif request.state is not RequestState.CLOSING:
-            if request.state is RequestState.FETCHING:
-                self._commands.append(CloseTarget(*request.key))
-            elif request.state is not RequestState.RETURNING:  # its target is being closed already
-                self._commands.append(CloseSource(*request.key))
-            self._stop(request)
+    def _fail(self, request: Request, code: str, message: str) -> None:
+        if request.state is not RequestState.CLOSING:
+            self._commands.tell(RequestFailed(*request.key, code=code, message=message))
+        self._give_up(request)
 
-    def _came_to_nothing(self, request: Request, why: NoToken) -> None:
-        """Its numbers give no token, and nobody is to find its KV."""
+    def _fail_without_token(self, request: Request, why: NoToken) -> None:
+        """End a request whose numbers give no token; its KV must not be found by others."""
         if why is NoToken.NON_FINITE:
             self._memory.disown(request.block_hashes)
         self._fail(request, why, no_token_message(why))
+
+    def _give_up(self, request: Request) -> None:
+        """End a request in whatever state it is."""
+        match request.state:
+            case RequestState.WAITING:
+                self._advance(request, RequestEvent.DROP)
+                self._release(request)
+            case RequestState.FETCHING:
+                self._commands.add(CloseTarget(*request.key))
+                self._stop(request)
+            case RequestState.RETURNING:  # its target is being closed already
+                self._stop(request)
+            case RequestState.RUNNING | RequestState.HANDING_OVER:
+                self._commands.add(CloseSource(*request.key))
+                self._stop(request)
 
     def _stop(self, request: Request) -> None:
         self._advance(request, RequestEvent.CLOSE)
         self._memory.expect_no_more(request)
 
-    def _fail(self, request: Request, code: str, message: str) -> None:
-        if request.state is not RequestState.CLOSING:
-            self._tell(RequestFailed(*request.key, code=code, message=message))
-        self._end(request)
-
-    def _on_closed(self, event: SourceClosed) -> None:
-        request = self._requests.get(event.key)
-        if request is None or request.state in _WITHOUT_SOURCE:
-            return
-        if not (event.committed or request.state is RequestState.CLOSING):
-            message = "the hand-off was closed before it was complete"
-            self._tell(RequestFailed(*request.key, code="handoff_failed", message=message))
-        if request.state is RequestState.RUNNING:
-            self._stop(request)
-        self._advance(request, RequestEvent.CLOSED)
-        self._release(request)
-
     def _release(self, request: Request) -> None:
+        """Give back what a request holds. No byte moves from or into its blocks any more."""
         self._memory.give_back(request)
-        del self._requests[request.key]
-        self._ended.add(*request.key)
-        self._tell(Released(*request.key))
+        self._requests.end(request.key)
+        self._commands.tell(Released(*request.key))
 
-    def _on_pools(self, pools: Iterable[PoolEndpoint]) -> None:
-        self._epochs = {pool.pool_id: pool.epoch for pool in pools if pool.role != "prefill"}
-        for request in list(self._requests.values()):
-            target = request.message.target_pool_id
-            if self._epochs.get(target) != request.message.target_epoch:
-                self._fail(request, "stale_target", f"{target} has gone or has started again")
+    # -- out: commands and figures -----------------------------------------------------------------
 
-    def _tell(self, message: ToCoordinator) -> None:
-        self._commands.append(SendControl(message))
+    def take_commands(self) -> list[Command]:
+        """What is to be done, decided since the last call, in order."""
+        stored, evicted = self._memory.take_cache_events()
+        if stored or evicted:
+            self._commands.tell(CacheUpdate(stored=stored, evicted=evicted))
+        return self._commands.take()
+
+    def load(self) -> Load:
+        """What is waiting, running and held."""
+        return Load(
+            num_waiting=self._backlog.num_waiting,
+            num_running=self._backlog.num_begun,
+            pending_tokens=self._backlog.num_pending_tokens,
+            blocks=self._memory.counts(),
+            counters={
+                "prefill_computed_tokens": self.num_computed_tokens,
+                "prefill_cached_tokens": self.num_cached_tokens,
+                "prefill_fetched_tokens": self.num_fetched_tokens,
+            },
+        )
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is here at all."""
+        return not self._requests
+
+    def check(self) -> None:
+        """Assert that every block is accounted for, and that no request that is gone holds one."""
+        held = [request.blocks for request in self._requests.values() if request.blocks]
+        self._memory.check(sum(map(len, held)))
+        assert self._num_holding == len(held)
+
+
+# -- how much fits into a step ---------------------------------------------------------------------
+
+
+def load_s(begun: Sequence[Request], cp_size: int) -> list[float]:
+    """What each cp rank has still to compute for the requests that have begun, in seconds."""
+    loads = [0.0] * cp_size
+    for request in begun:
+        placement = request.placed
+        left = request.num_left_tokens / (request.num_tokens - placement.chunks[0].start)
+        for rank in placement.ring:
+            loads[rank] += placement.total_s * left
+    return loads
+
+
+class StepTime:
+    """The predicted time of a step that is being put together.
+
+    A step takes in more work as long as it does not become longer than its longest item or
+    ``target_s``, whichever is more.
+    """
+
+    def __init__(self, costs: ChunkCosts, cp_size: int, target_s: float) -> None:
+        self._costs = costs
+        self._target_s = target_s
+        self._finish_s = [0.0] * cp_size
+        self._is_empty = True
+        self._priority = 0  # of the first item
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no rank has time left."""
+        return not self._is_empty and min(self._finish_s) >= self._limit_s
+
+    def take(self, placement: RingPlacement, chunk_index: int, priority: int) -> bool:
+        """Take in a chunk if it fits; the first always does.
+
+        A rank reaches an item when it and all others of the ring are done with what comes before.
+        An item of a lower priority than the first only fills ranks that would wait, because the
+        results of a step are known when all of it is done.
+
+        Returns:
+            Whether the chunk is a part of the step.
+        """
+        chunk = placement.chunks[chunk_index]
+        seconds = self._costs.seconds(len(chunk), chunk.start, len(placement.ring))
+        end_s = max(self._finish_s[rank] for rank in placement.ring) + seconds
+        if self._is_empty:
+            self._priority = priority
+        limit_s = self._limit_s if priority <= self._priority else max(self._finish_s)
+        if not self._is_empty and end_s > limit_s:
+            return False
+        self._is_empty = False
+        for rank in placement.ring:
+            self._finish_s[rank] = end_s
+        return True
+
+    @property
+    def _limit_s(self) -> float:
+        return max(self._target_s, *self._finish_s)

@@ -28,22 +28,28 @@ class Offload:
     state: StoreState = StoreState.QUEUED
     first: int = 0  # the first block that is not here yet
     blocks: list[BlockRef] = field(default_factory=list)  # from ``first`` on
-    num_written_bytes: int = 0
     is_doubtful: bool = False  # what is handed over may be wrong: nothing of it is kept
 
     @staticmethod
     def of(message: Reserve | Collect, block_size: int, model_fingerprint: str) -> "Offload":
-        """As it arrives."""
-        key = message.key
+        """An offload as it arrives."""
         if isinstance(message, Collect):
-            source = (message.source_pool_id, message.source_epoch)
-            num_blocks = len(message.block_hashes)
-            return Offload(key, message.block_hashes, num_blocks, num_blocks, source)
+            return Offload(
+                key=message.key,
+                hashes=message.block_hashes,
+                num_blocks=len(message.block_hashes),
+                max_first=len(message.block_hashes),
+                source=(message.source_pool_id, message.source_epoch),
+            )
         tokens = message.prompt_token_ids
         salt = block_salt(model_fingerprint, message.cache_salt)
-        hashes = tuple(hash_blocks(tokens, block_size, salt))
-        # Its last token is computed in any case: there is nothing to sample from else.
-        return Offload(key, hashes, -(-len(tokens) // block_size), (len(tokens) - 1) // block_size)
+        return Offload(
+            key=message.key,
+            hashes=tuple(hash_blocks(tokens, block_size, salt)),
+            num_blocks=-(-len(tokens) // block_size),
+            # The last token is always computed, for there is nothing to sample from else.
+            max_first=(len(tokens) - 1) // block_size,
+        )
 
     @property
     def holds_handoff(self) -> bool:
@@ -58,23 +64,26 @@ class Offload:
         self.state = advance(OFFLOAD, self.state, event, of=self.key[0])
 
     def open(self) -> OpenTargetBlocks:
+        """Have the rank expect its blocks."""
         return OpenTargetBlocks(*self.key, first_logical=self.first, blocks=tuple(self.blocks))
 
     def ask(self) -> Fetch:
-        """Its blocks, from the pool that has them."""
+        """Have the pool that has its blocks send them, once the rank expects them."""
         assert self.source is not None, "it is handed over without asking"
-        owners = (0,) * len(self.blocks)
         source_pool_id, source_epoch = self.source
         return Fetch(
             *self.key,
             source_pool_id=source_pool_id,
             source_epoch=source_epoch,
             first_logical=self.first,
-            owners=owners,
+            owners=(0,) * len(self.blocks),
             block_hashes=self.hashes[self.first :],
         )
 
     def chain(self, num_blocks: int) -> Chain:
-        """What its first ``num_blocks`` blocks hold."""
-        parent = self.hashes[self.first - 1] if self.first else b""
-        return Chain(self.first, parent, self.hashes[self.first : self.first + num_blocks])
+        """The content of the first ``num_blocks`` of its blocks."""
+        return Chain(
+            first_logical=self.first,
+            parent=self.hashes[self.first - 1] if self.first else b"",
+            hashes=self.hashes[self.first : self.first + num_blocks],
+        )

@@ -29,7 +29,8 @@ from protocol.messages import GangReady
 from store.config import StoreConfig
 from store.disk import Disk
 from store.disk_io import open_mover
-from store.scheduler import StoreFacts, StoreScheduler
+from store.facts import StoreFacts
+from store.scheduler import StoreScheduler
 
 _log = logging.getLogger(__name__)
 
@@ -57,13 +58,18 @@ def serve(config: StoreConfig) -> None:
     now = time.monotonic()
     for name, header in files.scan():
         index.add(name, header, now)
-    facts = StoreFacts(layout.block_size, files.block_bytes, config.pack_blocks, model.fingerprint)
     for _, why in files.damaged:
         _log.error("a pack is given up: %s", why)
+    facts = StoreFacts(
+        model_fingerprint=model.fingerprint,
+        block_size=layout.block_size,
+        block_bytes=files.block_bytes,
+        pack_blocks=config.pack_blocks,
+    )
     scheduler = StoreScheduler(
+        facts,
         BlockPool(layout.num_blocks, layout.block_size),
         index,
-        facts,
         tuple(block_hash for block_hash, _ in files.damaged),
     )
     with start_rank("store", config, model, pool) as process:

@@ -1,25 +1,27 @@
-"""Write-behind: what a store has taken in goes to disk, and who waits for that. Pure.
+"""Write-behind: what a store has taken in goes to disk, and offloads wait for that. Pure.
 
 The life of a write
-1. ``keep`` takes blocks over from their offload, names them by their hashes, so that they can be
-   lent from now on, and makes one job of each ``pack_blocks`` of them. Packs of less value make
-   room.
-2. ``on_written``: they are durable. The store lets go of the blocks; they stay in its memory until
-   others need the room.
-3. A disk that is full gives up what is worth least, once; after that the write has failed, and all
-   who wait for it learn it.
+1. ``keep`` takes blocks over from their offload, names them by their hashes, so that other pools
+   can have them from now on, and makes one job of each ``pack_blocks`` of them. Packs of less value
+   make room.
+2. ``on_written``: the blocks are durable. They are released, and stay in memory until others need
+   the room.
+3. When the disk is full, packs that are worth least are given up, once. After that the write has
+   failed, and so have all offloads that wait for it.
 
-Who brings what another offload is writing already waits for that write.
+An offload of blocks that another one is writing already waits for that write.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from engine.leader_node import Commands
 from kvcache.blocks import BlockPool
 from kvcache.tiers.index import PackIndex
-from kvcache.tiers.jobs import DeletePacks, DiskJob, PackWritten, WritePack
+from kvcache.tiers.jobs import DeletePacks, PackWritten, WritePack
 from protocol.kv import BlockRef
 from protocol.request import RequestKey
+from store.facts import StoreFacts
 
 
 @dataclass(slots=True)
@@ -43,24 +45,23 @@ class WriteBehind:
     """The writes under way.
 
     Args:
-        pool: the store's memory.
+        blocks: the store's memory.
         index: the store's disk.
-        block_bytes: of one block, all layers.
-        pack_blocks: of one pack at most.
+        facts: of the store.
+        commands: takes what follows.
     """
 
     def __init__(
-        self, pool: BlockPool, index: PackIndex, block_bytes: int, pack_blocks: int
+        self, blocks: BlockPool, index: PackIndex, facts: StoreFacts, commands: Commands
     ) -> None:
-        self._pool = pool
+        self._blocks = blocks
         self._index = index
-        self._block_bytes = block_bytes
-        self._pack_blocks = pack_blocks
-        self._writes: dict[int, _Write] = {}
-        self._writing: dict[bytes, int] = {}
-        self._waiting: dict[RequestKey, set[int]] = {}
+        self._facts = facts
+        self._commands = commands
+        self._writes: dict[int, _Write] = {}  # by job
+        self._writing: dict[bytes, int] = {}  # the job that writes a block
+        self._waiting: dict[RequestKey, set[int]] = {}  # the jobs that an offload waits for
         self._num_jobs = 0
-        self._jobs: list[DiskJob] = []
         self._stored: list[bytes] = []
         self._evicted: list[bytes] = []
         self._damaged: list[bytes] = []
@@ -70,7 +71,7 @@ class WriteBehind:
         return len(self._writes)
 
     def covers(self, block_hash: bytes) -> bool:
-        """Whether a block is durable, or will be in a moment."""
+        """Whether a block is durable, or is being written."""
         return block_hash in self._index or block_hash in self._writing
 
     def keep(
@@ -79,8 +80,10 @@ class WriteBehind:
         """Take over ``blocks``, which their offload owns, and write what is not there yet.
 
         Args:
-            key: who waits for it.
+            key: of the offload that waits for it, if one does.
             chain: what the blocks hold, one hash for each.
+            blocks: in the order of ``chain``.
+            now: for the value of packs.
 
         Returns:
             Why it cannot be written, or an empty string.
@@ -88,18 +91,18 @@ class WriteBehind:
         num_known = 0
         while num_known < len(chain.hashes) and self.covers(chain.hashes[num_known]):
             num_known += 1
-        self._pool.release(blocks[:num_known])
+        self._blocks.release(blocks[:num_known])
         error = ""
-        for start in range(num_known, len(chain.hashes), self._pack_blocks):
-            end = min(start + self._pack_blocks, len(chain.hashes))
+        for start in range(num_known, len(chain.hashes), self._facts.pack_blocks):
+            end = min(start + self._facts.pack_blocks, len(chain.hashes))
             part = Chain(
-                chain.first_logical + start,
-                chain.hashes[start - 1] if start else chain.parent,
-                chain.hashes[start:end],
+                first_logical=chain.first_logical + start,
+                parent=chain.hashes[start - 1] if start else chain.parent,
+                hashes=chain.hashes[start:end],
             )
             error = error or self._begin(part, tuple(blocks[start:end]), now)
         if error:
-            self._pool.release(
+            self._blocks.release(
                 [block for block in blocks[num_known:] if not self._is_writing(block)]
             )
         if key is not None:
@@ -107,7 +110,7 @@ class WriteBehind:
         return error
 
     def wait(self, key: RequestKey, hashes: Sequence[bytes]) -> None:
-        """``key`` waits until these are durable, as far as they are being written."""
+        """Have an offload wait until these blocks are durable, as far as they are being written."""
         for number in {self._writing[h] for h in hashes if h in self._writing}:
             self._writes[number].waiters.add(key)
             self._waiting.setdefault(key, set()).add(number)
@@ -116,7 +119,7 @@ class WriteBehind:
         return key in self._waiting
 
     def forget(self, key: RequestKey) -> None:
-        """It does not wait any more; what is being written will be."""
+        """Have an offload wait no more. What is being written will be."""
         for number in self._waiting.pop(key, ()):
             if number in self._writes:
                 self._writes[number].waiters.discard(key)
@@ -125,7 +128,7 @@ class WriteBehind:
         return any(block in write.job.blocks for write in self._writes.values())
 
     def _begin(self, chain: Chain, blocks: tuple[BlockRef, ...], now: float) -> str:
-        num_bytes = len(blocks) * self._block_bytes
+        num_bytes = len(blocks) * self._facts.block_bytes
         victims = self._make_room(num_bytes, now)
         if victims is None:
             return "what is kept on disk is pinned, and the disk quota is used up"
@@ -139,11 +142,11 @@ class WriteBehind:
             victims=victims,
         )
         for block, block_hash in zip(blocks, chain.hashes, strict=True):
-            self._pool.set_hash(block, block_hash)
+            self._blocks.set_hash(block, block_hash)
             self._writing[block_hash] = job.number
         self._writes[job.number] = _Write(job, num_bytes)
         self._index.num_reserved_bytes += num_bytes
-        self._jobs.append(job)
+        self._commands.add(job)
         return ""
 
     def _make_room(self, num_bytes: int, now: float) -> tuple[str, ...] | None:
@@ -160,7 +163,11 @@ class WriteBehind:
     def on_written(
         self, done: PackWritten, now: float
     ) -> tuple[list[RequestKey], list[RequestKey]]:
-        """(who waits for nothing more, who waited for this in vain)."""
+        """Take in the end of a job.
+
+        Returns:
+            (offloads that wait for nothing more, offloads whose write has failed).
+        """
         write = self._writes[done.number]
         if done.error and done.is_full and not write.is_retry and self._retry(write, now):
             return [], []
@@ -168,7 +175,7 @@ class WriteBehind:
         self._index.num_reserved_bytes -= write.num_bytes
         for block_hash in write.job.hashes:
             del self._writing[block_hash]
-        self._pool.release(write.job.blocks)
+        self._blocks.release(write.job.blocks)
         waiters = sorted(write.waiters)
         if done.header is None:
             for key in waiters:
@@ -185,27 +192,21 @@ class WriteBehind:
         return ready, []
 
     def _retry(self, write: _Write, now: float) -> bool:
-        """Once more, with something given up; False if there is nothing to give up."""
+        """Write once more, with packs given up; False if there is none to give up."""
         index = self._index
-        quota, reserved = index.quota_bytes, index.num_reserved_bytes
-        # The disk holds less than the quota allows: what is there now is all that it takes.
-        index.quota_bytes, index.num_reserved_bytes = min(quota, index.num_bytes), 0
+        quota = index.quota_bytes
+        reserved = index.num_reserved_bytes
+        # The disk holds less than the quota allows. For this choice what is there now counts as all
+        # that it takes.
+        index.quota_bytes = min(quota, index.num_bytes)
+        index.num_reserved_bytes = 0
         victims = self._make_room(write.num_bytes, now)
-        index.quota_bytes, index.num_reserved_bytes = quota, reserved
+        index.quota_bytes = quota
+        index.num_reserved_bytes = reserved
         if victims is None:
             return False
         write.is_retry = True
-        job = write.job
-        self._jobs.append(
-            WritePack(
-                number=job.number,
-                first_logical=job.first_logical,
-                parent=job.parent,
-                hashes=job.hashes,
-                blocks=job.blocks,
-                victims=victims,
-            )
-        )
+        self._commands.add(replace(write.job, victims=victims))
         return True
 
     def delete(self, names: Sequence[str], *, are_damaged: bool = False) -> None:
@@ -215,13 +216,9 @@ class WriteBehind:
             self._evicted += gone
             self._damaged += gone if are_damaged else ()
         if names:
-            self._jobs.append(DeletePacks(tuple(names)))
+            self._commands.add(DeletePacks(tuple(names)))
 
     # -- out ---------------------------------------------------------------------------------------
-
-    def take_jobs(self) -> list[DiskJob]:
-        jobs, self._jobs = self._jobs, []
-        return jobs
 
     def take_damaged(self) -> tuple[bytes, ...]:
         """Hashes that were given up as damaged since the last call."""
@@ -233,5 +230,6 @@ class WriteBehind:
         """Hashes that are on disk (newly, no longer) since the last call."""
         stored = tuple(h for h in self._stored if h in self._index)
         evicted = tuple(h for h in self._evicted if h not in self._index)
-        self._stored, self._evicted = [], []
+        self._stored = []
+        self._evicted = []
         return stored, evicted

@@ -12,13 +12,13 @@ from typing import Generic
 
 from bench.simulate.gangs import Gang, Site
 from bench.simulate.step_time import StepTime
-from decode.batch import SchedulerLimits
+from decode.facts import DecodeFacts
 from decode.scheduler import DecodeScheduler
 from engine.leader_node import P
 from kvcache.blocks import BlockPool
 from kvtransfer.events import Command, CommitWhenRead
 from prefill.announcer import Announcer
-from prefill.facts import PoolFacts
+from prefill.facts import PrefillFacts
 from prefill.placement import Geometry
 from prefill.scheduler import PrefillScheduler
 from protocol.kv import KVLayout
@@ -106,8 +106,13 @@ class VirtualDecode(VirtualPool[DecodePlan]):
     def _make_node(self) -> DecodeScheduler:
         setting = self.setting
         pool = BlockPool(setting.num_blocks, BLOCK_SIZE)
-        limits = SchedulerLimits(MAX_MODEL_LEN, setting.token_budget, setting.max_num_sequences)
-        self._scheduler = DecodeScheduler(pool, limits, FINGERPRINT)
+        facts = DecodeFacts(
+            model_fingerprint=FINGERPRINT,
+            max_model_len=MAX_MODEL_LEN,
+            token_budget=setting.token_budget,
+            max_num_sequences=setting.max_num_sequences,
+        )
+        self._scheduler = DecodeScheduler(facts, pool)
         return self._scheduler
 
     def _plan_s(self, plan: DecodePlan) -> float:
@@ -162,7 +167,7 @@ class VirtualPrefill(VirtualPool[PrefillPlan]):
             )
             for rank in self.ranks
         ]
-        facts = PoolFacts(
+        facts = PrefillFacts(
             pool_id=self.spec.pool_id,
             geometry=Geometry(setting.cp_size, BLOCK_SIZE, setting.chunk_tokens),
             tp_size=1,
@@ -174,7 +179,8 @@ class VirtualPrefill(VirtualPool[PrefillPlan]):
             max_num_sequences=setting.max_num_sequences,
             step_target_s=setting.step_target_s,
         )
-        return PrefillScheduler(facts, self.steps.costs)
+        spaces = [BlockPool(setting.num_blocks, BLOCK_SIZE) for _ in range(setting.cp_size)]
+        return PrefillScheduler(facts, spaces, self.steps.costs)
 
     def _plan_s(self, plan: PrefillPlan) -> float:
         """Each rank executes its items in the plan's order; a ring starts when all of it can."""

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from prefill.costs import PoolCosts
+from prefill.placement import PoolCosts
 from ring_attention.cost import ChunkShape, CostModel
 
 Chunk = tuple[int, int]  # (new tokens, tokens before them)

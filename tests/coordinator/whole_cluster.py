@@ -16,7 +16,7 @@ from coordinator.node import CoordinatorNode, Report, Send
 from coordinator.request import Request
 from coordinator.requests.delivery import Delivery
 from coordinator.requests.service import Ports, at_once
-from decode.batch import SchedulerLimits
+from decode.facts import DecodeFacts
 from decode.scheduler import DecodeScheduler
 from engine.rank_node import RankNode
 from kvcache.blocks import BlockPool
@@ -27,7 +27,7 @@ from kvtransfer.handoff.handoffs import HandoffPolicy
 from kvtransfer.identity import PeerName, RankIdentity
 from kvtransfer.plan import ByteRun
 from prefill.announcer import Announcer
-from prefill.facts import PoolFacts
+from prefill.facts import PrefillFacts
 from prefill.manifest import layer_groups
 from prefill.placement import Geometry
 from prefill.scheduler import PrefillScheduler
@@ -164,10 +164,15 @@ class Pool:
         self.node: Any
         if spec.role == "decode":
             self.blocks = BlockPool(num_blocks, BLOCK_SIZE)
-            limits = SchedulerLimits(1000, 16, 4)
-            self.node = DecodeScheduler(self.blocks, limits, FINGERPRINT)
+            decode_facts = DecodeFacts(
+                model_fingerprint=FINGERPRINT,
+                max_model_len=1000,
+                token_budget=16,
+                max_num_sequences=4,
+            )
+            self.node = DecodeScheduler(decode_facts, self.blocks)
         else:
-            facts = PoolFacts(
+            facts = PrefillFacts(
                 pool_id=spec.pool_id,
                 geometry=Geometry(spec.cp_size, BLOCK_SIZE, 8),
                 tp_size=1,
@@ -179,7 +184,8 @@ class Pool:
                 max_num_sequences=4,
                 step_target_s=0.01,
             )
-            self.node = PrefillScheduler(facts, Costs())
+            spaces = [BlockPool(num_blocks, BLOCK_SIZE) for _ in range(spec.cp_size)]
+            self.node = PrefillScheduler(facts, spaces, Costs())
 
     @property
     def events(self) -> deque[Event]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from decode.batch import SchedulerLimits
+from decode.facts import DecodeFacts
 from kvcache.blocks import BlockPool
 from tests.decode.fake_cluster import Cluster, FakeRank, reference
 from tests.decode.real_ranks import Ranks
@@ -25,7 +25,13 @@ def make_cluster() -> Callable[..., Cluster]:
     ) -> Cluster:
         return Cluster(
             BlockPool(num_blocks, block_size),
-            SchedulerLimits(max_model_len, token_budget, max_num_sequences, **limits),
+            DecodeFacts(
+                model_fingerprint="fingerprint",
+                max_model_len=max_model_len,
+                token_budget=token_budget,
+                max_num_sequences=max_num_sequences,
+                **limits,
+            ),
             rank or FakeRank(block_size),
             expected,
         )

@@ -6,7 +6,7 @@ a sequence sees, so a swapped, missing or stale block gives a wrong token.
 
 from typing import Any
 
-from decode.batch import SchedulerLimits
+from decode.facts import DecodeFacts
 from decode.scheduler import DecodeScheduler
 from decode.sequence import Sequence
 from kvcache.blocks import BlockPool
@@ -149,12 +149,12 @@ class FakeRank:
 class Cluster:
     """Plays the coordinator, the transfer thread and the source of every hand-off."""
 
-    def __init__(self, pool: BlockPool, limits: SchedulerLimits, rank: Any, expected: Any) -> None:
+    def __init__(self, pool: BlockPool, facts: DecodeFacts, rank: Any, expected: Any) -> None:
         self.pool = pool
         self.expected = expected
-        self.scheduler = DecodeScheduler(self.pool, limits, "fingerprint")
+        self.scheduler = DecodeScheduler(facts, self.pool)
         self.rank = rank
-        self.limits = limits
+        self.facts = facts
         self.now = 0.0
         self.requests: dict[Key, Reserve] = {}
         self.opened: dict[Key, OpenTargetBlocks] = {}  # hand-offs that can receive bytes
@@ -318,8 +318,8 @@ class Cluster:
         return plan
 
     def _check(self, plan: DecodePlan) -> None:
-        assert sum(len(s.token_ids) for s in plan.sequences) <= self.limits.token_budget
-        assert len(plan.sequences) <= self.limits.max_num_sequences
+        assert sum(len(s.token_ids) for s in plan.sequences) <= self.facts.token_budget
+        assert len(plan.sequences) <= self.facts.max_num_sequences
         keys = [(step.request_id, step.attempt) for step in plan.sequences]
         assert len(keys) == len(set(keys))
 

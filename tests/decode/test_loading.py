@@ -15,7 +15,7 @@ PROMPT = tuple(range(10, 40))  # seven blocks of four, and a half
 
 @pytest.fixture(name="make_cluster")
 def with_small_pieces(make_cluster: MakeCluster) -> MakeCluster:
-    return partial(make_cluster, load_piece_blocks=2)
+    return partial(make_cluster, load_part_blocks=2)
 
 
 def test_what_a_store_has_is_not_computed(make_cluster: MakeCluster) -> None:

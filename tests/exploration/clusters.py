@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from coordinator.config import ExpectedPool
-from decode.batch import SchedulerLimits
+from decode.facts import DecodeFacts
 from kvcache.blocks import BlockPool
 from kvtransfer.identity import RankIdentity
-from prefill.facts import PoolFacts
+from prefill.facts import PrefillFacts
 from prefill.manifest import layer_groups
 from prefill.placement import Geometry
 from tests.exploration.callers import Calls, Coordinator, hello
@@ -139,9 +139,16 @@ class Cluster:
 
     def _main(self, gang: Gang, life: Life) -> Main[Any]:
         if gang.role == "decode":
-            limits = SchedulerLimits(MAX_MODEL_LEN, 8, 8, watermark_blocks=0)
-            return DecodeMain(life.main, life.ranks, BlockPool(gang.num_blocks, BLOCK_SIZE), limits)
-        facts = PoolFacts(
+            decode_facts = DecodeFacts(
+                model_fingerprint=FINGERPRINT,
+                max_model_len=MAX_MODEL_LEN,
+                token_budget=8,
+                max_num_sequences=8,
+                watermark_blocks=0,
+            )
+            blocks = BlockPool(gang.num_blocks, BLOCK_SIZE)
+            return DecodeMain(life.main, life.ranks, decode_facts, blocks)
+        facts = PrefillFacts(
             pool_id=life.pool_id,
             geometry=Geometry(gang.cp_size, BLOCK_SIZE, 2 * BLOCK_SIZE),
             tp_size=gang.tp_size,

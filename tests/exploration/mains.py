@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Generic
 
-from decode.batch import SchedulerLimits
+from decode.facts import DecodeFacts
 from decode.scheduler import DecodeScheduler
 from decode.sequence import Sequence as Decoding
 from decode.states import SequenceState
@@ -19,7 +19,7 @@ from engine.leader_node import LeaderNode, P
 from kvcache.blocks import BlockPool
 from kvtransfer.events import Command, Event, SendControl
 from prefill.announcer import Announcer
-from prefill.facts import PoolFacts
+from prefill.facts import PrefillFacts
 from prefill.request import Request
 from prefill.scheduler import PrefillScheduler
 from prefill.states import RequestState
@@ -166,8 +166,10 @@ class WholeRing:
 class PrefillMain(Main[PrefillPlan]):
     """Of a prefill pool."""
 
-    def __init__(self, name: str, ranks: tuple[str, ...], facts: PoolFacts) -> None:
-        self._scheduler = PrefillScheduler(facts, WholeRing())
+    def __init__(self, name: str, ranks: tuple[str, ...], facts: PrefillFacts) -> None:
+        cp_size = facts.geometry.cp_size
+        self._spaces = [BlockPool(facts.num_blocks, BLOCK_SIZE) for _ in range(cp_size)]
+        self._scheduler = PrefillScheduler(facts, self._spaces, WholeRing())
         super().__init__(name, ranks, self._scheduler)
 
     def _begin(self, plan: PrefillPlan) -> None:
@@ -195,7 +197,7 @@ class PrefillMain(Main[PrefillPlan]):
         return key in self._scheduler._requests
 
     def spaces(self) -> Sequence[BlockPool]:
-        return self._scheduler._memory._blocks._spaces
+        return self._spaces
 
     def computed_with(self) -> list[tuple[str, int]]:
         return [request.key for request in self._admitted()]
@@ -236,10 +238,10 @@ class DecodeMain(Main[DecodePlan]):
     """Of a decode pool."""
 
     def __init__(
-        self, name: str, ranks: tuple[str, ...], pool: BlockPool, limits: SchedulerLimits
+        self, name: str, ranks: tuple[str, ...], facts: DecodeFacts, blocks: BlockPool
     ) -> None:
-        self._blocks = pool
-        self._scheduler = DecodeScheduler(pool, limits, FINGERPRINT)
+        self._blocks = blocks
+        self._scheduler = DecodeScheduler(facts, blocks)
         super().__init__(name, ranks, self._scheduler)
 
     def _begin(self, plan: DecodePlan) -> None:

@@ -41,10 +41,11 @@ LEFT_OUT: dict[str, frozenset[str]] = {
         {"num_bytes", "num_descriptors", "reading_since", "read_s", "layer_landed"}
         | {"prefill_ended"}
     ),
-    "DecodeScheduler": frozenset({"_totals", "_step_started_s", "_model_fingerprint"}),
+    "DecodeScheduler": frozenset({"facts", "_totals", "_step_started_s"}),
     "PrefixExports": frozenset({"num_blocks_total"}),
-    "Batch": frozenset({"_limits", "_num_steps", "num_preemptions", "num_recomputed_tokens"}),
-    "Admission": frozenset({"_limits"}),
+    "Batch": frozenset({"_facts", "_num_steps", "num_preemptions", "num_recomputed_tokens"}),
+    "Admission": frozenset({"_facts"}),
+    "Attempts": frozenset({"_by_request", "_max_ended"}),
     "PrefillScheduler": frozenset(
         {"facts", "_costs", "_step", "num_computed_tokens", "num_cached_tokens"}
         | {"num_fetched_tokens"}

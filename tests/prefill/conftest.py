@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from kvcache.blocks import BlockPool
 from kvtransfer.events import (
     AnnounceBlocks,
     AnnouncedAll,
@@ -29,7 +30,7 @@ from kvtransfer.events import (
     TargetIsOpen,
 )
 from prefill.announcer import Announcer
-from prefill.facts import PoolFacts
+from prefill.facts import PrefillFacts
 from prefill.manifest import layer_groups
 from prefill.placement import Geometry
 from prefill.scheduler import PrefillScheduler
@@ -212,7 +213,7 @@ def make_pool() -> Callable[..., Pool]:
         step_target_s: float = 0.01,
         fetch_from: int = 1 << 30,
     ) -> Pool:
-        facts = PoolFacts(
+        facts = PrefillFacts(
             pool_id="prefill0",
             geometry=Geometry(cp_size, BLOCK_SIZE, chunk_tokens),
             tp_size=tp_size,
@@ -225,7 +226,8 @@ def make_pool() -> Callable[..., Pool]:
             step_target_s=step_target_s,
             fetch_threshold_tokens=fetch_from,
         )
-        pool = Pool(PrefillScheduler(facts, FlatCosts(ring_from)))
+        spaces = [BlockPool(num_blocks, BLOCK_SIZE) for _ in range(cp_size)]
+        pool = Pool(PrefillScheduler(facts, spaces, FlatCosts(ring_from)))
         pool.set_pools(decode0=EPOCH)
         return pool
 

@@ -7,10 +7,9 @@ from collections.abc import Callable
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefill.backlog import BEGUN, Backlog
+from prefill.backlog import BEGUN, Backlog, service_order
 from prefill.request import Request
 from prefill.states import RequestEvent, RequestState
-from prefill.step import service_order
 from protocol.errors import IllegalTransition
 from protocol.messages import Prefill
 from protocol.request import SamplingParams

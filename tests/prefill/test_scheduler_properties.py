@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from kvtransfer.events import HandoffBroken
-from prefill.blocks import ref_of
 from prefill.placement import Geometry, RingPlacement, fits_ever
+from prefill.request import ref_of
 from protocol.messages import FirstToken, Prefill, Released, RequestFailed
 from protocol.plans import PrefillPlan
 from tests.sizes import some_of

@@ -14,7 +14,7 @@ from modeling.checkpoint.config import load_config
 from modeling.parallel import SingleRank
 from prefill.config import PrefillConfig
 from prefill.manifest import layer_groups
-from prefill.startup import ARITHMETIC_COSTS, measure, open_ring, warm_up
+from prefill.worker import ARITHMETIC_COSTS, measure, open_ring, warm_up
 from protocol.errors import ConfigError
 from protocol.kv import KVLayout
 

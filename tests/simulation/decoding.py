@@ -1,6 +1,6 @@
 """A decode gang: executes the real node's plans over the simulated memories."""
 
-from decode.batch import SchedulerLimits
+from decode.facts import DecodeFacts
 from decode.scheduler import DecodeScheduler
 from kvcache.blocks import BlockPool
 from kvtransfer.events import ControlReceived, Event
@@ -26,8 +26,14 @@ class DecodeGang(CheckedGang[DecodePlan]):
         self._tables: dict[Key, list[int]] = {}
         self._host: dict[Key, list[list[list[bytes]]]] = {}
         blocks = BlockPool(self.ranks[0].memory.layout.num_blocks, BLOCK_SIZE)
-        limits = SchedulerLimits(MAX_MODEL_LEN, 24, 8, load_piece_blocks=3)
-        return DecodeScheduler(blocks, limits, FINGERPRINT)
+        facts = DecodeFacts(
+            model_fingerprint=FINGERPRINT,
+            max_model_len=MAX_MODEL_LEN,
+            token_budget=24,
+            max_num_sequences=8,
+            load_part_blocks=3,
+        )
+        return DecodeScheduler(facts, blocks)
 
     def on_event(self, event: Event) -> None:
         match event:

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from functools import partial
 
 from bench.simulate.ranks import Rank
+from kvcache.blocks import BlockPool
 from kvtransfer.events import ControlReceived, Event
 from prefill.announcer import Announcer
-from prefill.facts import PoolFacts
+from prefill.facts import PrefillFacts
 from prefill.manifest import layer_groups
 from prefill.placement import Geometry
 from prefill.scheduler import PrefillScheduler
@@ -56,7 +57,7 @@ class PrefillGang(CheckedGang[PrefillPlan]):
             )
             for rank in self.ranks
         ]
-        facts = PoolFacts(
+        facts = PrefillFacts(
             pool_id=spec.pool_id,
             geometry=Geometry(spec.cp_size, BLOCK_SIZE, CHUNK_TOKENS),
             tp_size=spec.tp_size,
@@ -69,7 +70,8 @@ class PrefillGang(CheckedGang[PrefillPlan]):
             step_target_s=0.02,
             fetch_timeout_s=FETCH_TIMEOUT_S,
         )
-        return PrefillScheduler(facts, FlatCosts())
+        spaces = [BlockPool(facts.num_blocks, BLOCK_SIZE) for _ in range(spec.cp_size)]
+        return PrefillScheduler(facts, spaces, FlatCosts())
 
     def on_event(self, event: Event) -> None:
         match event:

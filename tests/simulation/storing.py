@@ -21,7 +21,8 @@ from kvcache.tiers.pack import KVShape, PackHeader
 from kvtransfer.events import Command
 from protocol.kv import KVLayout
 from protocol.plans import StepResult
-from store.scheduler import StoreFacts, StoreScheduler
+from store.facts import StoreFacts
+from store.scheduler import StoreScheduler
 from tests.simulation.gangs import FINGERPRINT, CheckedGang
 from tests.simulation.model import BLOCK_SIZE, NUM_HEADS, NUM_LAYERS
 
@@ -56,8 +57,13 @@ class StoreGang(CheckedGang[Never]):
         index = PackIndex(self._disk.quota_blocks * self._block_bytes)
         for name, (header, _) in self._disk.packs.items():
             index.add(name, header, self.world.now)
-        facts = StoreFacts(BLOCK_SIZE, self._block_bytes, PACK_BLOCKS, FINGERPRINT)
-        return StoreScheduler(BlockPool(memory.layout.num_blocks, BLOCK_SIZE), index, facts)
+        facts = StoreFacts(
+            model_fingerprint=FINGERPRINT,
+            block_size=BLOCK_SIZE,
+            block_bytes=self._block_bytes,
+            pack_blocks=PACK_BLOCKS,
+        )
+        return StoreScheduler(facts, BlockPool(memory.layout.num_blocks, BLOCK_SIZE), index)
 
     def _execute(self, plan: Never) -> list[StepResult]:
         assert_never(plan)

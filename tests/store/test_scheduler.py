@@ -40,8 +40,9 @@ from protocol.messages import (
     ToCoordinator,
 )
 from protocol.request import SamplingParams, TransferStats
+from store.facts import StoreFacts
 from store.onboarding import ONBOARDING_TIMEOUT_S
-from store.scheduler import StoreFacts, StoreScheduler
+from store.scheduler import StoreScheduler
 
 BLOCK_SIZE, BLOCK_BYTES, PACK_BLOCKS = 4, 100, 2
 SHAPE = KVShape(1, 1, BLOCK_SIZE, 1, "float32")
@@ -58,8 +59,13 @@ class Store:
     def __init__(self, num_blocks: int, quota_blocks: int) -> None:
         self.pool = BlockPool(num_blocks, BLOCK_SIZE)
         self.index = PackIndex(quota_blocks * BLOCK_BYTES)
-        facts = StoreFacts(BLOCK_SIZE, BLOCK_BYTES, PACK_BLOCKS, "model")
-        self.scheduler = StoreScheduler(self.pool, self.index, facts)
+        facts = StoreFacts(
+            model_fingerprint="model",
+            block_size=BLOCK_SIZE,
+            block_bytes=BLOCK_BYTES,
+            pack_blocks=PACK_BLOCKS,
+        )
+        self.scheduler = StoreScheduler(facts, self.pool, self.index)
         self.now = 0.0
         self.said: list[ToCoordinator] = []
         self.commands: list[Command] = []

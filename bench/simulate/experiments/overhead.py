@@ -24,7 +24,7 @@ from bench.simulate.pools import FINGERPRINT, MAX_MODEL_LEN, PLAIN_TOKEN, Decode
 from bench.simulate.report import NullCase, Report, Scale, Table, curves
 from bench.simulate.step_time import MEASURED, ROOFLINE, StepTime
 from bench.simulate.workload import lengths, traffic
-from decode.batch import SchedulerLimits
+from decode.facts import DecodeFacts
 from decode.scheduler import DecodeScheduler
 from kvcache.blocks import BlockPool
 from kvtransfer.events import ControlReceived
@@ -140,9 +140,13 @@ class Timed:
         num_tokens = CONTEXT + NUM_WARM + NUM_TIMED + batch
         self._max_tokens = num_tokens - CONTEXT + 1  # more than are timed: nobody ends meanwhile
         pool = BlockPool(batch * -(-num_tokens // 32) + 64, 32)
-        self._scheduler = DecodeScheduler(
-            pool, SchedulerLimits(MAX_MODEL_LEN, max(512, batch), batch), FINGERPRINT
+        facts = DecodeFacts(
+            model_fingerprint=FINGERPRINT,
+            max_model_len=MAX_MODEL_LEN,
+            token_budget=max(512, batch),
+            max_num_sequences=batch,
         )
+        self._scheduler = DecodeScheduler(facts, pool)
         for number in range(batch + queue):
             self._add(number)
         while self.step()[1] < batch:
