@@ -26,10 +26,10 @@ from coordinator.control import Owner
 from coordinator.http.frontend import Frontend
 from coordinator.node import News
 from coordinator.server import Coordinator, StartFailed
-from protocol.ending import ASKED, DRAIN, END, die_with_parent
 from protocol.errors import ConfigError
-from protocol.logs import configure_logging, finish_output
-from protocol.open_files import raise_open_files
+from protocol.process.ending import ASKED, DRAIN, END, die_with_parent
+from protocol.process.logs import configure_logging, finish_output
+from protocol.process.open_files import raise_open_files
 
 EXIT_CLEAN, EXIT_FAILED, EXIT_CONFIG, EXIT_STALE = 0, 1, 2, 3
 
@@ -86,7 +86,7 @@ def _say_ready(url: str, frontend: Frontend | None) -> None:
 
 
 def _say(line: News) -> None:
-    print(json.dumps(line))  # waits for nobody, see protocol/logs.py
+    print(json.dumps(line))  # waits for nobody, see protocol/process/logs.py
 
 
 def _end_stale(reason: str) -> NoReturn:

@@ -12,8 +12,8 @@ from pathlib import Path
 import msgspec
 
 from protocol.errors import ConfigError
-from protocol.failpoints import Failpoints
 from protocol.kv import DTYPE_BYTES
+from protocol.process.failpoints import Failpoints
 
 MIN_TEXT_MEMORY_BYTES = 512 << 20  # below, not even a worker's libraries are sure to load
 _ORIGIN = re.compile(r"https?://[^/\s*]+")
@@ -186,7 +186,7 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     jobs: JobLimits = JobLimits()
     batches: BatchLimits = BatchLimits()
     log_level: str = "INFO"
-    failpoints: str = ""  # faults to inject, see protocol.failpoints; none by default
+    failpoints: str = ""  # faults to inject, see protocol.process.failpoints; none by default
     parent_pid: int = 0  # end when this process ends; 0 outlives it
     epoch: int = 0  # higher than that of every coordinator before; 0 takes it from the clock
     is_restart: bool = False  # the cluster runs already: what is missing in it does not end us

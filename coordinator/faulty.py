@@ -15,9 +15,9 @@ import time
 from collections import Counter
 
 from coordinator.control import Outlet
-from protocol.crash_points import exit_here
 from protocol.errors import PeerError
-from protocol.failpoints import (
+from protocol.process.crash_points import exit_here
+from protocol.process.failpoints import (
     CONTROL_SEND,
     DELAY,
     DROP,
@@ -28,7 +28,6 @@ from protocol.failpoints import (
     Fault,
     kind_of,
 )
-from protocol.messages import ToRank
 from protocol.sockets import AsyncRouter
 
 
@@ -37,7 +36,7 @@ class FaultyOutlet(Outlet):
 
     Args:
         router: bound.
-        failpoints: see ``protocol.failpoints``.
+        failpoints: see ``protocol.process.failpoints``.
         counters: of their hits.
     """
 

@@ -43,11 +43,11 @@ from modeling.checkpoint.dtypes import serving_dtype
 from modeling.loader import load_model
 from modeling.model import Model
 from modeling.parallel import UnconnectedRank, make_tensor_parallel, open_gang_store
-from protocol.ending import ASKED, END, die_with_parent
 from protocol.errors import BatonError, ConfigError, PeerError
-from protocol.logs import configure_logging, finish_output
 from protocol.messages import GangAddress
 from protocol.plans import Stop
+from protocol.process.ending import ASKED, END, die_with_parent
+from protocol.process.logs import configure_logging, finish_output
 from protocol.sockets import open_context
 
 EXIT_CLEAN, EXIT_FAILED, EXIT_CONFIG = 0, 1, 2

@@ -32,11 +32,11 @@ from kvtransfer.events import (
 )
 from kvtransfer.identity import RankIdentity
 from modeling.parallel import init_gang
-from protocol.crash_points import exit_here
 from protocol.errors import PeerError
-from protocol.failpoints import EXIT, HANG, STEP, Failpoints
 from protocol.messages import ToCoordinator, Welcome
 from protocol.plans import Plan, StepResult, Stop
+from protocol.process.crash_points import exit_here
+from protocol.process.failpoints import EXIT, HANG, STEP, Failpoints
 
 IDLE_WAIT_S = 1.0
 

@@ -3,7 +3,7 @@
 import msgspec
 
 from protocol.errors import ConfigError
-from protocol.failpoints import Failpoints
+from protocol.process.failpoints import Failpoints
 
 
 class RankConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -41,7 +41,7 @@ class RankConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     start_timeout_s: float = 600.0  # until the whole gang is there
     step_timeout_s: float = 600.0  # a rank that is silent for longer has broken the gang
     lease_s: float = 30.0  # a closing hand-off waits so long for a silent reader
-    failpoints: str = ""  # faults to inject, see protocol.failpoints; none by default
+    failpoints: str = ""  # faults to inject, see protocol.process.failpoints; none by default
 
     def __post_init__(self) -> None:
         if min(self.cp_size, self.tp_size, self.block_size, self.threads) < 1:

@@ -48,7 +48,6 @@ from kvtransfer.transport.checksum import PoolChecksums
 from kvtransfer.transport.choose import open_transport
 from kvtransfer.transport.interface import KVTransport, ReadHandle, ReadState
 from protocol.errors import BatonError, TransferError
-from protocol.failpoints import Failpoints
 from protocol.handoff import HandoffMessage
 from protocol.kv import PoolEndpoint, RankEndpoint
 from protocol.messages import (
@@ -61,6 +60,7 @@ from protocol.messages import (
     ToRank,
     Welcome,
 )
+from protocol.process.failpoints import Failpoints
 from protocol.sockets import Poller, Waker, open_context
 
 RECONNECT_INTERVAL_S = 2.0

@@ -19,9 +19,12 @@ from kvtransfer.links.control import ControlLine
 from kvtransfer.links.peers import Link, Peers
 from kvtransfer.plan import ByteRun
 from kvtransfer.transport.interface import KVTransport, ReadHandle, ReadState
-from protocol.crash_points import exit_here
 from protocol.errors import TransferError
-from protocol.failpoints import (
+from protocol.frames import Frame, Numbered
+from protocol.kv import RankEndpoint
+from protocol.messages import ToCoordinator
+from protocol.process.crash_points import exit_here
+from protocol.process.failpoints import (
     CONTROL_SEND,
     CORRUPT,
     DELAY,
@@ -35,9 +38,6 @@ from protocol.failpoints import (
     Fault,
     kind_of,
 )
-from protocol.frames import Frame, Numbered
-from protocol.kv import RankEndpoint
-from protocol.messages import ToCoordinator
 from protocol.sockets import Poller
 
 _CORRUPTED_BYTES = 64

@@ -79,4 +79,4 @@ class TransferConfig:
     idle_poll_s: float = 0.02
     lease_s: float = 30.0  # a closing source waits so long for a silent reader
     max_reads: int = 4  # in flight at one time
-    failpoints: str = ""  # see protocol.failpoints
+    failpoints: str = ""  # see protocol.process.failpoints

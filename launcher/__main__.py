@@ -12,7 +12,7 @@ from launcher.cli.client_flags import CLIENT_COMMANDS, add_client_flags
 from launcher.cli.serve_flags import EPILOG, add_serve_flags
 from launcher.config import resolve
 from protocol.errors import ConfigError
-from protocol.logs import configure_logging
+from protocol.process.logs import configure_logging
 
 
 class _Parser(argparse.ArgumentParser):

@@ -23,9 +23,9 @@ from kvcache.tiers.jobs import DiskJob
 from kvtransfer.events import Command
 from modeling.checkpoint.config import load_config
 from modeling.checkpoint.dtypes import serving_dtype
-from protocol.crash_points import CrashPoints
 from protocol.errors import ConfigError
 from protocol.messages import GangReady
+from protocol.process.crash_points import CrashPoints
 from store.config import StoreConfig
 from store.disk import Disk
 from store.disk_io import open_mover

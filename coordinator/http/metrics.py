@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 
 from coordinator.cluster.pools import Pool
 from coordinator.http.frontend import Frontend
-from protocol.logs import LOG_LINES_DROPPED, num_dropped_lines
+from protocol.process.logs import LOG_LINES_DROPPED, num_dropped_lines
 
 BLOCK_STATES = ("total", "free", "owned", "in_flight", "cached")
 COUNTER, GAUGE = CounterMetricFamily, GaugeMetricFamily

@@ -40,10 +40,10 @@ from coordinator.jobs.schema import prepare
 from coordinator.text.tasks import Workers
 from coordinator.text.tokenizing import TextIdentity
 from modeling.checkpoint.config import ModelConfig
-from protocol.crash_points import CrashPoints
 from protocol.errors import RequestError
-from protocol.folders import temporary_folder
 from protocol.kv import DTYPE_BYTES
+from protocol.process.crash_points import CrashPoints
+from protocol.process.folders import temporary_folder
 
 _log = logging.getLogger(__name__)
 

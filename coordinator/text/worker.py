@@ -57,7 +57,7 @@ from coordinator.validation.parameters import check_token_ids
 from coordinator.validation.reading import Reading
 from coordinator.validation.schemas import DetokenizeBody, TokenizeBody, UnknownFields, validate
 from protocol.errors import RequestError
-from protocol.logs import configure_logging
+from protocol.process.logs import configure_logging
 
 MAX_FIELDS_VALUES = 10_000  # of a body whose fields the event loop itself looks at
 LINES_PER_PIECE = 1000

@@ -22,8 +22,8 @@ from kvcache.tiers.pack import (
     encode_header,
     read_header,
 )
-from protocol.crash_points import CrashPoints
-from protocol.failpoints import PACK_DELETED, PACK_RENAMED, PACK_SYNCED, PACK_WRITTEN
+from protocol.process.crash_points import CrashPoints
+from protocol.process.failpoints import PACK_DELETED, PACK_RENAMED, PACK_SYNCED, PACK_WRITTEN
 
 
 class PackFiles:

@@ -20,7 +20,6 @@ from kvtransfer.links.peers import is_milestone
 from protocol.codec import Codec
 from protocol.errors import VersionError
 from protocol.kv import RankEndpoint
-from protocol.logs import LOG_LINES_DROPPED, num_dropped_lines
 from protocol.messages import (
     PROTOCOL_VERSION,
     Abort,
@@ -30,6 +29,7 @@ from protocol.messages import (
     ToCoordinator,
     ToRank,
 )
+from protocol.process.logs import LOG_LINES_DROPPED, num_dropped_lines
 from protocol.sockets import Dealer, Poller, Pulse
 
 _OUT: Codec[ToCoordinator] = Codec(ToCoordinator)

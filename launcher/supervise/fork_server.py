@@ -19,7 +19,7 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from protocol.ending import ASKED, die_with_parent
+from protocol.process.ending import ASKED, die_with_parent
 
 MAX_COMMAND_BYTES, MAX_DESCRIPTORS = 16 << 10, 16
 _ARG_START, _ARG_END = 45, 46  # fields of /proc/PID/stat behind the name

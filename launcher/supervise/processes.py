@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import IO
 
 from launcher.supervise.forks import ForkedProcess, ForkServer, ForkServerGone, start_piped
-from protocol.ending import DRAIN, END
-from protocol.line_rules import LineSplitter
-from protocol.outlets import Outlet, RotatingFile
+from protocol.process.ending import DRAIN, END
+from protocol.process.line_rules import LineSplitter
+from protocol.process.outlets import Outlet, RotatingFile
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 import msgspec
 
 from baton_client import BlockCounts, ClusterState
-from protocol.failpoints import COUNTER_PREFIX
+from protocol.process.failpoints import COUNTER_PREFIX
 from tests.campaign.cluster import RunningCluster
 from tests.campaign.tally import FREE_WITHIN_S, Tally
 

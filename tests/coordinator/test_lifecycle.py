@@ -13,7 +13,6 @@ import httpx
 import pytest
 
 from coordinator.config import CoordinatorConfig, ExpectedPool, is_loopback
-from protocol.ending import DRAIN
 from protocol.errors import ConfigError
 from protocol.messages import (
     PROTOCOL_VERSION,
@@ -26,6 +25,7 @@ from protocol.messages import (
     Reserve,
     Shutdown,
 )
+from protocol.process.ending import DRAIN
 
 ONE_POOL = (("decode0", "decode", 1, 1),)
 ONE_POOL_FIELD = [{"pool_id": "decode0", "role": "decode", "cp_size": 1, "tp_size": 1}]

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from bench.load.local_cluster import descendants
-from protocol.folders import remove_dead
+from protocol.process.folders import remove_dead
 from tests.e2e.cluster import is_gone, wait_until
 
 MODEL = "arithmetic:layers=2,heads=2,kv_heads=2,vocab=512,max_len=1024"

@@ -9,7 +9,7 @@ import pytest
 
 from engine.boot import EXIT_CLEAN, FAREWELL_S
 from launcher.supervise.forks import ForkedProcess
-from protocol.ending import END
+from protocol.process.ending import END
 from tests.forks import end, shared_forks
 
 DEADLINE_S = 60.0

@@ -7,9 +7,9 @@ import pytest
 
 from engine.rank_config import RankConfig
 from protocol.errors import ConfigError
-from protocol.failpoints import ACTIONS, Failpoints, Fault, kind_of
 from protocol.handoff import Announce, ReadDone
 from protocol.messages import Ticket
+from protocol.process.failpoints import ACTIONS, Failpoints, Fault, kind_of
 
 
 def _hits(text: str, name: str, count: int, kind: str = "") -> list[int]:

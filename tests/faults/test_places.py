@@ -26,10 +26,10 @@ from coordinator.text.tokenizing import TextIdentity
 from kvcache.pool import KVPool
 from kvcache.tiers.files import PackFiles
 from modeling.checkpoint.config import load_config
-from protocol.crash_points import EXIT_FAILPOINT, CrashPoints
 from protocol.errors import RequestError
-from protocol.failpoints import ACTIONS, FAIL, KINDS
 from protocol.kv import KVLayout
+from protocol.process.crash_points import EXIT_FAILPOINT, CrashPoints
+from protocol.process.failpoints import ACTIONS, FAIL, KINDS
 
 
 def test_without_failpoints_a_place_does_nothing() -> None:
@@ -56,7 +56,7 @@ def test_a_full_disk_a_delay_and_their_counts() -> None:
 def test_a_place_ends_the_process_as_a_kill_does() -> None:
     script = (
         "import atexit\n"
-        "from protocol.crash_points import CrashPoints; atexit.register(print, 'no')\n"
+        "from protocol.process.crash_points import CrashPoints; atexit.register(print, 'no')\n"
         "crash_points = CrashPoints('jobs.commit.after.line_answered:exit@2')\n"
         "crash_points.reach('jobs.commit.after', 'line_claimed')\n"
         "crash_points.reach('jobs.commit.after', 'line_answered'); print('once', flush=True)\n"

@@ -7,7 +7,7 @@ import asyncio
 import sys
 
 from coordinator.faulty import stall_here
-from protocol.failpoints import HOLD, Fault
+from protocol.process.failpoints import HOLD, Fault
 from protocol.sockets import AsyncRouter, open_async_context
 
 

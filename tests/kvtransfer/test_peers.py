@@ -20,9 +20,9 @@ from kvtransfer.identity import PeerName, RankIdentity
 from kvtransfer.links.delivery import MAX_TIMEOUTS
 from kvtransfer.links.peers import Peers
 from protocol.errors import PeerError
-from protocol.failpoints import Failpoints
 from protocol.handoff import HandoffMessage, TargetOpened
 from protocol.kv import KVLayout, PoolEndpoint, RankEndpoint
+from protocol.process.failpoints import Failpoints
 from protocol.sockets import Dealer, Poller, open_context
 
 DEADLINE_S = 60.0

@@ -160,7 +160,7 @@ from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_forks import Forks
 forks = Forks(Path({str(tmp_path)!r}))
-forks.start("import os, signal\\nfrom protocol.ending import die_with_parent\\n"
+forks.start("import os, signal\\nfrom protocol.process.ending import die_with_parent\\n"
             "die_with_parent(os.getppid())\\nprint('{{}}', flush=True)\\nsignal.pause()\\n")
 forks.line()
 print(*forks.group.pids().values(), flush=True)

@@ -4,12 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from protocol.folders import remove_dead, temporary_folder
+from protocol.process.folders import remove_dead, temporary_folder
 
 HOLDER = """
 import sys
 from pathlib import Path
-from protocol.folders import temporary_folder
+from protocol.process.folders import temporary_folder
 with temporary_folder("baton-", Path(sys.argv[1])) as folder:
     (folder / "control.sock").touch()
     (folder / "coordinator.json").write_text("{}")

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocol.line_rules import LineSplitter, RateLimit
+from protocol.process.line_rules import LineSplitter, RateLimit
 
 asked = st.lists(st.tuples(st.sampled_from("abcdef"), st.floats(0, 5)), max_size=120)
 

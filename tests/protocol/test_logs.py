@@ -10,14 +10,14 @@ from contextlib import contextmanager
 
 import pytest
 
-from protocol.line_rules import RateLimit
-from protocol.logs import LogHandler
-from protocol.outlets import Outlet
+from protocol.process.line_rules import RateLimit
+from protocol.process.logs import LogHandler
+from protocol.process.outlets import Outlet
 
 DEADLINE_S = 60.0
 NOISE = """
 import logging, sys
-from protocol.logs import configure_logging, num_dropped_lines
+from protocol.process.logs import configure_logging, num_dropped_lines
 configure_logging("noise")
 log = logging.getLogger("noise")
 for number in range(3000):
@@ -64,7 +64,7 @@ def test_a_process_that_is_not_heard_goes_on_and_ends(open_stream: object) -> No
 def test_a_closed_stream_lends_its_number_to_nobody() -> None:
     work = (
         "import os, socket\n"
-        "from protocol.logs import configure_logging\n"
+        "from protocol.process.logs import configure_logging\n"
         "configure_logging('closed')\n"
         "print('to nobody')\n"
         "os.write(7, b'%d' % socket.socket().fileno())\n"

@@ -9,7 +9,7 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocol.outlets import Descriptor, Outlet, RotatingFile
+from protocol.process.outlets import Descriptor, Outlet, RotatingFile
 
 DEADLINE_S = 10.0
 

@@ -12,7 +12,7 @@ from coordinator.jobs.batches.batch import Batch, unanswered
 from coordinator.jobs.batches.lines import LineTable, Written
 from coordinator.jobs.engine.disk import told_when_full
 from coordinator.jobs.files.files import BATCH_OUTPUT, Files, StoredFile
-from protocol.failpoints import RESULT_APPEND, RESULT_DONE
+from protocol.process.failpoints import RESULT_APPEND, RESULT_DONE
 
 
 async def write_files(batch: Batch, lines: LineTable, files: Files) -> list[StoredFile]:

@@ -39,7 +39,7 @@ from coordinator.jobs.files.files import StoredFile, insert_file
 from coordinator.text.tasks import Lines, ReadLines, Workers
 from coordinator.validation.bodies import Body
 from protocol.errors import RequestError
-from protocol.failpoints import RESULT_ANSWERED
+from protocol.process.failpoints import RESULT_ANSWERED
 
 LOOK_S = 0.05  # the load is many requests' doing: it is looked at, nobody tells of it
 TRY_AGAIN = frozenset({429, 503, 507})  # there may be room later

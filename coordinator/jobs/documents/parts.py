@@ -11,7 +11,7 @@ from coordinator.jobs.documents.ingestor import Ingestor
 from coordinator.jobs.engine.gate import Gate
 from coordinator.jobs.engine.table import JobTable
 from coordinator.jobs.files.folder import DurableFolder
-from protocol.crash_points import CrashPoints
+from protocol.process.crash_points import CrashPoints
 
 
 @dataclass(frozen=True, slots=True)

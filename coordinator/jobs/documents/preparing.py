@@ -15,7 +15,7 @@ from coordinator.jobs.documents.parts import DocumentParts
 from coordinator.jobs.engine.job import Notice
 from coordinator.jobs.parsing.process import ParserCrashed, extract
 from protocol.errors import RequestError
-from protocol.failpoints import PARSE
+from protocol.process.failpoints import PARSE
 
 _log = logging.getLogger(__name__)
 

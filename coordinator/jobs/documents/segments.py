@@ -20,7 +20,7 @@ from coordinator.jobs.engine.suspects import Work
 from coordinator.jobs.engine.turns import Renew
 from coordinator.text.tokenizing import Prompt
 from protocol.errors import RequestError
-from protocol.failpoints import SEGMENT_AFTER, SEGMENT_BEFORE
+from protocol.process.failpoints import SEGMENT_AFTER, SEGMENT_BEFORE
 
 READING, LOADING = 0, 1  # positions of a document's work, for the gate; its segments follow
 MAX_ROUNDS = 3  # a store that cannot hold all of a document loses one end while the other comes

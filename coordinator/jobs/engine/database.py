@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from coordinator.jobs.engine.disk import Ballast, insufficient_storage
-from protocol.crash_points import CrashPoints
 from protocol.errors import BatonError, ConfigError, RequestError
-from protocol.failpoints import COMMIT_AFTER, COMMIT_BEFORE
+from protocol.process.crash_points import CrashPoints
+from protocol.process.failpoints import COMMIT_AFTER, COMMIT_BEFORE
 
 T = TypeVar("T")
 Work = Callable[[sqlite3.Connection], T]
@@ -77,7 +77,7 @@ class Database:
 
         Args:
             work: makes the changes.
-            name: of the change, one of ``protocol.failpoints.CHANGES``.
+            name: of the change, one of ``protocol.process.failpoints.CHANGES``.
 
         Raises:
             RequestError: the disk is full (507); what ``work`` raises.

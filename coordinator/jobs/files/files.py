@@ -18,8 +18,8 @@ from coordinator.config import BatchLimits
 from coordinator.jobs.engine.database import Database
 from coordinator.jobs.files.folder import DurableFolder
 from coordinator.jobs.files.quotas import NO_QUOTA, Quota
-from protocol.crash_points import CrashPoints
 from protocol.errors import RequestError
+from protocol.process.crash_points import CrashPoints
 
 BATCH, BATCH_OUTPUT = "batch", "batch_output"
 

@@ -12,8 +12,8 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from coordinator.jobs.engine.disk import told_when_full
-from protocol.crash_points import CrashPoints
-from protocol.failpoints import FILE_REMOVED, FILE_RENAMED, FILE_WRITE
+from protocol.process.crash_points import CrashPoints
+from protocol.process.failpoints import FILE_REMOVED, FILE_RENAMED, FILE_WRITE
 
 UNFINISHED = ".new"
 

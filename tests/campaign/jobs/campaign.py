@@ -2,8 +2,8 @@
 
 1. A life begins on what the one before has left, and is asked for documents, batches, files,
    deletions, more than it can do in its time.
-2. It is killed at a random moment, or ends at a place (``protocol.failpoints``): the one that has
-   been met least. That it did is seen by its exit code, and by the last line that it wrote.
+2. It is killed at a random moment, or ends at a place (``protocol.process.failpoints``): the one
+   that has been met least. That it did is seen by its exit code, and by the last line it wrote.
 3. When the next life has recovered, everything acknowledged must be there, and no stray file.
 4. After some lives one is left alone until nothing is to be done: now everything must be done,
    once, and right. Then it goes on in another folder.
@@ -19,8 +19,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from protocol.crash_points import EXIT_FAILPOINT
-from protocol.failpoints import ACTIONS, EXIT, FAIL, KINDS
+from protocol.process.crash_points import EXIT_FAILPOINT
+from protocol.process.failpoints import ACTIONS, EXIT, FAIL, KINDS
 from tests.campaign.jobs import checks
 from tests.campaign.jobs.asked import is_shared
 from tests.campaign.jobs.checks import Ledger

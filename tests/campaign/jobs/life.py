@@ -39,8 +39,8 @@ from coordinator.text.tasks import Settings
 from coordinator.text.tokenizing import load_tools
 from coordinator.validation.bodies import Body
 from modeling.checkpoint.config import load_config
-from protocol.crash_points import CrashPoints
 from protocol.errors import RequestError
+from protocol.process.crash_points import CrashPoints
 from tests.campaign.jobs.asked import BLOCK_SIZE, SALT, SEGMENT_TOKENS, TENANT, answer_of, text_of
 from tests.campaign.jobs.asked import linked_lines as lines_of
 from tests.campaign.jobs.packs import PackIngestor
@@ -119,7 +119,7 @@ class Life:
 
     Args:
         folder: of the engine.
-        failpoints: see ``protocol.failpoints``.
+        failpoints: see ``protocol.process.failpoints``.
         poison: the key of a document that ends it. Without one it dies by nobody's fault, so that
             nothing is ever set aside.
     """

@@ -10,8 +10,8 @@ from coordinator.jobs.engine.disk import insufficient_storage
 from kvcache.pool import KVPool
 from kvcache.tiers.files import PackFiles
 from kvcache.tiers.pack import PackHeader
-from protocol.crash_points import CrashPoints
 from protocol.kv import KVLayout
+from protocol.process.crash_points import CrashPoints
 from tests.coordinator.jobs.simulated_ingestor import SimulatedIngestor
 
 NUM_LAYERS, NUM_BLOCKS = 2, 8  # more blocks than a segment has

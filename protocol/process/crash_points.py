@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from typing import NoReturn
 
-from protocol.failpoints import EXIT, FAIL, Failpoints, Fault
+from protocol.process.failpoints import EXIT, FAIL, Failpoints, Fault
 
 EXIT_FAILPOINT = 86
 
@@ -30,7 +30,7 @@ class CrashPoints:
     """The crash points of one process; any thread may reach one. False without failpoints.
 
     Args:
-        text: see :mod:`protocol.failpoints`; empty for none.
+        text: see :mod:`protocol.process.failpoints`; empty for none.
         hits: where hits are counted; a new counter by default.
 
     Raises:

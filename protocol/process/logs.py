@@ -16,8 +16,8 @@ import time
 from collections.abc import Callable
 from typing import TextIO, cast
 
-from protocol.line_rules import LineSplitter, RateLimit
-from protocol.outlets import CLOSE_BUDGET_S, Descriptor, Outlet
+from protocol.process.line_rules import LineSplitter, RateLimit
+from protocol.process.outlets import CLOSE_BUDGET_S, Descriptor, Outlet
 
 LOG_LINES_DROPPED = "log_lines_dropped"  # in a heartbeat
 MAX_RECORD_CHARS = 64 << 10  # with its traceback

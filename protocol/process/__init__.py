@@ -1,0 +1,1 @@
+"""How every process deals with its surroundings: logs, signals, limits, files, failpoints."""
