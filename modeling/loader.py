@@ -13,6 +13,7 @@ from modeling.checkpoint.dtypes import DTYPES, serving_dtype
 from modeling.checkpoint.folder import EMBEDDING, HEAD
 from modeling.checkpoint.tensors import tied_name
 from modeling.checkpoint.weights import Part, WeightReader
+from modeling.families import tensor_names
 from modeling.kernels.attention import AttentionKernel
 from modeling.kernels.linear import Linear, make_linear
 from modeling.model import Model
@@ -92,6 +93,7 @@ class ShardLoader:
         self._reader = reader
         self._tp = tp
         self._device = device
+        self._names = tensor_names(config.architecture)
 
     def load(self) -> TransformerWeights:
         """Everything that the rank holds."""
@@ -107,41 +109,42 @@ class ShardLoader:
         self._reader.release()
         layers = []
         for index in range(config.num_layers):
-            layers.append(self._layer(f"model.layers.{index}"))
+            layers.append(self._layer(self._names.layer.format(index)))
             self._reader.release()
-        final_norm_D = self._whole("model.norm.weight", config.hidden_size)
+        final_norm_D = self._whole(f"{self._names.final_norm}.weight", config.hidden_size)
         self._reader.release()
         return TransformerWeights(embedding.to(self._device), tuple(layers), final_norm_D, head)
 
     def _layer(self, prefix: str) -> Layer:
         config = self._config
-        attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+        names = self._names
         query_size = config.num_heads * config.head_dim
         return Layer(
-            input_norm_D=self._whole(f"{prefix}.input_layernorm.weight", config.hidden_size),
-            qkv=self._qkv(attention),
-            qk_norm=self._qk_norm(attention) if config.qk_norm else None,
+            input_norm_D=self._whole(f"{prefix}.{names.attention_norm}.weight", config.hidden_size),
+            qkv=self._qkv(prefix),
+            qk_norm=self._qk_norm(prefix) if config.qk_norm else None,
             output=self._row_parallel(
-                f"{attention}.o_proj", query_size, config.attention_output_bias
+                f"{prefix}.{names.output}", query_size, config.attention_output_bias
             ),
-            mlp_norm_D=self._whole(f"{prefix}.post_attention_layernorm.weight", config.hidden_size),
-            gate_up=self._gate_up(mlp),
-            down=self._row_parallel(f"{mlp}.down_proj", config.intermediate_size, config.mlp_bias),
+            mlp_norm_D=self._whole(f"{prefix}.{names.mlp_norm}.weight", config.hidden_size),
+            gate_up=self._gate_up(prefix),
+            down=self._row_parallel(
+                f"{prefix}.{names.down}", config.intermediate_size, config.mlp_bias
+            ),
         )
 
     def _qkv(self, prefix: str) -> Linear:
         config = self._config
         order = channel_order(config.head_dim)
+        names = self._names
         weights, biases = [], []
-        for name, num_heads in (
-            ("q_proj", config.num_heads),
-            ("k_proj", config.num_kv_heads),
-            ("v_proj", config.num_kv_heads),
+        for name, num_heads, rows_order in (
+            (names.query, config.num_heads, order),
+            (names.key, config.num_kv_heads, order),
+            (names.value, config.num_kv_heads, None),  # only what RoPE turns is reordered
         ):
             size = num_heads * config.head_dim
             rows = self._share(size)
-            # only what RoPE turns is reordered
-            rows_order = None if name == "v_proj" else order
             full = f"{prefix}.{name}"
             weights.append(
                 Part(f"{full}.weight", (size, config.hidden_size), rows, order=rows_order)
@@ -153,7 +156,11 @@ class ShardLoader:
         config = self._config
         order = channel_order(config.head_dim)
         rows = []
-        for name, num_heads in (("q_norm", config.num_heads), ("k_norm", config.num_kv_heads)):
+        norms = (
+            (self._names.query_norm, config.num_heads),
+            (self._names.key_norm, config.num_kv_heads),
+        )
+        for name, num_heads in norms:
             part = Part(f"{prefix}.{name}.weight", (config.head_dim,), order=order)
             rows.append(self._reader.read([part]).expand(num_heads // self._tp.size, -1))
         return torch.cat(rows).to(self._device)
@@ -162,7 +169,7 @@ class ShardLoader:
         config = self._config
         size = config.intermediate_size
         rows = self._share(size)
-        names = [f"{prefix}.gate_proj", f"{prefix}.up_proj"]
+        names = [f"{prefix}.{self._names.gate}", f"{prefix}.{self._names.up}"]
         weights = [Part(f"{name}.weight", (size, config.hidden_size), rows) for name in names]
         biases = [Part(f"{name}.bias", (size,), rows) for name in names]
         return self._linear(weights, biases if config.mlp_bias else [])

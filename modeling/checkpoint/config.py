@@ -1,13 +1,13 @@
 """What a model is, read from a checkpoint folder as data and never as code.
 
-``load_config`` turns the ``config.json`` of a known family into one :class:`ModelConfig` that
-everything else goes by: the transformer's shapes, the KV layout, the end-of-sequence ids, and the
-fingerprint by which two processes know that they serve the same model. Whatever is not understood
-is refused with one line, not guessed. Torch-free: the coordinator reads it too.
+``load_config`` turns the ``config.json`` of a known family (modeling/families) into one
+:class:`ModelConfig` that everything else goes by: the transformer's shapes, the KV layout, the
+end-of-sequence ids, and the fingerprint by which two processes know that they serve the same model.
+What is not understood is refused with one line, not guessed. Torch-free: the coordinator reads it
+too.
 """
 
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -20,6 +20,8 @@ from modeling.checkpoint.generation_config import (
 )
 from modeling.checkpoint.json_fields import Fields, read_json
 from modeling.checkpoint.rope_config import RopeConfig, parse_rope
+from modeling.families import FAMILIES
+from modeling.families.family import Sizes
 from protocol.errors import ConfigError
 
 __all__ = ["ModelConfig", "RopeConfig", "SamplingDefaults", "is_arithmetic", "load_config"]
@@ -141,28 +143,6 @@ def _with_length(config: ModelConfig, max_model_len: int) -> ModelConfig:
     return msgspec.structs.replace(config, max_model_len=max_model_len, rope=rope)
 
 
-@dataclass(frozen=True, slots=True)
-class _Family:
-    """What transformers hard-codes, or defaults to, for one architecture."""
-
-    name: str
-    qkv_bias: bool | None = None  # None: the field attention_bias decides
-    output_bias: bool | None = None
-    mlp_bias: bool | None = False
-    qk_norm: bool = False
-    head_dim: int | None = None  # when config.json has none; None: hidden_size / num_heads
-    windows: str = "none"  # "none", "all" (sliding_window) or "some" (use_sliding_window)
-    default_window: int | None = 4096  # "all" and the field is absent, not null
-
-
-FAMILIES = {
-    "LlamaForCausalLM": _Family("llama", mlp_bias=None),
-    "MistralForCausalLM": _Family("mistral", qkv_bias=False, output_bias=False, windows="all"),
-    "Qwen2ForCausalLM": _Family("qwen2", qkv_bias=True, output_bias=False, windows="some"),
-    "Qwen3ForCausalLM": _Family("qwen3", qk_norm=True, head_dim=128, windows="some"),
-}
-
-
 def _refuse_unsupported(fields: Fields) -> None:
     for name in ("text_config", "llm_config", "language_config"):
         if isinstance(fields.raw(name), dict):
@@ -186,86 +166,37 @@ def _refuse_unsupported(fields: Fields) -> None:
 def _parse(fields: Fields, folder: Path) -> ModelConfig:
     family = FAMILIES[fields.strings("architectures")[0]]
     vocab_size = fields.integer("vocab_size", high=2**24)
-    hidden_size = fields.integer("hidden_size", high=2**20)
-    num_layers = fields.integer("num_hidden_layers", high=MAX_LAYERS)
-    num_heads = fields.integer("num_attention_heads", high=2**16)
+    sizes = Sizes(
+        hidden_size=fields.integer("hidden_size", high=2**20),
+        num_layers=fields.integer("num_hidden_layers", high=MAX_LAYERS),
+        num_heads=fields.integer("num_attention_heads", high=2**16),
+    )
     max_len = fields.integer("max_position_embeddings")
-    attention_bias = fields.boolean("attention_bias", False)
+    traits = family.read(fields, sizes)
     bos = [item for item in fields.token_ids("bos_token_id") if 0 <= item < vocab_size]
     generation = read_generation_config(folder)
     return ModelConfig(
         architecture=family.name,
         vocab_size=vocab_size,
-        hidden_size=hidden_size,
+        hidden_size=sizes.hidden_size,
         intermediate_size=fields.integer("intermediate_size", high=2**24),
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=_num_kv_heads(fields, family, num_heads),
-        head_dim=_head_dim(fields, family, hidden_size, num_heads),
+        num_layers=sizes.num_layers,
+        num_heads=sizes.num_heads,
+        num_kv_heads=traits.num_kv_heads,
+        head_dim=traits.head_dim,
         max_model_len=max_len,
         rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
         rope=parse_rope(fields, max_len),
-        attention_bias=_decided(family.qkv_bias, attention_bias),
-        attention_output_bias=_decided(family.output_bias, attention_bias),
-        mlp_bias=_decided(family.mlp_bias, fields.boolean("mlp_bias", False)),
-        qk_norm=family.qk_norm,
+        attention_bias=traits.attention_bias,
+        attention_output_bias=traits.attention_output_bias,
+        mlp_bias=traits.mlp_bias,
+        qk_norm=traits.qk_norm,
         tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
-        layer_windows=_layer_windows(fields, family, num_layers),
+        layer_windows=traits.layer_windows,
         bos_token_id=bos[0] if bos else None,
         eos_token_ids=_eos_token_ids(fields, generation, vocab_size),
         sampling=parse_sampling(generation),
     )
-
-
-def _decided(fixed: bool | None, asked: bool) -> bool:
-    return asked if fixed is None else fixed
-
-
-def _num_kv_heads(fields: Fields, family: _Family, num_heads: int) -> int:
-    absent = "num_key_value_heads" not in fields.names()
-    if absent and family.name != "llama":  # each family would default to another number
-        return fields.integer("num_key_value_heads")
-    num_kv_heads = fields.integer("num_key_value_heads", num_heads)
-    if num_heads % num_kv_heads:
-        fields.fail("num_key_value_heads", f"{num_kv_heads} does not divide {num_heads} heads")
-    return num_kv_heads
-
-
-def _head_dim(fields: Fields, family: _Family, hidden_size: int, num_heads: int) -> int:
-    if fields.has("head_dim"):
-        return fields.integer("head_dim", high=4096)
-    if family.head_dim is not None:
-        return family.head_dim
-    if hidden_size % num_heads:
-        fields.fail(
-            "hidden_size",
-            f"{hidden_size} is no multiple of {num_heads} heads, and head_dim is missing",
-        )
-    return hidden_size // num_heads
-
-
-def _layer_windows(fields: Fields, family: _Family, num_layers: int) -> tuple[int | None, ...]:
-    if family.windows == "none":
-        return (None,) * num_layers
-    if family.windows == "all":
-        absent = "sliding_window" not in fields.names()
-        window = family.default_window if absent else fields.raw("sliding_window")
-        return (None if window is None else fields.integer("sliding_window", window),) * num_layers
-    if not fields.boolean("use_sliding_window", False) or fields.raw("sliding_window", 0) is None:
-        if "sliding_attention" in fields.strings("layer_types"):
-            fields.fail("layer_types", "has sliding layers, but use_sliding_window is off")
-        return (None,) * num_layers
-    window = fields.integer("sliding_window", 4096)
-    types = fields.strings("layer_types")
-    if not types:
-        first = fields.integer("max_window_layers", 28, low=0)
-        return tuple(window if layer >= first else None for layer in range(num_layers))
-    if len(types) != num_layers or set(types) - {"full_attention", "sliding_attention"}:
-        fields.fail(
-            "layer_types",
-            f"must be full_attention or sliding_attention for each of {num_layers} layers",
-        )
-    return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
 def _eos_token_ids(fields: Fields, generation: Fields, vocab_size: int) -> tuple[int, ...]:

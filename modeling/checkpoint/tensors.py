@@ -13,6 +13,7 @@ from pathlib import Path
 
 from modeling.checkpoint.config import ModelConfig
 from modeling.checkpoint.folder import EMBEDDING, HEAD, ITEM_BYTES, TensorEntry
+from modeling.families import tensor_names
 from protocol.errors import ConfigError
 
 _COMPUTABLE = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
@@ -26,33 +27,37 @@ _ADAPTER = re.compile(r"\.lora_[A-Za-z]+(\.|$)|\.base_layer\.")
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that a transformer reads, embedding and head among them."""
-    hidden, head_dim = config.hidden_size, config.head_dim
-    query, key = config.num_heads * head_dim, config.num_kv_heads * head_dim
-    has_qkv, has_mlp = config.attention_bias, config.mlp_bias
-    linears = (
-        ("self_attn.q_proj", query, hidden, has_qkv),
-        ("self_attn.k_proj", key, hidden, has_qkv),
-        ("self_attn.v_proj", key, hidden, has_qkv),
-        ("self_attn.o_proj", hidden, query, config.attention_output_bias),
-        ("mlp.gate_proj", config.intermediate_size, hidden, has_mlp),
-        ("mlp.up_proj", config.intermediate_size, hidden, has_mlp),
-        ("mlp.down_proj", hidden, config.intermediate_size, has_mlp),
+    names = tensor_names(config.architecture)
+    hidden = config.hidden_size
+    head_dim = config.head_dim
+    query_rows = config.num_heads * head_dim
+    key_rows = config.num_kv_heads * head_dim
+    linears = (  # name, rows, columns, whether it has a bias
+        (names.query, query_rows, hidden, config.attention_bias),
+        (names.key, key_rows, hidden, config.attention_bias),
+        (names.value, key_rows, hidden, config.attention_bias),
+        (names.output, hidden, query_rows, config.attention_output_bias),
+        (names.gate, config.intermediate_size, hidden, config.mlp_bias),
+        (names.up, config.intermediate_size, hidden, config.mlp_bias),
+        (names.down, hidden, config.intermediate_size, config.mlp_bias),
     )
     layer: dict[str, tuple[int, ...]] = {
-        "input_layernorm.weight": (hidden,),
-        "post_attention_layernorm.weight": (hidden,),
+        f"{names.attention_norm}.weight": (hidden,),
+        f"{names.mlp_norm}.weight": (hidden,),
     }
     for name, rows, columns, has_bias in linears:
         layer[f"{name}.weight"] = (rows, columns)
         if has_bias:
             layer[f"{name}.bias"] = (rows,)
     if config.qk_norm:
-        layer |= dict.fromkeys(("self_attn.q_norm.weight", "self_attn.k_norm.weight"), (head_dim,))
+        for name in (names.query_norm, names.key_norm):
+            layer[f"{name}.weight"] = (head_dim,)
     vocabulary = (config.vocab_size, hidden)
     tensors: dict[str, tuple[int, ...]] = {EMBEDDING: vocabulary, HEAD: vocabulary}
     for index in range(config.num_layers):
-        tensors |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
-    tensors["model.norm.weight"] = (hidden,)
+        prefix = names.layer.format(index)
+        tensors |= {f"{prefix}.{name}": shape for name, shape in layer.items()}
+    tensors[f"{names.final_norm}.weight"] = (hidden,)
     return tensors
 
 
