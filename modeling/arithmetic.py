@@ -13,13 +13,12 @@
 5. The last layer's state names the next token.
 
 So one swapped, missing or stale block gives another token, exactly and on any device:
-``expected_tokens`` says which one is right, by plain sums without blocks, ranks or rings.
+tests/arithmetic_reference.py says which one is right, by plain sums without blocks, ranks or rings.
 
 All numbers are integers that fp32 holds exactly; sums run in fp64 and stay below 2^53 up to 2^17
 keys.
 """
 
-from collections.abc import Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -35,15 +34,13 @@ MODULUS = 2**20
 MAX_KEYS = 2**17
 _MASK = 2**31 - 1
 _WEIGHT_MASK = 2**15 - 1
-_SPECIAL_IDS = range(256, 260)  # never predicted: the beginning, the end, and the chat's marks
-_TOKEN, _KEY, _VALUE, _QUERY, _STATE, _HEAD, _KEY_WEIGHT, _VALUE_WEIGHT, _PICK, _SCORE = range(
-    1, 11
-)
+SPECIAL_IDS = range(256, 260)  # never predicted: the beginning, the end, and the chat's marks
+TOKEN, KEY, VALUE, QUERY, STATE, HEAD, KEY_WEIGHT, VALUE_WEIGHT, PICK, SCORE = range(1, 11)
 
 Integers = TypeVar("Integers", int, np.ndarray, torch.Tensor)
 
 
-def _mix(x: Integers) -> Integers:
+def mix(x: Integers) -> Integers:
     """Spread 31 bits over 31 bits: every product stays below 2^62."""
     x = x & _MASK
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
@@ -51,13 +48,13 @@ def _mix(x: Integers) -> Integers:
     return x ^ (x >> 16)
 
 
-def _hash(x: Integers, y: Integers | int) -> Integers:
-    return _mix(_mix(x) + y * 0x1E3779B1)
+def hash_pair(x: Integers, y: Integers | int) -> Integers:
+    return mix(mix(x) + y * 0x1E3779B1)
 
 
-def _weight(x: Integers) -> Integers:
+def odd_weight(x: Integers) -> Integers:
     """An odd number below 2^15: never 0, whatever is weighted counts."""
-    return (_mix(x) & _WEIGHT_MASK) | 1
+    return (mix(x) & _WEIGHT_MASK) | 1
 
 
 class ArithmeticKernel(AttentionKernel):
@@ -114,8 +111,8 @@ class ArithmeticKernel(AttentionKernel):
 def _weighted(k_SKH: torch.Tensor, v_SKH: torch.Tensor, positions_S: torch.Tensor) -> torch.Tensor:
     """A(p) k + B(p) v of every key, fp64 below 2^36."""
     assert len(positions_S) <= MAX_KEYS
-    a_S11 = _weight(positions_S * 16 + _KEY_WEIGHT).double()[:, None, None]
-    b_S11 = _weight(positions_S * 16 + _VALUE_WEIGHT).double()[:, None, None]
+    a_S11 = odd_weight(positions_S * 16 + KEY_WEIGHT).double()[:, None, None]
+    b_S11 = odd_weight(positions_S * 16 + VALUE_WEIGHT).double()[:, None, None]
     return k_SKH.double().mul_(a_S11).addcmul_(v_SKH.double(), b_S11)
 
 
@@ -141,8 +138,8 @@ class ArithmeticModel(Model):
         self._kv_heads = self._local(config.num_kv_heads)
         self._channels = torch.arange(config.head_dim, device=self.device)
         self._ids = torch.arange(config.vocab_size, device=self.device)
-        salts_NH = _cross(self._heads * 16 + _HEAD, self._channels)
-        self._head_weights_NH = _weight(salts_NH).double()
+        salts_NH = _cross(self._heads * 16 + HEAD, self._channels)
+        self._head_weights_NH = odd_weight(salts_NH).double()
 
     def _local(self, num_heads: int) -> torch.Tensor:
         """The model-wide indices of this rank's heads."""
@@ -154,26 +151,26 @@ class ArithmeticModel(Model):
     def forward(
         self, input_ids_T: torch.Tensor, positions_T: torch.Tensor, context: AttentionContext
     ) -> torch.Tensor:
-        state_T = _hash(_mix(input_ids_T * 16 + _TOKEN), positions_T) % MODULUS
+        state_T = hash_pair(mix(input_ids_T * 16 + TOKEN), positions_T) % MODULUS
         for layer in range(self.config.num_layers):
             # Position and layer enter every row, so the same token elsewhere has other rows.
-            place_T = _hash(_hash(state_T, positions_T), layer)
+            place_T = hash_pair(hash_pair(state_T, positions_T), layer)
             out_TNH = context.attend(
                 layer,
-                self._rows(place_T, _QUERY, self._heads),
-                self._rows(place_T, _KEY, self._kv_heads),
-                self._rows(place_T, _VALUE, self._kv_heads),
+                self._rows(place_T, QUERY, self._heads),
+                self._rows(place_T, KEY, self._kv_heads),
+                self._rows(place_T, VALUE, self._kv_heads),
             )
             total_T = (out_TNH.double() * self._head_weights_NH).sum((1, 2)).fmod_(MODULUS).float()
             self.tp.all_reduce_(total_T)  # exact in fp32 up to tp16
-            state_T = _hash(place_T + _STATE, total_T.long() % MODULUS) % MODULUS
+            state_T = hash_pair(place_T + STATE, total_T.long() % MODULUS) % MODULUS
             context.layer_done(layer)
         return state_T.unsqueeze(1).float()
 
     @torch.inference_mode()
     def logits(self, hidden_BD: torch.Tensor) -> torch.Tensor:
         state_B = hidden_BD[:, 0].long()
-        scores_BV = _cross(state_B * 16 + _SCORE, self._ids) % 1024
+        scores_BV = _cross(state_B * 16 + SCORE, self._ids) % 1024
         logits_BV = scores_BV.float().div_(-128.0)  # in (-8, 0]: a ranking for logprobs to show
         picks_B = _pick(state_B, self.config.vocab_size)
         return logits_BV.scatter_(1, picks_B.unsqueeze(1), 16.0)
@@ -185,73 +182,10 @@ class ArithmeticModel(Model):
 
 def _cross(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Every x hashed with every y: [*x.shape, *y.shape], y of one dimension."""
-    return _hash(x.unsqueeze(-1), y)
+    return hash_pair(x.unsqueeze(-1), y)
 
 
 def _pick(state_B: torch.Tensor, vocab_size: int) -> torch.Tensor:
     """The next token: any id but the special ones."""
-    token_B = _mix(state_B * 16 + _PICK) % (vocab_size - len(_SPECIAL_IDS))
-    return token_B + (token_B >= _SPECIAL_IDS.start) * len(_SPECIAL_IDS)
-
-
-# -- the reference ---------------------------------------------------------------------------------
-
-
-def expected_tokens(
-    config: ModelConfig, prompt_token_ids: Sequence[int], num_tokens: int
-) -> list[int]:
-    """The only right greedy continuation of a prompt, by running sums and nothing else.
-
-    Args:
-        config: of an arithmetic model.
-        prompt_token_ids: at least one.
-        num_tokens: how many to predict.
-    """
-    reference = _Reference(config)
-    tokens: list[int] = []
-    new = list(prompt_token_ids)
-    while len(tokens) < num_tokens:
-        new = [reference.next_token(new)]
-        tokens += new
-    return tokens
-
-
-class _Reference:
-    """The model again, in numpy's int64, with one running sum for each layer, head and channel."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        self._config = config
-        self._num_seen = 0
-        self._sums_LKH = np.zeros(
-            (config.num_layers, config.num_kv_heads, config.head_dim), dtype=np.int64
-        )
-        self._channels = np.arange(config.head_dim)
-        self._heads, self._kv_heads = np.arange(config.num_heads), np.arange(config.num_kv_heads)
-        self._weights_NH = _weight(_hash(self._heads[:, None] * 16 + _HEAD, self._channels))
-        self._allowed = [i for i in range(config.vocab_size) if i not in _SPECIAL_IDS]
-
-    def next_token(self, new_token_ids: Sequence[int]) -> int:
-        """Take in some more tokens and predict the one after them."""
-        first = self._num_seen
-        self._num_seen += len(new_token_ids)
-        position = np.arange(first, self._num_seen, dtype=np.int64)
-        key_weight = _weight(position * 16 + _KEY_WEIGHT)[:, None, None]
-        value_weight = _weight(position * 16 + _VALUE_WEIGHT)[:, None, None]
-        group = self._config.num_heads // self._config.num_kv_heads
-        state = _hash(_mix(np.array(new_token_ids, dtype=np.int64) * 16 + _TOKEN), position)
-        state = state % MODULUS
-        for layer in range(self._config.num_layers):
-            place = _hash(_hash(state, position), layer)
-            kv_TKH = self._rows(place, _KEY, self._kv_heads) * key_weight
-            kv_TKH += self._rows(place, _VALUE, self._kv_heads) * value_weight
-            sums_TKH = (kv_TKH.cumsum(axis=0) + self._sums_LKH[layer]) % MODULUS
-            self._sums_LKH[layer] = sums_TKH[-1]
-            q_TNH = self._rows(place, _QUERY, self._heads)
-            out_TNH = q_TNH * sums_TKH.repeat(group, axis=1) % MODULUS
-            total = (out_TNH * self._weights_NH).sum(axis=(1, 2))
-            state = _hash(place + _STATE, total % MODULUS) % MODULUS
-        return self._allowed[_mix(int(state[-1]) * 16 + _PICK) % len(self._allowed)]
-
-    def _rows(self, place: np.ndarray, salt: int, heads: np.ndarray) -> np.ndarray:
-        of_heads = _hash((place + salt)[:, None], heads)
-        return np.asarray(_hash(of_heads[:, :, None], self._channels) % MODULUS)
+    token_B = mix(state_B * 16 + PICK) % (vocab_size - len(SPECIAL_IDS))
+    return token_B + (token_B >= SPECIAL_IDS.start) * len(SPECIAL_IDS)

@@ -3,7 +3,6 @@
 import logging
 
 from kvtransfer.transport.interface import KVTransport
-from kvtransfer.transport.local import LocalFabric, LocalTransport
 from kvtransfer.transport.tcp import TcpTransport
 from protocol.errors import ConfigError
 
@@ -16,16 +15,14 @@ def open_transport(
     *,
     token: str = "",
     host: str = "127.0.0.1",
-    fabric: LocalFabric | None = None,
 ) -> KVTransport:
     """A transport that has not been started.
 
     Args:
-        name: "nixl", "tcp", "local", or "auto": NIXL where it runs, else TCP.
+        name: "nixl", "tcp", or "auto": NIXL where it runs, else TCP.
         incarnation: of this rank's process; unique for all time.
         token: the cluster's secret, which both ends prove to know.
         host: where TCP listens.
-        fabric: what "local" ranks meet on.
 
     Raises:
         ConfigError: there is no such transport, or it does not run here.
@@ -40,8 +37,6 @@ def open_transport(
         return _open_nixl(incarnation, token)
     if name == "tcp":
         return TcpTransport(incarnation, token, host)
-    if name == "local" and fabric is not None:
-        return LocalTransport(incarnation, fabric)
     raise ConfigError(f"--transport {name}: choose one of auto, nixl, tcp")
 
 

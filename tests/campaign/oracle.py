@@ -8,8 +8,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from modeling.arithmetic import expected_tokens
 from modeling.checkpoint.config import load_config
+from tests.arithmetic_reference import expected_tokens
 
 MODEL = "arithmetic:layers=2,heads=2,kv_heads=2,vocab=512,max_len=4096"
 MAX_TOKENS = 48

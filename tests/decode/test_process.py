@@ -13,7 +13,6 @@ import zmq
 
 from decode.config import DecodeConfig
 from launcher.supervise.forks import ForkedProcess
-from modeling.arithmetic import expected_tokens
 from modeling.checkpoint.config import load_config
 from protocol.codec import Codec
 from protocol.errors import ConfigError
@@ -39,6 +38,7 @@ from protocol.messages import (
 )
 from protocol.request import FinishReason, SamplingParams
 from protocol.sockets import Poller, Router, open_context
+from tests.arithmetic_reference import expected_tokens
 from tests.forks import end, outputs, shared_forks
 
 MODEL = "arithmetic:layers=2,heads=4,kv_heads=2,head_dim=4"

@@ -9,10 +9,11 @@ import pytest
 
 from decode.runner import sampling_row
 from decode.sequence import Sequence
-from modeling.arithmetic import ArithmeticModel, expected_tokens
+from modeling.arithmetic import ArithmeticModel
 from modeling.checkpoint.config import load_config
 from protocol.messages import Reserve
 from protocol.request import SamplingParams
+from tests.arithmetic_reference import expected_tokens
 
 CONFIG = load_config("arithmetic:layers=2,heads=4,kv_heads=2,head_dim=4,vocab=512")
 MakeCluster = Callable[..., Any]

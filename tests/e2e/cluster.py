@@ -15,8 +15,8 @@ import httpx
 
 from baton_client import BatonAPIError, BatonConnectionError, Client, Completion, Usage
 from bench.load.local_cluster import LocalCluster, descendants
-from modeling.arithmetic import expected_tokens
 from modeling.checkpoint.config import load_config
+from tests.arithmetic_reference import expected_tokens
 from tests.forks import ForkedCluster, end, lines_of, shared_forks
 
 Json = dict[str, Any]

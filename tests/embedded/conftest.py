@@ -8,7 +8,6 @@ import torch
 from kvcache.pool import KVPool
 from kvtransfer.plan import plan
 from kvtransfer.transport.interface import ReadState
-from kvtransfer.transport.local import LocalFabric, LocalTransport
 from modeling.embedded import CHECKPOINT
 from modeling.loader import load_model
 from modeling.paged import PagedAttention, PagedSequence
@@ -17,6 +16,7 @@ from modeling.text.chat_template import ChatTemplate, encode_chat
 from modeling.text.template_sources import load_chat_template
 from modeling.text.tokenizer import Tokenizer, load_tokenizer
 from protocol.kv import KVLayout, RankEndpoint
+from tests.kvtransfer.local_transport import LocalFabric, LocalTransport
 
 BLOCK_SIZE = 16
 NUM_BLOCKS = 256

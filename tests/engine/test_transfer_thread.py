@@ -36,7 +36,6 @@ from kvtransfer.events import (
 from kvtransfer.identity import RankIdentity, TransferConfig
 from kvtransfer.plan import ByteRun
 from kvtransfer.transport.interface import ReadHandle
-from kvtransfer.transport.local import LocalFabric, LocalTransport
 from protocol.codec import Codec
 from protocol.kv import KVLayout, PoolEndpoint
 from protocol.messages import (
@@ -60,6 +59,7 @@ from protocol.messages import (
 )
 from protocol.request import SamplingParams
 from protocol.sockets import Dealer, Poller, Router, open_context
+from tests.kvtransfer.local_transport import LocalFabric, LocalTransport
 from tests.kvtransfer.world import Transfer
 
 DEADLINE_S = 20.0

@@ -9,10 +9,10 @@ from kvcache.pool import KVPool
 from kvtransfer.faulty import FaultyTransport
 from kvtransfer.plan import ByteRun
 from kvtransfer.transport.interface import ReadHandle, ReadState
-from kvtransfer.transport.local import LocalFabric, LocalTransport
 from protocol.errors import TransferError
 from protocol.kv import KVLayout, RankEndpoint
 from protocol.process.failpoints import Failpoints
+from tests.kvtransfer.local_transport import LocalFabric, LocalTransport
 
 LAYOUT = KVLayout(2, 4, 2, 0, 1, 8, 16, "float32")
 RUN = ByteRun(0, LAYOUT.block_bytes, LAYOUT.block_bytes)

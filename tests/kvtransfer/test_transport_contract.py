@@ -23,12 +23,12 @@ from kvtransfer.plan import ByteRun, plan, source_runs
 from kvtransfer.transport.checksum import PoolChecksums
 from kvtransfer.transport.choose import open_transport
 from kvtransfer.transport.interface import KVTransport, ReadHandle, ReadState
-from kvtransfer.transport.local import LocalFabric
 from kvtransfer.transport.tcp_wire import COUNT, NONCE_BYTES, RUN, prove_end
 from protocol.errors import ConfigError, TransferError
 from protocol.kv import KVLayout, RankEndpoint
 from protocol.proof import PROOF_BYTES
 from tests.forks import end, shared_forks
+from tests.kvtransfer.local_transport import LocalFabric, LocalTransport
 
 # What a rank of one host is told (launcher/config.py).
 SHARED_MEMORY = {
@@ -75,7 +75,11 @@ class Cluster:
 
     def rank(self, layout: KVLayout, token: str = TOKEN) -> Rank:
         incarnation = uuid.uuid4().hex
-        transport = open_transport(self.name, incarnation, token=token, fabric=self.fabric)
+        transport: KVTransport
+        if self.name == "local":
+            transport = LocalTransport(incarnation, self.fabric)
+        else:
+            transport = open_transport(self.name, incarnation, token=token)
         self.ranks.append(Rank(transport, incarnation, layout))
         return self.ranks[-1]
 

@@ -11,18 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcache.pool import KVPool
-from modeling.arithmetic import (
-    MAX_KEYS,
-    MODULUS,
-    ArithmeticKernel,
-    ArithmeticModel,
-    expected_tokens,
-)
+from modeling.arithmetic import MAX_KEYS, MODULUS, ArithmeticKernel, ArithmeticModel
 from modeling.checkpoint.config import ModelConfig, load_config
 from modeling.kernels.attention import Piece
 from modeling.paged import PagedAttention, PagedSequence
 from modeling.parallel import SingleRank, TensorParallel
 from protocol.kv import KVLayout
+from tests.arithmetic_reference import expected_tokens
 
 NAME = "arithmetic:layers=2,heads=8,kv_heads=4,head_dim=8,vocab=300"
 

@@ -14,7 +14,7 @@ import torch
 
 from kvcache.pool import KVPool
 from kvtransfer.events import AnnounceBlocks, AnnouncedAll, Command
-from modeling.arithmetic import ArithmeticModel, expected_tokens
+from modeling.arithmetic import ArithmeticModel
 from modeling.checkpoint.config import load_config
 from modeling.parallel import SingleRank
 from prefill.announcer import Announcer
@@ -23,7 +23,8 @@ from protocol.handoff import SegmentKey
 from protocol.kv import KVLayout
 from protocol.messages import FirstToken, Prefill
 from protocol.plans import PrefillPlan
-from ring_attention.comm import LocalRing
+from tests.arithmetic_reference import expected_tokens
+from tests.ring_attention.local_ring import LocalRing
 
 MODEL = load_config("arithmetic:layers=6,heads=2,kv_heads=1,vocab=1000,max_len=4096")
 BUDGET_S = 60.0

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 
 from launcher.supervise.forks import ForkedProcess
-from modeling.arithmetic import expected_tokens
 from modeling.checkpoint.config import load_config
 from protocol.codec import Codec
 from protocol.kv import PoolEndpoint
@@ -38,6 +37,7 @@ from protocol.messages import (
 )
 from protocol.request import SamplingParams
 from protocol.sockets import Poller, Router, open_context
+from tests.arithmetic_reference import expected_tokens
 from tests.forks import end, shared_forks
 
 pytestmark = pytest.mark.cluster

@@ -18,9 +18,10 @@ from modeling.checkpoint.config import ModelConfig
 from modeling.kernels.attention import AttentionKernel, Piece
 from protocol.kv import KVLayout
 from protocol.plans import ChunkWork, PlacedBlock
-from ring_attention.comm import LocalRing, RingComm
+from ring_attention.comm import RingComm
 from ring_attention.context import RingAttention
 from ring_attention.partition import deal_zigzag
+from tests.ring_attention.local_ring import LocalRing
 
 BUDGET_S = 60.0
 MODULUS = 2**20

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kvcache.pool import KVPool
-from modeling.arithmetic import ArithmeticModel, expected_tokens
+from modeling.arithmetic import ArithmeticModel
 from modeling.checkpoint.config import ModelConfig, load_config
 from modeling.parallel import SingleRank
 from protocol.kv import KVLayout
@@ -18,6 +18,7 @@ from protocol.plans import ChunkWork, PlacedBlock
 from ring_attention.comm import RingComm
 from ring_attention.context import RingAttention, forward_chunk
 from ring_attention.partition import deal_zigzag
+from tests.arithmetic_reference import expected_tokens
 from tests.ring_attention.ring_cases import on_threads
 
 BLOCK_SIZE = 4

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from protocol.errors import PeerError
-from ring_attention.comm import LocalRing
+from tests.ring_attention.local_ring import LocalRing
 from tests.ring_attention.ring_cases import (
     DenseKernel,
     PositionKernel,

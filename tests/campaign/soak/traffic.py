@@ -17,8 +17,8 @@ from typing import Any
 import msgspec
 
 from baton_client import AsyncClient, BatonAPIError
-from modeling.arithmetic import expected_tokens
 from modeling.checkpoint.config import ModelConfig
+from tests.arithmetic_reference import expected_tokens
 from tests.campaign.tally import Tally
 
 NUM_TURNS = 4
