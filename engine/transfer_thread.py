@@ -38,11 +38,11 @@ from kvtransfer.events import (
     ThreadDied,
     Welcomed,
 )
-from kvtransfer.faulty import FaultyControlLine, FaultyPeers, FaultyTransport
+from kvtransfer.faulty import FaultyCoordinatorConnection, FaultyPeers, FaultyTransport
 from kvtransfer.handoff.actions import StartRead
 from kvtransfer.handoff.handoffs import HandoffPolicy
 from kvtransfer.identity import PeerName, RankIdentity, TransferConfig
-from kvtransfer.links.control import ControlLine
+from kvtransfer.links.coordinator_connection import CoordinatorConnection
 from kvtransfer.links.peers import Peers
 from kvtransfer.transport.checksum import PoolChecksums
 from kvtransfer.transport.choose import open_transport
@@ -219,11 +219,13 @@ class _Loop:
             return FaultyPeers(context, me, listen, counters, self._failpoints)
         return Peers(context, me, listen, counters)
 
-    def _open_control(self, context: zmq.Context[zmq.Socket[bytes]], poller: Poller) -> ControlLine:
+    def _open_control(
+        self, context: zmq.Context[zmq.Socket[bytes]], poller: Poller
+    ) -> CoordinatorConnection:
         me, config = self._identity, self._config
         if self._failpoints:
-            return FaultyControlLine(context, me, config, poller, self._failpoints)
-        return ControlLine(context, me, config, self._node.counters, poller)
+            return FaultyCoordinatorConnection(context, me, config, poller, self._failpoints)
+        return CoordinatorConnection(context, me, config, self._node.counters, poller)
 
     def _turn(self) -> None:
         self._transport.progress()

@@ -1,9 +1,9 @@
-"""What a rank's main thread and its other threads say to each other, over queues.
+"""The commands and events between a rank's main thread and its other threads.
 
-They share no other state. Commands go to the transfer thread, or to a store's disk threads; events
-come back. Both are plain data. A fetch has the same structs within a rank as between ranks:
-``Fetch`` is a command of the target's leader and an event of the source's, and ``Serve`` or
-``FetchRefused`` is that one's answer.
+They go over queues, and the threads share no other state. Commands go to the transfer thread, or to
+a store's disk threads; events come back. Both are plain data. A fetch has the same structs within a
+rank as between ranks: ``Fetch`` is a command of the target's leader and an event of the source's,
+and ``Serve`` or ``FetchRefused`` is that one's answer.
 """
 
 from collections.abc import Mapping
@@ -66,9 +66,9 @@ class AnnouncedAll(_OfRequest):
 
 @dataclass(frozen=True, slots=True)
 class CommitWhenRead(_OfRequest):
-    """Source leader: commit as soon as every rank of the own pool has said SourceDone.
+    """Source leader: commit as soon as every rank of the own pool has sent SourceDone.
 
-    ``manifest`` is what the plan dealt; the union of what the ranks say must equal it.
+    ``manifest`` is what the plan dealt; the union of what the ranks announced must equal it.
     """
 
     target_pool_id: str
@@ -99,7 +99,7 @@ class CloseTarget(_OfRequest):
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What a leader has to do and what it holds; a follower has nothing to tell."""
+    """The work that a leader has and the blocks that it holds; empty for a follower."""
 
     num_waiting: int = 0
     num_running: int = 0
@@ -110,7 +110,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class ReportStatus:
-    """Any rank: what its next heartbeats say. The transfer thread adds the age of the step."""
+    """Any rank: the content of its next heartbeats. The transfer thread adds the step's age."""
 
     num_steps: int
     step_started: float | None  # time.monotonic(), None between steps

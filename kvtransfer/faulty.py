@@ -1,8 +1,9 @@
-"""Failpoints of a transfer thread: its lines and its transport, made to fail when told to.
+"""Failpoints of a transfer thread: its connections and its transport, made to fail on purpose.
 
-Each is what it stands in for with one method in front of it, and is used only if failpoints are
-configured. What a fault is made of is real: a late read is posted late and lands late, a corrupted
-one has landed before its bytes are changed, a dropped frame is gone and has to be sent again.
+Each class puts one method in front of the class that it stands in for, and is used only if
+failpoints are configured. The faults are real: a late read is posted late and lands late, a
+corrupted one has landed before its bytes are changed, a dropped frame is gone and has to be sent
+again.
 """
 
 import heapq
@@ -15,7 +16,7 @@ import zmq
 
 from kvcache.pool import KVPool
 from kvtransfer.identity import RankIdentity, TransferConfig
-from kvtransfer.links.control import ControlLine
+from kvtransfer.links.coordinator_connection import CoordinatorConnection
 from kvtransfer.links.peers import Link, Peers
 from kvtransfer.plan import ByteRun
 from kvtransfer.transport.interface import KVTransport, ReadHandle, ReadState
@@ -45,7 +46,7 @@ _FLIP = 0x20  # of each fourth byte: in fp32 and bf16 another finite number
 
 
 class FaultyPeers(Peers):
-    """Drops, repeats and delays frames on their way to other ranks, below what makes up for it."""
+    """Drops, repeats and delays frames to other ranks, below the layer that makes up for it."""
 
     def __init__(
         self,
@@ -84,7 +85,7 @@ class FaultyPeers(Peers):
         super().keep_up(now)
 
 
-class FaultyControlLine(ControlLine):
+class FaultyCoordinatorConnection(CoordinatorConnection):
     """Drops, repeats and delays what is sent to the coordinator."""
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Who a rank is, and how its transfer thread is set up."""
+"""The names of ranks, and the configuration of a transfer thread."""
 
 from dataclasses import dataclass
 
@@ -49,7 +49,7 @@ class RankIdentity:
         return f"{self.pool_id}/{self.rank}/{self.incarnation}"
 
     def endpoint(self, layout: KVLayout, address: str = "") -> RankEndpoint:
-        """As other ranks know it, without what a transport adds."""
+        """How other ranks reach it; the transport adds its own fields."""
         return RankEndpoint(
             rank=self.rank,
             cp_rank=self.cp_rank,
@@ -62,7 +62,7 @@ class RankIdentity:
 
 @dataclass(frozen=True, slots=True)
 class TransferConfig:
-    """What a transfer thread is told. Durations are in seconds."""
+    """The configuration of a transfer thread. Durations are in seconds."""
 
     control_address: str  # the coordinator's
     token: str  # the cluster's secret

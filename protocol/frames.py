@@ -1,11 +1,13 @@
-"""What travels between two transfer threads: hand-off messages with numbers, and acknowledgements.
+"""The frames between two transfer threads: hand-off messages with numbers, and acknowledgements.
 
-A *line* is what one sender says to one receiver over one connection that either side may lose and
-find again. A sender counts its lines, over all receivers: of two lines from it the higher one is
-the newer. Frames do not carry their line's number, the routing id of its socket does.
+A *stream* is the sequence of messages from one sender to one receiver, over a connection that
+either side may lose and find again. A sender counts its streams, over all receivers: of two streams
+from it the one with the higher number is the newer. Frames do not carry the number of their stream;
+the routing id of its socket does.
 
-Messages of a line are numbered from 1. Whoever has received some says so, in the next frame that
-goes the other way or, after a moment, in one of its own; what nobody says this of is sent again.
+The messages of a stream are numbered from 1. A receiver acknowledges them in the next frame that
+goes the other way or, after a moment, in a frame of its own. What is not acknowledged is sent
+again.
 """
 
 import msgspec
@@ -14,12 +16,15 @@ from protocol.handoff import HandoffMessage
 
 
 class Numbered(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """A message. Of the receiver's line ``ack_line`` all up to number ``ack`` has come, and behind
-    a gap at least the numbers ``held``."""
+    """A message, which also acknowledges some of the stream in the other direction.
+
+    Of the receiver's stream ``ack_stream`` all messages up to number ``ack`` have come, and behind
+    a gap at least those with the numbers ``held``.
+    """
 
     number: int
     message: HandoffMessage
-    ack_line: int = 0
+    ack_stream: int = 0
     ack: int = 0
     held: tuple[int, ...] = ()
 
@@ -27,7 +32,7 @@ class Numbered(msgspec.Struct, frozen=True, tag=True, array_like=True):
 class Acknowledgement(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """The same without a message; it is not acknowledged itself."""
 
-    ack_line: int
+    ack_stream: int
     ack: int
     held: tuple[int, ...] = ()
 

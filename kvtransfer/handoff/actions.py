@@ -1,7 +1,7 @@
-"""What the hand-off's logic asks its thread to do, and what it may ask of its surroundings.
+"""What the logic of hand-offs asks for, and what its sides know in common.
 
 The logic (source.py, target.py, leader.py) has no sockets, threads or clock: commands, messages and
-read results go in with a time, actions come out. The thread carries them out in order.
+read results go in with a time, actions come out. The rank node carries them out in order.
 """
 
 from collections import Counter
@@ -16,7 +16,7 @@ from protocol.kv import KVLayout, PoolEndpoint, RankEndpoint
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Send a message to a rank, which may be this one."""
+    """Send a message to a rank; it may be this one."""
 
     peer: PeerName
     message: HandoffMessage
@@ -24,14 +24,14 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Emit:
-    """Tell the main thread."""
+    """Give an event to the main thread."""
 
     event: Event
 
 
 @dataclass(frozen=True, slots=True)
 class StartRead:
-    """Post a read; its end is told to the target side under ``read_id``."""
+    """Post a read. ``Handoffs.read_ended`` gets its end under ``read_id``."""
 
     read_id: int
     incarnation: str
@@ -40,7 +40,7 @@ class StartRead:
 
 @dataclass(frozen=True, slots=True)
 class Warn:
-    """Tell the operator."""
+    """Warn the operator."""
 
     text: str
 
@@ -50,7 +50,7 @@ Action = Send | Emit | StartRead | Warn
 
 @dataclass(slots=True)
 class RankState:
-    """What the sides of one rank know in common. Only the thread changes it.
+    """What the sides of one rank know in common. Only the rank node changes it.
 
     ``counters`` counts what was dropped, for the heartbeat.
     """
@@ -82,6 +82,6 @@ class RankState:
         return PeerName(self.identity.pool_id, 0)
 
     def drop(self, reason: str) -> list[Action]:
-        """Count a message that is not acted upon."""
+        """Count a message that is not acted upon; no action follows."""
         self.counters[f"dropped_{reason}"] += 1
         return []

@@ -27,7 +27,7 @@ class Fetches:
     """One rank's part in fetches, as target and as source.
 
     Args:
-        around: who and where this rank is.
+        around: this rank's identity, epoch and peers.
         source: announces what is served.
         leader: commits it, or breaks the hand-off that is refused.
     """
@@ -63,7 +63,7 @@ class Fetches:
         around = self._around
         if around.epoch_of(fetch.source_pool_id) != fetch.source_epoch:
             return self._broken(fetch, "target", f"{fetch.source_pool_id} is gone")
-        # The leader node knows neither its pool's epoch nor who may read from where.
+        # Epochs are the rank node's business: the leader node leaves these two fields empty.
         fetch = msgspec.structs.replace(
             fetch, target_pool_id=around.identity.pool_id, target_epoch=around.epoch
         )

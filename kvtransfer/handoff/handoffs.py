@@ -1,4 +1,4 @@
-"""All hand-offs of one rank: which side deals with which command and which message. Pure."""
+"""All hand-offs of one rank: passes each command and message to the side that handles it. Pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -74,7 +74,7 @@ class Handoffs:
     """One rank's hand-offs, as source, as target and as leader.
 
     Args:
-        around: who and where this rank is.
+        around: this rank's identity, epoch and peers.
         memory: the rank's own.
         policy: how they are done.
     """
@@ -95,11 +95,11 @@ class Handoffs:
 
     @property
     def is_being_read(self) -> bool:
-        """Whether another rank may be reading from here now, for which this one has to be awake."""
+        """Whether another rank may be reading from here now, so that UCX must be polled often."""
         return self.source.is_being_read
 
     def command(self, command: Command, now: float) -> list[Action]:
-        """What the own main thread asks for."""
+        """A command of the own main thread."""
         match command:
             case AnnounceBlocks():
                 return self.source.announce(command)
@@ -119,7 +119,7 @@ class Handoffs:
                 raise AssertionError(f"not a hand-off's command: {command}")
 
     def message(self, sender: PeerName, message: HandoffMessage, now: float) -> list[Action]:
-        """What another rank, or this one, says. What it has no right to say is dropped."""
+        """A message of a rank, which is dropped if that rank may not send it."""
         match message:
             case Announce():
                 return self.target.on_announce(sender, message, now)
@@ -168,5 +168,5 @@ class Handoffs:
         return [*self.source.on_pools_changed(), *self.target.on_pools_changed()]
 
     def tick(self, now: float) -> list[Action]:
-        """Once in a while, for what ends by time alone."""
+        """Let time pass: call it often, for what ends by time alone."""
         return self.source.tick(now)

@@ -1,10 +1,11 @@
-"""What a pool's leader adds: a hand-off is open, ready, done or closed when *all* its ranks say so.
+"""The leader's part in hand-offs: one is open, ready, done or closed when *all* ranks are. Pure.
 
-Source: ``CommitWhenRead`` and a ``SourceDone`` from every own rank, in any order; what the ranks
-announced must be what the plan dealt; then ``Commit`` goes to every target rank.
-Target: ``TargetOpened``, then ``TargetReady`` from every own rank.
-Either: ``Close`` goes to every own rank and ``Closed`` comes back from each; what is whole on each
-rank of a target is whole.
+Source: ``CommitWhenRead`` comes from the leader node and ``SourceDone`` from every own rank, in any
+order. What the ranks announced must be what the plan dealt; then ``Commit`` goes to every target
+rank.
+Target: ``TargetOpened``, then ``TargetReady`` comes from every own rank.
+Either: ``Close`` goes to every own rank and ``Closed`` comes back from each. Blocks that are whole
+on each rank of a target are whole.
 """
 
 from collections.abc import Iterable
@@ -42,7 +43,7 @@ SOURCE, TARGET = "source", "target"
 
 @dataclass(slots=True)
 class _Gathering:
-    """What has come of one side of one hand-off."""
+    """What has come from the ranks for one side of one hand-off."""
 
     done: dict[int, SourceDone] = field(default_factory=dict)
     commit: CommitWhenRead | None = None
@@ -77,7 +78,8 @@ class LeaderSide:
         gathering = self._gather(SOURCE, key)
         if gathering.is_closing or gathering.commit is not None:
             return []
-        gathering.commit, gathering.commit_asked = command, now
+        gathering.commit = command
+        gathering.commit_asked = now
         return self._commit_if_done(gathering, now)
 
     def on_source_done(self, message: SourceDone, now: float) -> list[Action]:

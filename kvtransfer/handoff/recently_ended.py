@@ -1,4 +1,4 @@
-"""Hand-offs that are over, by key: a late message of one is told from one of an unknown one."""
+"""The keys of hand-offs that are over, so that their late messages are known to be late."""
 
 from collections import OrderedDict
 

@@ -1,13 +1,14 @@
 """The source side of hand-offs on one rank. Pure.
 
-1. ``announce`` opens the hand-off with its first blocks: each target rank whose heads meet ours is
-   told where they lie, at which generation, and what their bytes sum to.
-2. ``ReadDone`` asks whether they were still ours: they are as long as the hand-off is open.
-3. When all is announced and read, the leader is told ``SourceDone``.
-4. ``Close`` ends it early: no further announcement goes out, nothing is confirmed any more, and
-   ``Closed`` is said when no target rank can still be reading: it has read, or it says ReadsEnded,
-   or it is gone, or the lease is over (what it reads after that is never confirmed).
-5. A target that is gone, or has closed its side, breaks it: ``HandoffFailed``.
+1. ``announce`` opens the hand-off with its first blocks. Each target rank that shares heads with
+   this one gets an ``Announce``: where the blocks lie, at which generation, and their checksum.
+2. ``ReadDone`` asks whether the blocks were still this rank's. They are as long as the hand-off is
+   open, and ``Confirm`` says so.
+3. When all is announced and read, the leader gets ``SourceDone``.
+4. ``Close`` ends a hand-off early: nothing is announced or confirmed any more. ``Closed`` follows
+   when no target rank can still be reading: each has read, or has sent ReadsEnded, or is gone, or
+   the lease is over. What a rank reads after that is never confirmed.
+5. A target that is gone, or has closed its side, breaks the hand-off: ``HandoffFailed``.
 """
 
 from collections.abc import Callable, Sequence
@@ -62,7 +63,7 @@ class SourceSide:
     """All hand-offs that this rank is a source of.
 
     Args:
-        around: who and where this rank is.
+        around: this rank's identity, epoch and peers.
         checksum: the sum of runs in the own pool.
         policy: "off", "sampled" or "always".
         lease_s: how long a closing hand-off waits for a silent reader.
@@ -96,7 +97,7 @@ class SourceSide:
     # -- commands of the own main thread -----------------------------------------------------------
 
     def announce(self, command: AnnounceBlocks) -> list[Action]:
-        """Tell the target ranks; a hand-off that was closed before announces nothing."""
+        """Announce blocks to the target ranks; nothing, if the hand-off was closed before."""
         handoff = self._open(command)
         if handoff is None:
             return self._around.drop("announcement")
@@ -162,7 +163,7 @@ class SourceSide:
     # -- messages of target ranks ------------------------------------------------------------------
 
     def on_read_done(self, sender: PeerName, message: ReadDone) -> list[Action]:
-        """Confirm what is still ours, and only that."""
+        """Confirm a segment if its blocks are still this rank's, and only then."""
         around = self._around
         handoff = self._handoffs.get(message.key)
         is_current = (
@@ -172,8 +173,10 @@ class SourceSide:
         )
         if not is_current:
             return around.drop("stale_epoch")
-        # Said again of one that is complete: its answer was yes, and an answer never changes.
-        is_ours, was_unread = message.key in self._all_read, False
+        # A repeated ReadDone of a hand-off that is complete. Its answer was yes, and an answer
+        # never changes: the target may have lost the first one.
+        is_ours = message.key in self._all_read
+        was_unread = False
         if handoff is not None and handoff.target_pool_id == sender.pool_id:
             unread = handoff.unread.get(sender.rank)
             was_unread = unread is not None and message.segment in unread
@@ -195,7 +198,7 @@ class SourceSide:
         return actions
 
     def on_reads_ended(self, sender: PeerName, message: ReadsEnded) -> list[Action]:
-        """A target rank has closed its side: it reads nothing of this any more."""
+        """A target rank has closed its side: it reads nothing of this hand-off any more."""
         if (
             sender != PeerName(message.target_pool_id, message.target_rank)
             or self._around.epoch_of(sender.pool_id) != message.target_epoch
@@ -207,16 +210,16 @@ class SourceSide:
         handoff.unread.pop(sender.rank, None)
         if handoff.state is SourceState.CLOSING:
             return self._finish_if_read(handoff)
-        return self._break(handoff, "the target has closed it")  # it gave up first
+        return self._break(handoff, "the target has closed it")
 
     def on_close(self, message: Close) -> list[Action]:
-        """Our leader ends it; answered by Closed, at once or when the readers have ended."""
+        """The leader ends a hand-off. ``Closed`` answers as soon as all its readers have ended."""
         key = message.key
         handoff = self._handoffs.get(key)
         if handoff is None:
-            self._recently_ended.add(
-                key
-            )  # its announcements may still be on their way to this thread
+            # Its announcements may still be on their way from the main thread and must not
+            # open it.
+            self._recently_ended.add(key)
             return [self._closed(key)]
         if handoff.state is not SourceState.CLOSING:
             self._advance(handoff, SourceEvent.CLOSE)
@@ -225,7 +228,7 @@ class SourceSide:
     # -- time and membership -----------------------------------------------------------------------
 
     def on_pools_changed(self) -> list[Action]:
-        """Who is gone reads nothing any more, and nobody can commit to it."""
+        """A pool that is gone reads nothing any more, and nothing can be committed to it."""
         actions: list[Action] = []
         for handoff in list(self._handoffs.values()):
             if not self._is_lost(handoff):
@@ -294,8 +297,10 @@ class SourceSide:
 
 
 def _part_of(command: AnnounceBlocks, cp_rank: int) -> AnnounceBlocks:
-    """What of it lies on that cp rank of the target; perhaps nothing, which is announced as well,
-    so that a manifest is the same for every target rank."""
+    """The blocks of an announcement that lie on that cp rank of the target.
+
+    Perhaps none, which is announced as well, so that a manifest is the same for every target rank.
+    """
     if not command.owners:
         return command
     blocks = zip(command.logical_blocks, command.blocks, command.owners, strict=True)

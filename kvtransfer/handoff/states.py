@@ -17,7 +17,7 @@ import enum
 class SourceState(enum.Enum):
     ANNOUNCING = "announcing"
     DRAINING = "draining"  # everything is announced, not everything is read
-    BROKEN = "broken"  # it can never commit; our leader has been told and will close it
+    BROKEN = "broken"  # it can never commit; the leader knows it and will close the hand-off
     CLOSING = "closing"  # nothing more is announced or confirmed; readers are waited for
     CLOSED = "closed"
 

@@ -1,16 +1,17 @@
 """The target side of hand-offs on one rank. Pure.
 
-1. ``OpenTarget`` from our leader names the blocks; ``TargetOpened`` says that we expect them.
-2. ``Announce`` from a source rank names logical blocks; they are read into *our leader's* blocks,
-   a few reads at one time, the rest in the order of arrival.
-3. A read that has ended is summed, and its source asked whether the blocks were still its own.
+1. ``OpenTarget`` from the own leader names the blocks to read into; ``TargetOpened`` answers.
+2. ``Announce`` from a source rank names logical blocks. They are read into the blocks that the *own
+   leader* named for them, a few reads at one time, the rest in the order of arrival.
+3. When a read has ended, its checksum is compared, and ``ReadDone`` asks the source whether the
+   blocks were still its own.
 4. Confirmed segments are held. When they are exactly the manifest of ``Commit``, and every layer
-   and head of every block of the prompt is among them: ``TargetReady``.
-5. A failed read, a wrong sum, a refusal, a surplus segment, a source that is gone: it breaks,
-   ``HandoffFailed``, and nothing more is read.
-6. ``Close`` waits for the reads in flight, then tells every source that announced: ``ReadsEnded``,
-   ``Closed``, with how many leading blocks are whole (target_handoff.py). What is announced after
-   that is answered by ReadsEnded at once.
+   and head of every block of the prompt is among them, ``TargetReady`` goes to the leader.
+5. A failed read, a wrong checksum, a refusal, a surplus segment or a source that is gone breaks the
+   hand-off: ``HandoffFailed``, and nothing more is read.
+6. ``Close`` waits for the reads in flight. Then ``ReadsEnded`` goes to every source that has
+   announced, and ``Closed`` to the leader, with the number of leading blocks that are whole
+   (target_handoff.py). A later announcement is answered by ReadsEnded at once.
 """
 
 from collections import deque
@@ -44,7 +45,7 @@ class TargetSide:
     """All hand-offs that this rank is a target of.
 
     Args:
-        around: who and where this rank is.
+        around: this rank's identity, epoch and peers.
         checksum: the sum of runs in the own pool.
         transport_name: for the statistics.
         max_reads: in flight at one time.
@@ -74,7 +75,7 @@ class TargetSide:
     # -- messages ----------------------------------------------------------------------------------
 
     def on_open(self, message: OpenTarget) -> list[Action]:
-        """Our leader expects a hand-off into these blocks."""
+        """The own leader opens a hand-off into these blocks."""
         key = message.key
         if key in self._recently_ended or message.target_epoch != self._around.epoch:
             return self._around.drop("stale_open")
@@ -86,7 +87,7 @@ class TargetSide:
         return [Send(self._around.leader, TargetOpened(*key, rank=self._around.identity.rank))]
 
     def on_announce(self, sender: PeerName, message: Announce, now: float) -> list[Action]:
-        """Read it, now or as soon as others have ended."""
+        """Read a segment, now or as soon as other reads have ended."""
         if not self._is_current(sender, message.source_pool_id, message.source_epoch, message):
             return self._around.drop("stale_epoch")
         key = message.key
@@ -94,7 +95,8 @@ class TargetSide:
         if handoff is None:
             if key not in self._recently_ended:
                 return self._around.drop("unknown_handoff")
-            # It was closed while this was on its way: the source must not wait for a read.
+            # The hand-off was closed while the announcement was on its way. Without an answer the
+            # source would keep its blocks, waiting for a read that never comes.
             return [self._reads_ended(key, sender)]
         if not self._is_from_its_source(handoff, message):
             self._around.drop("second_source")
@@ -117,7 +119,7 @@ class TargetSide:
         return self._start_reads(now)
 
     def on_read_ended(self, read_id: int, now: float, *, is_done: bool) -> list[Action]:
-        """The transport has seen a read to its end."""
+        """A read has ended: nothing of it lands any more."""
         read = self._reads.pop(read_id)
         handoff = self._handoffs[read.key]
         handoff.end_read(now)
@@ -126,7 +128,7 @@ class TargetSide:
     def _take_in(
         self, handoff: TargetHandoff, read: Read, now: float, *, is_done: bool
     ) -> list[Action]:
-        """Ask the source of a segment that is here; what is closing or broken needs it no more."""
+        """Ask the source about a segment that is here, unless the hand-off is closing or broken."""
         if not handoff.is_going_on:
             self._around.counters["reads_landed_late"] += is_done
             return self._finish_if_quiet(handoff) if handoff.state is TargetState.CLOSING else []
@@ -151,7 +153,7 @@ class TargetSide:
         return [Send(read.source, done)]
 
     def on_confirm(self, sender: PeerName, message: Confirm, now: float) -> list[Action]:
-        """The blocks were still the source's when we had read them, or they were not."""
+        """The source's answer: its blocks were still its own when they had been read, or not."""
         if not self._is_current(sender, sender.pool_id, message.source_epoch, message):
             return self._around.drop("stale_epoch")
         handoff = self._handoffs.get(message.key)
@@ -170,7 +172,7 @@ class TargetSide:
         return self._finish_if_complete(handoff, now)
 
     def on_commit(self, sender: PeerName, message: Commit, now: float) -> list[Action]:
-        """The source's leader says what exactly has to be here."""
+        """The source's leader names the exact set of segments that has to be here."""
         if not self._is_current(sender, message.source_pool_id, message.source_epoch, message):
             return self._around.drop("stale_epoch")
         handoff = self._handoffs.get(message.key)
@@ -184,7 +186,7 @@ class TargetSide:
         return self._finish_if_complete(handoff, now)
 
     def on_close(self, message: Close) -> list[Action]:
-        """Our leader ends it; answered by Closed, at once or when the reads have ended."""
+        """The leader ends a hand-off. ``Closed`` answers as soon as all its reads have ended."""
         key = message.key
         handoff = self._handoffs.get(key)
         if handoff is None:
@@ -259,7 +261,8 @@ class TargetSide:
             return self._doubt(handoff, f"{next(iter(surplus))} is not in the manifest")
         if handoff.held != mine:
             return []
-        # The manifest is the source's word. What this prompt needs is known here as well.
+        # The manifest is what the source believes. What this prompt needs is known here too, so a
+        # source that forgot a block is found out.
         layout = self._around.layout
         needed = range(handoff.first_logical, -(-commit.num_tokens // layout.block_size))
         missing = handoff.not_whole(needed, layout)
@@ -285,12 +288,12 @@ class TargetSide:
         return [*ended, self._closed(handoff.key, handoff.num_whole_blocks(self._around.layout))]
 
     def _doubt(self, handoff: TargetHandoff, reason: str) -> list[Action]:
-        """It breaks by something that should not be: nothing of it is to be used any more."""
+        """Break a hand-off in which something is wrong: none of its blocks may be used any more."""
         handoff.is_doubtful = True
         return self._break(handoff, reason)
 
     def _break(self, handoff: TargetHandoff, reason: str) -> list[Action]:
-        """It can never be whole; our leader will close it. Reads in flight go on until then."""
+        """Break a hand-off that can never be whole. The leader will close it."""
         if not handoff.is_going_on:
             return []
         self._advance(handoff, TargetEvent.BREAK)
@@ -301,7 +304,7 @@ class TargetSide:
         return [Send(self._around.leader, failed)]
 
     def on_pools_changed(self) -> list[Action]:
-        """What a pool that is gone had to give will never be confirmed."""
+        """A source that is gone confirms nothing any more: break its hand-offs."""
         actions: list[Action] = []
         for handoff in list(self._handoffs.values()):
             if handoff.source_pool is not None:
@@ -314,7 +317,7 @@ class TargetSide:
 
     @staticmethod
     def _is_from_its_source(handoff: TargetHandoff, message: Announce | Commit) -> bool:
-        """Segment keys name ranks of one pool: who speaks first is the only source there is."""
+        """Segment keys name ranks of one pool, so the first pool that speaks is the only source."""
         source_pool = (message.source_pool_id, message.source_epoch)
         handoff.source_pool = handoff.source_pool or source_pool
         return handoff.source_pool == source_pool

@@ -1,10 +1,10 @@
-"""What a target rank keeps of one hand-off, and what of it is whole. Pure.
+"""What a target rank knows of one hand-off, and which of its blocks are whole. Pure.
 
 A block is *whole* here when every layer of every head of it was read and confirmed by its source:
 
     covered[logical]   one bit for each (layer, local head); a confirmed segment sets its own
 
-What was announced is kept apart from what is held: only the latter may ever be used.
+Announced segments are kept apart from held ones: only the latter may ever be used.
 """
 
 from collections import Counter
@@ -48,7 +48,7 @@ class TargetHandoff:
     held: set[SegmentKey] = field(default_factory=set)  # read and confirmed
     layer_heads: Counter[int] = field(default_factory=Counter)  # announced, by logical block
     covered: dict[int, int] = field(default_factory=dict)  # confirmed, by logical block
-    is_doubtful: bool = False  # something was wrong with what its source said or sent
+    is_doubtful: bool = False  # something was wrong with what its source announced or sent
     commit: Commit | None = None
     prefill_ended: float = 0.0
     num_in_flight: int = 0
@@ -63,7 +63,7 @@ class TargetHandoff:
         return self.state in (TargetState.OPEN, TargetState.MANIFESTED)
 
     def block_id(self, logical: int) -> int | None:
-        """Where a logical block is to lie; None if nobody asked for it."""
+        """The block that a logical block is read into; None if it was not opened here."""
         index = logical - self.first_logical
         is_here = 0 <= index < len(self.blocks) and logical not in self.elsewhere
         return self.blocks[index].block_id if is_here else None
@@ -81,7 +81,7 @@ class TargetHandoff:
             self.read_s += now - self.reading_since
 
     def hold(self, key: SegmentKey) -> None:
-        """Its source has confirmed a segment that was read."""
+        """Hold a segment that was read and is confirmed by its source."""
         self.held.add(key)
         bits = self.asked[key]
         for logical in self.announced[key].logical_blocks:
@@ -99,10 +99,10 @@ class TargetHandoff:
         return None
 
     def num_whole_blocks(self, layout: KVLayout) -> int:
-        """How many of its blocks, from the first on, are whole; those elsewhere are not our matter.
+        """How many of its blocks, from the first on, are whole; those on other ranks do not count.
 
-        Only what no byte can land in any more: ask when no read is in flight. Of a hand-off in
-        which anything was wrong nothing is whole.
+        It is 0 while a read is in flight, whose bytes could still land in any of them, and of a
+        hand-off in which anything was wrong.
         """
         if self.is_doubtful or self.num_in_flight:
             return 0
@@ -111,7 +111,7 @@ class TargetHandoff:
         return (end if first_missing is None else first_missing) - self.first_logical
 
     def stats(self, transport: str, layout: KVLayout, now: float) -> TransferStats:
-        """How it went."""
+        """The statistics of a hand-off that is complete."""
         landed = self.layer_landed.values()
         return TransferStats(
             transport=transport,

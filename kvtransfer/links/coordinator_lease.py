@@ -1,17 +1,19 @@
-"""Which coordinator a rank obeys, and what it owes it. Pure.
+"""Which coordinator a rank obeys, and for how long. Pure.
 
-The life of an lease
-1. ``Hello`` is said on a new line. Until ``Welcome`` comes on that line, nothing else is told and
-   nothing is obeyed.
-2. ``Welcome`` of an epoch that is not lower than any seen before begins it. A gang that has formed
-   under an earlier coordinator is ready at once; its leader says anew what its cache holds.
-3. What the coordinator asks for is remembered until it has been told ``Released``.
-4. The connection keeps it: libzmq's threads, at both ends, hold it up as long as the processes
-   live, whatever these are busy with. A coordinator that says nothing for a minute is obeyed when
-   it goes on. When the connection is down and does not come back at once, or the coordinator does
-   not know this rank, the lease ends: everything that was asked for is aborted in the
-   coordinator's place, and the rank introduces itself on a new line. It does not matter who listens
-   there: the same coordinator after a pause, or the next one, at a higher epoch.
+The life of a lease
+1. ``Hello`` goes over a new connection. Until ``Welcome`` comes back on it, nothing else is sent
+   and nothing is obeyed.
+2. ``Welcome`` begins the lease, if its epoch is not lower than any seen before. A gang that has
+   formed under an earlier coordinator is ready at once; its leader sends again what its cache
+   holds.
+3. Each request of the coordinator is remembered until ``Released`` has been sent for it.
+4. The lease lasts as long as the connection: libzmq's threads, at both ends, keep it up while the
+   processes live, whatever these are busy with. So a coordinator that sends nothing for a minute is
+   obeyed when it goes on.
+5. The lease ends when the connection is down and does not come back at once, or when the
+   coordinator does not know this rank. All its requests are aborted in its place, and the rank
+   introduces itself over a new connection. There it may meet the same coordinator after a pause,
+   or the next one, at a higher epoch.
 """
 
 from collections import Counter, defaultdict
@@ -43,25 +45,25 @@ _OPENS = (Reserve, Prefill, Collect)  # a request is asked for by these, until R
 
 
 class CoordinatorLease:
-    """A rank's relation to its coordinator, and to the next one.
+    """A rank's lease from its coordinator, and then from the next one.
 
     Args:
-        timeout_s: how long a line may take to be connected; then another is tried.
+        timeout_s: how long a connection may take to be made; then another is tried.
         counters: counts what is not obeyed.
     """
 
     def __init__(self, timeout_s: float, counters: Counter[str]) -> None:
         self.epoch = 0  # the highest coordinator's so far
         self.was_welcome = False  # under any coordinator
-        self.is_welcome = False  # on the present line
+        self.is_welcome = False  # on the present connection
         self._timeout_s = timeout_s
         self._counters = counters
-        self._was_up = False  # the present line
-        self._up_at: float | None = None  # when it was last, or was begun; None: nobody has looked
+        self._was_up = False  # the present connection
+        self._up_at: float | None = None  # when it was last, or was begun; None: not looked at yet
         self._looked = 0.0
         self._ready: GangReady | None = None
         self._asked: dict[tuple[str, int], None] = {}  # requests, in order of arrival
-        # What the own pool has said that it holds, by tier.
+        # The hashes that the own pool holds, by tier, as it has reported them.
         self._cached: defaultdict[str, dict[bytes, None]] = defaultdict(dict)
 
     # -- what arrives ------------------------------------------------------------------------------
@@ -76,7 +78,8 @@ class CoordinatorLease:
                 self.epoch = message.coordinator_epoch
                 return False
             case Welcome():
-                self.epoch, self.is_welcome = message.coordinator_epoch, True
+                self.epoch = message.coordinator_epoch
+                self.is_welcome = True
                 return True
             case Introduce() | Refused() | Shutdown():
                 return True
@@ -88,16 +91,16 @@ class CoordinatorLease:
         return True
 
     def greeting(self) -> list[ToCoordinator]:
-        """What to say when welcomed: nothing, to the first coordinator."""
+        """The messages that answer a WELCOME: none for the first coordinator."""
         told: list[ToCoordinator] = []
         for tier, cached in self._cached.items():
             told += cache_updates(tuple(cached), tier)
         return told if self._ready is None else [*told, self._ready]
 
-    # -- what is said ------------------------------------------------------------------------------
+    # -- what is sent ------------------------------------------------------------------------------
 
     def may_say(self, message: ToCoordinator) -> bool:
-        """Whether to send a message now. What matters to the next coordinator is remembered."""
+        """Whether to send a message now. What the next coordinator must know is remembered."""
         match message:
             case Hello() | Heartbeat():
                 return True
@@ -115,31 +118,43 @@ class CoordinatorLease:
     # -- its end -----------------------------------------------------------------------------------
 
     def is_over(self, now: float, *, is_up: bool) -> bool:
-        """Whether the present line is to be given up; ``is_up``: it is connected.
+        """Whether the present connection is to be given up.
 
-        Ask many times a second: time in which nobody asked does not count, for then it was this
-        process that paused.
+        Ask many times a second: time in which it was not asked does not count, because then it was
+        this process that paused.
+
+        Args:
+            now: monotonic seconds.
+            is_up: the connection stands.
         """
-        paused_s, self._looked = now - self._looked, now
+        paused_s = now - self._looked
+        self._looked = now
         if is_up or self._up_at is None:
-            self._was_up, self._up_at = is_up, now
+            self._was_up = is_up
+            self._up_at = now
             return False
         if paused_s > PAUSE_S:
             self._up_at += paused_s
         if not self._was_up:
             return now - self._up_at > self._timeout_s
-        # What was said on it may be lost, and HELLO is said once.
+        # What was sent over it may be lost, and HELLO is sent only once.
         return not self.is_welcome or now - self._up_at > RETURN_S
 
     def end(self, now: float) -> list[Abort]:
-        """Begin anew with whoever listens; what to abort of what the last one asked for."""
+        """Begin anew, over a new connection.
+
+        Returns:
+            An abort of each request of the last coordinator.
+        """
         self.is_welcome = False
-        self._was_up, self._up_at = False, now
+        self._was_up = False
+        self._up_at = now
         aborts = [Abort(request_id, attempt) for request_id, attempt in self._asked]
         self._asked.clear()
         return aborts
 
     def welcomed(self) -> bool:
         """Note a WELCOME that was obeyed; whether it was the first."""
-        is_first, self.was_welcome = not self.was_welcome, True
+        is_first = not self.was_welcome
+        self.was_welcome = True
         return is_first

@@ -11,9 +11,9 @@ The life of a message:
    while nothing is acknowledged and starts small again when something is. The receiver
    says what it holds behind a gap, and only what fills it is sent.
 
-A receiver that acknowledges nothing through ``MAX_TIMEOUTS`` timeouts, some 30 s, is to be given
-up. These are counted rather than the seconds: time in which this process did not run says nothing
-of the other one.
+The sender gives up a receiver that acknowledges nothing through ``MAX_TIMEOUTS`` timeouts, some
+30 s. Timeouts are counted rather than seconds, because time in which this process did not run says
+nothing about the other one.
 """
 
 import math
@@ -42,7 +42,7 @@ class _Sent(Generic[M]):
 
 
 class Outbox(Generic[M]):
-    """The sender's end of a line."""
+    """The sender's end of a stream."""
 
     def __init__(self) -> None:
         self._waiting: deque[_Sent[M]] = deque()  # by number, without gaps
@@ -58,8 +58,7 @@ class Outbox(Generic[M]):
 
     @property
     def is_hopeless(self) -> bool:
-        """Whether the receiver has been silent for so long, or has so much to acknowledge, that
-        nothing more is to be kept for it."""
+        """Whether the receiver has been silent for too long, or has too much to acknowledge."""
         return self._num_timeouts > MAX_TIMEOUTS or len(self._waiting) > MAX_WAITING
 
     @property
@@ -74,17 +73,20 @@ class Outbox(Generic[M]):
         return self._num_sent
 
     def acknowledge(self, number: int, held: Collection[int] = ()) -> bool:
-        """All up to ``number`` has come, and ``held`` behind a gap.
+        """Take note that all up to ``number`` has come, and ``held`` behind a gap.
 
-        False, and nothing is done, if ``number`` was never sent.
+        Returns:
+            False, and nothing is done, if ``number`` was never sent.
         """
         if number > self._num_sent:
             return False
         waiting = self._waiting
+        # An old acknowledgement can overtake a newer one: what it holds is out of date.
         if number >= self._num_sent - len(waiting):
             self._held = held
         if waiting and waiting[0].number <= number:
-            self._timeout_s, self._num_timeouts = FIRST_TIMEOUT_S, 0
+            self._timeout_s = FIRST_TIMEOUT_S
+            self._num_timeouts = 0
             while waiting and waiting[0].number <= number:
                 waiting.popleft()
         return True
@@ -92,9 +94,9 @@ class Outbox(Generic[M]):
     def take_due(self, now: float) -> list[tuple[int, M]]:
         """What is to be sent again now, oldest first, with its numbers.
 
-        The oldest messages only: when they are acknowledged, the next ones are due at once. Half as
-        many each time, down to one, while nothing is acknowledged: who is silent is not flooded,
-        and who loses each n-th frame does not lose the same one for ever.
+        The oldest messages only: when they are acknowledged, the next ones are due at once. While
+        nothing is acknowledged it is half as many each time, down to one: a silent peer is not
+        flooded, and a link that loses each n-th frame does not lose the same one for ever.
         """
         if now < self.due_at:
             return []
@@ -112,10 +114,10 @@ class Outbox(Generic[M]):
 
 
 class Inbox(Generic[M]):
-    """The receiver's end of the line with the number ``line``."""
+    """The receiver's end of the stream with the number ``stream``."""
 
-    def __init__(self, line: int) -> None:
-        self.line = line
+    def __init__(self, stream: int) -> None:
+        self.stream = stream
         self._num_delivered = 0  # all up to this number
         self._early: dict[int, M] = {}  # by number
         self._num_owed = 0  # frames since the last acknowledgement
@@ -129,9 +131,12 @@ class Inbox(Generic[M]):
         return self._owed_since + (ACK_DELAY_S if self._num_owed < MAX_OWED else 0.0)
 
     def take(self, number: int, message: M, now: float) -> list[M] | None:
-        """What can be delivered, in order; None if this came before, or is too far ahead to keep.
+        """Take in a message.
 
-        Either way it has to be acknowledged what was delivered: the sender may not know.
+        Returns:
+            The messages that can be delivered now, in order; None if this one came before, or is
+            too far ahead to keep. Either way an acknowledgement is owed: the sender may have missed
+            the last one.
         """
         if not self._num_owed:
             self._owed_since = now
@@ -155,6 +160,6 @@ class Inbox(Generic[M]):
         return self._num_delivered, held
 
     def rest(self) -> None:
-        """The sender is gone, perhaps to come back: keep only what tells its repeats apart."""
+        """The sender is gone, and may come back: keep only the count by which repeats are known."""
         self._early.clear()
         self._num_owed = 0

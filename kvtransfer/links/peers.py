@@ -4,20 +4,20 @@ Every rank has one socket that all others send to, and one to each other rank. W
 connection is sent again on the next one (delivery.py, pure), for as long as both processes live and
 know each other:
 
-- A frame's sender is known by the routing id of its socket, SENDER+LINE+RECEIVER: pool, rank and
-  incarnation of the sender, the number of the line, the incarnation of the receiver. Who is not in
-  the coordinator's topology is not listened to, nor is who takes us for somebody else.
-- A peer that leaves the topology is forgotten, and what was kept for it. Should it come back as the
-  same process, it is sent to on a new line, which starts anew at both ends; of what it has sent,
-  we still know how far we got, for it may not have missed us at all.
+- A frame's sender is known by the routing id of its socket, SENDER+STREAM+RECEIVER: pool, rank and
+  incarnation of the sender, the number of the stream, the incarnation of the receiver. Frames of a
+  sender that is not in the coordinator's topology, or that are for another receiver, are dropped.
+- A peer that leaves the topology is forgotten, with all that was kept for it. If it comes back as
+  the same process, it gets a new stream, which starts anew at both ends. Of its own stream we still
+  know how far we got: it may not have noticed that we were gone.
 - A peer of another pool that acknowledges nothing for half a minute is given up: what was kept for
-  it is dropped, and a new line starts. Whether it lives is for the coordinator to decide, hand-offs
-  have their own budgets, and what comes through later finds a line without a gap.
-- libzmq's threads ask each peer every second whether it is there. A pool of which a rank has not
-  answered for some seconds is *cut off*: the coordinator is told, and lets others work together
-  until the connection is back, which libzmq goes on trying by itself.
-- In a gang there is no such budget: nobody would ever say again that something was closed. Ranks
-  that do not reach each other are no gang any more, so a silent one of our own pool ends us all.
+  it is dropped, and a new stream starts. The coordinator decides whether it lives, and hand-offs
+  have budgets of their own. What comes through later finds a stream without a gap.
+- libzmq's threads probe each peer every second. A pool of which a rank has not answered for some
+  seconds is *cut off*: the coordinator is told, and has other pools work together until the
+  connection is back, which libzmq goes on trying by itself.
+- In a gang there is no such budget, because a lost message would never be sent again, and ranks
+  that do not reach each other are no gang any more. A silent rank of the own pool ends the gang.
 """
 
 import contextlib
@@ -56,15 +56,15 @@ def is_milestone(count: int) -> bool:
 
 @dataclass(slots=True, eq=False)
 class Link:
-    """One peer, for as long as the line to it lasts."""
+    """One peer, for as long as the stream to it lasts."""
 
     name: PeerName
-    routing_id: str  # without the number of a line
+    routing_id: str  # without the number of a stream
     dealer: Dealer
-    line: int
+    stream: int
     inbox: Inbox[HandoffMessage]
     outbox: Outbox[HandoffMessage] = field(default_factory=Outbox)
-    up_at: float | None = None  # when the connection stood last; None: nobody has looked
+    up_at: float | None = None  # when the connection stood last; None: not looked at yet
 
     def is_cut_off(self, now: float) -> bool:
         """Whether the connection has been down for longer than one needs to come back."""
@@ -82,7 +82,7 @@ class Peers:
 
     Args:
         context: the thread's ZMQ context.
-        identity: who this rank is.
+        identity: of this rank.
         listen: "ipc:///DIR" or "tcp://HOST".
         counters: counts what is dropped and what is sent again.
     """
@@ -101,10 +101,10 @@ class Peers:
         address = f"{listen}/{uuid.uuid4().hex[:12]}" if listen.startswith("ipc") else f"{listen}:*"
         # A peer that has seen the end of a connection before we have comes back under its name.
         self.router = Router(context, address, hands_over=True)
-        self._num_lines = 0
+        self._num_streams = 0
         self._links: dict[str, Link] = {}  # by the peer's routing id
         self._by_name: dict[PeerName, Link] = {}
-        self._inboxes: dict[str, Inbox[HandoffMessage]] = {}  # of who is gone, oldest first
+        self._inboxes: dict[str, Inbox[HandoffMessage]] = {}  # of peers that are gone, oldest first
         self._awake: dict[str, Link] = {}  # those with something to send again or to acknowledge
         self._look_at = 0.0
         self.cut_off: tuple[str, ...] = ()  # other pools, of which a rank does not answer
@@ -134,18 +134,18 @@ class Peers:
                 PeerName(pool.pool_id, endpoint.rank),
                 routing_id,
                 endpoint.address,
-                self._inboxes.pop(routing_id, Inbox(line=0)),
+                self._inboxes.pop(routing_id, Inbox(stream=0)),
             )
         self._by_name = {link.name: link for link in self._links.values()}
 
     def _open_link(
         self, name: PeerName, routing_id: str, address: str, inbox: Inbox[HandoffMessage]
     ) -> Link:
-        self._num_lines += 1
+        self._num_streams += 1
         incarnation = routing_id.rpartition("/")[2]
-        socket_id = f"{self._identity.routing_id}+{self._num_lines}+{incarnation}"
+        socket_id = f"{self._identity.routing_id}+{self._num_streams}+{incarnation}"
         dealer = Dealer(self._context, address, socket_id, PULSE)
-        return Link(name, routing_id, dealer, self._num_lines, inbox)
+        return Link(name, routing_id, dealer, self._num_streams, inbox)
 
     def _forget(self, routing_id: str) -> None:
         link = self._links.pop(routing_id)
@@ -159,7 +159,7 @@ class Peers:
     # -- sending -----------------------------------------------------------------------------------
 
     def send(self, peer: PeerName, message: HandoffMessage) -> None:
-        """Send without blocking; to a peer that is gone nothing can be said.
+        """Send without blocking. A message to a peer that is gone is dropped, and counted.
 
         Raises:
             PeerError: a rank of the own pool has far too much to acknowledge.
@@ -178,7 +178,7 @@ class Peers:
             self._give_up(link)
 
     def keep_up(self, now: float) -> None:
-        """Send again what is overdue, and the acknowledgements that no message has carried.
+        """Send again what is overdue, and send acknowledgements that no message has carried.
 
         Raises:
             PeerError: a rank of the own pool no longer acknowledges anything.
@@ -194,15 +194,16 @@ class Peers:
                 self._give_up(link)
             elif link.inbox.due_at <= now:
                 ack, held = link.inbox.acknowledgement()
-                self._transmit(link, Acknowledgement(ack_line=link.inbox.line, ack=ack, held=held))
+                self._transmit(
+                    link, Acknowledgement(ack_stream=link.inbox.stream, ack=ack, held=held)
+                )
 
     def look(self, now: float) -> bool:
         """Look at the connections, if it is time to; whether :attr:`cut_off` has changed."""
         if now < self._look_at:
             return False
-        is_late = (
-            now - self._look_at > RETURN_S
-        )  # we were stopped: what is there must be read first
+        # Too late: this process was stopped, and what connections have brought meanwhile is unread.
+        is_late = now - self._look_at > RETURN_S
         self._look_at = now + LOOK_INTERVAL_S
         own = self._identity.pool_id
         others = [link for link in self._links.values() if link.name.pool_id != own]
@@ -217,10 +218,10 @@ class Peers:
 
     def _numbered(self, link: Link, number: int, message: HandoffMessage) -> Numbered:
         ack, held = link.inbox.acknowledgement()
-        return Numbered(number, message, ack_line=link.inbox.line, ack=ack, held=held)
+        return Numbered(number, message, ack_stream=link.inbox.stream, ack=ack, held=held)
 
     def _transmit(self, link: Link, frame: Frame) -> None:
-        """Put a frame on its way; if the socket takes none now, it is sent again when it is due."""
+        """Send a frame; if the socket takes none now, it is sent again when it is due."""
         try:
             link.dealer.send(_CODEC.encode(frame))
         except PeerError as error:
@@ -244,13 +245,13 @@ class Peers:
     # -- receiving ---------------------------------------------------------------------------------
 
     def receive(self) -> Iterator[tuple[PeerName, HandoffMessage]]:
-        """Everything that has arrived, from each peer in the order in which it was sent."""
+        """The messages that have arrived, of each peer in the order in which they were sent."""
         while (received := self.router.receive()) is not None:
             socket_id, data = received
             sender, _, rest = socket_id.partition("+")
-            line, _, receiver = rest.partition("+")
+            stream, _, receiver = rest.partition("+")
             link = self._links.get(sender)
-            if link is None or receiver != self._identity.incarnation or not line.isdecimal():
+            if link is None or receiver != self._identity.incarnation or not stream.isdecimal():
                 self._counters["dropped_unknown_sender"] += 1
                 continue
             try:
@@ -260,20 +261,20 @@ class Peers:
                 if is_milestone(self._counters["dropped_undecodable"]):
                     _log.warning("from %s: %s", socket_id, error)
                 continue
-            for message in self._take(link, int(line), frame):
+            for message in self._take(link, int(stream), frame):
                 yield link.name, message
 
-    def _take(self, link: Link, line: int, frame: Frame) -> Sequence[HandoffMessage]:
-        """What is to be delivered now that a frame has come."""
-        if frame.ack_line == link.line and not link.outbox.acknowledge(frame.ack, frame.held):
+    def _take(self, link: Link, stream: int, frame: Frame) -> Sequence[HandoffMessage]:
+        """Take in a frame; the messages that can be delivered now."""
+        if frame.ack_stream == link.stream and not link.outbox.acknowledge(frame.ack, frame.held):
             self._counters["dropped_wrong_acknowledgement"] += 1
         if isinstance(frame, Acknowledgement):
             return ()
-        if line < link.inbox.line:
-            self._counters["dropped_old_line"] += 1
+        if stream < link.inbox.stream:
+            self._counters["dropped_old_stream"] += 1
             return ()
-        if line > link.inbox.line:
-            link.inbox = Inbox(line)
+        if stream > link.inbox.stream:
+            link.inbox = Inbox(stream)  # the sender has begun anew, and so must its numbers
         self._awake[link.routing_id] = link
         ready = link.inbox.take(frame.number, frame.message, time.monotonic())
         if ready is None:

@@ -6,9 +6,9 @@ The life of a read
 3. ``read`` posts a list of byte runs from the peer's pool into the own one and returns at once;
 4. ``progress`` and ``poll`` move it along; ``poll`` says DONE or FAILED exactly once it has ended.
 
-There is no cancel. Until ``poll`` has returned DONE or FAILED bytes may still land in the target
-blocks, so whoever posted a read keeps its blocks out of use until then. After FAILED any part of
-the bytes may have landed and none may be used.
+There is no cancel. Until ``poll`` has returned DONE or FAILED, bytes may still land in the target
+blocks, so they must be kept out of use until then. After FAILED any part of the bytes may have
+landed, and none may be used.
 
 One thread owns a transport and makes every call on it. Both sides must call ``progress`` often
 (each millisecond or so while anything is in flight): the source's side of a read may need it.

@@ -1,4 +1,4 @@
-"""KV over NIXL and its UCX backend: shared memory, TCP, RDMA or NVLink, as UCX finds and is told.
+"""KV over NIXL and its UCX backend: shared memory, TCP, RDMA or NVLink, as UCX is configured.
 
 The life of a read
 1. ``read`` cuts the runs into pieces and the pieces into posts of bounded size, because on a CPU
@@ -170,7 +170,7 @@ class NixlTransport(KVTransport):
         return metadata
 
     def _prove(self, incarnation: str, agent: bytes, memory: _Memory) -> bytes:
-        """NIXL reads these bytes with little suspicion, so nobody else's come before it."""
+        """NIXL checks these bytes little, so only those of this cluster's ranks may reach it."""
         encoded = msgspec.msgpack.encode(memory)
         return prove(self._token, "baton 3 nixl", incarnation.encode(), agent, encoded)
 
@@ -240,7 +240,8 @@ class NixlTransport(KVTransport):
         return self._agent.get_xfer_descs(rows, memory.segment)
 
     def _release(self, read: _NixlRead) -> None:
-        handle, read.posted = read.posted, None
+        handle = read.posted
+        read.posted = None
         if handle is None:
             return
         try:
@@ -264,7 +265,7 @@ class NixlTransport(KVTransport):
 
     def progress(self) -> None:
         try:
-            self._agent.get_new_notifs()  # drives UCX; nobody sends any
+            self._agent.get_new_notifs()  # drives UCX; no notification is ever sent
         except NIXL_ERRORS as error:
             _log.debug("progress: %s", error)
 
@@ -273,7 +274,8 @@ class NixlTransport(KVTransport):
             self.disconnect(incarnation)
         if self._registered is None or self._in_flight:
             return  # with reads in flight only the end of the process is safe
-        registered, self._registered = self._registered, None
+        registered = self._registered
+        self._registered = None
         try:
             self._agent.deregister_memory(registered)
         except NIXL_ERRORS as error:

@@ -84,7 +84,7 @@ class TcpTransport(KVTransport):
 
     Args:
         incarnation: this rank's.
-        token: the cluster's secret; nothing is served to who does not know it.
+        token: the cluster's secret; a reader that does not know it is served nothing.
         host: the address to listen on, as other ranks can reach it.
     """
 

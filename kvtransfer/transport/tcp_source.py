@@ -1,8 +1,8 @@
-"""The source's side of TCP reads: it serves bytes of its pool to who knows the cluster's token.
+"""The source's side of TCP reads: it serves bytes of its pool to readers that know the token.
 
 The life of a connection
 1. accepted and sent a nonce; closed when no right proof comes in time;
-2. a request is read to its end and every run of it checked against the pool, nothing is trusted;
+2. a request is read to its end, and every run of it is checked against the pool;
 3. its bytes go out straight from the pool; the next request is not looked at before they are gone,
    so a reader that does not read holds one request and nothing more.
 """
@@ -150,7 +150,8 @@ class TcpSource:
 
     def _admit(self, connection: _Connection) -> None:
         received = connection.received
-        theirs, end = bytes(received[:NONCE_BYTES]), NONCE_BYTES + PROOF_BYTES
+        theirs = bytes(received[:NONCE_BYTES])
+        end = NONCE_BYTES + PROOF_BYTES
         about = (self._incarnation, connection.nonce, theirs)
         proof = prove_end(self._token, "reader", *about)
         if not hmac.compare_digest(proof, bytes(received[NONCE_BYTES:end])):

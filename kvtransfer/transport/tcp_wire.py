@@ -1,9 +1,9 @@
-"""What the two ends of a TCP read say to each other.
+"""The wire format between the two ends of a TCP read.
 
 1. source -> reader: ``NONCE_BYTES`` of randomness;
 2. reader -> source: a nonce of its own and the reader's proof, over both nonces and the incarnation
-   of the source; the token itself never travels, and a proof is of no use to whoever listens at a
-   dead rank's port;
+   of the source; the token itself never travels, and a proof is useless to a process that listens
+   at a dead rank's port;
 3. source -> reader: the source's proof, over the same, before any byte of its pool;
 4. reader -> source, any number of times, without waiting for that: a uint32 count, then (uint64
    offset, uint64 bytes) each;
@@ -11,7 +11,7 @@
 
 Both ends are proven when a connection begins; what follows is in clear and not signed.
 
-Whoever breaks this is disconnected; there are no error messages. Integers are little-endian.
+A peer that breaks this is disconnected; there are no error messages. Integers are little-endian.
 """
 
 import struct
@@ -30,8 +30,10 @@ _MAX_VIEW_BYTES = 4 << 20
 
 
 def prove_end(token: str, end: str, incarnation: str, source: bytes, reader: bytes) -> bytes:
-    """That the ``end``, "reader" or "source", knows the token: over whose pool it is about, and the
-    nonces of both."""
+    """The proof that an end, "reader" or "source", knows the token.
+
+    It covers the incarnation whose pool is read, and the nonces of both ends.
+    """
     return prove(token, f"baton 3 kv {end}", incarnation.encode(), source, reader)
 
 

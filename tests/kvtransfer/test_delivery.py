@@ -1,4 +1,5 @@
-"""Exactly once and in order, whatever the connection does: the two ends of a line, and a lossy way.
+"""Exactly once and in order, whatever the connection does: the two ends of a stream, and a lossy
+way.
 
 In every history of the property test, some frames and acknowledgements are dropped, doubled and
 overtaken for as long as the history says; then the way is good again.

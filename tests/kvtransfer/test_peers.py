@@ -288,7 +288,7 @@ def _time_out(side: Side) -> None:
 def test_a_silent_peer_is_given_up_and_found_again(
     context: Context, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What was kept for it is gone; what is said afterwards starts a new line, without a gap."""
+    """What was kept for it is gone; what is said afterwards starts a new stream, without a gap."""
     sides = Side(context, "p", failpoints="handoff.send:drop@1"), Side(context, "d")
     sides[0].peers.set_pools([sides[1].pool()])  # which does not know the other one, and is silent
     sides[0].say(sides[1], 1, 2)
@@ -354,7 +354,7 @@ def test_a_new_incarnation_starts_anew(context: Context) -> None:
     _close(one, new)
 
 
-def test_frames_of_old_lines_and_for_old_incarnations_are_dropped(context: Context) -> None:
+def test_frames_of_old_streams_and_for_old_incarnations_are_dropped(context: Context) -> None:
     """A port may be another process's by now, and a connection may be slower than its successor."""
     one, other = Side(context, "p"), Side(context, "d")
     _meet(one, other)
@@ -367,7 +367,7 @@ def test_frames_of_old_lines_and_for_old_incarnations_are_dropped(context: Conte
     _run(one, other, until=lambda: len(other.got) == 2)
     address = other.peers.address
     for socket_id, counter in (
-        (f"{one.identity.routing_id}+1+1", "dropped_old_line"),
+        (f"{one.identity.routing_id}+1+1", "dropped_old_stream"),
         (f"{one.identity.routing_id}+9+0", "dropped_unknown_sender"),
         (f"{one.identity.routing_id}+x+1", "dropped_unknown_sender"),
         (one.identity.routing_id, "dropped_unknown_sender"),
@@ -384,7 +384,7 @@ def test_frames_of_old_lines_and_for_old_incarnations_are_dropped(context: Conte
 
 
 def _frame(context: Context, one: Side, other: Side) -> bytes:
-    """The first frame of a line, as it is on the wire."""
+    """The first frame of a stream, as it is on the wire."""
     listener = Side(context, other.identity.pool_id)
     speaker = Side(context, one.identity.pool_id)
     _meet(listener, speaker)

@@ -1,7 +1,7 @@
-"""A rank's line to the coordinator: HELLO, heartbeats, and whatever the main thread has to say.
+"""A rank's connection to the coordinator: HELLO, heartbeats, and the main thread's messages.
 
-Each HELLO is said on a line of its own, under a routing id of its own: what was sent by, or is
-meant for, a coordinator that this rank has given up reaches nobody.
+Each HELLO goes over a connection of its own, under a routing id of its own. So no message from or
+to a coordinator that this rank has given up is ever delivered.
 """
 
 import logging
@@ -39,15 +39,15 @@ _PAGE_BYTES = 4096
 _log = logging.getLogger(__name__)
 
 
-class ControlLine:
+class CoordinatorConnection:
     """The connection to the coordinator. For the transfer thread alone.
 
     Args:
         context: the thread's ZMQ context.
-        identity: who this rank is.
+        identity: of this rank.
         config: the coordinator's address, and after how long without a sign of life it is gone.
         counters: counts what is dropped.
-        poller: waits for the line.
+        poller: waits for the connection.
     """
 
     def __init__(
@@ -64,32 +64,32 @@ class ControlLine:
         self._config = config
         self._counters = counters
         self._poller = poller
-        self._num_lines = 0
+        self._num_opened = 0
         # A stopped coordinator is given up after the whole of the time-out: it answered up to one
         # interval ago, does not answer, and does not come back.
         unanswered_s = config.coordinator_timeout_s - PULSE_INTERVAL_S - RETURN_S
         self._pulse = Pulse(PULSE_INTERVAL_S, max(PULSE_INTERVAL_S, unanswered_s))
-        self._dealer = self._open_line()
+        self._dealer = self._open()
         self._hello: Hello | None = None
         self._status = ReportStatus(num_steps=0, step_started=None)
         self._next_beat = 0.0
         self._cut_off: tuple[str, ...] = ()
 
-    def _open_line(self) -> Dealer:
+    def _open(self) -> Dealer:
         name = self._identity.routing_id
-        if self._num_lines:
-            name += f"+{self._num_lines}"
-        self._num_lines += 1
+        if self._num_opened:
+            name += f"+{self._num_opened}"
+        self._num_opened += 1
         dealer = Dealer(self._context, self._config.control_address, name, self._pulse)
         self._poller.add(dealer)
         return dealer
 
-    def _close_line(self) -> None:
+    def _close(self) -> None:
         self._poller.remove(self._dealer)
         self._dealer.close()
 
     def say_hello(self, endpoint: RankEndpoint, gang: GangAddress | None) -> None:
-        """Introduce this rank; answered by Welcome when its whole gang has, or by Refused."""
+        """Introduce this rank. Welcome answers when its whole gang has done so, or Refused."""
         self._hello = Hello(
             version=PROTOCOL_VERSION,
             role=self._identity.role,
@@ -105,17 +105,20 @@ class ControlLine:
         self.send(self._hello)
 
     def change_coordinator(self) -> list[Abort]:
-        """Say HELLO on a new line; what is to be aborted of what the old one has asked for."""
+        """Say HELLO over a new connection.
+
+        Returns:
+            An abort of each request of the old coordinator.
+        """
         assert self._hello is not None, "there was a HELLO"
-        self._close_line()
-        self._dealer = self._open_line()
+        self._close()
+        self._dealer = self._open()
         aborts = self.lease.end(time.monotonic())
         self.send(msgspec.structs.replace(self._hello, coordinator_epoch=self.lease.epoch))
         return aborts
 
     def send(self, message: ToCoordinator) -> None:
-        """Send without blocking. Before WELCOME, what is of no use to the next coordinator goes
-        nowhere.
+        """Send without blocking. Before WELCOME, only what the next coordinator can use is sent.
 
         Raises:
             PeerError: the coordinator has not read for so long that the queue is full.
@@ -124,7 +127,7 @@ class ControlLine:
             self._dealer.send(_OUT.encode(message))
 
     def receive(self) -> Iterator[ToRank]:
-        """Everything that has arrived and is to be acted upon."""
+        """The messages that have arrived and are to be acted upon."""
         dealer = self._dealer
         while dealer is self._dealer and (frame := dealer.receive()) is not None:
             try:
@@ -142,11 +145,12 @@ class ControlLine:
         return self.lease.is_over(now, is_up=self._dealer.is_up)
 
     def tell_cut_off(self, pools: tuple[str, ...]) -> None:
-        """Other pools that this rank does not reach, from now on; the next heartbeat is due."""
-        self._cut_off, self._next_beat = pools, 0.0
+        """Report the pools that this rank does not reach, by a heartbeat that is due at once."""
+        self._cut_off = pools
+        self._next_beat = 0.0
 
     def report(self, status: ReportStatus) -> None:
-        """What the next heartbeats say."""
+        """Set the content of the next heartbeats."""
         self._status = status
 
     def beat(self, now: float) -> None:
@@ -174,7 +178,7 @@ class ControlLine:
         )
 
     def close(self) -> None:
-        self._close_line()
+        self._close()
 
 
 def _resident_bytes() -> int:
