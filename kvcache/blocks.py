@@ -1,4 +1,4 @@
-"""Who holds which block of one block space. Pure: ids and counters, no memory.
+"""The blocks of one block space and their owners. Pure: ids and counters, no memory.
 
 The life of a block
 1. FREE -> OWNED: ``allocate`` hands it out at a new generation, runs of adjacent ids first;
@@ -9,8 +9,8 @@ The life of a block
    with a hash it is CACHED, and evicted, least recently used first, when free blocks run short;
    else FREE.
 
-So a block has two lifetimes, its owners' and its transfers', and only when both are over can it be
-handed out again: bytes of an aborted read land as long as its handle is not seen to end.
+So a block has two lifetimes, its owners' and its transfers', and it can be handed out again only
+when both are over: bytes of an aborted read can land until its handle is seen to end.
 """
 
 import enum
@@ -25,7 +25,7 @@ from protocol.messages import BlockCounts
 
 
 class BlockState(enum.StrEnum):
-    """What a block is in, as its counters say; see ``_Block.state``."""
+    """The state of a block, which follows from its counters; see ``_Block.state``."""
 
     FREE = "free"
     OWNED = "owned"
@@ -49,7 +49,7 @@ class BlockEvent(enum.StrEnum):
 
 _S, _E = BlockState, BlockEvent
 
-# (state, event) -> the states that may follow; which of them, the counters say.
+# (state, event) -> the states that may follow; the counters decide which of them does.
 TABLE: dict[tuple[BlockState, BlockEvent], frozenset[BlockState]] = {
     (_S.FREE, _E.ALLOCATE): frozenset({_S.OWNED}),
     (_S.OWNED, _E.SHARE): frozenset({_S.OWNED}),
@@ -186,8 +186,10 @@ class BlockPool:
         self._apply(BlockEvent.SHARE, refs)
 
     def release(self, refs: Iterable[BlockRef]) -> None:
-        """Drop one owner of each. Of blocks that become cached, the last of ``refs`` is evicted
-        first: a prefix is worth more than what follows it.
+        """Drop one owner of each.
+
+        Of blocks that become cached, the last of ``refs`` is evicted first: a block is of no use
+        without those before it.
 
         Raises:
             StaleError, IllegalTransition: a block is not owned at that generation.
@@ -205,7 +207,7 @@ class BlockPool:
         self._apply(BlockEvent.BEGIN_TRANSFER, refs)
 
     def end_transfer(self, refs: Iterable[BlockRef]) -> None:
-        """Count one transfer less: it was seen to end, one way or the other.
+        """Count one transfer less: it was seen to end, whether it succeeded or not.
 
         Raises:
             StaleError, IllegalTransition: a block has no transfer in flight at that generation.
@@ -215,9 +217,10 @@ class BlockPool:
     # -- content -----------------------------------------------------------------------------------
 
     def set_hash(self, ref: BlockRef, block_hash: bytes) -> bool:
-        """Say what a full, owned block holds, so that ``match`` finds it.
+        """Name the content of a full, owned block, so that ``match`` finds it.
 
-        When another block is known to hold the same, that one is kept and nothing changes.
+        When another block is known to hold the same, that one stays in the index and nothing
+        changes.
 
         Returns:
             Whether ``match`` now finds this very block.
@@ -233,8 +236,10 @@ class BlockPool:
         return known == ref.block_id
 
     def forget(self, hashes: Iterable[bytes]) -> None:
-        """What was said to hold this content is in doubt: ``match`` finds it no more. Whoever owns
-        such a block keeps it."""
+        """Drop the blocks with these contents, which are in doubt, from what ``match`` finds.
+
+        Owners of such a block keep it.
+        """
         for block_hash in hashes:
             block_id = self._by_hash.get(block_hash)
             if block_id is not None:
@@ -253,13 +258,14 @@ class BlockPool:
         return refs
 
     def find(self, block_hash: bytes) -> BlockRef | None:
-        """The block that holds this content."""
+        """The block that holds this content; None if no block is known to."""
         block_id = self._by_hash.get(block_hash)
         return None if block_id is None else BlockRef(block_id, self._blocks[block_id].generation)
 
     def take_cache_events(self) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
-        """Hashes (stored, evicted) since the last call; what came and went is in neither."""
-        events, self._cache_events = self._cache_events, {}
+        """Hashes (stored, evicted) since the last call; one that came and went is in neither."""
+        events = self._cache_events
+        self._cache_events = {}
         stored = tuple(block_hash for block_hash, is_stored in events.items() if is_stored)
         evicted = tuple(block_hash for block_hash, is_stored in events.items() if not is_stored)
         return stored, evicted
@@ -302,6 +308,7 @@ class BlockPool:
 
     def _apply(self, event: BlockEvent, refs: Iterable[BlockRef]) -> None:
         """Work out every change first, so that a refusal leaves nothing half done."""
+        # ``refs`` may name a block twice: the second time starts from what the first time made.
         changed: dict[int, _Block] = {}
         for ref in refs:
             block = self._checked(ref)
@@ -323,7 +330,8 @@ class BlockPool:
         self._blocks[block_id] = after
         if before.block_hash != after.block_hash:
             self._index(block_id, before.block_hash, after.block_hash)
-        left, entered = before.state, after.state
+        left = before.state
+        entered = after.state
         if left is entered:
             return
         self._counts[left] -= 1

@@ -26,7 +26,8 @@ class FreeRuns:
 
     def add(self, block_id: int) -> None:
         """Add an id that is not in the set, joining it to its neighbours."""
-        start, length = block_id, 1
+        start = block_id
+        length = 1
         before = self._first_of.get(block_id - 1)
         if before is not None:
             length += self._remove(before)

@@ -1,24 +1,24 @@
-"""How much memory this machine, or the container that we are in, has left. No torch.
+"""The memory that this machine, or the container of this process, has left. No torch.
 
-Linux tells it in three places: what the kernel could give without swapping (MemAvailable of
-/proc/meminfo, see proc(5)), and for each control group that we are in, what it may use and does use
+Linux has it in three places: what the kernel could give without swapping (MemAvailable of
+/proc/meminfo, see proc(5)), and the limit and the use of each control group of this process
 (memory.max and memory.current of cgroup v2, memory.limit_in_bytes and memory.usage_in_bytes of v1).
-Pages of files that a group has cached count as used there, but are given up when they are needed.
+Cached pages of files count as used there, but the kernel frees them when memory is needed.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-# What becomes KV by --kv-memory auto, of what a rank's weights and largest step leave: on CPU,
-# pre-empted KV, files' pages and other programs need the rest.
+# The share of the memory left by a rank's weights and largest step that --kv-memory auto takes for
+# KV. On CPU, pre-empted KV, files' pages and other programs need the rest.
 CPU_SHARE = 0.3
 CUDA_SHARE = 0.9
 PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 class Room(NamedTuple):
-    """Memory that can still be had, and what bounds it, in words."""
+    """Memory that can still be had, and its bound, in words for an operator."""
 
     num_bytes: int
     bound: str
@@ -39,7 +39,7 @@ def total_bytes(proc: Path = PROC, cgroup: Path = CGROUP) -> int:
 
 
 def resident_bytes(proc: Path = PROC) -> int:
-    """Of this process, now."""
+    """Resident bytes of this process, now."""
     return _status(proc, "VmRSS")
 
 
@@ -74,11 +74,11 @@ def _kilobytes(file: Path, field: str) -> int:
 class _Group(NamedTuple):
     folder: Path
     limit: int
-    used: int  # without what would be given up when it is needed
+    used: int  # without the pages that the kernel would free when memory is needed
 
 
 def _groups(proc: Path, cgroup: Path) -> Iterator[_Group]:
-    """The limits of our groups and of those that they are in."""
+    """The groups of this process and those that they are in."""
     try:
         lines = (proc / "self/cgroup").read_text().splitlines()
     except OSError:

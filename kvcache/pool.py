@@ -7,7 +7,7 @@ The life of a block's bytes
 3. a transfer reads or writes them at byte offsets from ``base_address`` (``bytes``, ``view``);
 4. a pre-empted sequence's blocks go to host memory and come back (``save``, ``restore``).
 
-Which block belongs to whom is not known here; see :mod:`kvcache.blocks`.
+The owners of blocks are not known here; see :mod:`kvcache.blocks`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -74,8 +74,8 @@ class KVPool:
             slots_T: int64, ``block_id * block_size + offset`` of each token, on the pool's device.
         """
         blocks_T = torch.div(slots_T, self.layout.block_size, rounding_mode="floor")
-        # A block has 2 * K rows for each of its slots; its first is what a slot's own number,
-        # counted in slots, lacks.
+        # The row of the slot is blocks * 2 * K * block_size + offset. ``slots`` already counts
+        # block_size rows for each block, so the rest is added.
         stride = (2 * self.layout.num_kv_heads - 1) * self.layout.block_size
         return ((slots_T + blocks_T * stride).unsqueeze(1) + self._head_rows_K).view(-1)
 

@@ -1,8 +1,8 @@
 """Finding a prompt's prefix among the blocks that are kept. Pure.
 
 A block's hash names its tokens *and* everything before them: each hash covers its parent's, and the
-first block's parent covers the salt (model and tenant), so equal hashes mean equal KV and nobody
-hits what another tenant has cached. The pools themselves know which block holds which hash.
+first block's parent covers the salt (model and tenant). So equal hashes mean equal KV, and no
+tenant hits what another one has cached. The pools themselves know which block holds which hash.
 """
 
 import hashlib

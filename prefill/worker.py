@@ -160,7 +160,7 @@ def _forward(config: PrefillConfig, model: Model, pool: KVPool, num_tokens: int)
 
 
 def measure(config: PrefillConfig, model: Model, pool: KVPool, comm: RingComm | None) -> PoolCosts:
-    """What chunks cost here; every rank of the gang calls it, the leader's answer counts."""
+    """Measure the cost of chunks. Every rank of the gang calls it; the leader's figures count."""
     shape = ChunkShape.of(
         model.config,
         tp_size=config.tp_size,
@@ -170,7 +170,13 @@ def measure(config: PrefillConfig, model: Model, pool: KVPool, comm: RingComm | 
     if is_arithmetic(config.model):
         costs = ARITHMETIC_COSTS
     else:
-        ring = tuple(range(config.cp_size))
-        link = None if comm is None else (comm, ring, config.cp_rank)
-        costs = measure_cost_model(model.kernel, shape, model.dtype, model.device, link)
+        costs = measure_cost_model(
+            model.kernel,
+            shape,
+            model.dtype,
+            model.device,
+            comm=comm,
+            ring=tuple(range(config.cp_size)),
+            cp_rank=config.cp_rank,
+        )
     return PoolCosts(costs, shape, config.ring_threshold_tokens)

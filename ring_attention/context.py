@@ -76,7 +76,9 @@ class RingAttention(AttentionContext):
         self._take_tokens(self._shard(None))
 
     def _take_tokens(self, shard: Shard) -> None:
-        work, block_size, device = self.work, self.pool.layout.block_size, self.pool.device
+        work = self.work
+        block_size = self.pool.layout.block_size
+        device = self.pool.device
         ranges = [torch.arange(run.start, run.end) for run in shard.runs]
         positions_T = torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.int64)
         chunk_ids = torch.tensor(work.token_ids, dtype=torch.int64)

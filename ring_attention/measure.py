@@ -26,25 +26,40 @@ def measure_cost_model(
     shape: ChunkShape,
     dtype: torch.dtype,
     device: torch.device,
-    link: tuple[RingComm, tuple[int, ...], int] | None,
+    comm: RingComm | None,
+    ring: tuple[int, ...],
+    cp_rank: int,
 ) -> CostModel:
     """Measure this rank and its link; takes a fraction of a second after warming up.
 
+    All ranks of the pool call it at the same time.
+
     Args:
-        link: (comm, all cp ranks of the pool, this cp rank): every rank calls at the same time.
-            None in a pool of one, whose link is then free.
+        kernel: the device's attention.
+        shape: of the model's shard.
+        dtype: of activations.
+        device: of this rank.
+        comm: None in a pool of one, whose link is then free.
+        ring: all cp ranks of the pool.
+        cp_rank: this one.
 
     Raises:
         PeerError: a rank did not take part in time.
     """
     attention = _attention_flops_per_s(kernel, shape, dtype, device)
     linear = _linear_flops_per_s(shape, dtype, device)
-    if link is None or len(link[1]) == 1:
-        return CostModel(attention, linear, float("inf"), 0.0)
-    latency_s = _exchange_seconds(*link, SMALL_BYTES, device)
-    large_s = _exchange_seconds(*link, LARGE_BYTES, device)
-    bandwidth = LARGE_BYTES / max(large_s - latency_s, 1e-9)
-    return CostModel(attention, linear, bandwidth, latency_s)
+    latency_s = 0.0
+    bandwidth = float("inf")
+    if comm is not None and len(ring) > 1:
+        latency_s = _exchange_seconds(comm, ring, cp_rank, SMALL_BYTES, device)
+        large_s = _exchange_seconds(comm, ring, cp_rank, LARGE_BYTES, device)
+        bandwidth = LARGE_BYTES / max(large_s - latency_s, 1e-9)
+    return CostModel(
+        attention_flops_per_s=attention,
+        linear_flops_per_s=linear,
+        bandwidth_bytes_per_s=bandwidth,
+        latency_s=latency_s,
+    )
 
 
 def _attention_flops_per_s(
@@ -83,7 +98,7 @@ def _exchange_seconds(
 
 
 def _best_seconds(action: Callable[[], object], device: torch.device) -> float:
-    """The best of a few runs, after one that pays for what only the first one pays."""
+    """The best of a few runs, after one that pays for allocations and compilation."""
     action()
     best = float("inf")
     for _ in range(REPEATS):

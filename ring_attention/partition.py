@@ -1,11 +1,11 @@
-"""How one chunk lies on a ring: who computes which tokens, who holds which keys, who sees what.
+"""How one chunk lies on a ring: the tokens, the keys, and the keys that tokens see, rank by rank.
 
 1. The prefill leader deals a chunk's blocks with :func:`deal_zigzag`: each block has one owner, and
    causal work is even, because a rank gets one early and one late run of blocks.
-2. Every rank of the ring derives the same :class:`Partition` from the same ChunkWork, so nobody
-   sends a size or a position: they are known on both sides of every message.
+2. Every rank of the ring derives the same :class:`Partition` from the same ChunkWork, so no size or
+   position is ever sent: they are known on both sides of every message.
 3. A rank's tokens of the chunk are a few runs of consecutive positions. All keys inside a run are
-   the rank's own, so of anybody else's keys a run sees just those before it: a leading slice of
+   the rank's own, so of another rank's keys a run sees just those before it: a leading slice of
    keys in ascending order, without a mask. Of its own it sees such a slice and its diagonal square.
 
 No torch here: shapes and indices only.
@@ -147,10 +147,10 @@ class Partition:
         return len(self.ring)
 
     def visible_keys(self, q_index: int, k_index: int) -> tuple[VisibleKeys, ...]:
-        """What the tokens of one rank see of another's keys; nothing empty is among them.
+        """The keys at ring index ``k_index`` that the runs at ``q_index`` see; no entry is empty.
 
-        A rank sees of its own keys each run's diagonal first, so that no row is ever without keys
-        when later partials are merged.
+        Of a rank's own keys each run's diagonal comes first, so that no row is without keys when
+        later partials are merged.
         """
         key = (q_index, k_index)
         if key not in self._sights:
@@ -164,7 +164,8 @@ class Partition:
             if q_index == k_index:
                 cut = None if self.window is None or run.num_tokens <= self.window else self.window
                 yield VisibleKeys(run, before, before + run.num_tokens, True, cut)
-            oldest, cut = 0, None
+            oldest = 0
+            cut = None
             if self.window is not None:
                 oldest = shard.num_keys_before(run.start - self.window + 1)
                 # Keys that the last query no longer sees: is there one among the slice's?

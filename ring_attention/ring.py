@@ -1,17 +1,17 @@
-"""The ring: messages go round, every rank attends with what comes by, partials are merged.
+"""The ring: messages go round, every rank attends with each that comes by, partials are merged.
 
 One layer on one rank, the step ``i`` of N:
 1. :func:`circulate` holds the message of rank ``r - i``; before anything is computed it posts the
    receive of the next one and the send of this one.
-2. pass-KV: the message is keys and values, and this rank's queries attend to what they see of it.
+2. pass-KV: the message is keys and values, and this rank's queries attend to those they may see.
    pass-Q: the message is queries, which attend to this rank's keys; the partial result goes
    straight back to their owner.
 3. The wait, and round again.
 
-Either way a rank's partials are the same and are merged in fp32 in the same order, which no timing
-changes: each run's own diagonal, what else the rank holds, then ranks r-1, r-2, ... So both forms
-give the same bits. A message goes on only as far as somebody sees something of it; empty pieces do
-not exist.
+Either way a rank's partials are the same and are merged in fp32 in the same order, whatever the
+timing: each run's own diagonal, what else the rank holds, then ranks r-1, r-2, ... So both forms
+give the same bits. A message travels only as far as some rank sees a part of it, and empty pieces
+do not exist.
 
 Shapes, beside those of modeling.context: a KV message is [2, K, L, H] with L whole blocks, as
 KVPool.gather lays it out; a partial is out_TNH then lse_TN, in one run of bytes.
@@ -46,7 +46,7 @@ class RingBuffers:
         num_bytes = math.prod(shape) * dtype.itemsize
         memory = self._memory.get(name)
         if memory is None or memory.numel() < num_bytes:
-            with torch.inference_mode(False):  # usable in either mode, whoever comes first
+            with torch.inference_mode(False):  # a tensor for both modes
                 memory = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
             self._memory[name] = memory
         return memory[:num_bytes].view(dtype).view(shape)
@@ -94,11 +94,11 @@ def key_positions(shard: Shard) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class RingSchedule:
-    """Once round the ring, as all of its ranks know it beforehand."""
+    """One lap of the ring's messages, which all of its ranks know beforehand."""
 
     ring: tuple[int, ...]  # cp ranks
     index: int  # this rank's, in the ring
-    hops: tuple[int, ...]  # how many ranks on each rank's message travels
+    hops: tuple[int, ...]  # of each rank's message: how many ranks on it travels
     shapes: tuple[Shape, ...]  # of each rank's message
     dtype: torch.dtype
 
@@ -106,13 +106,16 @@ class RingSchedule:
 def circulate(
     comm: RingComm | None, schedule: RingSchedule, own: torch.Tensor | None, buffers: RingBuffers
 ) -> Iterator[tuple[int, torch.Tensor | None]]:
-    """Send every rank's message round, and yield what comes by, this rank's own first.
+    """Send every rank's message round, and yield each that comes by, this rank's own first.
 
-    While the caller works on what was yielded, the next message arrives. What was yielded holds
-    until the iteration goes on.
+    While the caller works on a message, the next one arrives. A message is valid until the
+    iteration goes on.
 
     Args:
-        own: this rank's message; None if it has nothing that anybody needs.
+        comm: None in a ring of one.
+        schedule: the lap.
+        own: this rank's message; None if no other rank needs one.
+        buffers: for the messages that arrive.
 
     Yields:
         (step, the message of ring index ``index - step``), or None where none comes this far.
@@ -121,10 +124,12 @@ def circulate(
         PeerError: a neighbour did not do its part in time.
     """
     size = len(schedule.ring)
-    left, right = schedule.ring[schedule.index - 1], schedule.ring[(schedule.index + 1) % size]
+    left = schedule.ring[schedule.index - 1]
+    right = schedule.ring[(schedule.index + 1) % size]
     held = own
     for step in range(size):
-        origin, following = (schedule.index - step) % size, (schedule.index - step - 1) % size
+        origin = (schedule.index - step) % size  # of the message held
+        following = (origin - 1) % size  # of the message that comes next
         sends: list[Message] = []
         receives: list[Message] = []
         if schedule.hops[origin] > step:
@@ -132,10 +137,11 @@ def circulate(
             sends.append((right, held))
         arriving = None
         if step + 1 < size and schedule.hops[following] > step:
+            # Two buffers by turns: while this one fills, the other one is being sent and read.
             arriving = buffers.take(f"lap {step % 2}", schedule.shapes[following], schedule.dtype)
             receives.append((left, arriving))
         pending = _exchange(comm, sends, receives)
-        yield step, held
+        yield step, held  # the caller computes here, while the messages move
         if pending is not None:
             pending.wait()
         held = arriving
@@ -198,18 +204,18 @@ class RingLoop:
         self.index = self.ring.index(cp_rank)
         shards = partition.shards
         self._kv_lap = RingSchedule(
-            self.ring,
-            self.index,
-            tuple(partition.kv_hops(index) for index in range(partition.size)),
-            tuple(heads.kv_shape(len(shard.block_ids)) for shard in shards),
-            heads.dtype,
+            ring=self.ring,
+            index=self.index,
+            hops=tuple(partition.kv_hops(index) for index in range(partition.size)),
+            shapes=tuple(heads.kv_shape(len(shard.block_ids)) for shard in shards),
+            dtype=heads.dtype,
         )
         self._q_lap = RingSchedule(
-            self.ring,
-            self.index,
-            tuple(partition.q_hops(index) for index in range(partition.size)),
-            tuple(heads.q_shape(shard.num_tokens) for shard in shards),
-            heads.dtype,
+            ring=self.ring,
+            index=self.index,
+            hops=tuple(partition.q_hops(index) for index in range(partition.size)),
+            shapes=tuple(heads.q_shape(shard.num_tokens) for shard in shards),
+            dtype=heads.dtype,
         )
 
     def pass_kv(
@@ -240,6 +246,7 @@ class RingLoop:
         """Queries travel and partial results come back; otherwise as :meth:`pass_kv`."""
         merged = _Merged.start(q_TNH, self.kernel, self.buffers)
         own = q_TNH
+        # A slice of the fused projection is strided, and only contiguous tensors can be sent.
         if own is not None and not own.is_contiguous():
             own = self.buffers.take("own q", tuple(own.shape), own.dtype).copy_(own)
         returns: list[Pending | None] = []
@@ -251,7 +258,8 @@ class RingLoop:
             for own_piece in placed:
                 assert q_TNH is not None and kv_2KLH is not None and merged is not None
                 merged.add(own_piece.run.rows, *self._attend(q_TNH, kv_2KLH, own_piece))
-        # What left at step i was answered by rank r+i: the last step's answer is rank r-1's.
+        # The query sent at step i is answered by rank r + i, so the last step's answer is that of
+        # rank r - 1. Merging backwards keeps the order of pass-KV.
         for step in range(len(self.ring) - 1, 0, -1):
             pending = returns[step - 1]
             if pending is not None:
@@ -275,7 +283,7 @@ class RingLoop:
         visitor_TNH: torch.Tensor | None,
         kv_2KLH: torch.Tensor | None,
     ) -> Pending | None:
-        """Answer this step's visitor, and expect the answer of whom our own queries visit."""
+        """Send this step's visitor its partial, and expect that of the rank our queries visit."""
         sends: list[Message] = []
         receives: list[Message] = []
         if placed:
@@ -343,7 +351,7 @@ class _Merged:
         return cls(kernel, out_TNH, buffers.take("lse", tuple(q_TNH.shape[:2]), torch.float32))
 
     def add(self, rows: slice, out_TNH: torch.Tensor, lse_TN: torch.Tensor) -> None:
-        """Merge a partial of one run, whose first partial is its diagonal."""
+        """Merge a partial of one run. The first one, its diagonal, is copied: it has every row."""
         if rows.start in self._started:
             self._kernel.merge_(self._out_TNH[rows], self._lse_TN[rows], out_TNH, lse_TN)
             return

@@ -110,8 +110,15 @@ def run_rank(folder: str, rank: int, store: str) -> None:
     )
     model = load_model(folder, tp=SingleRank(), dtype="bfloat16", device="cpu")
     shape = ChunkShape.of(model.config)
-    link = (GlooRing(timeout_s=TIMEOUT_S), tuple(range(NUM_RANKS)), rank)
-    costs = measure_cost_model(model.kernel, shape, model.dtype, model.device, link)
+    costs = measure_cost_model(
+        model.kernel,
+        shape,
+        model.dtype,
+        model.device,
+        comm=GlooRing(timeout_s=TIMEOUT_S),
+        ring=tuple(range(NUM_RANKS)),
+        cp_rank=rank,
+    )
     if rank == 0:
         print(json.dumps(dataclasses.astuple(costs)))
     dist.destroy_process_group()

@@ -1,8 +1,8 @@
 """Reading and writing packs, straight from and into the memory of a store.
 
 The bytes of one block of one layer are one piece in memory and one in the file, so a mover
-(:mod:`kvcache.tiers.movers`) needs no copy on the way. What fails leaves no pack behind, and
-nothing that anybody would take for one.
+(:mod:`kvcache.tiers.movers`) needs no copy on the way. A write that fails leaves no pack behind,
+and nothing that could be taken for one.
 """
 
 import itertools
@@ -33,8 +33,8 @@ class PackFiles:
         folder: made if it is not there; unfinished files in it are removed.
         pool: the store's memory, on the host, with all heads.
         model_fingerprint: packs of other models are left alone.
-        mover: of the pool's memory; vectored if none is given. Whoever gives one closes it.
-        crash_points: told of what becomes durable.
+        mover: of the pool's memory, and the caller closes it; vectored if none is given.
+        crash_points: reached whenever something has become durable.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class PackFiles:
         self._mover = mover if mover is not None else VectoredMover(self._memory)
         self._model_fingerprint = model_fingerprint
         self._numbers = itertools.count()
-        self.damaged: list[tuple[bytes, str]] = []  # by ``scan``: a block's hash, and what it was
+        self.damaged: list[tuple[bytes, str]] = []  # by ``scan``: a block's hash, and the reason
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         for path in folder.glob(f"*{UNFINISHED}"):
             path.unlink(missing_ok=True)
@@ -78,7 +78,10 @@ class PackFiles:
         hashes: Sequence[bytes],
         block_ids: Sequence[int],
     ) -> tuple[str, PackHeader]:
-        """Make a pack of blocks that nobody changes meanwhile; it is durable when this returns.
+        """Make a pack of blocks, which must not change meanwhile. It is durable on return.
+
+        Returns:
+            The pack's name, and its header.
 
         Raises:
             OSError: the disk is full, or fails. No trace of the pack is left.
@@ -93,7 +96,8 @@ class PackFiles:
             checksums=tuple(self.checksum(block_id) for block_id in block_ids),
         )
         name = f"{hashes[0].hex()}-{len(hashes)}-{os.getpid()}-{next(self._numbers)}"
-        part, pack = self.folder / f"{name}{UNFINISHED}", self._path(name)
+        part = self.folder / f"{name}{UNFINISHED}"
+        pack = self._path(name)
         try:
             with part.open("wb", buffering=0) as file:
                 start = _write_all(file.fileno(), encode_header(header))
@@ -106,7 +110,7 @@ class PackFiles:
             _sync_folder(self.folder)
         except OSError:
             part.unlink(missing_ok=True)
-            pack.unlink(missing_ok=True)  # nobody will know of it
+            pack.unlink(missing_ok=True)  # it may be whole, but it is in no index
             raise
         return name, header
 
@@ -114,7 +118,7 @@ class PackFiles:
         """Bring blocks ``indices`` of a pack into memory as ``block_ids``, and check them.
 
         Raises:
-            PackError: it is gone or damaged; what is in those blocks now is nothing.
+            PackError: it is gone or damaged; the content of those blocks is then undefined.
         """
         path = self._path(name)
         header, start = read_header(path)
@@ -131,7 +135,7 @@ class PackFiles:
                 raise PackError(f"{name}: block {index} is damaged")
 
     def delete(self, name: str) -> None:
-        """Idempotent."""
+        """Delete a pack, if it is there."""
         self._path(name).unlink(missing_ok=True)
         self._crash_points.reach(PACK_DELETED)
 
@@ -155,7 +159,7 @@ class PackFiles:
 
 
 def _first_hash(path: Path) -> bytes:
-    """Of the pack's blocks, from its name: its header may say anything."""
+    """The hash of a damaged pack's first block, from its name: its header cannot be trusted."""
     try:
         return bytes.fromhex(path.name.partition("-")[0])
     except ValueError:
@@ -172,7 +176,7 @@ def _runs(indices: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 def _write_all(file: int, content: bytes) -> int:
-    """Write at the file's beginning; returns where it ends."""
+    """Write at the file's beginning; returns the number of bytes."""
     done = 0
     while done < len(content):
         done += os.pwrite(file, content[done:], done)
@@ -180,7 +184,7 @@ def _write_all(file: int, content: bytes) -> int:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the names in it durable."""
+    """Make the names in a folder durable: a rename alone may be lost in a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,15 +1,14 @@
-"""Which blocks lie in which pack, and which packs to give up when the disk is full. Pure.
+"""The packs on disk, their blocks, and which packs to evict when the disk is full. Pure.
 
 A pack continues another one, its *parent*, or begins a prompt. Only a pack that no other continues
-is ever given up, for without the blocks before them those of a pack are of no use to anybody. Among
-these leaves the one with the least value goes first:
+is ever evicted: blocks are of no use without those before them. Among these leaves the one with the
+least value goes first:
 
     value = (1 + hits, halved every HALF_LIFE_S) * cost / bytes
 
-where the cost is what computing it again would take: blocks deep in a prompt attend to more. The
-rule is GreedyDual-Size (Cao and Irani, 1997) with a decayed frequency in place of its clock.
-A pack of which a block is pinned hard is never given up, one that is pinned soft only when no other
-is left.
+where the cost is that of computing it again: blocks deep in a prompt attend to more. The rule is
+GreedyDual-Size (Cao and Irani, 1997) with a decayed frequency in place of its clock. A pack with a
+block that is pinned hard is never evicted, one that is pinned soft only when no other is left.
 """
 
 from collections import Counter, defaultdict
@@ -34,7 +33,7 @@ class Pack:
     num_readers: int = 0
 
     def value(self, now: float) -> float:
-        """What keeping it is worth, per byte."""
+        """The value per byte of keeping it, in units of one block at the start of a prompt."""
         hits: float = self.hits * 0.5 ** (max(0.0, now - self.hit_at) / HALF_LIFE_S)
         first, count = self.header.first_logical, self.header.num_blocks
         cost = count * (1 + ATTENTION_SHARE * (first + count / 2))
@@ -73,11 +72,11 @@ class PackIndex:
         return self._packs[name]
 
     def find(self, block_hash: bytes) -> tuple[str, int] | None:
-        """(pack, index in it) of a block."""
+        """(pack, index in it) of a block; None if it is in no pack."""
         return self._by_hash.get(block_hash)
 
     def add(self, name: str, header: PackHeader, now: float) -> tuple[bytes, ...]:
-        """Take in a pack that lies on disk; the hashes that are new."""
+        """Take in a pack that lies on disk; returns the hashes that are new."""
         pack = Pack(name, header, header.num_blocks * header.block_bytes, hit_at=now)
         self._packs[name] = pack
         self.num_bytes += pack.num_bytes
@@ -90,7 +89,7 @@ class PackIndex:
         return tuple(new)
 
     def remove(self, name: str) -> tuple[bytes, ...]:
-        """Forget a pack; the hashes that are gone with it."""
+        """Forget a pack; returns the hashes that are gone with it."""
         pack = self._packs.pop(name)
         self.num_bytes -= pack.num_bytes
         self._by_parent[pack.header.parent].discard(name)
@@ -102,14 +101,14 @@ class PackIndex:
         return tuple(gone)
 
     def hit(self, names: Iterable[str], now: float) -> None:
-        """These were asked for."""
+        """Count a use of these packs."""
         for name in names:
             pack = self._packs[name]
             pack.hits = 1 + pack.hits * 0.5 ** (max(0.0, now - pack.hit_at) / HALF_LIFE_S)
             pack.hit_at = now
 
     def pin(self, owner: str, hashes: Sequence[bytes], mode: str) -> None:
-        """Keep these for ``owner``, in place of what was kept for it before."""
+        """Pin these for ``owner``, in place of what was pinned for it before."""
         old_mode, old = self._pins.pop(owner, ("soft", ()))
         self._num_pinned[old_mode] -= Counter(old)
         if hashes:
@@ -121,13 +120,16 @@ class PackIndex:
         return any(counts[block_hash] for block_hash in pack.header.hashes)
 
     def room_for(self, num_bytes: int, now: float) -> list[str] | None:
-        """Packs to give up, in this order, so that ``num_bytes`` more are within the quota; None
-        if what may be given up does not suffice. Changes nothing."""
+        """The packs to evict, in this order, so that ``num_bytes`` more are within the quota.
+
+        Returns:
+            None if the packs that may be evicted do not suffice. Nothing changes either way.
+        """
         lacking = self.num_bytes + self.num_reserved_bytes + num_bytes - self.quota_bytes
         victims: list[str] = []
         gone: set[str] = set()
         while lacking > 0:
-            pack = self._least(gone, now)
+            pack = self._least_valuable(gone, now)
             if pack is None:
                 return None
             gone.add(pack.name)
@@ -136,8 +138,11 @@ class PackIndex:
         return victims
 
     def forgettable(self, hashes: Iterable[bytes]) -> list[str]:
-        """Packs that hold nothing but ``hashes`` and blocks that nobody has pinned, children
-        before their parents, so far as nobody continues or reads them."""
+        """The packs that can be deleted to forget ``hashes``, children before their parents.
+
+        These are the packs of which every block is among ``hashes``, and which are not pinned, not
+        being read and not continued by another pack that stays.
+        """
         wanted = set(hashes)
         names = {self._by_hash[h][0] for h in wanted if h in self._by_hash}
         packs = sorted((self._packs[n] for n in names), key=lambda p: -p.header.first_logical)
@@ -149,7 +154,7 @@ class PackIndex:
                 gone.add(pack.name)
         return [pack.name for pack in packs if pack.name in gone]
 
-    def _least(self, gone: set[str], now: float) -> Pack | None:
+    def _least_valuable(self, gone: set[str], now: float) -> Pack | None:
         leaves = [
             pack
             for pack in self._packs.values()

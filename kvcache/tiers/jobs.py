@@ -1,4 +1,4 @@
-"""What a store asks of its disk threads, and what they answer. Plain data."""
+"""The jobs of a store's disk threads, and their results. Plain data."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from protocol.kv import BlockRef
 
 @dataclass(frozen=True, slots=True)
 class WritePack:
-    """Make a pack of these blocks, after giving up ``victims``; answered by PackWritten."""
+    """Make a pack of these blocks, after deleting ``victims``; PackWritten answers."""
 
     number: int
     first_logical: int
@@ -20,7 +20,7 @@ class WritePack:
 
 @dataclass(frozen=True, slots=True)
 class ReadPack:
-    """Bring blocks ``indices`` of a pack into these blocks; answered by PackRead."""
+    """Bring blocks ``indices`` of a pack into these blocks; PackRead answers."""
 
     number: int
     name: str
@@ -30,24 +30,26 @@ class ReadPack:
 
 @dataclass(frozen=True, slots=True)
 class DeletePacks:
-    """Answered by nothing."""
+    """Delete packs; nothing answers."""
 
     names: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class PackWritten:
-    """``error`` is empty when it is durable."""
+    """The result of WritePack. ``error`` is empty when the pack is durable."""
 
     number: int
     name: str = ""
     header: PackHeader | None = None
     error: str = ""
-    is_full: bool = False  # of an error: the disk is
+    is_full: bool = False  # the error is that the disk is full
 
 
 @dataclass(frozen=True, slots=True)
 class PackRead:
+    """The result of ReadPack. ``error`` is empty when the blocks are in memory."""
+
     number: int
     error: str = ""
 

@@ -1,11 +1,11 @@
-"""How the bytes of a pack get from memory into a file and back: one interface, several ways.
+"""Movers bring the bytes of a pack from memory into a file and back: one interface, two ways.
 
-A store's memory is given once, to the mover's constructor; a call names pieces of it. The plan of
-a pack is nothing but that: block after block, layer after layer, a piece each, which lie end to end
-in the file. Who makes the plan does not know the way, and no way knows what a block is.
+A mover's constructor gets the whole memory of a store. A call names pieces of it, which lie end to
+end in the file: for a pack, block after block, layer after layer. A mover does not know what a
+block is, and its caller does not know how the bytes move.
 
-:class:`VectoredMover` asks the kernel. :class:`store.nixl_mover.NixlMover`, which is not
-in this layer, asks a backend of NIXL.
+:class:`VectoredMover` uses system calls. :class:`store.nixl_mover.NixlMover`, which is not in this
+layer, uses a backend of NIXL.
 """
 
 import errno
@@ -27,10 +27,10 @@ class ByteRange(NamedTuple):
 class FileMover(ABC):
     """Moves pieces of one memory into files and back. Any thread may call it.
 
-    A call blocks until all has been moved or nothing moves any more: whatever it raises, no byte
-    lands afterwards in memory that the caller may give to somebody else. It keeps nothing of the
-    file, which may be closed at once. What a failed call has left in memory, or in the file behind
-    ``offset``, is undefined. Syncing is the caller's.
+    A call blocks until all has been moved or nothing moves any more. Even if it raises, no byte
+    lands afterwards in memory, which the caller may have given to another block by then. The file
+    may be closed as soon as a call returns. After a failed call the content of the memory, or of
+    the file behind ``offset``, is undefined. The caller syncs the file.
 
     Args:
         memory: writable; it must outlive the mover.
@@ -63,7 +63,7 @@ class FileMover(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Give back what it holds; no call is under way, and none comes any more. Idempotent."""
+        """Free what it holds. No call may be under way, or come later. Idempotent."""
 
     @abstractmethod
     def _read(self, file: int, offset: int, pieces: Sequence[ByteRange]) -> None: ...
@@ -78,7 +78,7 @@ class FileMover(ABC):
 
 
 def ends_early() -> OSError:
-    """What a read raises when the file has less than was asked for."""
+    """The error of a read of a file that is shorter than it should be."""
     return OSError(errno.EIO, "the file ends early")
 
 

@@ -5,10 +5,10 @@
              the header, :class:`PackHeader` as msgpack, then zeros up to a multiple of 4096
              block after block, each [num_layers, num_kv_heads_total, 2, block_size, head_dim]
 
-A block holds all heads of the model, so nothing in a pack depends on the degrees of context or
-tensor parallelism of whoever wrote it or will read it. A pack is written under another name,
-synced, and renamed: one that has its name is whole. Its blocks have a checksum each, compared
-whenever one is read.
+A block holds all heads of the model, so a pack does not depend on the degrees of context or tensor
+parallelism of the pools that wrote or will read it. A pack is written under another name, synced,
+and renamed: a file with the name of a pack is whole. Each block has a checksum, which is compared
+whenever the block is read.
 """
 
 import struct
@@ -33,7 +33,7 @@ class PackError(BatonError):
 
 
 class KVShape(msgspec.Struct, frozen=True):
-    """What the bytes of a block mean; equal shapes of one model can be exchanged."""
+    """The meaning of a block's bytes. Stores of one model with equal shapes can share packs."""
 
     num_layers: int
     num_kv_heads_total: int
@@ -43,19 +43,19 @@ class KVShape(msgspec.Struct, frozen=True):
 
     @staticmethod
     def of(layout: KVLayout) -> "KVShape":
-        """Of a rank that holds all heads."""
+        """The shape of a rank that holds all heads."""
         assert layout.tp_size == 1, "a store holds whole blocks"
         return KVShape(
-            layout.num_layers,
-            layout.num_kv_heads_total,
-            layout.block_size,
-            layout.head_dim,
-            layout.dtype,
+            num_layers=layout.num_layers,
+            num_kv_heads_total=layout.num_kv_heads_total,
+            block_size=layout.block_size,
+            head_dim=layout.head_dim,
+            dtype=layout.dtype,
         )
 
 
 class PackHeader(msgspec.Struct, frozen=True):
-    """What a pack holds. The chained hash of a block names it and everything before it."""
+    """The content of a pack. The chained hash of a block names it and everything before it."""
 
     model_fingerprint: str
     shape: KVShape

@@ -157,7 +157,7 @@ def test_cost_is_measured_by_all_ranks_together() -> None:
     models = on_threads(
         ring,
         lambda rank, comm: measure_cost_model(
-            CpuKernel(native=False), shape, torch.float32, torch.device("cpu"), (comm, ring, rank)
+            CpuKernel(native=False), shape, torch.float32, torch.device("cpu"), comm, ring, rank
         ),
     )
     for model in models:
