@@ -16,6 +16,7 @@ from collections import Counter
 
 from coordinator.control import Outlet
 from protocol.errors import PeerError
+from protocol.messages import ToRank
 from protocol.process.crash_points import exit_here
 from protocol.process.failpoints import (
     CONTROL_SEND,
