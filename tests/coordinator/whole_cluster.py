@@ -549,7 +549,7 @@ class WholeCluster:
         """No pool has KV that is not finite where a later prompt would find it."""
         for pool_id, pool in self.pools.items():
             is_decode = pool.spec.role == "decode"
-            spaces = [pool.blocks] if is_decode else pool.node._memory._blocks._spaces
+            spaces = [pool.blocks] if is_decode else pool.node._memory._spaces
             for cp_rank, space in enumerate(spaces):
                 for block_id in space._by_hash.values():
                     slots = [pool.ranks[cp_rank].slots[block_id, o] for o in range(BLOCK_SIZE)]
