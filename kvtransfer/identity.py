@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from protocol.kv import KVLayout, RankEndpoint
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, order=True)
 class PeerName:
     """A rank as hand-off messages name it."""
 

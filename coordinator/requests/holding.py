@@ -57,7 +57,7 @@ class Holding:
     def tell_pools(self, request: Request) -> None:
         """Ask every pool that still holds blocks of a lost attempt, or of an ended request, to
         release them."""
-        for pool_id, attempt in request.holders:
+        for pool_id, attempt in sorted(request.holders):
             if attempt < request.attempt or not request.is_active:
                 self._send(pool_id, Abort(request.request_id, attempt))
 

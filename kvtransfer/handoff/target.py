@@ -284,7 +284,8 @@ class TargetSide:
             return []
         self._advance(handoff, TargetEvent.QUIET)
         self._forget(handoff)
-        ended: list[Action] = [self._reads_ended(handoff.key, source) for source in handoff.sources]
+        sources = sorted(handoff.sources)  # a set's order differs from process to process
+        ended: list[Action] = [self._reads_ended(handoff.key, source) for source in sources]
         return [*ended, self._closed(handoff.key, handoff.num_whole_blocks(self._around.layout))]
 
     def _doubt(self, handoff: TargetHandoff, reason: str) -> list[Action]:

@@ -1,6 +1,9 @@
 """Clusters on virtual time: no seed may give a wrong token, leak a block or hang."""
 
 import functools
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -87,3 +90,14 @@ def test_the_model_needs_every_row_in_its_place(spoil: str | None) -> None:
         for index, block in enumerate(table)
     )
     assert (token_of(found) == reference(prompt, 1)[0]) is (spoil is None)
+
+
+def test_a_seed_decides_everything() -> None:
+    """Also in which order sets are walked through, which is another one in each process."""
+    command = [sys.executable, "-P", "-m", "tests.simulation", "--seeds", "30", "--workers", "1"]
+    found = []
+    for hash_seed in "01":
+        environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        found.append([line for line in done.stdout.splitlines() if "seeds in" not in line])
+    assert found[0] == found[1]
