@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -145,6 +146,9 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     port: int = 8000  # 0 takes a free one
     served_model_names: tuple[str, ...] = ()  # the first is shown; none takes the model's own
     chat_template: str = ""  # a file that replaces the checkpoint's
+    tool_call_parser: str = "auto"  # how calls of tools are read: by the chat template, or a name
+    reasoning_parser: str = "auto"
+    default_chat_template_kwargs: dict[str, Any] = {}  # of requests that say nothing else
     generation_config: str = "auto"  # "none": its sampling parameters are nobody's defaults
     block_size: int = 32
     kv_dtype: str = ""  # what the ranks keep KV in; "" takes the model's own

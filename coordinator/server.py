@@ -131,7 +131,7 @@ class Coordinator:
         self._counters: Counter[str] = Counter()  # hits of failpoints
         self._lag = LoopLag()
         tools = load_tools(config)  # and the template compiles
-        self._tokenizer, self._text = tools.tokenizer, tools.identity
+        self._tokenizer, self._text, self._format = tools.tokenizer, tools.identity, tools.format
         self._model, self._facts = read_model(config, tools)
         settings = Settings(public(config), self._model, os.getpid(), self._text)
         self._tenants = Tenants(config.api_keys, config.secret or config.token)
@@ -274,6 +274,7 @@ class Coordinator:
             node=node,
             counters=self._counters,
             tokenizer=self._tokenizer,
+            format=self._format,
             workers=self._workers,
             bodies=Budget(limits, partial(len, self._tenants)),
             traces=traces,

@@ -44,6 +44,9 @@ class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     revision: str | None = None  # of a model on the Hub: a branch, a tag or a commit
     served_model_name: tuple[str, ...] = ()
     chat_template: str | None = None
+    tool_call_parser: str = "auto"
+    reasoning_parser: str = "auto"
+    default_chat_template_kwargs: str = "{}"  # a JSON object
     generation_config: str = "auto"
     quiet: bool = False
     prefill: tuple[str, ...] = ()

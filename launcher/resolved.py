@@ -7,6 +7,9 @@ is one line and not the same line from every rank.
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from coordinator.key_file import read_keys
 from kvcache.host_memory import available
@@ -37,6 +40,7 @@ class Cluster:
     token: str
     model_names: tuple[str, ...]
     chat_template: str  # a file, or ""
+    template_kwargs: dict[str, Any]  # of requests that say nothing else
     kv_memory_from: str  # how its size was found
     data: DataFolder | None = None  # what survives a restart
     store_memory_bytes: int = 0
@@ -86,6 +90,9 @@ def resolve_cluster(serve: ServeConfig) -> Cluster:
         token=secrets.token_hex(16),
         model_names=serve.served_model_name or (found.name,),
         chat_template=_chat_template(serve.chat_template),
+        template_kwargs=_json_object(
+            "--default-chat-template-kwargs", serve.default_chat_template_kwargs
+        ),
         kv_memory_from=memory.found_by(device),
         data=data,
         store_memory_bytes=store_memory_bytes,
@@ -107,6 +114,13 @@ def _chat_template(file: str | None) -> str:
     if not path.is_file():
         raise ConfigError(f"--chat-template {file}: no such file")
     return str(path)
+
+
+def _json_object(flag: str, text: str) -> dict[str, Any]:
+    try:
+        return msgspec.json.decode(text, type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"{flag} {text}: not a JSON object ({error})") from error
 
 
 def _max_model_len(asked: int | None, model: ModelConfig) -> int:

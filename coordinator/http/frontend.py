@@ -39,6 +39,7 @@ from coordinator.validation.bodies import Body, Budget, receive_body
 from coordinator.validation.parameters import check_model
 from modeling.checkpoint.config import ModelConfig
 from modeling.facts import CheckpointFacts
+from modeling.text.parsers.formats import OutputFormat
 from modeling.text.tokenizer import Tokenizer
 from protocol.errors import RequestError
 
@@ -91,6 +92,7 @@ class Frontend:
     model: ModelConfig
     node: CoordinatorNode
     tokenizer: Tokenizer  # for single tokens: a text is never encoded here
+    format: OutputFormat  # of the model's answers
     workers: TextWorkers
     bodies: Budget
     traces: Traces

@@ -22,6 +22,7 @@ from coordinator.validation.bodies import Body
 from coordinator.validation.parameters import Options
 from kvcache.prefix import HASH_BYTES
 from modeling.checkpoint.config import ModelConfig
+from modeling.text.parsers.deltas import Tool
 from protocol.request import SamplingParams
 from protocol.token_ids import TokenIds
 
@@ -116,6 +117,14 @@ class Encoded(_Message, frozen=True):
     varies_with: tuple[str, ...]
 
 
+class Parsing(msgspec.Struct, frozen=True):
+    """How an answer's text becomes reasoning, content and calls."""
+
+    tools: tuple[Tool, ...] = ()  # that may be called
+    prompt_end: str = ""  # which may be inside the reasoning
+    shows_reasoning: bool = True
+
+
 class Prepared(_Message, frozen=True):
     """A request that can be submitted. ``echoed`` has the text of each prompt, or nothing."""
 
@@ -125,6 +134,7 @@ class Prepared(_Message, frozen=True):
     salt: str
     with_logprobs: bool
     echoed: list[str] = []
+    parsing: Parsing | None = None  # None: an answer is its text
     attached: Attached | None = None
 
 

@@ -14,6 +14,7 @@ from kvcache.prefix import block_salt, hash_blocks
 from modeling.checkpoint.config import ModelConfig, SamplingDefaults, load_config
 from modeling.facts import CheckpointFacts, describe_checkpoint, with_facts
 from modeling.text.chat_template import ChatTemplate
+from modeling.text.parsers.formats import OutputFormat, choose_format
 from modeling.text.template_sources import load_chat_template
 from modeling.text.tokenizer import Tokenizer, load_tokenizer
 from protocol.token_ids import TokenIds
@@ -32,6 +33,7 @@ class TextTools:
 
     tokenizer: Tokenizer
     chat_template: ChatTemplate
+    format: OutputFormat  # how the model writes reasoning and calls of tools
 
     @property
     def identity(self) -> TextIdentity:
@@ -51,11 +53,16 @@ def load_tools(config: CoordinatorConfig) -> TextTools:
     """The tools of the model that is served.
 
     Raises:
-        ConfigError: the tokenizer or the chat template cannot be read.
+        ConfigError: the tokenizer or the chat template cannot be read, or a parser is not known.
     """
     tokenizer = load_tokenizer(config.model)
     template = load_chat_template(config.model, tokenizer.special_tokens, file=config.chat_template)
-    return TextTools(tokenizer, template)
+    form = choose_format(
+        template.source,
+        tool_call_parser=config.tool_call_parser,
+        reasoning_parser=config.reasoning_parser,
+    )
+    return TextTools(tokenizer, template, form)
 
 
 def read_model(config: CoordinatorConfig, tools: TextTools) -> tuple[ModelConfig, CheckpointFacts]:

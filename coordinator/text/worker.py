@@ -49,13 +49,14 @@ from coordinator.text.tasks import (
     Stage,
 )
 from coordinator.text.tokenizing import TextTools, load_tools
-from coordinator.validation.chat_body import encode_messages, read_chat, read_messages
+from coordinator.validation.chat_body import read_chat, read_messages, render_chat
 from coordinator.validation.completion_body import read_completion
 from coordinator.validation.document_bodies import read_document
 from coordinator.validation.json_body import parse_json
 from coordinator.validation.parameters import check_token_ids
 from coordinator.validation.reading import Reading
 from coordinator.validation.schemas import DetokenizeBody, TokenizeBody, UnknownFields, validate
+from coordinator.validation.tools import read_offer
 from protocol.errors import RequestError
 from protocol.process.logs import configure_logging
 
@@ -178,7 +179,9 @@ class TextWorker:
             adds = body.add_special_tokens is not False
             token_ids = tokenizer.encode(body.prompt, add_special_tokens=adds)
         else:
-            token_ids = encode_messages(reading, read_messages(reading, body.messages))
+            messages = read_messages(reading, body.messages)
+            offer = read_offer(self._tools, body.tools, None, None)
+            _, token_ids = render_chat(reading, messages, body, offer)
         strings = [tokenizer.token(t) for t in token_ids] if body.return_token_strs else None
         return _json(
             {

@@ -3,6 +3,7 @@
 The template is code that came with the checkpoint: it runs here, in a text worker, only.
 """
 
+import json
 from typing import Any
 
 import msgspec
@@ -10,17 +11,21 @@ import msgspec
 from coordinator.auth import Tenant
 from coordinator.config import Limits
 from coordinator.jobs.questions.prompts import chat_prompt, check_system
-from coordinator.text.tasks import NeedsDocument, Prepared, Stage
+from coordinator.text.tasks import NeedsDocument, Parsing, Prepared, Stage
+from coordinator.validation.forms import read_form
+from coordinator.validation.parameters import Options
 from coordinator.validation.reading import Encoder, Named, Reading
-from coordinator.validation.schemas import ChatBody
+from coordinator.validation.schemas import ChatBody, TokenizeBody
+from coordinator.validation.tools import Offer, read_calls, read_offer
 from modeling.text.chat_template import RenderedChat
+from modeling.text.parsers.formats import NONE
 from protocol.errors import RequestError
 
 MESSAGES = "messages"
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 REASONING = ("reasoning_content", "reasoning")
+PROMPT_END_CHARS = 256  # of a prompt, by which it is seen whether it has begun the reasoning
 NOT_SUPPORTED = (  # of a message
-    "tool_calls",
     "function_call",
     "audio",
     "prefix",
@@ -30,7 +35,9 @@ NOT_SUPPORTED = (  # of a message
     "file_ids",
 )
 SHOWN = ("name", "tool_call_id", *REASONING)  # what a template may show beside the content
-KNOWN = frozenset({"role", "content", "refusal", "annotations", *SHOWN, *NOT_SUPPORTED})
+KNOWN = frozenset(
+    {"role", "content", "refusal", "annotations", "tool_calls", *SHOWN, *NOT_SUPPORTED}
+)
 
 
 def read_chat(
@@ -55,33 +62,132 @@ def read_chat(
     )
     document_id, given = take_document(body.messages)
     messages = read_messages(reading, given)
+    offer = read_offer(reading.tools, body.tools, body.tool_choice, body.parallel_tool_calls)
     if document_id is not None and document is None:
         return NeedsDocument(document_id)
     if document is None:
-        encoders: list[Encoder] = [lambda _tools: encode_messages(reading, messages)]
-        prepared = reading.prepare(options, tenant, encoders, MESSAGES, None)
+        text, token_ids = render_chat(reading, messages, body, offer)
+        encoders: list[Encoder] = [lambda _tools: token_ids]
+        attached = None
     else:
+        _check_plain(body)
         check_system(document[0].document, messages, MESSAGES)
         reading.enter(Stage.ENCODING, _size(messages))
         made = chat_prompt(reading.tools, *document, messages)
-        encoders = [lambda _tools: made.token_ids]
-        prepared = reading.prepare(options, tenant, encoders, MESSAGES, made.attached)
-    return msgspec.structs.replace(prepared, with_logprobs=bool(body.logprobs))
+        text, encoders, attached = "", [lambda _tools: made.token_ids], made.attached
+    options = _held_to(reading, options, body, offer, text)
+    prepared = reading.prepare(options, tenant, encoders, MESSAGES, attached)
+    called = offer.tools if offer is not None and offer.choice != "none" else ()
+    is_read = body.separate_reasoning is not False or called
+    return msgspec.structs.replace(
+        prepared,
+        with_logprobs=bool(body.logprobs),
+        parsing=Parsing(called, text[-PROMPT_END_CHARS:], body.include_reasoning is not False)
+        if is_read and (called or reading.tools.format.reasoning_parser != NONE)
+        else None,
+    )
 
 
-def encode_messages(reading: Reading, messages: list[dict[str, Any]]) -> list[int]:
-    """Token ids of a conversation, up to where the answer begins.
+def _held_to(
+    reading: Reading, options: Options, body: ChatBody, offer: Offer | None, prompt: str
+) -> Options:
+    """The options with the grammar of what is asked for: a form, or calls."""
+    asked, spell = read_form(body), reading.spell
+    if asked is not None and offer is not None and offer.choice != "none":
+        # Either might come, and none of the two grammars has room for the other.
+        raise RequestError(
+            f"{asked[1]} cannot be had together with tools: give one, or tool_choice none",
+            code="unsupported_parameter",
+            param=asked[1],
+        )
+    if asked is None:
+        grammar = None if offer is None else offer.grammar(reading.tools, spell)
+        asked = None if grammar is None else (grammar, "tools")
+    if asked is None:
+        return options
+    grammar, param = asked
+    if offer is None or offer.is_forced:
+        grammar = reading.after_reasoning(grammar, prompt, param)
+    return reading.with_grammar(options, grammar, param)
+
+
+def render_chat(
+    reading: Reading,
+    messages: list[dict[str, Any]],
+    body: ChatBody | TokenizeBody,
+    offer: Offer | None,
+) -> tuple[str, list[int]]:
+    """(text, token ids) of a conversation, up to where the answer begins.
 
     Raises:
-        RequestError: ``template_error``.
+        RequestError: ``template_error``, or what the template does not have.
     """
     tools = reading.tools
     reading.enter(Stage.RENDERING, _size(messages))
+    continues = bool(body.continue_final_message)
+    if continues and (body.add_generation_prompt or messages[-1]["role"] != "assistant"):
+        raise RequestError(
+            "continue_final_message goes on with the last message: it must be an assistant's, and "
+            "add_generation_prompt false",
+            code="invalid_value",
+            param="continue_final_message",
+        )
     rendered = RenderedChat(
-        tools.chat_template, tools.tokenizer, messages, add_generation_prompt=True
+        tools.chat_template,
+        tools.tokenizer,
+        messages,
+        continues_last=continues,
+        add_generation_prompt=not continues and body.add_generation_prompt is not False,
+        tools=None if offer is None else list(offer.shown),
+        variables=_variables(reading, body),
     )
     reading.enter(Stage.ENCODING, len(rendered.text))
-    return rendered.encode(rendered.text)
+    return rendered.text, rendered.encode(rendered.text)
+
+
+def _variables(reading: Reading, body: ChatBody | TokenizeBody) -> dict[str, Any]:
+    """What the template is told beside the messages.
+
+    A name that it does not have would be ignored, and is refused; not so the server's defaults.
+    """
+    known = reading.tools.chat_template.variables
+    given = dict(body.chat_template_kwargs or {})
+    if isinstance(body, ChatBody) and body.reasoning_effort is not None:
+        if "reasoning_effort" not in known and body.reasoning_effort != "none":
+            raise RequestError(
+                "this model's chat template knows no reasoning_effort",
+                code="unsupported_parameter",
+                param="reasoning_effort",
+            )
+        given.setdefault("reasoning_effort", body.reasoning_effort)
+        if body.reasoning_effort == "none" and "enable_thinking" in known:
+            given.setdefault("enable_thinking", False)
+    for name in given.keys() - known:
+        if name == "reasoning_effort":
+            continue
+        raise RequestError(
+            f"chat_template_kwargs.{name[:64]}: this model's chat template does not use it; it "
+            f"uses {', '.join(sorted(known - _GIVEN)) or 'none'}",
+            code="unsupported_parameter",
+            param="chat_template_kwargs",
+        )
+    return {**reading.config.default_chat_template_kwargs, **given}
+
+
+_GIVEN = frozenset(
+    {"messages", "tools", "add_generation_prompt", "documents", "bos_token", "eos_token"}
+)
+
+
+def _check_plain(body: ChatBody) -> None:
+    """A document's prompt is the same in every request: what would change it is refused."""
+    for name in ("tools", "chat_template_kwargs", "reasoning_effort", "continue_final_message"):
+        if getattr(body, name):
+            raise RequestError(
+                f"{name} cannot be had together with a document",
+                code="unsupported_parameter",
+                param=name,
+            )
 
 
 def _size(messages: list[dict[str, Any]]) -> int:
@@ -90,7 +196,10 @@ def _size(messages: list[dict[str, Any]]) -> int:
 
 def _text(message: dict[str, Any]) -> str:
     """All that a template may show of it."""
-    return "".join(message.get(name, "") for name in ("content", *REASONING))
+    shown = [message.get(name, "") for name in ("content", *REASONING)]
+    for call in message.get("tool_calls", ()):
+        shown.append(json.dumps(call["function"], ensure_ascii=False))
+    return "".join(shown)
 
 
 def take_document(given: Any) -> tuple[str | None, Any]:  # noqa: ANN401 - a caller's JSON value
@@ -165,7 +274,12 @@ def _message(number: int, given: Any, limits: Limits) -> dict[str, Any]:  # noqa
     content = _content(where, role, given.get("content"), limits)
     if role == "assistant" and not content:
         content = _refusal_text(where, given.get("refusal"))
-    return {"role": role, "content": content, **_other_fields(where, given)}
+    message: dict[str, Any] = {"role": role, "content": content, **_other_fields(where, given)}
+    if given.get("tool_calls"):
+        if role != "assistant":
+            raise _refusal(f"{where}.tool_calls is an assistant's", "invalid_value")
+        message["tool_calls"] = read_calls(where, given["tool_calls"])
+    return message
 
 
 def _other_fields(where: str, given: dict[str, Any]) -> dict[str, str]:

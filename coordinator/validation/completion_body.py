@@ -12,6 +12,7 @@ import msgspec
 from coordinator.auth import Tenant
 from coordinator.jobs.questions.prompts import completion_beginning, completion_tokens
 from coordinator.text.tasks import NeedsDocument, Prepared, Stage
+from coordinator.validation.forms import read_form
 from coordinator.validation.parameters import Options
 from coordinator.validation.reading import Encoder, Named, Reading
 from coordinator.validation.schemas import CompletionBody
@@ -38,6 +39,9 @@ def read_completion(
         default_max_tokens=DEFAULT_MAX_TOKENS,
         num_logprobs=body.logprobs,
     )
+    asked = read_form(body)
+    if asked is not None:
+        options = reading.with_grammar(options, *asked)
     if (body.best_of or options.num_choices) != options.num_choices:
         raise RequestError(
             "best_of other than n is not supported", code="unsupported_parameter", param="best_of"

@@ -4,6 +4,7 @@ A reader (completion_body.py, chat_body.py) checks the fields of a body and says
 encoded; ``prepare`` does it, checks the tokens, and hashes their blocks.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -25,6 +26,7 @@ from coordinator.validation.parameters import (
 )
 from coordinator.validation.schemas import GenerationBody, UnknownFields, validate
 from modeling.checkpoint.config import ModelConfig
+from modeling.text.grammar import Spell, after_reasoning, check, spell_with
 from protocol.errors import RequestError
 
 MAX_BYTES_PER_TOKEN = 8  # a text longer than this for each token of the context is not tokenized
@@ -76,6 +78,46 @@ class Reading:
             num_logprobs=num_logprobs,
             model=self.model,
             limits=self.limits,
+        )
+
+    @property
+    def spell(self) -> Spell:
+        """How the tokenizer has the texts that a grammar names."""
+        return spell_with(self.tools.tokenizer)
+
+    def with_grammar(self, options: Options, grammar: str, param: str) -> Options:
+        """The options of an answer that is a text of ``grammar``.
+
+        Raises:
+            RequestError: it cannot be followed, or the model cannot end an answer.
+        """
+        if not self.model.eos_token_ids:
+            raise RequestError(
+                f"{param} cannot be had from this model: it has no end-of-sequence token",
+                code="unsupported_parameter",
+                param=param,
+            )
+        self.enter(Stage.RENDERING, len(grammar))
+        check(grammar, param, num_tokens=self.tools.tokenizer.vocab_size)
+        sampling = msgspec.structs.replace(options.sampling, grammar=grammar)
+        return dataclasses.replace(options, sampling=sampling)
+
+    def after_reasoning(self, grammar: str, prompt: str, param: str) -> str:
+        """A grammar of which the model's reasoning is no part, in front of the answer."""
+        form = self.tools.format
+        thinking = form.thinking_form
+        if thinking is None:
+            return grammar
+        if form.is_harmony and param != "tools":
+            raise RequestError(
+                f"{param} is not supported for this model's format (harmony): offer a tool with "
+                f"this schema and force it by tool_choice",
+                code="unsupported_parameter",
+                param=param,
+            )
+        is_opened = thinking.is_opened_by(prompt)
+        return after_reasoning(
+            grammar, thinking.opens, thinking.closes, self.spell, is_opened=is_opened
         )
 
     def check_model(self, name: str | None) -> None:

@@ -9,7 +9,7 @@ given".
 import logging
 from collections.abc import Set
 from functools import cache
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -77,24 +77,14 @@ _PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
     "format": ("",),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "response_format": ({"type": "text"},),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     **dict.fromkeys(
         (
-            "ebnf",
             "grammar",
-            "guided_choice",
             "guided_decoding_backend",
-            "guided_grammar",
-            "guided_json",
-            "guided_regex",
             "guided_whitespace_pattern",
-            "json_schema",
-            "regex",
             "response_schema",
-            "structural_tag",
-            "structured_outputs",
         ),
         (),
     ),
@@ -186,7 +176,6 @@ _PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
 _WITHOUT_EFFECT = frozenset(
     {
         "logprobs_mode",
-        "parallel_tool_calls",
         "prompt_cache_key",
         "prompt_cache_retention",
         "request_id",
@@ -239,6 +228,17 @@ class GenerationBody(BaseModel):
     return_token_ids: bool | None = None
     session_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     cache_salt: str | None = None
+    # the form of the answer, under the names of three servers: see forms.py
+    response_format: Any = None
+    structured_outputs: Any = None
+    structural_tag: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    json_schema: Any = None
+    regex: Any = None
+    ebnf: Any = None
     user: str | None = None
     metadata: dict[str, Any] | None = None
 
@@ -256,6 +256,15 @@ class ChatBody(GenerationBody):
     messages: Any = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    tools: Any = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    include_reasoning: bool | None = None
+    separate_reasoning: bool | None = None
 
 
 class TokenizeBody(BaseModel):
@@ -264,6 +273,10 @@ class TokenizeBody(BaseModel):
     model: str | None = None
     prompt: str | None = None
     messages: Any = None
+    tools: Any = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
 

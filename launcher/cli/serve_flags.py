@@ -33,6 +33,13 @@ GROUPS: tuple[tuple[str, tuple[_Flag, ...]], ...] = (
             ("--revision", "NAME", "of a model on the Hub: a branch, a tag or a commit"),
             ("--served-model-name", "NAME", "that requests give; several may follow one another"),
             ("--chat-template", "FILE", "instead of the checkpoint's"),
+            ("--tool-call-parser", "NAME", "how calls of tools are written; auto: by the template"),
+            ("--reasoning-parser", "NAME", "how reasoning is written; auto: by the template"),
+            (
+                "--default-chat-template-kwargs",
+                "JSON",
+                "given to the template where a request says nothing else",
+            ),
             ("--generation-config", "auto|none", "whether its sampling values are the defaults"),
             ("--dtype", "auto|bfloat16|float16|float32", "of weights and KV; auto: the model's"),
             ("--max-model-len", "N", "tokens of prompt and answer; else what the model can"),

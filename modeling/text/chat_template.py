@@ -11,13 +11,13 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, LoopControlExtension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
@@ -117,6 +117,8 @@ class _Environment(ImmutableSandboxedEnvironment):
 class ChatTemplate:
     """A compiled chat template; may be shared by threads.
 
+    ``variables`` are the names that a caller's choice may give a value (``enable_thinking``).
+
     Args:
         source: jinja2 text.
         where: what to name in an error.
@@ -140,7 +142,9 @@ class ChatTemplate:
         environment.globals["dict"] = lambda *args, **items: dict(*args, **items)  # no attributes
         try:
             self._template = environment.from_string(source)
-            constants = environment.parse(source).find_all(nodes.Const)
+            parsed = environment.parse(source)
+            constants = parsed.find_all(nodes.Const)
+            self.variables = frozenset(meta.find_undeclared_variables(parsed))
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(
                 f"{where}: chat template does not compile: line {error.lineno}: {error.message}"
@@ -148,6 +152,7 @@ class ChatTemplate:
         except (jinja2.TemplateError, RecursionError) as error:
             raise ConfigError(f"{where}: chat template does not compile ({error})") from error
         self.where = where
+        self.source = source
         named = json.dumps([source, sorted(special_tokens.items())])
         self.digest = hashlib.blake2b(named.encode(), digest_size=16).hexdigest()
         # As a word by itself: in a sentence it is no role that the template looks for.
@@ -262,6 +267,7 @@ class RenderedChat:
         template: of the model.
         tokenizer: of the model.
         messages: ``{"role": ..., "content": ...}``.
+        continues_last: the text ends where the last message's content does: the answer goes on.
         options: as of :meth:`ChatTemplate.render`.
 
     Raises:
@@ -273,6 +279,8 @@ class RenderedChat:
         template: ChatTemplate,
         tokenizer: Tokenizer,
         messages: Sequence[Mapping[str, Any]],
+        *,
+        continues_last: bool = False,
         **options: Any,  # noqa: ANN401 - see render
     ) -> None:
         everything = json.dumps([messages, options], ensure_ascii=False, default=str)
@@ -280,11 +288,15 @@ class RenderedChat:
         self._guard, mark = next(unused), next(unused)
         self._tokenizer = tokenizer
         specials = [text for text in tokenizer.special_texts() if text]
-        if options.get("tools") is not None:
-            options["tools"] = _guard(options["tools"], specials, self._guard)
+        for name in ("tools", "variables"):
+            if options.get(name) is not None:
+                options[name] = _guard(options[name], specials, self._guard)
         known = as_known(messages, names_developer=template.names_developer)
         guarded = _guard(known, specials, self._guard)
-        self.text = template.render(guarded, **options)
+        if continues_last:
+            self.text = _until_last(guarded, partial(template.render, **options), mark)
+        else:
+            self.text = template.render(guarded, **options)
         check_shown(guarded, partial(template.render, **options), mark)
 
     def digest(self, text: str) -> str:
@@ -301,6 +313,24 @@ class RenderedChat:
         if self._guard in text:
             return self._tokenizer.encode_guarded(text, self._guard)
         return self._tokenizer.encode(text, add_special_tokens=False)
+
+
+def _until_last(
+    messages: Sequence[Mapping[str, Any]], render: Callable[[Any], str], mark: str
+) -> str:
+    """The text of a conversation up to where its last message's content ends."""
+    *before, last = messages
+    # Templates strip white space, so the mark stands behind what is left of the content.
+    marked = {**last, "content": f"{last['content'].rstrip()}{mark}"}
+    text = render([*before, marked])
+    if mark not in text:
+        raise RequestError(
+            "the model's chat template does not show the last message as it is: it cannot be "
+            "continued",
+            code="template_error",
+            param="continue_final_message",
+        )
+    return text[: text.rindex(mark)]
 
 
 def _parts(text: str) -> list[dict[str, str]]:

@@ -11,7 +11,8 @@ that can be killed; a mask has a budget as well, and a matcher that passes it fa
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -24,6 +25,9 @@ from llguidance._lib import LLParserLimits  # isort: skip
 from modeling.text.tokenizer import ByteTokenizer, Tokenizer
 from protocol.errors import RequestError
 
+_TOKEN = re.compile(r"<\[(\d{1,9})\]>")
+MAX_BLANKS = 48  # in a row: a deep member on a line of its own
+_VALUES = frozenset({"const", "enum", "default", "examples"})  # of a schema, not schemas
 MAX_GRAMMAR_BYTES = 256 * 1024
 LIMITS = LLParserLimits(
     max_items_in_row=2_000,
@@ -41,13 +45,58 @@ def of_json_object() -> str:
 
 
 def of_json_schema(schema: Mapping[str, Any] | bool) -> str:
-    """JSON that a schema accepts, its members in the order of the schema."""
-    return LLMatcher.grammar_from_json_schema(json.dumps(schema))
+    """JSON that a schema accepts (True: any), its members in the order of the schema.
+
+    White space is allowed where JSON has it, but not without end: a model that has nothing to say
+    would go on with it up to its last token.
+    """
+    return LLMatcher.grammar_from_json_schema(
+        json.dumps(_of_ascii(schema) if schema is not True else {}),
+        defaults={"whitespace_pattern": rf"[ \t\n\r]{{1,{MAX_BLANKS}}}"},
+    )
 
 
 def of_regex(pattern: str) -> str:
     """Text that a regular expression matches as a whole."""
-    return LLMatcher.grammar_from_regex(pattern)
+    return LLMatcher.grammar_from_regex(_ascii_classes(pattern))
+
+
+def _of_ascii(schema: Any) -> Any:  # noqa: ANN401 - a schema is any JSON
+    """A schema with the classes of its patterns as JSON Schema (ECMA-262) means them."""
+    if isinstance(schema, list):
+        return [_of_ascii(item) for item in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    return {
+        key: value
+        if key in _VALUES
+        else _ascii_classes(value)
+        if key == "pattern" and isinstance(value, str)
+        else _of_ascii(value)
+        for key, value in schema.items()
+    }
+
+
+def _ascii_classes(pattern: str) -> str:
+    r"""A pattern with ``\d`` and ``\w`` of ASCII alone, as callers mean them; Rust's are wider."""
+
+    is_in_class = False
+
+    def of(found: re.Match[str]) -> str:
+        nonlocal is_in_class
+        text = found[0]
+        if text in ("[", "]"):
+            is_in_class = text == "["
+            return text
+        inside = _CLASSES.get(text)
+        if inside is None:
+            return text
+        return inside if is_in_class else f"[{inside}]"
+
+    return re.sub(r"\\.|[\[\]]", of, pattern, flags=re.DOTALL)
+
+
+_CLASSES = {r"\d": "0-9", r"\w": "0-9A-Za-z_"}
 
 
 def of_choice(choices: Sequence[str]) -> str:
@@ -55,7 +104,7 @@ def of_choice(choices: Sequence[str]) -> str:
     return "start: " + " | ".join(json.dumps(choice) for choice in choices)
 
 
-def of_text(text: str) -> str:
+def of_text(text: str, param: str = "grammar") -> str:
     """A grammar that a caller has written, in Lark or in GBNF.
 
     Raises:
@@ -66,7 +115,7 @@ def of_text(text: str) -> str:
     try:
         return str(gbnf_to_lark(text))
     except Exception as error:  # the converter raises whatever its parsing meets
-        raise _invalid(f"not GBNF: {error}") from error
+        raise _invalid(f"not GBNF: {error}", param) from error
 
 
 class Tag(msgspec.Struct, frozen=True):
@@ -88,22 +137,83 @@ def of_tags(tags: Sequence[Tag]) -> str:
     return StructTag.to_grammar(made, assume_special=False)
 
 
-def of_one_tag(tags: Sequence[Tag]) -> str:
-    """Exactly one tag, from the first token on: how a call of a tool is forced."""
-    rules = [
-        f"tag_{i}: {_literal(tag.begin)} %json {json.dumps(tag.schema)} {_literal(tag.end)}"
-        for i, tag in enumerate(tags)
-    ]
-    start = " | ".join(f"tag_{i}" for i in range(len(tags)))
-    return "\n".join(["%llguidance {}", f"start: {start}", *rules])
+def after_reasoning(
+    grammar: str, opens: Sequence[str], closes: Sequence[str], spell: "Spell", *, is_opened: bool
+) -> str:
+    """Reasoning of any text between two markers, then a text of ``grammar``.
+
+    Args:
+        grammar: of the answer itself.
+        opens: the ways to write the opening marker.
+        closes: the ways to write the closing one.
+        spell: of the tokenizer.
+        is_opened: the prompt has ended inside the reasoning; else there need be none.
+    """
+    lines, ends = ["%llguidance {}", "WS: /\\s+/"], []
+    for number, close in enumerate(closes):
+        first, *rest = spell(close)
+        ends.append(f"end_{number}")
+        if isinstance(first, int):
+            lines.append(f"end_{number}: /(.|\\n)*/ {sequence([first, *rest])}")
+        else:
+            lines.append(f"close_{number}[lazy]: /(.|\\n)*/ {json.dumps(first)}")
+            lines.append(f"end_{number}: close_{number} {sequence(rest)}")
+    end = f"({' | '.join(ends)}) WS?"
+    begin = f"({' | '.join(sequence(spell(text)) for text in opens)})"
+    lines.append(f"start: {end if is_opened else f'(WS? {begin} {end})?'} @answer")
+    answer, *others = _grammars(grammar)
+    main = {"name": "main", "lark_grammar": "\n".join(lines)}
+    return json.dumps({"grammars": [main, {**answer, "name": "answer"}, *others]})
 
 
-def _literal(text: str) -> str:
-    return json.dumps(text) if text else '""'
+Spell = Callable[[str], Sequence[str | int]]  # a text as plain texts, and ids of control tokens
 
 
-def check(grammar: str, param: str) -> None:
+def spell_as_text(text: str) -> Sequence[str | int]:
+    """A text without control tokens: where only the cost of a grammar is looked at."""
+    return [text] if text else []
+
+
+def spell_with(tokenizer: Tokenizer) -> Spell:
+    """A text as a tokenizer has it: what spells a control token is that token."""
+    special = [text for text in tokenizer.special_texts() if text]
+    if not special:
+        return spell_as_text
+    ids = {text: tokenizer.encode(text, add_special_tokens=False) for text in special}
+    pattern = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
+
+    def spell(text: str) -> Sequence[str | int]:
+        parts: list[str | int] = []
+        end = 0
+        for found in pattern.finditer(text):
+            if found.start() > end:
+                parts.append(text[end : found.start()])
+            parts += ids[found[0]]
+            end = found.end()
+        return [*parts, text[end:]] if end < len(text) else parts
+
+    return spell
+
+
+def sequence(parts: Sequence[str | int]) -> str:
+    """Texts and control tokens in a row, as the right side of a rule."""
+    if not parts:
+        return '""'
+    return " ".join(f"<[{p}]>" if isinstance(p, int) else json.dumps(p) for p in parts)
+
+
+def _grammars(grammar: str) -> list[dict[str, Any]]:
+    """The named parts of what a function above has made."""
+    if grammar.lstrip().startswith("{"):
+        found: list[dict[str, Any]] = json.loads(grammar)["grammars"]
+        return found
+    return [{"lark_grammar": grammar}]
+
+
+def check(grammar: str, param: str, num_tokens: int = 0) -> None:
     """Compile a grammar, over single bytes as tokens, and see whether an answer can begin.
+
+    Whichever control tokens it names are one and the same here: it is about what it costs.
 
     Takes some 0.2 s at most by its budgets, but for what they do not count: call it where a clock
     watches.
@@ -111,6 +221,7 @@ def check(grammar: str, param: str) -> None:
     Args:
         grammar: of one of the functions above.
         param: the caller's field, for the message.
+        num_tokens: of the model: what a grammar names by number is below; 0 does not look.
 
     Raises:
         RequestError: ``invalid_grammar``, ``grammar_too_large`` or ``grammar_too_complex``.
@@ -121,7 +232,11 @@ def check(grammar: str, param: str) -> None:
             code="grammar_too_large",
             param=param,
         )
-    matcher = LLMatcher(_bytes_as_tokens(), grammar, log_level=0, limits=LIMITS)
+    largest = max((int(found[1]) for found in _TOKEN.finditer(grammar)), default=0)
+    if num_tokens and largest >= num_tokens:
+        raise _invalid(f"there is no token {largest}", param)
+    over_bytes = _TOKEN.sub("<[258]>", grammar)
+    matcher = LLMatcher(_bytes_as_tokens(), over_bytes, log_level=0, limits=LIMITS)
     if not matcher.is_error():
         matcher.compute_bitmask()
     if matcher.is_error():

@@ -18,7 +18,11 @@ from modeling.text.chat_template import ChatTemplate, NoChatTemplate
 from protocol.errors import ConfigError
 
 PLAIN_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if tools %}tools: {{ tools | tojson }}\n"
+    '(call: <tool_call>{"name": ..., "arguments": ...}</tool_call>)\n{% endif %}'
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}"
+    "{% for call in message['tool_calls'] or [] %}"
+    "<tool_call>{{ call['function'] | tojson }}</tool_call>{% endfor %}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 JINJA_FILE, JINJA_FOLDER = "chat_template.jinja", "additional_chat_templates"

@@ -8,7 +8,8 @@ be shared by threads; a stream belongs to one sequence.
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,15 +75,22 @@ class Tokenizer(ABC):
         return b"" if token is None else self.rule.token_bytes(token)
 
     def stream(
-        self, *, skip_special_tokens: bool = True, continuing: bool = False
+        self,
+        *,
+        skip_special_tokens: bool = True,
+        continuing: bool = False,
+        kept: Collection[str] = (),
     ) -> DetokenizeStream:
         """A detokenizer for one sequence.
 
         Args:
             skip_special_tokens: control tokens add no text.
             continuing: the ids continue a prompt, so a first word keeps its leading space.
+            kept: control tokens that are shown nevertheless.
         """
         token_of = self._text_token if skip_special_tokens else self.token
+        if kept and skip_special_tokens:
+            token_of = partial(self._text_or, frozenset(kept))
         return DetokenizeStream(self.rule, token_of, continuing=continuing)
 
     def decode(
@@ -98,6 +106,10 @@ class Tokenizer(ABC):
 
     def _text_token(self, token_id: int) -> str | None:
         return None if self.is_special(token_id) else self.token(token_id)
+
+    def _text_or(self, kept: frozenset[str], token_id: int) -> str | None:
+        token = self.token(token_id)
+        return token if token in kept or not self.is_special(token_id) else None
 
 
 class CheckpointTokenizer(Tokenizer):

@@ -14,6 +14,9 @@ COMPLETIONS = "/v1/completions"
 HELLO = [{"role": "user", "content": "hi"}]
 
 
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+
+
 def check_error(reply: Any, status: int, code: str | None = None, param: str | None = None) -> None:
     assert reply.status_code == status, reply.text
     assert reply.headers["content-type"] == "application/json"
@@ -170,7 +173,33 @@ def test_fields(post: Any, param: str, value: Any) -> None:
         (COMPLETIONS, {"echo": True, "logprobs": 1}, "echo"),
         (CHAT, {"tools": [{"type": "function"}]}, "tools"),
         (CHAT, {"tool_choice": "required"}, "tool_choice"),
-        (CHAT, {"response_format": {"type": "json_object"}}, "response_format"),
+        (CHAT, {"response_format": {"type": "yaml"}}, "response_format"),
+        (CHAT, {"response_format": {"type": "json_schema"}}, "response_format"),
+        (CHAT, {"response_format": "json_object"}, "response_format"),
+        (COMPLETIONS, {"structured_outputs": {}}, "structured_outputs"),
+        (COMPLETIONS, {"structured_outputs": {"json": {}, "regex": "a"}}, "structured_outputs"),
+        (COMPLETIONS, {"structured_outputs": {"yaml": "a"}}, "structured_outputs"),
+        (COMPLETIONS, {"structured_outputs": {"choice": []}}, "structured_outputs"),
+        (COMPLETIONS, {"structured_outputs": {"choice": [1]}}, "structured_outputs"),
+        (COMPLETIONS, {"guided_json": "{"}, "guided_json"),
+        (COMPLETIONS, {"guided_json": {"type": "strin"}}, "guided_json"),
+        (COMPLETIONS, {"guided_regex": "("}, "guided_regex"),
+        (COMPLETIONS, {"guided_regex": ""}, "guided_regex"),
+        (COMPLETIONS, {"guided_choice": ["x" * 300_000]}, "guided_choice"),
+        (COMPLETIONS, {"guided_grammar": "start: <[999999]>"}, "guided_grammar"),
+        (COMPLETIONS, {"structural_tag": {"triggers": []}}, "structural_tag"),
+        (COMPLETIONS, {"regex": "a", "ebnf": 'root ::= "a"'}, "ebnf"),
+        (COMPLETIONS, {"regex": "a", "min_tokens": 1}, "min_tokens"),
+        (COMPLETIONS, {"regex": "a", "ignore_eos": True}, "ignore_eos"),
+        (CHAT, {"tools": {}}, "tools"),
+        (CHAT, {"tools": [TOOL, TOOL]}, "tools"),
+        (CHAT, {"tools": [{**TOOL, "type": "web"}]}, "tools"),
+        (CHAT, {"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools"),
+        (CHAT, {"tools": [TOOL], "tool_choice": "any"}, "tool_choice"),
+        (CHAT, {"tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice"),
+        (CHAT, {"tools": [TOOL], "regex": "a"}, "regex"),
+        (CHAT, {"continue_final_message": True}, "continue_final_message"),
+        (COMPLETIONS, {"tools": [TOOL]}, "tools"),
         (CHAT, {"chat_template": "{{ 1 }}"}, "chat_template"),
         (CHAT, {"chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs"),
         (COMPLETIONS, {"kv_transfer_params": {}}, "kv_transfer_params"),
@@ -180,9 +209,7 @@ def test_fields(post: Any, param: str, value: Any) -> None:
         (COMPLETIONS, {"suffix": "x"}, "suffix"),
         (COMPLETIONS, {"prompt": ["x"] * 128, "n": 16}, "n"),
         (COMPLETIONS, {"min_tokens": 1, "max_tokens": 0}, "min_tokens"),
-        (COMPLETIONS, {"regex": "a+"}, "regex"),
         (CHAT, {"ebnf": "root ::= x"}, "ebnf"),
-        (CHAT, {"json_schema": "{}"}, "json_schema"),
         (CHAT, {"enable_thinking": False}, "enable_thinking"),
         (CHAT, {"reasoning_effort": "low"}, "reasoning_effort"),
         (CHAT, {"priority": 1}, "priority"),

@@ -5,6 +5,7 @@ answer, and a block that was kept too early, or lost, gives another one. A pool'
 killed, and in all tests but the last they are not started again.
 """
 
+import json
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ FLAGS = (
     *("--transport", "nixl"),
 )
 SLOW = ("--set", f"decode_pool.failpoints={SLOW_STEPS}")
+NUMBERS = {"type": "array", "items": {"enum": [1, 2, 3]}, "minItems": 60, "maxItems": 60}
 QUICK = (
     *("--set", "coordinator.heartbeat_timeout_s=2.5", "--set", "restart_budget=0"),
     *("--set", "coordinator.local_prefill_threshold=32"),
@@ -50,12 +52,20 @@ def test_streams_survive_the_death_of_a_decode_pool() -> None:
         streams = {
             name: cluster.stream(prompt, 200, name, logprobs=0) for name, prompt in prompts.items()
         }
+        held_to = {"structured_outputs": {"json": NUMBERS}, "ignore_eos": False}
+        sampled = {"temperature": 1.0, "seed": 5}
+        held = cluster.stream(prompts["s3"], 2000, "held", **held_to, **sampled)
         homes = {}
-        for name in streams:
+        for name in (*streams, "held"):
             wait_for_output(cluster, name, 20)
             homes[name] = cluster.timeline(name)["decode_pool"]
-        victim = homes["s3"]
+        victim = homes["held"]
         cluster.kill_pool(victim)
+        held.wait_ended()
+        assert held.finish_reason == "stop"
+        numbers = json.loads(bytes(held.token_ids[:-1]))  # the model's tokens are bytes
+        assert len(numbers) == 60 and set(numbers) == {1, 2, 3}
+        assert cluster.timeline("held")["attempt"] == 2, "it was not killed in mid-answer"
         for name, stream in streams.items():
             stream.check_exact(MODEL)
             assert stream.finish_reason == "length"

@@ -141,11 +141,6 @@ def test_a_mask_is_a_function_of_the_output_alone(by_bytes: Vocabulary) -> None:
             ["only text", f'so <call>{CALL.begin[6:]}{{"x": 1}}}}</call>'],
             ["<call>", f"<call>{CALL.begin[6:]}{{}}}}</call>"],
         ),
-        (
-            grammars.of_one_tag([CALL]),
-            [CALL.begin + '{"x":-3}}</call>'],
-            ["text", " " + CALL.begin + '{"x":-3}}</call>', "", CALL.begin + '{"x":-3}}</call>.'],
-        ),
     ],
 )
 def test_a_grammar_takes_its_texts_and_no_others(

@@ -35,6 +35,7 @@ from coordinator.text.tasks import Prepared
 from coordinator.text.tokenizing import Prompt
 from coordinator.text.tokens import ChoiceText, TextDelta
 from coordinator.validation.parameters import mixed_seed
+from modeling.text.parsers.deltas import Delta, Reasoning
 from protocol.errors import RequestError
 from protocol.messages import NewToken
 from protocol.request import FinishReason
@@ -150,13 +151,24 @@ class Answer(Response):
             session=(context.tenant.name, session_id) if session_id else None,
             priority=context.priority,
         )
+        parsing, form = prepared.parsing, self._frontend.format
         stream = self._frontend.tokenizer.stream(
             skip_special_tokens=options.skip_special_tokens,
             continuing=self._shape.continues_prompt,
+            kept=form.special_tokens if parsing is not None else (),
         )
+        parser = None
+        if parsing is not None:
+            parser = form.parser(
+                prompt=parsing.prompt_end,
+                tools=parsing.tools,
+                seed=request.request_id,
+                holds_calls=not options.stream,
+            )
         return Choice(
             request=request,
             text=ChoiceText(stream, options.text),
+            parser=parser,
             prompt_number=prompt_number,
             echoed=prepared.echoed[prompt_number] if prepared.echoed else "",
             attached=prepared.attached,
@@ -184,6 +196,16 @@ class Answer(Response):
                 self._frontend.service.abort(choice.request, now, reason=FinishReason.STOP)
             yield choice, piece
 
+    def _parsed(self, choice: Choice, piece: TextDelta) -> list[Delta]:
+        """What an answer's text was read as."""
+        assert choice.parser is not None and self._prepared.parsing is not None
+        deltas = choice.parser.push(piece.text)
+        if piece.finish_reason is not None:
+            deltas += choice.parser.finish()
+        if self._prepared.parsing.shows_reasoning:
+            return deltas
+        return [delta for delta in deltas if not isinstance(delta, Reasoning)]
+
     @property
     def _is_finished(self) -> bool:
         return all(choice.text.finish_reason is not None for choice in self._choices)
@@ -201,7 +223,10 @@ class Answer(Response):
             arrivals = await self._arrivals()
             pace.begin()
             for choice, piece in self._take(arrivals):
-                texts[choice.request.choice].append(piece.text)
+                if choice.parser is None:
+                    texts[choice.request.choice].append(piece.text)
+                else:
+                    choice.deltas += self._parsed(choice, piece)
                 if len(choice.unsent) >= GATHERED_TOKENS:
                     self._shape.gather(choice)
                 await pace.breathe()
@@ -265,10 +290,16 @@ class Answer(Response):
         await self._send_part(send, b"".join(events))
 
     def _events(self, arrivals: Arrivals) -> Iterator[bytes]:
+        shows_all = self._shape.return_token_ids or self._shape.with_logprobs
         for choice, piece in self._take(arrivals):
-            shows_all = self._shape.return_token_ids or self._shape.with_logprobs
-            if piece.text or not choice.is_started or (shows_all and choice.unsent):
-                yield self._chunk(self._shape.content(choice, piece.text))
+            if choice.parser is not None:
+                parts: list[str | Delta] = list(self._parsed(choice, piece))
+            else:
+                parts = [piece.text] if piece.text else []
+            if not parts and (not choice.is_started or (shows_all and choice.unsent)):
+                parts = [""]
+            for part in parts:
+                yield self._chunk(self._shape.content(choice, part))
                 choice.is_started = True
                 choice.unsent.clear()
             if piece.finish_reason is not None:

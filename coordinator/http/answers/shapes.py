@@ -12,6 +12,15 @@ from coordinator.http.answers.logprobs import chat_logprobs, completion_logprobs
 from coordinator.jobs.questions.prompts import Attached
 from coordinator.request import Request
 from coordinator.text.tokens import ChoiceText, ShownToken
+from modeling.text.parsers.deltas import (
+    Arguments,
+    Content,
+    Delta,
+    Reasoning,
+    ToolCall,
+    collect,
+)
+from modeling.text.parsers.formats import OutputParser
 from protocol.request import FinishReason
 
 
@@ -32,6 +41,8 @@ class Choice:
     is_started: bool = False
     unsent: list[ShownToken] = field(default_factory=list)
     stop_reason: int | str | None = None
+    parser: OutputParser | None = None  # None: the answer is its text
+    deltas: list[Delta] = field(default_factory=list)  # of a whole answer
     token_ids: GrowingLists = field(default_factory=GrowingLists)  # these two of a whole answer
     logprobs: GrowingLists = field(default_factory=GrowingLists)
 
@@ -77,11 +88,11 @@ class Shape(ABC):
         choice.token_ids.add({"token_ids": [shown.token.token_id for shown in choice.unsent]})
         choice.unsent.clear()
 
-    def content(self, choice: Choice, text: str) -> dict[str, Any]:
-        """A choice of a chunk: ``text`` and the unsent tokens."""
+    def content(self, choice: Choice, text: str | Delta) -> dict[str, Any]:
+        """A choice of a chunk: ``text``, or what it was read as, and the unsent tokens."""
         shown = {
             "index": choice.request.choice,
-            **self._delta(choice, text),
+            **(self._delta(choice, text) if isinstance(text, str) else self._part(choice, text)),
             "logprobs": self._shape_logprobs(choice),
             "finish_reason": None,
         }
@@ -108,7 +119,7 @@ class Shape(ABC):
         """A choice that has ended, and whose tokens have all been gathered."""
         shown = {
             "index": choice.request.choice,
-            **self._whole_text(text),
+            **self._whole_text(choice, text),
             "logprobs": choice.logprobs.whole() if self.with_logprobs else None,
             "finish_reason": _finish_reason(choice),
             "stop_reason": choice.stop_reason,
@@ -132,11 +143,14 @@ class Shape(ABC):
     @abstractmethod
     def _delta(self, choice: Choice, text: str) -> dict[str, Any]: ...
 
+    def _part(self, choice: Choice, delta: Delta) -> dict[str, Any]:
+        raise NotImplementedError(f"no answer of this shape is parsed: {choice} {delta}")
+
     @abstractmethod
     def _empty_delta(self) -> dict[str, Any]: ...
 
     @abstractmethod
-    def _whole_text(self, text: str) -> dict[str, Any]: ...
+    def _whole_text(self, choice: Choice, text: str) -> dict[str, Any]: ...
 
     @abstractmethod
     def _shape_logprobs(self, choice: Choice) -> dict[str, Any] | None: ...
@@ -154,7 +168,7 @@ class CompletionShape(Shape):
     def _empty_delta(self) -> dict[str, Any]:
         return {"text": ""}
 
-    def _whole_text(self, text: str) -> dict[str, Any]:
+    def _whole_text(self, choice: Choice, text: str) -> dict[str, Any]:  # noqa: ARG002
         return {"text": text}
 
     def _shape_logprobs(self, choice: Choice) -> dict[str, Any] | None:
@@ -174,18 +188,54 @@ class ChatShape(Shape):
             return {"delta": {"content": text}}
         return {"delta": {"role": "assistant", "content": text}}
 
+    def _part(self, choice: Choice, delta: Delta) -> dict[str, Any]:
+        match delta:
+            case Content(text):
+                shown: dict[str, Any] = {"content": text}
+            case Reasoning(text):
+                shown = _reasoning(text)
+            case ToolCall(index, call_id, name):
+                function = {"name": name, "arguments": ""}
+                call = {"index": index, "id": call_id, "type": "function", "function": function}
+                shown = {"tool_calls": [call]}
+            case Arguments(index, text):
+                shown = {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
+        return {"delta": shown if choice.is_started else {"role": "assistant", **shown}}
+
     def _empty_delta(self) -> dict[str, Any]:
         return {"delta": {}}
 
-    def _whole_text(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+    def _whole_text(self, choice: Choice, text: str) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if choice.parser is not None:
+            read = collect(choice.deltas)
+            message["content"] = read.content or (None if read.calls or read.reasoning else "")
+            if read.reasoning:
+                message |= _reasoning(read.reasoning)
+            if read.calls:
+                message["tool_calls"] = [
+                    {
+                        "id": call.call_id,
+                        "type": "function",
+                        "function": {"name": call.name, "arguments": call.arguments},
+                    }
+                    for call in read.calls
+                ]
+        return {"message": message}
 
     def _shape_logprobs(self, choice: Choice) -> dict[str, Any] | None:
         return chat_logprobs(choice.unsent, self._bytes_of) if self.with_logprobs else None
 
 
+def _reasoning(text: str) -> dict[str, str]:
+    """Under both of the names that clients look for."""
+    return {"reasoning_content": text, "reasoning": text}
+
+
 def _finish_reason(choice: Choice) -> str:
     reason = choice.text.finish_reason
+    if reason is FinishReason.STOP and choice.parser is not None and choice.parser.num_calls:
+        return "tool_calls"
     return "stop" if reason is None else reason.value if reason in _SAID else "stop"
 
 
