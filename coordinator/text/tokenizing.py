@@ -5,7 +5,7 @@ turn single tokens into text, and nothing else.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -33,7 +33,7 @@ class TextTools:
 
     tokenizer: Tokenizer
     chat_template: ChatTemplate
-    format: OutputFormat  # how the model writes reasoning and calls of tools
+    format: OutputFormat = field(default_factory=OutputFormat)  # of reasoning and calls of tools
 
     @property
     def identity(self) -> TextIdentity:

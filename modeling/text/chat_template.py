@@ -143,7 +143,7 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(source)
             parsed = environment.parse(source)
-            constants = parsed.find_all(nodes.Const)
+            constants = list(parsed.find_all(nodes.Const))  # before anything folds them
             self.variables = frozenset(meta.find_undeclared_variables(parsed))
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(

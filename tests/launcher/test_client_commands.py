@@ -159,7 +159,7 @@ def test_trace_and_top(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["top", "--once"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.split()]
     assert ["prefill0", "ready", "2", "1", "1234", "0", "0", "0"] in rows
-    blocks = next(row for row in rows if row[-6:] == ["100", "60", "10", "5", "0", "25"])
+    blocks = next(row for row in rows if row[-5:] == ["100", "60", "10", "5", "25"])
     assert blocks[1].count("█") == 13  # 40 of 100, of 30
     assert len([row for row in rows if row[0].startswith(("prefill0/", "decode0/"))]) == 3
 
