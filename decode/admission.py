@@ -1,4 +1,4 @@
-"""The queue in front of a decode pool: which sequence gets blocks next, and when. Pure.
+"""The queue in front of a decode pool, whose first sequence gets blocks next. Pure.
 
 Blocks are granted in the order of arrival; none overtakes a sequence that waits for room. They are
 for the whole prompt and one token more, so that a sequence that is admitted can be handed its

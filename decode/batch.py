@@ -49,7 +49,7 @@ class Batch:
         bisect.insort(self.running, sequence, key=_arrival)
 
     def leave(self, sequence: Sequence) -> None:
-        """Let go of a sequence that ends; the runners forget it with the next plan."""
+        """Remove a sequence that ends; the runners forget it with the next plan."""
         if sequence.state is SequenceState.RUNNING:
             self.running.remove(sequence)
         else:
@@ -142,7 +142,7 @@ class Batch:
     # -- the step ----------------------------------------------------------------------------------
 
     def _pick(self, new: list[NewSequence]) -> list[SequenceStep]:
-        """What is computed: first the sequences with one token left, then chunks of the others."""
+        """The work of a step: first the sequences with one token left, then chunks of the others."""
         decoding = [sequence for sequence in self.running if sequence.num_pending_tokens == 1]
         steps = [self._step(sequence, 1, new) for sequence in decoding]
         num_left = self._facts.token_budget - len(steps)
@@ -177,14 +177,10 @@ class Batch:
         sequence.num_new_blocks = 0
         start = sequence.num_computed_tokens
         end = start + num_tokens
-        request_id, attempt = sequence.key
-        token_ids = sequence.tokens(start, end)
-        is_last = end == sequence.num_tokens
         return SequenceStep(
-            request_id,
-            attempt,
+            *sequence.key,
             start=start,
-            token_ids=token_ids,
+            token_ids=sequence.tokens(start, end),
             new_block_ids=added,
-            sample=is_last,
+            sample=end == sequence.num_tokens,
         )

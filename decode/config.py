@@ -1,4 +1,4 @@
-"""What a rank of a decode pool is told; see :class:`engine.rank_config.RankConfig`."""
+"""The configuration of a rank of a decode pool; see :class:`engine.rank_config.RankConfig`."""
 
 from engine.rank_config import RankConfig
 from protocol.errors import ConfigError

@@ -1,11 +1,11 @@
-"""What never changes while a decode pool lives, as its scheduler needs to know it. Pure."""
+"""The facts of a decode pool, which never change while it lives. Pure."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeFacts:
-    """A decode pool, and how much it takes on.
+    """The limits of a decode pool.
 
     ``token_budget`` tokens are computed in a step. It is at least ``max_num_sequences``, so that
     every decoding sequence gets its token in each step.

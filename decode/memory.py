@@ -1,4 +1,4 @@
-"""Which blocks a sequence holds: every change of the decode pool's block space is made here. Pure.
+"""The blocks of each sequence: every change of a decode pool's block space is made here. Pure.
 
 The life of a sequence's blocks
 1. ``allocate`` shares the longest cached prefix and takes new blocks for the rest;
@@ -7,8 +7,8 @@ The life of a sequence's blocks
 4. ``offer`` names the full blocks by their hashes, for later prompts to find; ``forget`` takes that
    back, and nothing of a doubtful sequence is offered;
 5. ``release`` gives them all up, in one place, however the sequence has ended. Blocks into which a
-   peer may still write are given up by ``close_transfer``, when none does any more. What has
-   arrived in full by then stays in the cache, and the next attempt goes on from there.
+   peer may still write are given up by ``close_transfer``, when none can any more. Blocks that have
+   arrived in full by then stay in the cache, and the next attempt goes on from there.
 """
 
 from collections.abc import Iterable
@@ -33,7 +33,7 @@ class SequenceMemory:
         self._watermark_blocks = watermark_blocks
         self.block_size = pool.block_size
         self.num_slots = pool.num_blocks * pool.block_size
-        self.has_new_room = True  # a block was given up since admission last found no room
+        self.has_new_room = True  # a block has become free since admission last found no room
 
     def num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -78,7 +78,11 @@ class SequenceMemory:
         return True
 
     def begin_transfer(self, sequence: Sequence) -> int:
-        """Mark the prompt's blocks that are not cached as written by a peer; the first's index."""
+        """Mark the prompt's blocks that are not cached as written by a peer.
+
+        Returns:
+            The logical index of the first.
+        """
         first = sequence.num_cached_tokens // self.block_size
         end = self.num_blocks_for(sequence.num_prompt_tokens)
         sequence.in_transfer = sequence.blocks[first:end]
@@ -89,12 +93,16 @@ class SequenceMemory:
         """Blocks of its prefix that a store has and this pool has not."""
         if sequence.store is None:
             return 0
-        # Its last token is computed in any case: there is nothing to sample from else.
+        # The last token is always computed, because its logits are sampled.
         num_tokens = min(sequence.store.num_tokens, sequence.num_prompt_tokens - 1)
         return max(0, (num_tokens - sequence.num_cached_tokens) // self.block_size)
 
     def begin_loading(self, sequence: Sequence) -> tuple[int, list[BlockRef]]:
-        """Mark what a store will write into: (the first's index, the blocks)."""
+        """Mark the blocks that a store will write into.
+
+        Returns:
+            (the logical index of the first, the blocks).
+        """
         first = sequence.num_cached_tokens // self.block_size
         end = first + self.num_blocks_to_load(sequence)
         sequence.in_transfer = sequence.blocks[first:end]
@@ -102,7 +110,7 @@ class SequenceMemory:
         return first, sequence.in_transfer
 
     def end_loading(self, sequence: Sequence, num_whole_blocks: int) -> None:
-        """Nothing comes from the store any more; so many blocks have come, and others find them."""
+        """No byte of the store lands any more: let others find the leading blocks that are whole."""
         self.end_transfer(sequence)
         sequence.num_loaded_tokens = num_whole_blocks * self.block_size
         sequence.num_cached_tokens += sequence.num_loaded_tokens
@@ -116,7 +124,7 @@ class SequenceMemory:
         self.has_new_room = True
 
     def release_quiet(self, sequence: Sequence) -> None:
-        """Give up the blocks that no peer writes into; ``close_transfer`` does so with the rest."""
+        """Give up the blocks that no peer writes into; ``close_transfer`` gives up the rest."""
         writing = set(sequence.in_transfer)
         self._pool.release([block for block in sequence.blocks if block not in writing])
         sequence.blocks = []
@@ -124,10 +132,11 @@ class SequenceMemory:
         self.has_new_room = True
 
     def close_transfer(self, sequence: Sequence, num_whole_blocks: int) -> None:
-        """No byte lands any more in what ``release_quiet`` has left: give that up as well.
+        """Give up the blocks that ``release_quiet`` has left: no byte lands in them any more.
 
         Args:
-            num_whole_blocks: of those, from the first on, hold what the peer was to write.
+            sequence: whose hand-off has ended.
+            num_whole_blocks: how many of them, from the first on, have arrived in full.
         """
         first = sequence.num_cached_tokens // self.block_size
         if sequence.is_doubtful:
@@ -139,7 +148,7 @@ class SequenceMemory:
         self.end_transfer(sequence)
 
     def forget(self, block_hashes: Iterable[bytes]) -> None:
-        """What lies under these is in doubt, whoever brought it: nobody is to find it any more."""
+        """Keep others from finding the blocks with these hashes, whose KV is in doubt."""
         self._pool.forget(block_hashes)
 
     def offer_prompt(self, sequence: Sequence) -> None:
@@ -158,7 +167,7 @@ class SequenceMemory:
         self.has_new_room = True
 
     def take_cache_update(self) -> CacheUpdate | None:
-        """What a prompt can newly, or no longer, hit."""
+        """The hashes that are new, or gone, since the last call; None if there are none."""
         stored, evicted = self._pool.take_cache_events()
         return CacheUpdate(stored=stored, evicted=evicted) if stored or evicted else None
 
@@ -176,7 +185,10 @@ class SequenceMemory:
         return sequence.block_hashes[: (sequence.num_tokens - 1) // self.block_size]
 
     def _offer(self, sequence: Sequence, num_tokens: int) -> None:
-        """Of equal blocks the pool keeps the first that it was told of."""
+        """Let others find the full blocks of the first ``num_tokens`` tokens.
+
+        Of equal blocks the pool keeps the one that it knew first.
+        """
         if sequence.is_doubtful:
             return
         end = num_tokens // self.block_size

@@ -1,10 +1,10 @@
-"""What a decode pool does next. Pure: messages and events in, plans and commands out.
+"""The decisions of a decode pool. Pure: events and time come in, plans and commands go out.
 
 The life of a request
 1. ``Reserve`` queues it. When there is room it shares its cached prefix and gets blocks for the
    rest of its prompt and one token more: credits are given out before any prefill starts, so a
    prefill pool never holds blocks for which there is no room here.
-2. The ranks are told to expect a hand-off into those blocks; once they do, ``Ticket``.
+2. Every rank opens the hand-off into those blocks; then the coordinator gets the ``Ticket``.
 3. Either ``TargetCommitted``: it joins the batch with the token that the prefill pool sampled.
    Or ``ComputeHere``: the unused hand-off is closed, and the prompt is computed here in chunks.
 4. A step computes the next token of every decoding sequence, and with what is left of the token
@@ -140,7 +140,7 @@ class DecodeScheduler:
         if sequence is None:
             return
         if sequence.state in (SequenceState.QUEUED, SequenceState.LOADING):
-            sequence.is_local = True  # no hand-off need ever be opened
+            sequence.is_local = True  # no hand-off will be opened
         elif sequence.state in (SequenceState.OPENING, SequenceState.RESERVED):
             if sequence.state is SequenceState.OPENING:
                 self._give_ticket(sequence)
@@ -225,7 +225,7 @@ class DecodeScheduler:
             self._commands.tell(Committed(*sequence.key, stats=event.stats))
             self._end_handoff(sequence, SequenceEvent.COMMITTED)
             if sequence.finish_reason(self.facts.max_model_len) is not None:
-                self._end(sequence)  # the coordinator knows it from the prefill pool
+                self._end(sequence)  # the coordinator has its only token from the prefill pool
 
     def _on_loading(self, event: TargetEvent, now: float) -> None:
         """A loading has ended: grant the sequence as any other, or finish closing it."""
@@ -271,7 +271,7 @@ class DecodeScheduler:
                 self._grant(sequence)
 
     def _grant(self, sequence: Sequence) -> None:
-        """A sequence has what is cached of its prompt: get the rest, here or by a hand-off."""
+        """Compute the part of a prompt that is not cached here, or open a hand-off for it."""
         if sequence.is_local:
             sequence.advance(SequenceEvent.GRANT_LOCAL)
             self._give_ticket(sequence)
@@ -351,7 +351,10 @@ class DecodeScheduler:
             self._end(sequence)
 
     def _close_handoff(self, sequence: Sequence) -> None:
-        """Give up a sequence's blocks; those in which a byte can still land, when none can."""
+        """Give up a sequence's blocks, except those in which a byte can still land.
+
+        ``_end_handoff`` follows when none can, and gives up the rest.
+        """
         if sequence.state is SequenceState.LOADING:
             self._loadings.close(sequence.key)
         elif sequence.state is not SequenceState.SWITCHING:  # then it is being closed already
@@ -364,7 +367,7 @@ class DecodeScheduler:
     def _end_handoff(
         self, sequence: Sequence, event: SequenceEvent, num_whole_blocks: int = 0
     ) -> None:
-        """Nothing can land any more: run with what is here, or leave what is whole and be gone."""
+        """No byte can land any more: run, or keep the whole blocks in the cache and release."""
         sequence.advance(event)
         if sequence.state is SequenceState.RUNNING:
             self._memory.end_transfer(sequence)
@@ -401,7 +404,7 @@ class DecodeScheduler:
     # -- out: commands and figures -----------------------------------------------------------------
 
     def take_commands(self) -> list[Command]:
-        """What is to be done, decided since the last call, in order."""
+        """The commands decided on since the last call, in order."""
         if (update := self._memory.take_cache_update()) is not None:
             self._commands.tell(update)
         return self._commands.take()
@@ -416,7 +419,7 @@ class DecodeScheduler:
         self._memory.check()
 
     def load(self) -> Load:
-        """What is waiting, running and held."""
+        """The work that waits and runs, and the blocks that are held."""
         batch = self._batch
         return Load(
             num_waiting=len(self._admission) + len(batch.preempted),

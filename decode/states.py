@@ -27,7 +27,7 @@ class SequenceState(enum.Enum):
 
     QUEUED = "queued"
     LOADING = "loading"  # blocks granted, a prefix comes up from a store
-    OPENING = "opening"  # blocks granted, the ranks are told to expect a hand-off
+    OPENING = "opening"  # blocks granted, the ranks open the hand-off
     RESERVED = "reserved"  # the ticket is given
     SWITCHING = "switching"  # to be computed here; the unused hand-off is being closed
     RUNNING = "running"

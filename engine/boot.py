@@ -1,4 +1,4 @@
-"""What the process of a rank does before and around its loop, the same for both roles.
+"""The process of a rank before and around its loop, the same for every role.
 
 The life of a rank's process
 1. ``main`` reads the configuration, ties the process to its parent's life and to signals, and calls
@@ -7,11 +7,12 @@ The life of a rank's process
 3. ``start_rank`` binds the leader's sockets and starts the transfer thread, which says HELLO.
    ``RankProcess.form_gang``: the coordinator's WELCOME, torch.distributed, the plan channel.
    ``start_shard`` does all that.
-4. The role warms up, says GangReady and enters its loop: the leader calls ``drain`` and ``step``, a
-   follower ``follow``.
+4. The role warms up, sends GangReady and enters its loop: the leader's is ``RankProcess.lead``, a
+   follower's is ``follow``.
 5. Shutdown, a signal or the leader's Stop: exit code 0. A mistake of the operator: 2. The rest: 1.
 
-Nobody outlives the gang: the parent's death kills the process, the transfer thread's death ends it.
+No rank outlives its gang: the parent's death kills the process, the transfer thread's death ends
+it.
 """
 
 import argparse
@@ -52,7 +53,7 @@ from protocol.sockets import open_context
 
 EXIT_CLEAN, EXIT_FAILED, EXIT_CONFIG = 0, 1, 2
 STOP_TIMEOUT_S = 5.0
-FAREWELL_S = 5.0  # for a coordinator to say that the cluster ends, after the grace
+FAREWELL_S = 5.0  # after the grace, for the coordinator's Shutdown to arrive
 
 _log = logging.getLogger(__name__)
 
@@ -73,10 +74,15 @@ def main(role: str, config_type: type[C], serve: Callable[[C], None]) -> NoRetur
 
 
 def run_here(config: bytes, config_type: type[C], serve: Callable[[C], None]) -> int:
-    """Run a rank in a process that somebody else has started; the exit code that it earns.
+    """Run a rank in this process, which exists already.
 
     Args:
         config: the rank's configuration as JSON.
+        config_type: of the role.
+        serve: of the role.
+
+    Returns:
+        The exit code for the process.
     """
 
     def body() -> None:
@@ -116,14 +122,15 @@ def _prepare(path: str, config_type: type[C]) -> C:
 
 
 def end_on_signals(config: RankConfig) -> None:
-    """END ends this process, and so does what comes from outside if there is nobody else to say so.
+    """Let the signals END and ASKED end this process.
 
-    If there is, what comes from outside may have come to the whole cluster: its coordinator says
-    when its ranks are to end. If it does not, they do by themselves, and at once when asked again.
+    A rank with a parent does not obey ASKED (such as Ctrl-C) at once: the signal may have come to
+    the whole cluster, and the coordinator then ends the ranks when their requests are done. If the
+    coordinator does not, the rank ends by itself after the grace, or at a second signal.
     """
 
     def stop(number: int, _frame: FrameType | None) -> None:
-        # Once is enough, the way out must not be interrupted.
+        # Another signal must not interrupt the way out.
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         for other in (number, signal.SIGALRM):
             signal.signal(other, signal.SIG_IGN)
@@ -153,7 +160,7 @@ def read_config(path: str, config_type: type[C]) -> C:
         raise ConfigError(f"--config {path}: {error}") from error
 
 
-# -- what it holds ---------------------------------------------------------------------------------
+# -- the rank --------------------------------------------------------------------------------------
 
 
 def resolve_device(config: RankConfig) -> torch.device:
@@ -172,13 +179,13 @@ def resolve_device(config: RankConfig) -> torch.device:
 
 @dataclass(frozen=True)
 class Shard:
-    """What a rank computes with."""
+    """A rank that computes: its process, its part of the model, its KV."""
 
     process: RankProcess
     model_config: ModelConfig
     model: Model
     pool: KVPool
-    num_blocks: int  # that the scheduler may use: every rank of the gang has as many at least
+    num_blocks: int  # that the scheduler may use: the fewest of any rank of the gang
     device: torch.device
 
 
@@ -187,7 +194,12 @@ def start_shard(role: str, config: RankConfig, largest: LargestStep) -> Iterator
     """Load this rank's part of the weights, size the KV pool, say HELLO, form the gang.
 
     Args:
-        largest: what may be in one step, and in the pool.
+        role: "prefill" or "decode".
+        config: of the rank.
+        largest: the limits of one step, and of the pool.
+
+    Yields:
+        The rank, whose gang has formed.
 
     Raises:
         ConfigError: it cannot run as configured.
@@ -220,7 +232,7 @@ def start_shard(role: str, config: RankConfig, largest: LargestStep) -> Iterator
 def start_rank(
     role: str, config: RankConfig, model: ModelConfig, pool: KVPool
 ) -> Iterator[RankProcess]:
-    """Say HELLO and go on as a rank; on leaving, everything that was started here has ended.
+    """Say HELLO and be a rank. When the context is left, all that it has started has ended.
 
     Raises:
         ConfigError: a socket cannot be bound.
@@ -236,7 +248,8 @@ def start_rank(
     with contextlib.ExitStack() as stack:
         context = stack.enter_context(open_context(config.token))
         leader = _bind_leader(config, identity, context) if config.is_leader else None
-        store_fd, gang = -1, None
+        store_fd = -1
+        gang = None
         if leader is not None:
             stack.callback(leader.close)
             store_address, store_fd = _open_store(config, identity)
@@ -254,7 +267,7 @@ def _bind_leader(
     config: RankConfig, identity: RankIdentity, context: zmq.Context[zmq.Socket[bytes]]
 ) -> LeaderChannel:
     if config.same_host:
-        # A new name each time: a follower of a gang that is gone finds nobody there.
+        # A new name each time, so that a late follower of an earlier gang cannot join this one.
         address = f"{config.listen}/{config.pool_id}-plan-{identity.incarnation[:8]}"
     else:
         address = f"{config.listen}:*"
@@ -288,7 +301,7 @@ def _transfer_config(config: RankConfig, model: ModelConfig) -> TransferConfig:
 
 
 def _dismiss(process: RankProcess) -> None:
-    """Followers wait for a plan: tell them that none will come. They may be gone already."""
+    """Send Stop to the followers, which wait for a plan. They may be gone already."""
     if process.leader is not None:
         with contextlib.suppress(PeerError):
             process.leader.broadcast(Stop())

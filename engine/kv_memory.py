@@ -1,17 +1,16 @@
-"""How many blocks of KV a rank has: what it was told, or what its memory leaves.
+"""The number of KV blocks of a rank: as configured, or as many as its memory leaves room for.
 
 ``--kv-memory auto``, in the order of a rank's start
-1. The launcher looks once what this machine leaves and gives each of its ranks an equal part.
+1. The launcher measures once what this machine has free and gives each of its ranks an equal part.
 2. The rank loads its weights.
 3. A dry run: the largest step that its scheduler may plan, over a few blocks of scratch, on this
-   rank's shard alone. On a GPU it is run whole; on CPU, where it would take as long as a long
-   prompt does, a small part of it is run and what that took is scaled up, for memory of a step
-   grows with its tokens.
-4. Of what is then left of the rank's part, a share becomes KV; no more than all of its sequences at
-   their full length could use. The ranks that share a GPU have equal parts of it.
+   rank's shard alone. On a GPU the whole step is run. On CPU that would take as long as a long
+   prompt, so a small part of it is run and its memory scaled up: it grows with the tokens.
+4. A share of what is then left of the rank's part becomes KV, but no more than all of its sequences
+   at their full length could use. The ranks that share a GPU have equal parts of it.
 
-Whatever the number is, it is compared with what is free before a page of it is touched: a rank that
-takes too much is ended by the kernel, without a word.
+Either way the size is compared with the free memory before a page of it is touched, because the
+kernel kills a rank that takes too much, without a message.
 """
 
 from collections.abc import Sequence
@@ -37,7 +36,7 @@ _MIB = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class LargestStep:
-    """What a scheduler may put into one step of a rank, and keep in its pool."""
+    """The most that a scheduler may put into one step of a rank, and keep in its pool."""
 
     num_tokens: int
     num_rows: int  # tokens of those that are sampled
@@ -98,12 +97,12 @@ def size_pool(config: RankConfig, model: Model, dtype: str, largest: LargestStep
 
 
 def device_index(rank: int, num_devices: int) -> int:
-    """On which of its machine's GPUs a rank of a pool computes."""
+    """The index of the GPU, among its machine's, on which a rank of a pool computes."""
     return rank % num_devices
 
 
 def sharing_ranks(pool_sizes: Sequence[int], num_devices: int, index: int) -> int:
-    """How many ranks compute on one GPU, those of every pool together; at least the one that asks.
+    """The number of ranks, of all pools, that compute on one GPU; at least 1, the one that asks.
 
     Args:
         pool_sizes: ranks of each pool on this machine.
@@ -115,13 +114,13 @@ def sharing_ranks(pool_sizes: Sequence[int], num_devices: int, index: int) -> in
 
 
 def part_of_device(free: int, total: int, own: int, num_ranks: int) -> int:
-    """Bytes that a rank may still take of its GPU: of an equal part, and of what is free.
+    """Bytes that a rank may still take of its GPU: no more than its equal part, or than is free.
 
-    All ranks of the GPU look at about the same time, before any has taken its KV: what is free is
-    then there for each of them, and all together would take it several times.
+    All ranks of a GPU ask at about the same time, before any has taken its KV. Each then sees the
+    same free memory, so without the equal parts they would take it several times over.
 
     Args:
-        free: bytes of the device that nobody has, now.
+        free: bytes of the device that are free now.
         total: bytes of the device.
         own: bytes that this rank has taken.
         num_ranks: that share the device.
@@ -130,18 +129,19 @@ def part_of_device(free: int, total: int, own: int, num_ranks: int) -> int:
 
 
 def auto_bytes(left_bytes: int, device: torch.device) -> int:
-    """What becomes KV of what is left."""
+    """The share of ``left_bytes`` that becomes KV."""
     return int(max(0, left_bytes) * (CUDA_SHARE if device.type == "cuda" else CPU_SHARE))
 
 
 def check_free(num_bytes: int, device: torch.device) -> None:
-    """Refuse what cannot be had, before it is touched.
+    """Check that so many bytes are free, before any of them is touched.
 
     Raises:
-        ConfigError: it is more than is free.
+        ConfigError: they are not.
     """
     if device.type == "cuda":
-        free, bound = torch.cuda.mem_get_info(device)[0], f"free memory of {device}"
+        free = torch.cuda.mem_get_info(device)[0]
+        bound = f"free memory of {device}"
     else:
         free, bound = host_memory.available()
     if num_bytes > free:
@@ -152,7 +152,7 @@ def check_free(num_bytes: int, device: torch.device) -> None:
 
 
 def _left_bytes(config: RankConfig, model: Model, one_block: KVLayout, largest: LargestStep) -> int:
-    # A prefix is laid out in one piece, one layer at a time, for a chunk to attend to.
+    # A chunk attends to a copy of its prefix in one piece, one layer at a time: room for one.
     gathered = one_block.block_bytes * -(-model.config.max_model_len // config.block_size)
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
@@ -160,14 +160,15 @@ def _left_bytes(config: RankConfig, model: Model, one_block: KVLayout, largest: 
         dry_run(model, one_block, largest.num_tokens, largest.num_rows)
         step = torch.cuda.max_memory_reserved(model.device) - before
         torch.cuda.empty_cache()
-        num_devices, index = torch.cuda.device_count(), model.device.index or 0
+        num_devices = torch.cuda.device_count()
+        index = model.device.index or 0
         num_ranks = sharing_ranks(config.device_sharers, num_devices, index)
         free, total = torch.cuda.mem_get_info(model.device)
         own = torch.cuda.memory_reserved(model.device)
         return part_of_device(free, total, own, num_ranks) - step - gathered
     num_tokens = min(largest.num_tokens, DRY_RUN_TOKENS)
     num_rows = min(largest.num_rows, num_tokens)
-    dry_run(model, one_block, 1, 1)  # what is allocated once is not a step's
+    dry_run(model, one_block, 1, 1)  # so that what is allocated only once does not count
     host_memory.reset_peak()
     resident = host_memory.resident_bytes()
     dry_run(model, one_block, num_tokens, num_rows)

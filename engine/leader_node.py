@@ -1,4 +1,4 @@
-"""What the leader of a pool is, whatever its role. Without clock, socket, thread or torch.
+"""The one interface of the leaders of all roles. Without clock, socket, thread or torch.
 
 The life of a step
 1. ``on_event`` takes in a message of the coordinator, the outcome of a hand-off, or that of a
@@ -6,8 +6,8 @@ The life of a step
 2. ``schedule`` decides the next step: a plan, which every rank of the pool executes. None when
    there is nothing to compute now, which for a store is always so.
 3. ``update`` takes in the results of the ranks.
-4. ``take_commands``, after any of these, gives what the transfer thread, or the disk's threads, are
-   to do now.
+4. ``take_commands``, after any of these, gives the commands for the transfer thread, or the disk's
+   threads.
 
 Calls alternate: any number of ``on_event``, one ``schedule``, and if that had a plan, one
 ``update`` with its results. Nothing blocks. A process, the simulations, the experiments, the
@@ -49,7 +49,7 @@ class LeaderNode(Protocol[P]):
         ...
 
     def take_commands(self) -> list[Command]:
-        """What is to be done, decided since the last call, in order."""
+        """The commands decided on since the last call, in order."""
         ...
 
     def load(self) -> Load:
@@ -67,21 +67,21 @@ class LeaderNode(Protocol[P]):
 
 
 class Commands:
-    """What a leader node wants done, in order, until a driver takes it."""
+    """The commands of a leader node, in order, until a driver takes them."""
 
     def __init__(self) -> None:
         self._waiting: list[Command] = []
 
     def add(self, *commands: Command) -> None:
-        """Have these done, after everything that was added before."""
+        """Add commands, after all that were added before."""
         self._waiting += commands
 
     def tell(self, message: ToCoordinator) -> None:
-        """Have a message sent to the coordinator."""
+        """Add the command to send a message to the coordinator."""
         self.add(SendControl(message))
 
     def take(self) -> list[Command]:
-        """What was added since the last call, in order."""
+        """The commands added since the last call, in order."""
         taken = self._waiting
         self._waiting = []
         return taken

@@ -1,4 +1,4 @@
-"""The gang channel: a pool's leader tells its followers each step's plan, they tell their results.
+"""The gang channel: a pool's leader sends each step's plan, and its followers their results.
 
 1. The leader binds a ROUTER; its address travels in ``Hello`` and ``Welcome``.
 2. A follower connects and joins with its rank.
@@ -33,7 +33,7 @@ _RESULTS: Codec[Join | StepResult] = Codec(Join | StepResult)
 
 
 def _ignore() -> None:
-    """What is done while waiting, unless the caller has something better."""
+    """The default of ``check``."""
 
 
 class LeaderChannel:
@@ -123,7 +123,7 @@ class LeaderChannel:
             try:
                 message = _RESULTS.decode(frame)
             except VersionError:
-                continue  # no follower of ours: those are started from the same installation
+                continue  # not a follower of this gang: those run the same installation
             if isinstance(message, Join):
                 self._join(peer, message)
             elif self._ranks.get(peer) == message.rank:
@@ -170,7 +170,7 @@ class FollowerChannel:
         return None if frame is None else _PLANS.decode(frame)
 
     def reply(self, result: StepResult) -> None:
-        """Tell the leader what this rank did. Does not block.
+        """Send this rank's result to the leader. Does not block.
 
         Raises:
             PeerError: the leader has not read for so long that the queue is full.

@@ -1,4 +1,4 @@
-"""A rank while it lives: its configuration, its gang, its transfer thread, the steps it takes.
+"""The main loop of a rank: it forms the gang, and then leads or follows its steps.
 
 1. ``form_gang`` takes the rank from HELLO to a gang whose collectives and plan channel work.
 2. The leader stays in ``lead``: take in events, schedule, have every rank execute the plan, update,
@@ -134,7 +134,7 @@ class RankProcess:
         return events
 
     def check(self) -> None:
-        """Notice the thread's end, keep all other events for the next ``drain``; raises as it."""
+        """Notice the thread's end, and raise as ``drain``. All other events are kept for it."""
         self._events.extend(self._receive(0.0))
 
     def _receive(self, timeout_s: float) -> list[Event]:
@@ -167,13 +167,14 @@ class RankProcess:
         """Leader: serve until the process ends; never returns but by an exception.
 
         Args:
-            node: decides.
-            execute: this rank's part of a plan.
-            needs_followers: whether ``node`` is told what the other ranks have brought. If it is
-                not, they are waited for one step later: the last collective of a step has shown
-                that they are past every use of KV, and this bounds how far they may lag.
-            submit: takes commands; by default the transfer thread does.
-            counters: for the heartbeat, beside those of ``node``; looked at after each step.
+            node: makes the decisions.
+            execute: executes this rank's part of a plan.
+            needs_followers: whether ``node`` needs the followers' results. If it does not, the
+                leader collects them before the next step instead: a step's last collective has
+                shown that the followers are past every use of KV, and so they lag by a step at
+                most.
+            submit: where commands go; by default to the transfer thread.
+            counters: for the heartbeat, beside those of ``node``; read after each step.
 
         Raises:
             PeerError: a follower is gone or silent, or the transfer thread has died.
@@ -217,8 +218,9 @@ class RankProcess:
         return [own, *self._collect()] if needs_followers else [own]
 
     def _collect(self) -> list[StepResult]:
-        """What the followers have brought in the last step, once."""
-        step, self._uncollected = self._uncollected, None
+        """The followers' results of the last step, unless they were collected before."""
+        step = self._uncollected
+        self._uncollected = None
         if step is None:
             return []
         assert self.leader is not None, "only the leader steps"
@@ -230,7 +232,7 @@ class RankProcess:
         while True:
             plan = self.follower.receive(CHECK_INTERVAL_S)
             self.check()
-            self._events.clear()  # a follower's events concern nobody
+            self._events.clear()  # only the leader acts on events
             if isinstance(plan, Stop):
                 raise SystemExit(0)
             if plan is not None:
@@ -239,13 +241,13 @@ class RankProcess:
                 self._end_step(Load())
 
     def _begin_step(self) -> None:
-        """Heartbeats say from now on how long this step has been running."""
+        """From now on heartbeats report how long this step has been running."""
         self.submit(dataclasses.replace(self._status, step_started=time.monotonic()))
         if self._failpoints:
             self._fail_step()
 
     def _fail_step(self) -> None:
-        """Do what a failpoint says of this step; the transfer thread goes on meanwhile."""
+        """Carry out the failpoint of this step, if any; the transfer thread goes on meanwhile."""
         fault = self._failpoints.reach(STEP)
         if fault is None:
             return
@@ -256,12 +258,12 @@ class RankProcess:
         threading.Event().wait(None if fault.action == HANG else fault.seconds)
 
     def _end_step(self, load: Load) -> None:
-        """Heartbeats say from now on that another step is done, and what it left."""
+        """From now on heartbeats report one more step, and the load after it."""
         self._num_steps += 1
         self._report(load)
 
     def _report(self, load: Load) -> None:
-        """What the next heartbeats say, between steps."""
+        """Set the content of the next heartbeats, between steps."""
         self._status = self._status_with(load)
         self.submit(self._status)
 

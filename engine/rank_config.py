@@ -1,4 +1,4 @@
-"""What the launcher tells every rank, whatever its role. No torch: the launcher reads it too."""
+"""The configuration that the ranks of all roles share. No torch: the launcher imports it too."""
 
 import msgspec
 
@@ -7,7 +7,7 @@ from protocol.process.failpoints import Failpoints
 
 
 class RankConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What every rank is told by the launcher; the roles add their own fields.
+    """The configuration of a rank, from the launcher; the roles add their own fields.
 
     Raises:
         ConfigError: a value that no rank can run with.
@@ -26,14 +26,13 @@ class RankConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     block_size: int = 32
     kv_memory_bytes: int = 1 << 30  # 0: what ``memory_budget_bytes`` leaves
     memory_budget_bytes: int = 0  # this rank's part of its machine; 0: what is free when it looks
-    device_sharers: tuple[
-        int, ...
-    ] = ()  # ranks of each pool on this machine's devices; (): no other
+    # Of each pool on this machine's devices, the number of its ranks; (): this one alone.
+    device_sharers: tuple[int, ...] = ()
     max_model_len: int | None = None  # None: the model's
     threads: int = 1
     transport: str = "auto"
     checksum: str = "sampled"
-    parent_pid: int = 0  # the process to die with; 0 is nobody
+    parent_pid: int = 0  # the process to die with; 0: none
     shutdown_grace_s: float = 30.0  # in which the coordinator says that the cluster ends
     gang_start: int = 0  # which start of the gang this is, counted by the launcher
     log_level: str = "INFO"

@@ -1,11 +1,11 @@
-"""A rank's part in every hand-off, and what follows. Without clock, socket, thread or torch.
+"""A rank's part in every hand-off, carried out. Without clock, socket, thread or torch.
 
 1. A command of the own main thread, a message of another rank, the end of a read, a change of the
    pools or the passing of time goes into the logic (kvtransfer/handoff/handoffs.py), which answers
    with actions.
 2. The actions are carried out in order, through three *ports*: ``send`` a message to another rank,
    ``read`` bytes from one, ``emit`` an event to the main thread.
-3. What this rank has to say to itself is taken in at once, when all those actions are done.
+3. Messages of this rank to itself are taken in as soon as all those actions are done.
 
 A process, the simulations, the exhaustive search and the tests differ in their ports alone.
 """
@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 
 class RankPorts(Protocol):
-    """What a rank's surroundings do for it. No port calls the node back."""
+    """The ways out of a rank node. No port calls the node back."""
 
     def send(self, peer: PeerName, message: HandoffMessage) -> None:
         """Send a message to another rank; a peer that is unknown, or gone, gets nothing."""
@@ -36,13 +36,13 @@ class RankPorts(Protocol):
         """Post a read.
 
         Returns:
-            Whether all of it has landed, when it has ended already, or could not be posted. None
-            while it is in flight; its end is then told by ``RankNode.read_ended``.
+            True if all of it has landed already, False if it has failed or could not be posted.
+            None while it is in flight; ``RankNode.read_ended`` gets its end.
         """
         ...
 
     def emit(self, event: Event) -> None:
-        """Tell the main thread."""
+        """Give an event to the main thread."""
         ...
 
 
@@ -50,7 +50,7 @@ class RankNode:
     """One rank's hand-offs, as source, as target and as leader.
 
     Args:
-        identity: who this rank is.
+        identity: of this rank.
         layout: of its KV memory.
         memory: sums runs of bytes there.
         ports: to everything around it.
@@ -85,7 +85,7 @@ class RankNode:
 
     @property
     def is_being_read(self) -> bool:
-        """Whether another rank may be reading from here now, for which this one has to be awake."""
+        """Whether another rank may be reading from here now, so that UCX must be polled often."""
         return self.handoffs.is_being_read
 
     # -- what comes in -----------------------------------------------------------------------------
@@ -99,11 +99,11 @@ class RankNode:
         self._do(self.handoffs.pools_changed(pools), now)
 
     def command(self, command: Command, now: float) -> None:
-        """What the own main thread asks for."""
+        """Take in a command of the own main thread."""
         self._do(self.handoffs.command(command, now), now)
 
     def message(self, sender: PeerName, message: HandoffMessage, now: float) -> None:
-        """What another rank says. What it has no right to say is dropped, and counted."""
+        """Take in a message of another rank. One that it may not send is dropped and counted."""
         self._do(self.handoffs.message(sender, message, now), now)
 
     def read_ended(self, read_id: int, now: float, *, is_done: bool) -> None:
@@ -111,13 +111,16 @@ class RankNode:
         self._do(self.handoffs.read_ended(read_id, now, is_done=is_done), now)
 
     def tick(self, now: float) -> None:
-        """Once in a while, for what ends by time alone."""
+        """Let time pass: call it often, for what ends by time alone."""
         self._do(self.handoffs.tick(now), now)
 
     # -- what goes out -----------------------------------------------------------------------------
 
     def _do(self, actions: Iterable[Action], now: float) -> None:
-        pending, to_self = deque(actions), deque[HandoffMessage]()
+        pending = deque(actions)
+        # Not taken in before ``pending`` is empty: the sides expect the actions of one input to be
+        # done before the next input comes.
+        to_self = deque[HandoffMessage]()
         me = self.identity.name
         while pending or to_self:
             if not pending:

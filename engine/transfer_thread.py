@@ -1,20 +1,21 @@
 """A rank's transfer thread: it owns every socket to the coordinator and to other ranks, the
 transport and its reads, the heartbeat and the state of the hand-offs.
 
-1. It opens the transport on the KV pool, binds its socket and says ``Hello``.
+1. It opens the transport on the KV pool, binds its socket and sends ``Hello``.
 2. ``Welcome`` goes to the main thread, which forms the gang.
 3. Each ``Topology`` is connected to, and answered by ``Connected`` once all of it can be reached.
 4. From then on: commands of the main thread, messages of other ranks and ends of reads go into the
    rank's node (rank_node.py), whose ports are here.
-5. Requests of the coordinator are passed up. When the connection to it is lost, all of them are
-   aborted in its place, and the rank says ``Hello`` to the next one
+5. Requests of the coordinator go to the main thread. When the connection to it is lost, all of
+   them are aborted in its place, and the rank sends ``Hello`` to the next one
    (kvtransfer/links/coordinator_lease.py).
-6. What other ranks have not acknowledged is sent to them again (kvtransfer/links/peers.py).
+6. Messages that other ranks have not acknowledged are sent again (kvtransfer/links/peers.py).
 7. Shutdown, a refusal or an error end the thread, and with it the process: its last event is
    ``ThreadDied``.
 
-The loop waits in one poll for all sockets and for the main thread's commands; while bytes may be
-moving it looks at the transport each millisecond, because UCX needs to be looked at on both sides.
+The loop waits in one poll for all sockets and for the main thread's commands. While bytes may be
+moving it polls the transport each millisecond, because UCX makes progress only when both sides poll
+it.
 """
 
 import logging
@@ -64,7 +65,7 @@ from protocol.process.failpoints import Failpoints
 from protocol.sockets import Poller, Waker, open_context
 
 RECONNECT_INTERVAL_S = 2.0
-READS = (("decode", "prefill"), ("decode", "store"), ("store", "prefill"))  # (who, from whom)
+READS = (("decode", "prefill"), ("decode", "store"), ("store", "prefill"))  # (reader, source)
 
 _log = logging.getLogger(__name__)
 
@@ -81,10 +82,10 @@ class TransferThread(threading.Thread):
     """One rank's transfer thread.
 
     Args:
-        identity: who this rank is.
+        identity: of this rank.
         config: addresses, budgets, policies.
         pool: the rank's KV.
-        gang: where the gang meets; from the leader only.
+        gang: the addresses where the gang meets; None for a follower.
         transport: one that has not been started, in place of the one that ``config`` names.
     """
 
@@ -152,7 +153,7 @@ class TransferThread(threading.Thread):
 
 
 class _Loop:
-    """What lives as long as the thread runs: the rank's node and its ports."""
+    """The state of a running transfer thread: the rank's node, and its ports."""
 
     def __init__(
         self,
@@ -190,7 +191,7 @@ class _Loop:
         waker: Waker,
         gang: GangAddress | None,
     ) -> None:
-        """Until something ends it, which is raised."""
+        """Turn until something ends it, which is raised."""
         config = self._config
         self._peers = self._open_peers(context)
         poller = Poller(self._peers.router, waker)
@@ -273,15 +274,16 @@ class _Loop:
             self._control.send(message)
 
     def _change_coordinator(self, reason: str) -> None:
-        """Hold nothing for this coordinator any more, and turn to whoever listens now.
+        """Abort all requests of this coordinator, and introduce this rank again.
 
-        The other pools stay connected: they are told apart by their epochs, and what was begun with
-        them can be closed in order.
+        The other pools stay connected, so that hand-offs with them can be closed in order. Epochs
+        keep their messages apart from those of later pools.
         """
         level = logging.WARNING if self._control.lease.is_welcome else logging.DEBUG
         aborts = self._control.change_coordinator()
         _log.log(level, "coordinator given up, %s: %d requests end", reason, len(aborts))
-        self._topology, self._reconnect_at = None, None
+        self._topology = None
+        self._reconnect_at = None
         for abort in aborts:
             self._events.put(ControlReceived(abort))
 
@@ -296,7 +298,7 @@ class _Loop:
         self._connect()
 
     def _connect(self) -> None:
-        """Reach what the topology names; what cannot be reached is tried again in a while."""
+        """Connect to the pools of the topology; those out of reach are tried again later."""
         topology = self._topology
         assert topology is not None, "there is something to connect to"
         pools = tuple(pool for pool in topology.pools if self._can_read(pool))
@@ -310,7 +312,10 @@ class _Loop:
             self._reconnect_at = time.monotonic() + RECONNECT_INTERVAL_S
 
     def _can_read(self, pool: PoolEndpoint) -> bool:
-        """Whether what is read from all the time is reached; other pairs connect when they read."""
+        """Connect to a pool that this one reads from all the time; False if it is out of reach.
+
+        Pools of other roles are connected to at the first read.
+        """
         if (self._identity.role, pool.role) not in READS:
             return True
         try:
@@ -355,7 +360,7 @@ class _Loop:
         self._peers.send(peer, message)
 
     def emit(self, event: Event) -> None:
-        """Tell the main thread."""
+        """Give an event to the main thread."""
         self._events.put(event)
 
     def read(self, read: StartRead) -> bool | None:
@@ -363,7 +368,7 @@ class _Loop:
         endpoint = self._endpoints.get(read.incarnation)
         try:
             if endpoint is not None:
-                self._transport.connect(endpoint)  # nothing to do but at the first read
+                self._transport.connect(endpoint)  # a no-op after the first read
             handle = self._transport.read(read.incarnation, read.runs)
         except TransferError as error:
             _log.warning("read not posted: %s", error)

@@ -1,4 +1,4 @@
-"""Tells a rank's transfer thread which blocks are final, as the layers of a chunk go by."""
+"""Announces the final blocks of a chunk, as its layers are computed."""
 
 from collections.abc import Callable, Sequence
 
@@ -31,14 +31,14 @@ class Announcer:
         self._group_ending_at = {group.stop - 1: group for group in groups}
 
     def cached(self, work: ChunkWork) -> None:
-        """Before the first chunk: what was found in the cache, all layers at once."""
+        """Before the first chunk: announce the cached blocks, all layers at once."""
         blocks = cached_blocks(work, self._cp_rank)
         if work.route is not None and blocks:
             layers = range(self._groups[0].start, self._groups[-1].stop)
             self._submit(_announcement(work, work.route, CACHED_CHUNK, layers, blocks))
 
     def layer_callback(self, work: ChunkWork) -> Callable[[int], None] | None:
-        """What is to be called after each layer of the chunk; None if none of it moves."""
+        """The function to call after each layer of the chunk; None if no block of it moves."""
         route = work.route
         blocks = moving_blocks(work, self._cp_rank, self._block_size)
         if route is None or not blocks:
@@ -66,7 +66,7 @@ class Announcer:
             )
 
     def play(self, work: ChunkWork, compute: Callable[[int], None] | None = None) -> None:
-        """All that this rank announces of a chunk, in order; for who has no model to run.
+        """Announce all of a chunk, in order, for a rank without a model.
 
         Args:
             compute: called with each layer whose KV is final from then on.
@@ -82,11 +82,11 @@ class Announcer:
         self.chunk_done(work)
 
     def _announce(self, announcement: AnnounceBlocks) -> None:
-        """A group of layers has been computed, or will have been when the device gets there."""
+        """Announce a group of layers whose last kernel has been launched; on CPU it has ended."""
         self._submit(announcement)
 
     def _flush(self, *, wait: bool) -> None:
-        """Look at what the device has got to since; with ``wait`` until it is all of it."""
+        """Submit the announcements whose layers the device has finished; ``wait`` for all."""
 
 
 def _announcement(

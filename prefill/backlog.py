@@ -1,8 +1,8 @@
-"""What is to be computed, and which of it goes first. Pure.
+"""The requests that are not computed yet, and their order of service. Pure.
 
-Requests are kept by what they wait for, and moved as each of them changes, so that no step looks at
-all of them. Thousands may wait. Those that have begun hold blocks, and are at most
-``max_num_sequences``. A step looks at these, and at as many of the waiting as it could serve.
+Thousands of requests may wait, so no step looks at all of them: they are kept in queues, and moved
+as each of them changes. Those that have begun hold blocks, and are at most ``max_num_sequences``. A
+step looks at these, and at as many of the waiting as it could serve.
 
 The oldest unfinished request is served in one of any two consecutive steps; in the other, requests
 that one chunk finishes go before it. So a long prompt is overtaken only between its chunks, and
@@ -27,7 +27,7 @@ class Backlog:
     """The requests of a pool that are not computed yet.
 
     Args:
-        chunk_tokens: a waiting request that has no more is short, and may overtake others.
+        chunk_tokens: a waiting request with no more tokens is short, and may overtake others.
     """
 
     def __init__(self, chunk_tokens: int) -> None:
@@ -114,7 +114,7 @@ def _put(queue: _Queue, request: Request) -> None:
             queue.move_to_end(number)
 
 
-# -- who goes first --------------------------------------------------------------------------------
+# -- the order of service --------------------------------------------------------------------------
 
 
 def service_order(
@@ -125,7 +125,7 @@ def service_order(
     Args:
         unfinished: in order of arrival, as ``Backlog.candidates`` gives them.
         last_served: by the step before.
-        chunk_tokens: what is left of a quick request at most.
+        chunk_tokens: a request with no more tokens left is quick.
     """
     if not unfinished:
         return []

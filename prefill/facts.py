@@ -1,4 +1,4 @@
-"""What never changes while a prefill pool lives, and what it can therefore never serve. Pure."""
+"""The facts of a prefill pool, which never change while it lives. Pure."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from protocol.messages import Prefill
 
 @dataclass(frozen=True, slots=True)
 class PrefillFacts:
-    """A prefill pool, as its scheduler needs to know it."""
+    """The sizes and limits of a prefill pool."""
 
     pool_id: str
     geometry: Geometry
@@ -25,7 +25,10 @@ class PrefillFacts:
     fetch_timeout_s: float = 30.0  # after which a fetch is given up
 
     def num_blocks_to_fetch(self, message: Prefill, num_cached_blocks: int) -> int:
-        """Blocks that its decode pool has, beyond those cached here; its last token is computed."""
+        """The number of blocks to fetch from its decode pool, beyond those that are cached here.
+
+        The last token is always computed, so its block is never fetched.
+        """
         block_size = self.geometry.block_size
         num_tokens = min(message.num_target_tokens, len(message.prompt_token_ids) - 1)
         num_missed = max(0, num_tokens // block_size - num_cached_blocks)

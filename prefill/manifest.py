@@ -1,7 +1,7 @@
-"""What a chunk's ranks announce: the leader's manifest and the ranks agree by this. Pure.
+"""The announcements of a chunk. The leader's manifest and its ranks both follow this. Pure.
 
-A request's chunks are numbered from 1. Chunk 0 is what was found in the cache and is missed by the
-target: it is announced before the first chunk is computed, all layers as one group.
+A request's chunks are numbered from 1. Chunk 0 is the cached blocks that the target lacks:
+they are announced before the first chunk is computed, all layers as one group.
 """
 
 from collections.abc import Iterator, Sequence

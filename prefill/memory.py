@@ -1,4 +1,4 @@
-"""Which blocks a request holds: every change of a prefill pool's block spaces is made here. Pure.
+"""The blocks of each request: every change of a prefill pool's block spaces is made here. Pure.
 
 Each cp rank of the pool has a block space of its own. A block is named by the rank and a reference
 into its space.
@@ -6,10 +6,10 @@ into its space.
 The life of a request's blocks
 1. ``place`` shares the cached prefix and finds a ring on which there is room for the rest;
 2. ``grant`` takes a block for everything else, fetched or to be computed;
-3. ``begin_transfer`` when a peer may read from some of them, or they from a peer;
+3. ``begin_transfer`` when a peer may read from some of them, or this pool reads into some;
    ``end_transfer`` when no such read can be in flight any more;
-4. ``offer`` names what is full by its hash, for later prompts to find. Until then it is *coming*,
-   and others with the same prefix wait for it. ``disown`` takes all of that back;
+4. ``offer`` names full blocks by their hashes, for later prompts to find. Until then they are
+   *coming*, and others with the same prefix wait for them. ``disown`` takes all of that back;
 5. ``give_back`` gives them all up, however the request has ended.
 """
 
@@ -49,10 +49,10 @@ class RequestMemory:
 
         Args:
             request: that waits.
-            load_s: what each cp rank has to do before it gets to this prompt.
+            load_s: seconds of work that each cp rank has before this prompt.
 
         Returns:
-            The best placement that there are blocks for, or None: then nothing is shared.
+            The best placement for which there are blocks, or None: then nothing is shared.
         """
         cached = match_prefix(self._spaces, self._hashes_to_hit(request))
         options_for = partial(
@@ -107,31 +107,31 @@ class RequestMemory:
         return num_cached < len(hashes) and hashes[num_cached] in self._coming
 
     def begin_transfer(self, request: Request, blocks: Sequence[PlacedBlock]) -> None:
-        """A peer may read from these blocks, or they are read from a peer, from now on."""
+        """From now on a peer may read from these blocks, or bytes of a peer may land in them."""
         moving = _owned(blocks)
         for cp_rank, refs in _by_rank(moving):
             self._spaces[cp_rank].begin_transfer(refs)
         request.in_transfer += moving
 
     def end_transfer(self, request: Request) -> None:
-        """Nothing is read from or into the request's blocks any more."""
+        """No read from or into the request's blocks is in flight any more."""
         for cp_rank, refs in _by_rank(request.in_transfer):
             self._spaces[cp_rank].end_transfer(refs)
         request.in_transfer = []
 
     def offer(self, request: Request, blocks: Sequence[PlacedBlock]) -> None:
-        """These blocks are full and hold what they should: later prompts may find them."""
+        """Let later prompts find these blocks, which are full and right."""
         for block in blocks:
             block_hash = request.block_hashes[block.logical]
             self._spaces[block.cp_rank].set_hash(ref_of(block), block_hash)
             self._coming.discard(block_hash)
 
     def expect_no_more(self, request: Request) -> None:
-        """The request will not fill what it has not filled yet."""
+        """The request will fill no more blocks: let others with its prefix not wait for them."""
         self._coming.difference_update(request.block_hashes)
 
     def disown(self, block_hashes: Sequence[bytes]) -> None:
-        """What lies under these hashes is in doubt: no later prompt is to find it."""
+        """Keep later prompts from finding the blocks with these hashes, whose KV is in doubt."""
         for space in self._spaces:
             space.forget(block_hashes)
 

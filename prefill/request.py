@@ -1,4 +1,4 @@
-"""What the scheduler keeps of one request, in the order of its life. Pure."""
+"""One request of a prefill pool's scheduler, its fields in the order of its life. Pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -64,7 +64,7 @@ class Request:
 
     @property
     def next_chunk(self) -> int:
-        """The number of the chunk to compute next; what was cached counts as a chunk of its own."""
+        """The number of the chunk to compute next; cached blocks count as a chunk of their own."""
         return CACHED_CHUNK + 1 + self.num_chunks_done
 
     @property
@@ -89,7 +89,7 @@ class Request:
         return Progress(*self.key, num_done=self.num_computed_tokens, num_total=self.num_tokens)
 
     def route(self, block_size: int) -> HandoffRoute:
-        """Where its KV goes."""
+        """The target of its KV."""
         return HandoffRoute(
             pool_id=self.message.target_pool_id,
             epoch=self.message.target_epoch,
@@ -97,9 +97,10 @@ class Request:
         )
 
     def path(self, pool_id: str, now: float) -> PrefillPath:
-        """What was done for it, once its prompt is computed."""
+        """The statistics of a request whose prompt is computed."""
         placement = self.placed
-        start, block_size = placement.chunks[0].start, placement.geometry.block_size
+        start = placement.chunks[0].start
+        block_size = placement.geometry.block_size
         return PrefillPath(
             pool_id=pool_id,
             ring_size=len(placement.ring),
@@ -119,7 +120,7 @@ class Request:
         return self.blocks[placement.num_cached_blocks : placement.num_prefix_blocks]
 
     def open_fetch(self) -> OpenTargetBlocks:
-        """Every rank is to expect its fetch."""
+        """The command that has every rank expect its fetch."""
         blocks = self.fetched_blocks
         refs = tuple(ref_of(block) for block in blocks)
         owners = tuple(block.cp_rank for block in blocks)
@@ -128,7 +129,7 @@ class Request:
         )
 
     def ask_fetch(self) -> Fetch:
-        """Its fetch, once every rank expects it."""
+        """The command that asks for its fetch, once every rank expects it."""
         blocks = self.fetched_blocks
         return Fetch(
             *self.key,
@@ -140,7 +141,7 @@ class Request:
         )
 
     def commit(self, first_token_id: int) -> CommitWhenRead:
-        """Its hand-off is complete when the decode pool has read this."""
+        """The command that completes its hand-off when the decode pool has read all of it."""
         return CommitWhenRead(
             *self.key,
             target_pool_id=self.message.target_pool_id,
@@ -160,7 +161,8 @@ class Request:
 
     def finish_reason(self, token_id: int, max_model_len: int) -> FinishReason | None:
         """Why the sequence ends with the token sampled here, if it does."""
-        sampling, num_output = self.message.sampling, self.message.num_output_tokens + 1
+        sampling = self.message.sampling
+        num_output = self.message.num_output_tokens + 1
         if token_id in sampling.stop_token_ids and num_output > sampling.min_tokens:
             return FinishReason.STOP
         if num_output >= sampling.max_tokens or self.num_tokens + 1 >= max_model_len:
@@ -169,7 +171,7 @@ class Request:
 
 
 def ref_of(block: PlacedBlock) -> BlockRef:
-    """The block, as its own rank's space knows it."""
+    """The reference into its own rank's block space."""
     return BlockRef(block.block_id, block.generation)
 
 

@@ -1,16 +1,17 @@
-"""What a prefill pool does next. Pure: events and time come in, plans and commands go out.
+"""The decisions of a prefill pool. Pure: events and time come in, plans and commands go out.
 
 The life of a request
 1. ``Prefill``: it waits in the order of arrival. A prompt that can never be served fails at once.
 2. ``schedule`` admits it with its first chunk: the cached prefix is shared, and all blocks of the
-   rest are granted on the ranks of its ring. From now on it waits for no block. (backlog.py: who
-   goes first; placement.py: on which ranks; memory.py: the blocks.) If its decode pool holds more
-   of the prefix, that is fetched before the first chunk; if the fetch fails, the request waits
-   again and is computed.
+   rest are granted on the ranks of its ring. From now on it waits for no block. (backlog.py: the
+   order; placement.py: the ranks; memory.py: the blocks.) If its decode pool holds more of the
+   prefix, that is fetched before the first chunk; if the fetch fails, the request waits again and
+   is computed.
 3. Each step plans at most one chunk of it. ``update`` records the chunk, hashes its full blocks and
-   tells the coordinator the progress. Ranks announce what they have computed without asking here.
-4. The last chunk brings the first token. The coordinator is told at once, and the transfer thread
-   gets the manifest, to commit it when every target rank has read.
+   sends the coordinator the progress. Ranks announce what they have computed without asking the
+   leader.
+4. The last chunk brings the first token, which goes to the coordinator at once. The transfer thread
+   gets the manifest, and commits it when every target rank has read.
 5. On ``SourceClosed`` its blocks are given back, in ``_release``. An abort, a broken hand-off or a
    lost target close the hand-off, or the fetch, first, and come to the same place.
 """
@@ -302,7 +303,7 @@ class PrefillScheduler:
         )
         if is_first:
             # Before the chunk is computed: if it kills this pool, the coordinator has to know that
-            # the request was on board.
+            # this request was being computed, to keep it from killing other pools.
             self._commands.tell(request.progress())
         request.manifest += segment_keys(
             work, tp_size=facts.tp_size, block_size=block_size, groups=facts.layer_groups
@@ -345,12 +346,12 @@ class PrefillScheduler:
         self._commands.add(request.open_fetch())
 
     def _give_up_late_fetches(self, now: float) -> None:
-        """A fetch, or its answer, can be lost with a connection."""
+        """Compute instead of waiting: a fetch, or its answer, can be lost with a connection."""
         for request in self._backlog.fetching_since(now - self.facts.fetch_timeout_s):
             self._give_up_fetch(request)
 
     def _give_up_fetch(self, request: Request) -> None:
-        """Have a request computed instead, once nothing can land in its blocks any more."""
+        """Compute a request instead, once no byte can land in its blocks any more."""
         request.may_fetch = False
         self._advance(request, RequestEvent.GIVE_UP)
         self._memory.expect_no_more(request)
@@ -397,14 +398,14 @@ class PrefillScheduler:
     # -- out: commands and figures -----------------------------------------------------------------
 
     def take_commands(self) -> list[Command]:
-        """What is to be done, decided since the last call, in order."""
+        """The commands decided on since the last call, in order."""
         stored, evicted = self._memory.take_cache_events()
         if stored or evicted:
             self._commands.tell(CacheUpdate(stored=stored, evicted=evicted))
         return self._commands.take()
 
     def load(self) -> Load:
-        """What is waiting, running and held."""
+        """The work that waits and runs, and the blocks that are held."""
         return Load(
             num_waiting=self._backlog.num_waiting,
             num_running=self._backlog.num_begun,
@@ -429,11 +430,11 @@ class PrefillScheduler:
         assert self._num_holding == len(held)
 
 
-# -- how much fits into a step ---------------------------------------------------------------------
+# -- the time of a step ----------------------------------------------------------------------------
 
 
 def load_s(begun: Sequence[Request], cp_size: int) -> list[float]:
-    """What each cp rank has still to compute for the requests that have begun, in seconds."""
+    """Seconds that each cp rank has still to compute for the requests that have begun."""
     loads = [0.0] * cp_size
     for request in begun:
         placement = request.placed
@@ -465,9 +466,9 @@ class StepTime:
     def take(self, placement: RingPlacement, chunk_index: int, priority: int) -> bool:
         """Take in a chunk if it fits; the first always does.
 
-        A rank reaches an item when it and all others of the ring are done with what comes before.
-        An item of a lower priority than the first only fills ranks that would wait, because the
-        results of a step are known when all of it is done.
+        A chunk starts when all ranks of its ring are done with their earlier items. A chunk of a
+        lower priority than the first only fills ranks that would wait: it must not make the step
+        longer, because no result of a step is known before all of it is done.
 
         Returns:
             Whether the chunk is a part of the step.

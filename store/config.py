@@ -1,4 +1,4 @@
-"""What the process of a store is told; see :class:`engine.rank_config.RankConfig`."""
+"""The configuration of the process of a store; see :class:`engine.rank_config.RankConfig`."""
 
 from engine.rank_config import RankConfig
 from protocol.errors import ConfigError

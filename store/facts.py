@@ -1,4 +1,4 @@
-"""What never changes while a store lives, as its scheduler needs to know it. Pure."""
+"""The facts of a store, which never change while it lives. Pure."""
 
 from dataclasses import dataclass
 

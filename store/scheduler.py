@@ -1,4 +1,4 @@
-"""What a store does next: KV comes in, goes to disk, comes up again and is read. Pure.
+"""The decisions of a store: KV comes in, goes to disk, comes up again and is read. Pure.
 
 The life of an offload
 1. ``Reserve``, exactly as a decode pool gets it, or ``Collect``, queues it. When there is room it
@@ -69,7 +69,7 @@ class StoreScheduler:
     Args:
         facts: of the store.
         blocks: its memory; blocks with a hash and without an owner make room for others.
-        index: its disk. The coordinator is told first what is there.
+        index: its disk, whose content is the first message to the coordinator.
         damaged: blocks of packs that were found damaged, and are not in ``index``.
     """
 
@@ -221,7 +221,7 @@ class StoreScheduler:
             offload: whose hand-off has ended.
             num_whole: leading blocks that hold what they should.
             now: for the value of packs.
-            waits: the offload is to be told when all of its blocks are durable.
+            waits: the offload ends only when all of its blocks are durable.
 
         Returns:
             Why they cannot be written, or an empty string.
@@ -274,7 +274,7 @@ class StoreScheduler:
         if not self._blocks.can_allocate(num_new):
             return False
         offload.first = first
-        # The packs that it continues must not be given up before its own blocks are there.
+        # The packs that it continues must not be evicted before its own blocks are there.
         self._index.pin(_owner(offload), offload.hashes[:first], "hard")
         if num_new == 0:  # a Collect of what is here
             offload.advance(StoreEvent.KNOWN)
@@ -329,7 +329,7 @@ class StoreScheduler:
     # -- out: commands and figures -----------------------------------------------------------------
 
     def take_commands(self) -> list[Command]:
-        """What is to be done, decided since the last call, in order."""
+        """The commands decided on since the last call, in order."""
         stored, evicted = self._writing.take_changes()
         damaged = self._writing.take_damaged()
         self._tell_cache(DISK, stored, evicted, damaged)

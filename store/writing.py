@@ -1,4 +1,4 @@
-"""Write-behind: what a store has taken in goes to disk, and offloads wait for that. Pure.
+"""Write-behind: new blocks of a store go to disk, and offloads wait until they are durable. Pure.
 
 The life of a write
 1. ``keep`` takes blocks over from their offload, names them by their hashes, so that other pools
@@ -6,7 +6,7 @@ The life of a write
    make room.
 2. ``on_written``: the blocks are durable. They are released, and stay in memory until others need
    the room.
-3. When the disk is full, packs that are worth least are given up, once. After that the write has
+3. When the disk is full, the packs of least value are evicted, once. After that the write has
    failed, and so have all offloads that wait for it.
 
 An offload of blocks that another one is writing already waits for that write.
@@ -81,7 +81,7 @@ class WriteBehind:
 
         Args:
             key: of the offload that waits for it, if one does.
-            chain: what the blocks hold, one hash for each.
+            chain: the content of the blocks, one hash for each.
             blocks: in the order of ``chain``.
             now: for the value of packs.
 
@@ -119,7 +119,7 @@ class WriteBehind:
         return key in self._waiting
 
     def forget(self, key: RequestKey) -> None:
-        """Have an offload wait no more. What is being written will be."""
+        """Let an offload wait no more. The writes go on."""
         for number in self._waiting.pop(key, ()):
             if number in self._writes:
                 self._writes[number].waiters.discard(key)
@@ -131,7 +131,7 @@ class WriteBehind:
         num_bytes = len(blocks) * self._facts.block_bytes
         victims = self._make_room(num_bytes, now)
         if victims is None:
-            return "what is kept on disk is pinned, and the disk quota is used up"
+            return "the disk quota is used up, and all packs are pinned or in use"
         self._num_jobs += 1
         job = WritePack(
             number=self._num_jobs,
@@ -158,7 +158,7 @@ class WriteBehind:
         self._index.num_evicted += len(victims)
         return tuple(victims)
 
-    # -- what the disk says ------------------------------------------------------------------------
+    # -- results -----------------------------------------------------------------------------------
 
     def on_written(
         self, done: PackWritten, now: float
@@ -192,12 +192,12 @@ class WriteBehind:
         return ready, []
 
     def _retry(self, write: _Write, now: float) -> bool:
-        """Write once more, with packs given up; False if there is none to give up."""
+        """Write once more, after evicting packs; False if there is none to evict."""
         index = self._index
         quota = index.quota_bytes
         reserved = index.num_reserved_bytes
-        # The disk holds less than the quota allows. For this choice what is there now counts as all
-        # that it takes.
+        # The disk is smaller than the quota. So for this choice the bytes that are there now count
+        # as the quota, and only evicting packs makes room.
         index.quota_bytes = min(quota, index.num_bytes)
         index.num_reserved_bytes = 0
         victims = self._make_room(write.num_bytes, now)
@@ -210,7 +210,7 @@ class WriteBehind:
         return True
 
     def delete(self, names: Sequence[str], *, are_damaged: bool = False) -> None:
-        """Give packs up at once."""
+        """Delete packs at once."""
         for name in names:
             gone = self._index.remove(name)
             self._evicted += gone
@@ -221,7 +221,7 @@ class WriteBehind:
     # -- out ---------------------------------------------------------------------------------------
 
     def take_damaged(self) -> tuple[bytes, ...]:
-        """Hashes that were given up as damaged since the last call."""
+        """Hashes that were found damaged since the last call, and are not on disk any more."""
         damaged = tuple(h for h in self._damaged if h not in self._index)
         self._damaged = []
         return damaged
