@@ -1,4 +1,4 @@
-"""Tensor parallelism: what a layer asks of the ranks that hold its other shards.
+"""Tensor parallelism: the collectives of a layer with the ranks that hold its other shards.
 
 1. The leader opens the gang's meeting point (``open_gang_store``); its address travels in HELLO and
    WELCOME.
@@ -6,8 +6,8 @@
    shared memory for ranks of one host, else gloo or NCCL.
 3. Each forward pass calls ``all_reduce_`` twice a layer and ``all_gather`` once for the logits.
 
-Every rank of a group calls the same methods in the same order with the same shapes; nothing else is
-said between them. After ``all_reduce_`` all ranks hold identical bits.
+Every rank of a group calls the same methods in the same order with the same shapes. After
+``all_reduce_`` all ranks hold identical bits.
 """
 
 import ctypes
@@ -61,7 +61,7 @@ class TensorParallel(ABC):
         """
 
     def close(self) -> None:  # noqa: B027 - most groups hold nothing
-        """Let go of what the group holds; idempotent."""
+        """Free the resources of the group; idempotent."""
 
 
 class SingleRank(TensorParallel):
@@ -80,7 +80,7 @@ class SingleRank(TensorParallel):
 class UnconnectedRank(TensorParallel):
     """A rank whose group has not formed: it has the shapes of its part, and sums nothing.
 
-    What is loaded and run with it tells the memory that a shard takes; its numbers mean nothing.
+    A dry run with it shows the memory that a shard takes; its numbers mean nothing.
     """
 
     def __init__(self, rank: int, size: int) -> None:
@@ -126,8 +126,8 @@ class SharedMemoryTensorParallel(TensorParallel):
     """Between the processes of one host, in POSIX shared memory; see kernels/cpp/shared_reduce.cpp.
 
     Args:
-        name: of the shared memory; rank 0 creates it and the others open it after that. Whoever
-            orders that calls :func:`unlink_shared_memory` once all are there.
+        name: of the shared memory; rank 0 creates it and the others open it after that. The
+            caller unlinks it once all have opened it (:func:`unlink_shared_memory`).
         rank, size: of the group.
         timeout_s: how long a rank waits for the others.
         cache_dir: of the compiled library; None is the user's.
@@ -197,7 +197,7 @@ class SharedMemoryTensorParallel(TensorParallel):
 
 
 def unlink_shared_memory(name: str, cache_dir: Path | None = None) -> None:
-    """Remove the name; who has the memory open keeps it, and it goes with the last of them."""
+    """Remove the name. The memory itself lasts until the last rank has closed it."""
     library = _load_library(cache_dir)
     assert library is not None, "rank 0 has created it with this library"
     library.group_unlink(name.encode())
@@ -227,8 +227,8 @@ def _load_library(cache_dir: Path | None) -> ctypes.CDLL | None:
 def open_gang_store(host: str) -> tuple[str, int]:
     """Bind the socket at which a gang of several hosts will meet, on ``host`` alone.
 
-    torch's TCPStore asks nobody who he is: on one host the gang meets in a file (``file://PATH``),
-    in a folder that nobody else can enter.
+    torch's TCPStore does not authenticate its clients. So a gang on one host does not use it: it
+    meets in a file (``file://PATH``), in a folder that other users cannot enter.
 
     Returns:
         (address ``tcp://HOST:PORT``, listening file descriptor). The descriptor goes to
@@ -367,7 +367,7 @@ def _try_shared(name: str, rank: int, size: int, timeout_s: float) -> TensorPara
 
 @contextmanager
 def _as_peer_error(what: str) -> Iterator[None]:
-    """torch.distributed tells of a dead or late peer by RuntimeError and its subclasses."""
+    """torch.distributed raises RuntimeError, or a subclass, for a dead or late peer."""
     try:
         yield
     except RuntimeError as error:

@@ -5,18 +5,18 @@ A *hand-off* moves the KV of one ``(request_id, attempt)`` from a source pool to
 
 1. target leader -> its ranks ``OpenTarget``; each answers ``TargetOpened``. Only then is the ticket
    given, so that no announcement can come early. A source opens with its first announcement.
-2. source rank -> target rank ``Announce``: logical blocks, where they lie, at which generation.
-3. The target rank reads into the blocks that *its own leader* named for those logical blocks, sees
-   the handle end, checks the checksum, and says ``ReadDone``.
-4. The source rank still owns the blocks at that generation, or not: ``Confirm(valid=...)``.
-5. A source rank whose chunks are all announced and confirmed tells its leader ``SourceDone``;
+2. source rank -> target rank ``Announce``: logical blocks, their ids and generations.
+3. The target rank reads into the blocks that *its own leader* named for those logical blocks, waits
+   for the read to end, compares the checksum, and sends ``ReadDone``.
+4. ``Confirm`` answers whether the source rank still owned the blocks at that generation.
+5. A source rank whose chunks are all announced and confirmed sends its leader ``SourceDone``;
    when all have, the leader sends every target rank ``Commit`` with the manifest.
-6. A target rank that holds exactly the manifest tells its leader ``TargetReady``; when all have,
+6. A target rank that holds exactly the manifest sends its leader ``TargetReady``; when all have,
    the sequence may decode. A missing or surplus segment is ``HandoffFailed``.
-7. ``Close`` from a leader to its own ranks ends a side early: nothing new is announced or read, the
-   handles in flight are waited for, then ``Closed``. A closing target rank tells its sources
-   ``ReadsEnded``, and only after that are their blocks free of transfers. What the target has of it
-   in whole blocks, read and confirmed on every rank, it may keep: a later attempt goes on there.
+7. ``Close`` from a leader to its own ranks ends a side early: nothing new is announced or read, and
+   ``Closed`` follows when no read is in flight any more. A closing target rank sends its sources
+   ``ReadsEnded``, and only after that are their blocks free of transfers. The target may keep the
+   leading blocks that are read and confirmed on every rank: a later attempt goes on there.
 
 A *fetch* is a hand-off the other way, of a prefix that the decode pool holds and the prefill pool
 misses. 1. When its target is open, its leader asks the source's leader: ``Fetch``. 2. The answer is
@@ -48,7 +48,10 @@ class _Message(Keyed, frozen=True, tag=True, omit_defaults=True, forbid_unknown_
 
 
 class OpenTarget(_Message, frozen=True):
-    """target leader -> target rank. ``blocks[i]`` is for logical block ``first_logical + i``."""
+    """target leader -> target rank: expect this hand-off.
+
+    ``blocks[i]`` is for logical block ``first_logical + i``.
+    """
 
     target_epoch: int
     first_logical: int
@@ -57,6 +60,8 @@ class OpenTarget(_Message, frozen=True):
 
 
 class TargetOpened(_Message, frozen=True):
+    """target rank -> target leader: announcements may come."""
+
     rank: int
 
 
@@ -73,7 +78,7 @@ class Announce(_Message, frozen=True):
 
 
 class ReadDone(_Message, frozen=True):
-    """target rank -> source rank: the bytes are here; were they still yours?"""
+    """target rank -> source rank: the bytes are here. Were the blocks still yours?"""
 
     target_pool_id: str
     target_rank: int
@@ -83,7 +88,7 @@ class ReadDone(_Message, frozen=True):
 
 
 class Confirm(_Message, frozen=True):
-    """source rank -> target rank."""
+    """source rank -> target rank: the blocks were still this rank's when they were read, or not."""
 
     source_epoch: int
     target_epoch: int
@@ -120,7 +125,7 @@ class TargetReady(_Message, frozen=True):
 
 
 class HandoffFailed(_Message, frozen=True):
-    """Either side's rank -> its leader: this hand-off cannot complete."""
+    """rank of either side -> its leader: this hand-off cannot complete."""
 
     rank: int
     reason: str
@@ -128,13 +133,16 @@ class HandoffFailed(_Message, frozen=True):
 
 
 class Close(_Message, frozen=True):
-    """leader -> its own rank. ``side`` is "source" or "target"."""
+    """leader -> its own rank: end this side, "source" or "target". Closed answers."""
 
     side: str
 
 
 class Closed(_Message, frozen=True):
-    """rank -> its leader. A target's leading blocks that are whole here may be kept."""
+    """rank -> its leader: no byte moves from, or into, the blocks of this side any more.
+
+    ``num_whole_blocks`` leading blocks of a target are whole here and may be kept.
+    """
 
     rank: int
     side: str
@@ -188,7 +196,7 @@ class Fetch(_Message, frozen=True):
 
 
 class FetchRefused(_Message, frozen=True):
-    """source leader -> target leader: these blocks cannot be had here, or no longer."""
+    """source leader -> target leader: these blocks are not here, or are not given."""
 
     target_pool_id: str
     target_epoch: int

@@ -1,12 +1,12 @@
-"""Where KV lies: the layout of one rank's pool, and how to reach that rank.
+"""The layout of one rank's KV pool, and the endpoint of that rank.
 
 A rank's pool is one tensor
 
     [num_layers, num_blocks, num_kv_heads_local, 2, block_size, head_dim]
 
 so K and V of a range of heads of one block of one layer are one run of bytes: one descriptor per
-(layer, block, peer rank), whatever the degrees on either side are. Everybody computes addresses
-through :class:`KVLayout`; nobody else knows the order of the axes.
+(layer, block, peer rank), whatever the degrees on either side are. All addresses are computed by
+:class:`KVLayout`, the only code that knows the order of the axes.
 """
 
 import msgspec
@@ -101,7 +101,7 @@ class BlockRef(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RankEndpoint(msgspec.Struct, frozen=True):
-    """How other ranks reach this one. ``incarnation`` is new each time the process starts."""
+    """The address of a rank. ``incarnation`` is new each time the process starts."""
 
     rank: int
     cp_rank: int

@@ -1,14 +1,15 @@
 """The control plane: every message between the coordinator and the ranks.
 
 The life of a pool
-1. each rank connects and says ``Hello``; when the whole gang has, each gets ``Welcome`` with the
+1. each rank connects and sends ``Hello``; when the whole gang has, each gets ``Welcome`` with the
    pool's epoch and the addresses at which the gang forms;
-2. a rank whose gang has formed says ``GangReady``;
+2. a rank whose gang has formed sends ``GangReady``;
 3. ``Topology`` names every pool that is ready; a rank answers ``Connected`` once it reaches them;
-4. ``Heartbeat`` each second from the transfer thread, so a long step does not look like a death;
-   ``Alive`` from the coordinator, which finds by it who is gone. That the coordinator lives shows
-   in the connection itself, however busy it is. A rank that has lost it ends all its requests and
-   says ``Hello`` again, to whoever listens at the control address then; ``Introduce`` asks it to.
+4. each rank's transfer thread sends a ``Heartbeat`` each second, so a long step does not look like
+   a death. The coordinator sends ``Alive``, and so finds out which connections are gone. A rank
+   sees from the connection itself that the coordinator lives, however busy it is. A rank that has
+   lost it ends all its requests and sends ``Hello`` to the coordinator that it finds at the control
+   address then; ``Introduce`` asks it to do the same.
 
 The life of a request, all with ``(request_id, attempt)``
 1. coordinator -> decode ``Reserve``; decode -> coordinator ``Ticket``: blocks are granted;
@@ -16,12 +17,12 @@ The life of a request, all with ``(request_id, attempt)``
 3. prefill -> coordinator ``Progress`` per chunk, then ``FirstToken``, sampled by the prefill pool;
 4. decode -> coordinator ``Committed`` when the KV is whole and its own, then ``Tokens`` per step;
 5. ``Abort`` at any time, any number of times; ``RequestFailed`` from either side; ``Released`` from
-   each pool that held something, once nothing of it is held any more.
-6. ``Ask`` when nothing was heard for a while: a message may have been lost with a connection.
+   each pool that held blocks for the request, once it holds none any more.
+6. ``Ask`` when no message has come for a while: one may have been lost with a connection.
 
 An attempt that cannot go on is followed by another, of the same request, on any pools: its prompt
 ends with the ``num_output_tokens`` tokens that the caller has from the attempts before, and the
-sampling goes on after them. What comes late of an earlier attempt changes nothing.
+sampling goes on after them. Late messages of an earlier attempt change nothing.
 
 Token ``index`` counts generated tokens from 0, over all attempts. Fields are appended with
 defaults, never reordered.
@@ -57,14 +58,14 @@ class _OfRequest(Keyed, frozen=True, tag=True, omit_defaults=True, forbid_unknow
 
 
 class GangAddress(msgspec.Struct, frozen=True):
-    """Where a pool's ranks meet: the leader's plan socket and its torch store."""
+    """The addresses at which a pool's ranks meet."""
 
-    plan: str  # a ZMQ address
+    plan: str  # a ZMQ address, of the leader's socket for plans
     store: str  # "tcp://HOST:PORT" of a torch TCPStore, or "file://PATH" of a FileStore
 
 
 class Hello(_Message, frozen=True):
-    """rank -> coordinator, first of all. That it is of the cluster its connection has proven."""
+    """rank -> coordinator, the first message. The connection has proven that it has the token."""
 
     version: int
     role: str
@@ -115,14 +116,16 @@ class Connected(_Message, frozen=True):
 
 
 class Alive(_Message, frozen=True):
-    """coordinator -> rank, a few times a second, from its HELLO on: it cannot be sent to a rank
-    that is gone. Nobody waits for it."""
+    """coordinator -> rank, a few times a second, from its HELLO on.
+
+    Sending it fails if the rank is gone, which is its purpose. No rank waits for it.
+    """
 
     coordinator_epoch: int
 
 
 class Introduce(_Message, frozen=True):
-    """coordinator -> rank: I do not know you, or no longer: give up what you do, say HELLO."""
+    """coordinator -> rank: you are not known here, or no longer: end all requests, send HELLO."""
 
     coordinator_epoch: int
 
@@ -152,16 +155,16 @@ class Heartbeat(_Message, frozen=True):
 
 
 class CacheUpdate(_Message, frozen=True):
-    """leader -> coordinator: block hashes that a prompt can newly, or no longer, hit."""
+    """leader -> coordinator: the block hashes that its cache has gained and lost."""
 
     stored: tuple[bytes, ...] = ()
     evicted: tuple[bytes, ...] = ()
     tier: str = ""  # of a store: "cpu" or "disk"; "" is the memory of the device
-    damaged: tuple[bytes, ...] = ()  # evicted, since the disk did not hold what was written
+    damaged: tuple[bytes, ...] = ()  # of the evicted, those whose bytes on disk were wrong
 
 
 def cache_updates(hashes: tuple[bytes, ...], tier: str) -> list[CacheUpdate]:
-    """All that a cache holds, in messages of a bounded size."""
+    """The whole content of a cache, in messages of a bounded size."""
     starts = range(0, len(hashes), MAX_HASHES)
     return [CacheUpdate(hashes[start : start + MAX_HASHES], tier=tier) for start in starts]
 
@@ -176,7 +179,7 @@ class Shutdown(_Message, frozen=True):
 
 
 class Reserve(_OfRequest, frozen=True):
-    """coordinator -> decode leader: grant blocks; answered by Ticket when there is room."""
+    """coordinator -> decode leader: grant blocks. Ticket answers when there is room."""
 
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
@@ -216,7 +219,8 @@ class Prefill(_OfRequest, frozen=True):
 class Progress(_OfRequest, frozen=True):
     """prefill leader -> coordinator: the first ``num_done`` prompt tokens are computed.
 
-    Also told when the first chunk is begun, so that it is known who was on board if that kills us.
+    Also sent when the first chunk begins, so that the coordinator knows which requests were being
+    computed if the pool dies.
     """
 
     num_done: int
@@ -256,10 +260,10 @@ class Tokens(_Message, frozen=True):
 
 
 class Abort(_OfRequest, frozen=True):
-    """coordinator -> leader: hold nothing of it any more; answered by Released. Idempotent.
+    """coordinator -> leader: give up all blocks of the request. Released answers. Idempotent.
 
-    ``is_doubtful``: its KV may be wrong. Nobody is to find any of it in a cache, nor what lies
-    under ``doubtful_hashes``, its prompt's: all may be released, and cached, already.
+    ``is_doubtful``: its KV may be wrong, and must not be found in a cache. Its blocks may be
+    released, and cached, already: so the blocks of its prompt are named by ``doubtful_hashes``.
     """
 
     is_doubtful: bool = False
@@ -267,10 +271,10 @@ class Abort(_OfRequest, frozen=True):
 
 
 class Ask(_OfRequest, frozen=True):
-    """coordinator -> leader: say again how it stands. Changes nothing.
+    """coordinator -> leader: repeat the state of the request. Changes nothing.
 
-    Answered by ``Released`` when it is not known or over, by the ``Ticket`` again of a decode pool
-    that has given one, by ``Progress`` of a prefill pool; a request that waits is not answered for.
+    The answer is ``Released`` if it is unknown or over, the ``Ticket`` again from a decode pool
+    that has given one, ``Progress`` from a prefill pool, and none if the request waits.
     """
 
 
@@ -285,7 +289,7 @@ class Released(_OfRequest, frozen=True):
     """leader -> coordinator: no block of this pool is owned by, or in flight for, the request."""
 
 
-# -- what a store is asked to keep -----------------------------------------------------------------
+# -- stores ----------------------------------------------------------------------------------------
 
 
 class Stored(_OfRequest, frozen=True):
@@ -296,7 +300,7 @@ class Stored(_OfRequest, frozen=True):
 
 
 class Collect(_OfRequest, frozen=True):
-    """coordinator -> store: read these blocks from a pool that has them; answered by Stored.
+    """coordinator -> store: read these blocks from a pool that has them. Stored answers.
 
     ``block_hashes`` are those of the prompt's leading full blocks.
     """
@@ -307,9 +311,9 @@ class Collect(_OfRequest, frozen=True):
 
 
 class Pin(_Message, frozen=True):
-    """coordinator -> store: keep these blocks for ``owner``: "hard", or "soft" if that is possible.
+    """coordinator -> store: keep these blocks for ``owner``; "soft" ones only while there is room.
 
-    Replaces what was pinned for the owner before; without hashes nothing is.
+    It replaces the owner's earlier pins; without hashes the owner has none any more.
     """
 
     owner: str
@@ -318,7 +322,7 @@ class Pin(_Message, frozen=True):
 
 
 class Forget(_Message, frozen=True):
-    """coordinator -> store: nobody will ask for these any more; what is pinned stays."""
+    """coordinator -> store: these blocks are not needed any more. Pinned ones stay."""
 
     block_hashes: tuple[bytes, ...]
 

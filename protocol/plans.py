@@ -1,4 +1,4 @@
-"""The plans that a pool's leader sends to its followers, one per step, and what they answer.
+"""The plans that a pool's leader sends to its followers, one per step, and their results.
 
 No rank decides anything in front of a collective: everything that decides whether one is entered is
 in the plan, and every rank of the pool executes the same plan in the same order.

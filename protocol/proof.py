@@ -1,7 +1,7 @@
-"""What is derived from the cluster's token: the token itself never travels.
+"""Proofs that a process has the cluster's token, which itself is never sent.
 
-Every use has a label of its own, with the version of what it proves, so that a proof made for one
-is of no use for another. Whoever holds the token is trusted with everything.
+Every use has a label of its own, with a version, so that a proof made for one use is of no use for
+another. A process with the token is trusted with everything.
 """
 
 import hashlib

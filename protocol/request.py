@@ -1,4 +1,4 @@
-"""What a request is, for every process: its sampling parameters, how it can end, its path.
+"""A request as every process knows it: its key, its sampling parameters, how it can end.
 
 All Structs are frozen: a request's truth changes in one place only, the coordinator's record.
 """
@@ -11,7 +11,7 @@ RequestKey = tuple[str, int]  # (request_id, attempt)
 
 
 class Keyed(msgspec.Struct, frozen=True):
-    """What is about one attempt at a request. Messages of another attempt are dropped.
+    """The base of all structs about one attempt at a request.
 
     Construct one as ``Kind(*key, field=...)``: the key in front, everything else by its name.
     """
@@ -43,7 +43,7 @@ class NoToken(enum.StrEnum):
 
 
 def no_token_message(why: NoToken) -> str:
-    """What the caller is told."""
+    """The error message for the caller."""
     if why is NoToken.NON_FINITE:
         return "the model's numbers for this request are not finite: there is no next token"
     if why is NoToken.OFF_GRAMMAR:
@@ -90,7 +90,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class PrefillPath(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a prefill did for one request, told with its first token."""
+    """The statistics of one request's prefill, sent with its first token."""
 
     pool_id: str
     ring_size: int  # the largest ring that any of its chunks ran on
@@ -104,7 +104,7 @@ class PrefillPath(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class TransferStats(msgspec.Struct, frozen=True, omit_defaults=True):
-    """How one hand-off went, seen from the decode pool's leader and summed over its ranks."""
+    """The statistics of one hand-off, summed over the ranks of the decode pool."""
 
     transport: str = ""
     num_bytes: int = 0

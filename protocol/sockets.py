@@ -1,15 +1,15 @@
 """The only file that opens ZMQ sockets; every option that matters is set on purpose.
 
 - Mandatory routing: a ROUTER raises for an unknown peer where the default drops in silence.
-- High-water marks and a maximal message size: nobody can fill our memory.
+- High-water marks and a maximal message size bound the memory that a peer can fill.
 - ZMTP heartbeats notice a dead connection, and a process that is stopped: libzmq's own threads ask
   and answer them, whatever the process's other threads do or hold, the GIL included. They do not
   notice a process that hangs; the application's own heartbeats do.
 - Linger zero: a process that ends does not wait for a peer that will never read.
 - CurveZMQ encrypts every connection and proves both ends. The key pair of all bound sockets is made
-  from the cluster's token, and neither half is ever sent in clear: who can greet the public key
-  knows the token, who can answer has the secret one. A stranger does not get past the handshake,
-  which libzmq's own threads do; asking a ZAP handler would bring the GIL into it.
+  from the cluster's token, and neither half is ever sent in clear. So a client that has the public
+  key knows the token, and a server that can answer has the secret key. A stranger does not get past
+  the handshake, which libzmq's own threads do; a ZAP handler would need the GIL.
 
 A ROUTER here is bound, a DEALER connects; a DEALER's routing id names its process and incarnation.
 """
@@ -44,7 +44,7 @@ C = TypeVar("C", zmq.Context[zmq.Socket[bytes]], zmq.asyncio.Context)
 
 
 def _keyed(context: C, token: str) -> C:
-    """Have the context's sockets know each other by the token."""
+    """Give the context's sockets the keys that are made from the token."""
     if not zmq.has("curve"):
         raise ConfigError("this pyzmq is built without CURVE: install one of its wheels")
     secret = z85.encode(prove(token, "baton 3 sockets"))
@@ -137,8 +137,8 @@ class Router:
 
 @dataclass(frozen=True, slots=True)
 class Pulse:
-    """How a connection is watched: asked every ``interval_s``, and down when no byte has come for
-    ``timeout_s`` after that."""
+    """How a connection is watched: it is probed every ``interval_s``, and is down when no byte has
+    come for ``timeout_s`` after a probe."""
 
     interval_s: float
     timeout_s: float
@@ -178,8 +178,10 @@ class Dealer:
 
     @property
     def is_up(self) -> bool:
-        """Whether the connection stands, of a dealer that has a pulse: its other end lives, though
-        it need not be doing anything."""
+        """Whether the connection stands, of a dealer with a pulse.
+
+        The other end then lives, but it may hang.
+        """
         assert self._monitor is not None, "only with a pulse"
         with contextlib.suppress(zmq.Again):
             while True:
@@ -306,9 +308,10 @@ class Poller:
         self._poller.unregister(member.socket)
 
     def wait(self, timeout_s: float) -> bool:
-        """Whether something is there, at the latest after ``timeout_s``, in whole milliseconds.
+        """Wait until something has arrived, or ``timeout_s`` are over; whether something has.
 
-        Rounded up: who waits for a moment that is less than one away must not spin until it.
+        The time is rounded up to milliseconds: rounded down, a caller whose deadline is less than
+        one away would spin until then.
         """
         return bool(self._poller.poll(max(0, math.ceil(timeout_s * 1000))))
 
@@ -318,7 +321,7 @@ def open_context(token: str) -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
     """The process's ZMQ context; on leaving, its sockets are closed without lingering.
 
     Args:
-        token: the cluster's; who has another is not heard.
+        token: the cluster's; processes with another one cannot connect.
 
     Raises:
         ConfigError: pyzmq cannot encrypt here.

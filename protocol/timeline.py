@@ -1,7 +1,7 @@
 """One time line per request. Every latency that is reported is a difference of two of its entries.
 
 All times are of the coordinator's monotonic clock, taken when it learns of the event: clocks of two
-machines are never compared. What took place elsewhere is told as a duration.
+machines are never compared. Other processes report durations.
 """
 
 import enum
@@ -21,7 +21,7 @@ class TimelineEvent(enum.StrEnum):
     FIRST_DECODE = "first_decode"  # the first token that the decode pool made
     RETRIED = "retried"  # an attempt was lost, and another begun
     FINISHED = "finished"
-    RELEASED = "released"  # every pool has said that it holds no block of it any more
+    RELEASED = "released"  # no pool holds a block of it any more
 
 
 class TimeLine(msgspec.Struct):

@@ -5,8 +5,8 @@
     0xdd, count as 4 bytes | 0xce, id as 4 bytes | 0xce, id as 4 bytes | ...     big-endian
 
 That is msgpack's array of unsigned integers with none of them shortened, so the place of each is
-known. Making a tuple of a million ids, or sending one, would keep whoever does it for a tenth of a
-second; packed they are made where text becomes ids, and are only copied from there on.
+known. To make a tuple of a million ids, or to send one, takes a tenth of a second. Packed ids are
+made once, where text becomes ids, and only copied from there on.
 """
 
 import struct

@@ -1,4 +1,4 @@
-"""In which numbers a model is served. Torch-free: the launcher decides it, for all ranks alike."""
+"""The dtype in which a model is served. Torch-free: the launcher decides it for all ranks."""
 
 from modeling.checkpoint.config import ARITHMETIC, ModelConfig
 from protocol.errors import ConfigError
@@ -9,8 +9,8 @@ DTYPES = ("bfloat16", "float16", "float32")
 def serving_dtype(asked: str, model: ModelConfig, device: str) -> str:
     """The dtype of weights, activations and KV.
 
-    "auto" is the checkpoint's own, but that a CPU computes float16 weights in bfloat16, for which
-    it has instructions, and CUDA those in float32. Whoever asks for another gets it.
+    "auto" is the checkpoint's own, with two exceptions: a CPU computes float16 weights in bfloat16,
+    for which it has instructions, and CUDA those in float32. Any dtype can be asked for.
 
     Args:
         asked: "auto" or one of DTYPES.

@@ -1,8 +1,8 @@
-"""generation_config.json: how the model's makers sample from it, for requests that do not say.
+"""generation_config.json: the sampling of the model's makers, for requests that name none.
 
 The fields that vLLM takes are taken, each checked against what a request may say. ``do_sample`` is
 not: a request that names no temperature samples at 1, as everywhere in OpenAI's API. Further fields
-that would change answers elsewhere are not followed, and told by name.
+that would change answers elsewhere are not followed, and are reported by name.
 
 Before transformers had the file, these fields stood in config.json: they count where it is missing.
 """
@@ -53,7 +53,7 @@ _NOT_FOLLOWED: dict[str, tuple[Any, ...]] = {
 
 
 class SamplingDefaults(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a request means that does not name a field; None is what OpenAI's API means by it."""
+    """The values of fields that a request does not name; None is the default of OpenAI's API."""
 
     temperature: float | None = None
     top_k: int | None = None

@@ -85,7 +85,10 @@ def parse_rope(fields: Fields, max_position_embeddings: int) -> RopeConfig:
 
 
 def _refuse_another(fields: Fields, rope: Fields) -> None:
-    """Whoever writes the older spelling into a newer file, as guides say, would be passed over."""
+    """Refuse the older spelling in a newer file, where it would have no effect.
+
+    Guides for long contexts tell readers to add it.
+    """
     older = fields.section("rope_scaling") or Fields({}, "")
     named = [("rope_scaling", name, older.raw(name)) for name in older.names()]
     if rope.has("rope_theta"):

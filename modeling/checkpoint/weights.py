@@ -75,7 +75,7 @@ class WeightReader:
     def _warn(
         self, parts: Sequence[Part], extents: Sequence[tuple[int, ...]], out: torch.Tensor
     ) -> None:
-        """What of it is not finite is no reason to refuse it: a row that nobody needs may be so."""
+        """Report tensors that are not finite. They are not refused: the row may never be used."""
         start = 0
         for part, extent in zip(parts, extents, strict=True):
             piece = out[start : start + extent[0]]

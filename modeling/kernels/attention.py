@@ -30,8 +30,8 @@ class Piece:
 class AttentionKernel(ABC):
     """One device's attention. Calls are synchronous on CPU and stream-ordered on CUDA.
 
-    No method is ever called with an empty tensor: the CPU op dies of it (SIGFPE), so whoever deals
-    the pieces leaves the empty ones out.
+    No method is ever called with an empty tensor: the CPU op dies of it (SIGFPE), so callers leave
+    empty pieces out.
     """
 
     @abstractmethod

@@ -2,7 +2,7 @@
 
 ``attend``: the flash op has traps that decide how it is called. An empty input kills the process, a
 last stride other than 1 gives wrong numbers, and a row that is masked out altogether comes back
-with lse 0 instead of -inf: whoever masks leaves such rows out.
+with lse 0 instead of -inf, so callers leave such rows out.
 
 ``paged_decode``: each sequence alone, its keys in order of position, so what it computes does not
 depend on the rest of the batch.

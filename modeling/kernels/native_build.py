@@ -68,7 +68,7 @@ def load_native(name: str, cache_dir: Path | None = None) -> ctypes.CDLL | None:
 
 
 def _prepare_folder(folder: Path) -> None:
-    """A library is code that we run: nobody else may be able to put one there."""
+    """Make the folder, and refuse one to which other users can write: its libraries are run."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = folder.stat()
     if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):

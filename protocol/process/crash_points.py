@@ -20,7 +20,7 @@ EXIT_FAILPOINT = 86
 
 
 def exit_here(name: str) -> NoReturn:
-    """Die as a killed process does: nothing is flushed, closed or said, but one line."""
+    """Die as a killed process does: nothing is flushed or closed. One line is written."""
     with contextlib.suppress(OSError):
         os.write(2, f"failpoint {name}: exit\n".encode())
     os._exit(EXIT_FAILPOINT)

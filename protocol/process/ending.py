@@ -1,9 +1,9 @@
 """The signals by which a cluster's processes are asked to end.
 
 SIGTERM and SIGINT come from outside. A terminal sends SIGINT to all processes of a cluster, and a
-service manager may send SIGTERM to all of them, so they mean the cluster and not the process: the
-launcher and the coordinator have it end in order, and a rank waits for what these say. The launcher
-has signals of its own for its children, which nobody else sends.
+service manager may send SIGTERM to all of them. So they mean the cluster and not the process: the
+launcher and the coordinator end it in order, and a rank waits for these two. The launcher has
+signals of its own for its children.
 """
 
 import ctypes
@@ -20,11 +20,14 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(parent_pid: int, number: signal.Signals = signal.SIGKILL) -> None:
-    """Have the kernel send this process ``number`` when its parent ends; ``parent_pid`` 0 changes
-    nothing.
+    """Have the kernel send this process a signal when its parent ends.
 
-    The signal is tied to the parent's *thread* that started us. By default it is SIGKILL, because a
-    rank in a collective that will never complete answers nothing else.
+    The signal is tied to the parent's *thread* that started this process. By default it is SIGKILL,
+    because a rank in a collective that will never complete obeys no other.
+
+    Args:
+        parent_pid: 0 changes nothing.
+        number: of the signal.
 
     Raises:
         PeerError: the parent had died before.

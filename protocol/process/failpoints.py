@@ -1,4 +1,4 @@
-"""Failpoints: named places at which a process can be told to fail. Pure; off unless configured.
+"""Failpoints: named places at which a process can be made to fail. Pure; off unless configured.
 
 A configuration is a list of ``NAME:ACTION[TRIGGER]``, separated by commas:
 
@@ -10,15 +10,15 @@ A configuration is a list of ``NAME:ACTION[TRIGGER]``, separated by commas:
 ``control.send`` and ``handoff.send`` can be narrowed to one kind of message: ``.announce``,
 ``.read_done``, ``.ticket``..., ``jobs.commit.before`` and ``.after`` to one kind of change, and
 ``jobs.file.*`` to one kind of file (see ``KINDS``). ``handoff.send`` is reached by frames on their
-way to another rank: what is dropped there is sent again, and reaches it again, and
+way to another rank. A frame that is dropped there is sent again, and reaches it again.
 ``.acknowledgement`` is a kind too.
 
 ``loop`` is reached by the coordinator's event loop before it sends a message to a rank, and can be
 narrowed as ``control.send``: ``loop.alive:hold=8@20`` keeps the GIL and a core for 8 s, ``delay=8``
 blocks the loop without either, ``hang`` does so for good, ``stop`` is SIGSTOP.
 
-A place asks ``reach`` and does what it is answered; every hit is counted, and the heartbeat carries
-the counts, so that a test can see that its fault took effect.
+A place calls ``reach`` and carries out the fault that it gets. Every hit is counted, and the
+heartbeat carries the counts, so that a test can see that its fault took effect.
 """
 
 import random
@@ -106,7 +106,7 @@ KINDS: dict[str, frozenset[str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What a place is to do. ``seconds`` is of what takes a time."""
+    """The action for a place; ``seconds`` of those that take time."""
 
     action: str
     seconds: float = 0.0
@@ -114,7 +114,7 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Failpoint:
-    """One entry of a configuration; ``fires`` is told how often the place was reached, from 1."""
+    """One entry of a configuration; ``fires`` gets the number of the pass, from 1."""
 
     name: str
     fault: Fault
@@ -147,7 +147,7 @@ class Failpoints:
         return bool(self._points)
 
     def reach(self, name: str, kind: str = "") -> Fault | None:
-        """What to do here now, if anything; of several that fire the first one counts."""
+        """The fault to carry out here now, if any; of several that fire, the first one."""
         found: Fault | None = None
         for index, point in enumerate(self._points):
             if point.name != name and point.name != f"{name}.{kind}":

@@ -1,8 +1,8 @@
 """Temporary folders of a process: gone when it ends, and when it was killed, at the next start.
 
 Such a folder has a file that its process keeps locked, under a name that nothing else uses: without
-it, or while it is locked, a folder is left alone. It gets the name when it is locked already, so
-that nobody finds a living process's folder unlocked.
+it, or while it is locked, a folder is left alone. The file gets the name when it is locked already,
+so that a living process's folder is never found unlocked.
 """
 
 import contextlib

@@ -52,24 +52,24 @@ class LogHandler(logging.Handler):
             if num_before is None:
                 return
             if num_before:
-                self._tell(record.levelname, kind, num_before)
+                self._log_dropped(record.levelname, kind, num_before)
             text = self.format(record)
             if len(text) > MAX_RECORD_CHARS:
                 text = f"{text[:MAX_RECORD_CHARS]} ... and {len(text) - MAX_RECORD_CHARS} more"
             self._outlet.put(text.encode("utf-8", "replace"))
-        except Exception:  # noqa: BLE001 - what cannot be formatted is logging's to tell
+        except Exception:  # noqa: BLE001 - logging reports a record that cannot be formatted
             self.handleError(record)
 
     def settle(self) -> None:
-        """Tell how much was dropped of the kinds that have become quiet."""
+        """Log how many records were dropped of the kinds that have become quiet."""
         self.acquire()
         try:
             for kind, num_dropped in self._limit.settle(self._clock()):
-                self._tell("WARNING", kind, num_dropped)
+                self._log_dropped("WARNING", kind, num_dropped)
         finally:
             self.release()
 
-    def _tell(self, level: str, kind: str, num_dropped: int) -> None:
+    def _log_dropped(self, level: str, kind: str, num_dropped: int) -> None:
         number = logging.getLevelNamesMapping().get(level, logging.WARNING)
         text = f"{num_dropped} more like this were dropped: {kind}"
         record = logging.LogRecord(__name__, number, __file__, 0, text, None, None)
@@ -103,7 +103,7 @@ class LineStream(io.TextIOBase):
         return len(text)
 
     def finish(self, budget_s: float) -> None:
-        """Take nothing more, and wait up to ``budget_s`` for what was taken to be written."""
+        """Take no more text, and wait up to ``budget_s`` until the rest is written."""
         with self._lock:
             for line in self._splitter.end():
                 self._outlet.put(line)
@@ -120,9 +120,13 @@ class LineStream(io.TextIOBase):
 
 
 def configure_logging(who: str, level: str = "INFO") -> None:
-    """Send this process's log to standard error, each line marked with ``who`` (``prefill0/1``).
+    """Send this process's log to standard error.
 
-    From now on nothing that is printed waits for a reader; see :func:`finish_output` for the end.
+    From now on printing never waits for a reader; see :func:`finish_output` for the end.
+
+    Args:
+        who: the name of this process, such as ``prefill0/1``, which marks each line.
+        level: of the records that are kept.
     """
     _hold_standard_streams()
     form = f"%(asctime)s.%(msecs)03d %(levelname).1s {who} %(message)s"
@@ -146,21 +150,23 @@ def configure_logging(who: str, level: str = "INFO") -> None:
 
 
 def finish_output(budget_s: float = CLOSE_BUDGET_S) -> None:
-    """Wait up to ``budget_s`` for what has been said to be written; call it before ``os._exit``."""
+    """Wait up to ``budget_s`` until all output is written; call it before ``os._exit``."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, LineStream):
             stream.finish(budget_s)
 
 
 def num_dropped_lines() -> int:
-    """Log lines of this process that nobody will see."""
+    """The number of log lines of this process that were dropped."""
     handlers = logging.getLogger().handlers
     return sum(handler.num_dropped for handler in handlers if isinstance(handler, LogHandler))
 
 
 def _hold_standard_streams() -> None:
-    """Put /dev/null where a standard stream was closed: else the next socket gets its number, and
-    with it what is printed."""
+    """Open /dev/null in place of a closed standard stream.
+
+    Otherwise the next socket would get its number, and all that is printed.
+    """
     for number in (0, 1, 2):
         try:
             os.fstat(number)

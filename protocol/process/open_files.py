@@ -10,12 +10,15 @@ def max_open_files() -> int:
 
 
 def raise_open_files() -> int:
-    """Raise the limit as far as the system lets us; what it is now. Children inherit it.
+    """Raise the limit as far as the system allows. Children inherit it.
 
     The usual soft limit of 1024 is for programs that use ``select``, which nothing here does.
+
+    Returns:
+        The limit that is in force now.
     """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):  # some have an infinite one, which nobody gets
+    with contextlib.suppress(OSError, ValueError):  # an infinite hard limit may not be settable
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return max_open_files()
 

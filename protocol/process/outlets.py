@@ -1,11 +1,11 @@
-"""Lines on their way out of a process: to a stream that nobody reads, to a disk that may be full.
+"""Lines on their way out of a process, to a stream without a reader or a disk that may be full.
 
 1. ``Outlet.put`` never waits and never raises. Lines wait in memory, up to a number of bytes;
    beyond that the oldest are dropped and counted.
 2. One daemon thread writes them. A stream that is not read holds up that thread alone.
-3. A write that fails costs the lines in hand; later ones are tried again, after a pause. What was
-   dropped is told in the stream itself as soon as it takes lines again.
-4. ``close`` waits for the rest up to a budget, for a process that ends must end.
+3. A write that fails costs the lines in hand; later ones are tried again, after a pause. A notice
+   of the number of dropped lines is written as soon as the stream takes lines again.
+4. ``close`` waits for the rest up to a budget, because a process that ends must end.
 """
 
 import contextlib
@@ -27,10 +27,13 @@ _POLL_S = 0.1
 
 
 class Sink(Protocol):
-    """Where an outlet's lines go. For one thread."""
+    """The destination of an outlet's lines. For one thread."""
 
     def write(self, data: bytes) -> int:
-        """Write some of ``data``, perhaps nothing, in a fraction of a second; how many bytes.
+        """Write some of ``data``, perhaps nothing, in a fraction of a second.
+
+        Returns:
+            The number of bytes.
 
         Raises:
             OSError: it cannot be written now.
@@ -41,8 +44,8 @@ class Sink(Protocol):
 class Descriptor:
     """A stream that was open before us; it stays open.
 
-    A pipe that is ready takes PIPE_BUF bytes without waiting. Making it non-blocking would say more
-    surely, but to everybody else who has it open, too.
+    A pipe that is ready takes PIPE_BUF bytes without waiting. A non-blocking pipe would be surer,
+    but it would be non-blocking for every other process that has it open, too.
     """
 
     def __init__(self, number: int) -> None:
@@ -97,7 +100,8 @@ class RotatingFile:
         if self._file is not None:
             with contextlib.suppress(OSError):
                 os.close(self._file)
-        self._file, self._size = None, 0
+        self._file = None
+        self._size = 0
 
     def _rotate(self) -> None:
         self._close()
@@ -116,7 +120,7 @@ class Outlet:
 
     Args:
         sink: writes them.
-        notice: the line that tells how many were dropped; None tells it nowhere.
+        notice: makes the line that reports the number of dropped lines; None: no report.
         max_waiting_bytes: of lines in memory.
     """
 
@@ -140,7 +144,7 @@ class Outlet:
         self._thread: threading.Thread | None = None
 
     def put(self, line: bytes) -> None:
-        """Have ``line``, without its end, written."""
+        """Write a line, given without its end. Does not wait."""
         with self._changed:
             if self._deadline is not None:
                 self.num_dropped += 1
@@ -156,7 +160,7 @@ class Outlet:
             self._changed.notify()
 
     def close(self, budget_s: float = CLOSE_BUDGET_S) -> None:
-        """Wait up to ``budget_s`` for what is on its way. Idempotent; nothing is taken any more."""
+        """Take no more lines, and wait up to ``budget_s`` until the rest is written. Idempotent."""
         with self._changed:
             if self._deadline is None:
                 self._deadline = time.monotonic() + budget_s
@@ -177,14 +181,15 @@ class Outlet:
                 self.tick()
 
     def _write_batch(self) -> bool:
-        """Write what waits, or wait a while for something; whether to go on."""
+        """Write the lines that wait, or wait a while for some; whether to go on."""
         with self._changed:
             if not self._waiting and self._deadline is None:
                 self._changed.wait(TICK_S)
             lines = self._take()
             if not lines:
                 return self._deadline is None
-            untold, self._num_untold = self._num_untold, 0
+            untold = self._num_untold
+            self._num_untold = 0
         if untold and self._notice is not None:
             lines.insert(0, self._notice(untold))
         if not self._write(b"".join(line + b"\n" for line in lines)):
