@@ -6,6 +6,8 @@ import shutil
 from importlib import metadata
 from pathlib import Path
 
+from protocol.process.limits import num_cores
+
 PACKAGES = ("baton-serve", "torch", "nixl", "pyzmq", "msgspec", "fastapi", "ray", "flash-attn")
 
 
@@ -31,10 +33,9 @@ def _version(package: str) -> str:
 
 def describe() -> dict[str, str]:
     """The machine and the versions, as short strings."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "cpu": _cpu_model(),
-        "cores": str(cores),
+        "cores": str(num_cores()),
         "memory": f"{_memory_gib():.0f} GiB",
         "gpu": "yes" if Path("/dev/nvidiactl").exists() else "none",
         "system": f"{platform.system()} {platform.release()}",

@@ -28,8 +28,8 @@ from coordinator.node import News
 from coordinator.server import Coordinator, StartFailed
 from protocol.errors import ConfigError
 from protocol.process.ending import ASKED, DRAIN, END, die_with_parent
+from protocol.process.limits import raise_open_files
 from protocol.process.logs import configure_logging, finish_output
-from protocol.process.open_files import raise_open_files
 
 EXIT_CLEAN, EXIT_FAILED, EXIT_CONFIG, EXIT_STALE = 0, 1, 2, 3
 

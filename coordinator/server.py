@@ -59,7 +59,7 @@ from coordinator.text.tokenizing import load_tools, read_model
 from coordinator.text.workers import TextWorkers
 from coordinator.validation.bodies import Budget
 from protocol.errors import BatonError
-from protocol.process.open_files import max_open_files
+from protocol.process.limits import max_open_files
 from protocol.sockets import AsyncRouter, open_async_context
 
 KEEP_ALIVE_S = 75  # longer than clients keep idle connections, so that they close them first

@@ -142,7 +142,7 @@ class Batch:
     # -- the step ----------------------------------------------------------------------------------
 
     def _pick(self, new: list[NewSequence]) -> list[SequenceStep]:
-        """The work of a step: first the sequences with one token left, then chunks of the others."""
+        """The work of a step: the sequences with one token left, then chunks of the others."""
         decoding = [sequence for sequence in self.running if sequence.num_pending_tokens == 1]
         steps = [self._step(sequence, 1, new) for sequence in decoding]
         num_left = self._facts.token_budget - len(steps)

@@ -110,7 +110,7 @@ class SequenceMemory:
         return first, sequence.in_transfer
 
     def end_loading(self, sequence: Sequence, num_whole_blocks: int) -> None:
-        """No byte of the store lands any more: let others find the leading blocks that are whole."""
+        """No byte of the store lands any more: let others find the leading, whole blocks."""
         self.end_transfer(sequence)
         sequence.num_loaded_tokens = num_whole_blocks * self.block_size
         sequence.num_cached_tokens += sequence.num_loaded_tokens

@@ -38,10 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
     config = commands.add_parser("config", help="show the configuration that serve would run")
     # A command of its own, not an argument: MODEL may then stand behind --resolved.
     actions = config.add_subparsers(dest="action", required=True, parser_class=_Parser)
-    show = actions.add_parser("show", help="what was asked for, or what each process would be told")
-    show.add_argument(
-        "--resolved", action="store_true", help="what each process would be told, all of it"
-    )
+    show = actions.add_parser("show", help="the configuration as given, or that of each process")
+    show.add_argument("--resolved", action="store_true", help="every field of every process")
     add_serve_flags(show)
     doctor = commands.add_parser(
         "doctor",

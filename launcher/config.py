@@ -1,4 +1,4 @@
-"""What ``baton serve`` was asked for, and the one place where the environment is read.
+"""The configuration of ``baton serve``, and the one place where the environment is read.
 
 Later wins: defaults, the file of ``--config`` (TOML), flags, then ``--set a.b=c``. A file has the
 flags' names with underscores (``kv_memory = "1GiB"``, ``prefill = ["cp2"]``) and one table for each
@@ -28,7 +28,15 @@ _KEEPING = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=8589934592"
 _GIVING_BACK = (
     "glibc.malloc.arena_max=2:glibc.malloc.mmap_threshold=131072:glibc.malloc.trim_threshold=131072"
 )
-# What the coordinator, and those that read strangers' texts for it, get of our environment.
+# Variables of a rank, unless this process's environment has them.
+_DEFAULTS = {
+    "GLIBC_TUNABLES": _KEEPING,
+    "TOKENIZERS_PARALLELISM": "false",
+    "NIXL_LOG_LEVEL": "ERROR",
+    "UCX_LOG_LEVEL": "error",
+    "UCX_LOG_FILE": "stderr",  # its own default is standard output
+}
+# The part of our environment that the coordinator and its text workers get.
 _OF_COORDINATOR = re.compile(
     r"(PATH|HOME|USER|LOGNAME|LANG|TZ|TMPDIR|XDG_RUNTIME_DIR|VIRTUAL_ENV|RUST_BACKTRACE)"
     r"|(LC|LD|DYLD|PYTHON|GLIBC|MALLOC|OMP|MKL|OPENBLAS|RAYON|TOKENIZERS|COVERAGE)_?\w*"
@@ -38,7 +46,7 @@ _EXPONENT = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Every flag of ``baton serve``; ``None`` is "not said"."""
+    """Every flag of ``baton serve``; ``None``: not given."""
 
     model: str | None = None
     revision: str | None = None  # of a model on the Hub: a branch, a tag or a commit
@@ -75,12 +83,12 @@ class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     log_max_bytes: str = "64MiB"  # of a file in log_dir, which is then renamed
     log_files: int = 5  # of one process, the current one included; older ones are removed
     ready_timeout_s: float = 600.0
-    shutdown_grace_s: float = 30.0  # what runs may take so long to end, after SIGTERM
+    shutdown_grace_s: float = 30.0  # for running requests to end, after SIGTERM
     restart_budget: int = 5  # restarts of one gang, and of the coordinator, within the window
     restart_window_s: float = 600.0
     restart_backoff_s: float = 0.25  # before the first restart; doubled each time
-    coordinator_silence_s: float = 5.0  # one that says and does nothing for longer is replaced
-    coordinator_stall_s: float = 60.0  # one that says nothing for longer, however busy
+    coordinator_silence_s: float = 5.0  # one that is silent and idle for longer is replaced
+    coordinator_stall_s: float = 60.0  # one that is silent for longer, however busy, too
     ray_prefill_strategy: str = "PACK"
     ray_address: str | None = None
     transfer_interface: str | None = None  # between hosts; None: the one of Ray's own address
@@ -167,7 +175,7 @@ def resolve(file: str | None, flags: Mapping[str, Any], sets: tuple[str, ...]) -
     try:
         return msgspec.convert(values, ServeConfig, strict=False)
     except msgspec.ValidationError as error:
-        if isinstance(error.__cause__, ConfigError):  # it says already which flag is wrong
+        if isinstance(error.__cause__, ConfigError):  # it names the wrong flag already
             raise error.__cause__ from None
         raise ConfigError(f"configuration: {error}") from error
 
@@ -204,57 +212,62 @@ _KEYS, _KEY = "BATON_API_KEYS", "BATON_API_KEY"
 
 
 def environment_api_keys() -> tuple[str, ...]:
-    """Keys that the server takes beside those of flags and file: several, or one."""
+    """The API keys in the environment, beside those of flags and file."""
     several = os.environ.get(_KEYS, "").replace(",", " ").split()
     return tuple(several + os.environ.get(_KEY, "").split())
 
 
 def key_file(name: str) -> Path:
-    """Its path, not resolved: what it is a link to may change, as that of a mounted secret does."""
+    """The path of --api-key-file, links unresolved: a mounted secret is a link that changes."""
     return Path(name).expanduser().absolute()
 
 
-def child_environment(num_threads: int, *, is_local: bool, device: str = "cpu") -> dict[str, str]:
-    """The environment of a rank's process, complete before torch or UCX are loaded in it.
+def rank_variables(num_threads: int, *, is_local: bool, device: str = "cpu") -> dict[str, str]:
+    """The variables of a rank's process that decide how its libraries behave.
 
-    Threads: each rank keeps to its own cores. GLIBC tunables: large buffers are taken from the heap
-    and kept, since fresh pages from mmap cost more than the copy into them.
+    They must be set before torch or UCX are loaded. Threads: each rank keeps to its own cores.
+    GLIBC tunables: large buffers are taken from the heap and kept, since fresh pages from mmap cost
+    more than the copy into them.
 
-    On one host (``is_local``) no library may open a port that another machine reaches. UCX takes no
-    message but through shared memory, which opens no port at all; for its transports of shared
-    memory to be allowed where a peer's death has to be noticed, they must be told to notice it.
-    Where a container forbids to read another process's memory, there is TCP on the loopback beside
-    them: without either, a reader was seen to hang when its peer had died. So it is with CUDA
-    memory, which needs more than these. None of it is left to what a container's image sets, but
-    UCX_TLS, which cannot lead beyond the loopback.
+    On one host (``is_local``) no library may open a port that another machine reaches. So UCX is
+    confined to shared memory, which opens no port at all. Its shared-memory transports are used
+    only if their error handling is on, because a rank must notice that its peer has died. Where a
+    container forbids to read another process's memory, UCX also gets TCP on the loopback: without
+    either, a reader hung when its peer had died. So does CUDA memory, which needs more than shared
+    memory. A container's image cannot override this, but for UCX_TLS, which cannot lead beyond the
+    loopback.
     """
-    environment = {name: value for name, value in os.environ.items() if name not in (_KEYS, _KEY)}
+    variables = {name: os.environ.get(name, default) for name, default in _DEFAULTS.items()}
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        environment[name] = str(num_threads)
-    environment.setdefault("GLIBC_TUNABLES", _KEEPING)
-    environment.setdefault("TOKENIZERS_PARALLELISM", "false")
-    environment.setdefault("NIXL_LOG_LEVEL", "ERROR")
-    environment.setdefault("UCX_LOG_LEVEL", "error")
-    environment.setdefault("UCX_LOG_FILE", "stderr")  # its default is standard output
+        variables[name] = str(num_threads)
+    if "UCX_TLS" in os.environ:
+        variables["UCX_TLS"] = os.environ["UCX_TLS"]
+    if is_local:
+        variables |= _kept_to("lo")
+        if device == "cpu" and can_read_processes():
+            variables.setdefault("UCX_TLS", "self,sm")
+            variables |= {"UCX_POSIX_ERROR_HANDLING": "y", "UCX_SYSV_ERROR_HANDLING": "y"}
+    return variables
+
+
+def child_environment(num_threads: int, *, is_local: bool, device: str = "cpu") -> dict[str, str]:
+    """The whole environment of a local rank's process: this one's, and :func:`rank_variables`."""
+    environment = {name: value for name, value in os.environ.items() if name not in (_KEYS, _KEY)}
+    environment |= rank_variables(num_threads, is_local=is_local, device=device)
     environment["PYTHONUNBUFFERED"] = "1"
     environment.pop("NIXL_ETCD_ENDPOINTS", None)  # NIXL would publish every agent there
-    if is_local:
-        environment |= _kept_to("lo")
-        if device == "cpu" and can_read_processes():
-            environment.setdefault("UCX_TLS", "self,sm")
-            environment |= {"UCX_POSIX_ERROR_HANDLING": "y", "UCX_SYSV_ERROR_HANDLING": "y"}
     return environment
 
 
 def coordinator_environment(*, is_local: bool) -> dict[str, str]:
-    """The same of the coordinator and its children, but that memory is given back.
+    """The environment of the coordinator and its text workers.
 
-    Nothing else of ours: the children read what strangers wrote, and a token for a model hub or a
-    cloud is no concern of theirs.
+    Only a few of our variables: the text workers read strangers' input, and must not hold a token
+    for a model hub or a cloud.
 
-    What callers send is large for a moment: ranks keep their buffers, the coordinator must not. So
-    is what thousands of requests are made of. Python's own allocator gives back a MiB when nothing
-    at all is left in it, that of the system each page, for some percent more time.
+    Memory is given back: bodies and requests are large for a moment, and unlike a rank's buffers
+    they must not be kept. Python's own allocator gives a MiB back only when nothing at all is left
+    in it; the system's gives back each page, for some percent more time.
     """
     given = child_environment(1, is_local=is_local)
     environment = {name: given[name] for name in given if _OF_COORDINATOR.fullmatch(name)}
@@ -265,18 +278,18 @@ def coordinator_environment(*, is_local: bool) -> dict[str, str]:
 
 
 def _kept_to(interface: str) -> dict[str, str]:
-    """Variables that have the libraries which open sockets of their own do so on one interface."""
+    """The variables that keep the sockets of UCX, gloo and NCCL to one network interface."""
     names = ("UCX_NET_DEVICES", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
     return dict.fromkeys(names, interface)
 
 
 def keep_this_process_to(interface: str) -> None:
-    """The same for a process that runs already, before it has loaded one of them."""
+    """The same for this process, before it has loaded one of these libraries."""
     os.environ.update(_kept_to(interface))
 
 
 def runtime_root() -> Path:
-    """Where a cluster keeps its sockets: short, private to the user, gone after a reboot."""
+    """The folder for a cluster's sockets: short, private to the user, gone after a reboot."""
     return Path(os.environ.get("XDG_RUNTIME_DIR") or os.environ.get("TMPDIR") or "/tmp")
 
 
@@ -286,10 +299,5 @@ def default_url() -> str:
 
 
 def default_api_key() -> str | None:
-    """The key that the client commands show it; never a flag, which every process could see."""
+    """The key of the client commands; not a flag, which every process could see."""
     return os.environ.get(_KEY) or None
-
-
-def num_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

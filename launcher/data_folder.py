@@ -1,4 +1,4 @@
-"""The folder of ``--data-dir``: what a cluster leaves for the next one.
+"""The folder of ``--data-dir``: the files that a cluster leaves for the next one.
 
 lock               held by the launcher that runs a cluster on it
 secret             salts the hashes of every tenant's blocks; without it no KV is found again
@@ -28,7 +28,7 @@ _SECRET_BYTES = 32
 
 @dataclass(frozen=True, slots=True)
 class DataFolder:
-    """An opened folder; nobody else has it open while ``lock`` is."""
+    """An opened folder, which no other cluster can open while ``lock`` is open."""
 
     folder: Path
     secret: str
@@ -40,7 +40,7 @@ class DataFolder:
 
 
 def open_data_folder(name: str) -> DataFolder:
-    """Make it if it is not there, and lock it for this process.
+    """Make the folder if it is not there, and lock it for this process.
 
     Raises:
         ConfigError: it cannot be written, or another cluster runs on it.
@@ -67,7 +67,7 @@ def open_data_folder(name: str) -> DataFolder:
 
 
 def _close_to_others(folder: Path) -> None:
-    """What is in it is made for us alone; older versions have left some of it open."""
+    """Make the content private: older versions have left some of it readable for others."""
     for name in FOLDERS:
         with contextlib.suppress(FileNotFoundError):
             (folder / name).chmod(0o700)
@@ -76,7 +76,7 @@ def _close_to_others(folder: Path) -> None:
 
 
 def _secret(path: Path) -> str:
-    """What the folder's first cluster has drawn."""
+    """The folder's secret; the first cluster draws it."""
     if path.exists():
         return path.read_text(encoding="utf-8").strip()
     drawn = secrets.token_hex(_SECRET_BYTES)

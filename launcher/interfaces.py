@@ -1,4 +1,4 @@
-"""Which network interface an address belongs to, and the other way round (IPv4, Linux)."""
+"""The address of a network interface, and the interface of an address (IPv4, Linux)."""
 
 import fcntl
 import socket

@@ -1,7 +1,7 @@
-"""Which part of this machine's memory each process may have. Pure.
+"""The part of this machine's memory that each process may have. Pure.
 
-On CPU all ranks of a local cluster live in one memory. It is looked at once, before anything is
-started, so that ranks which start at the same moment do not count the same bytes twice; a rank that
+On CPU all ranks of a local cluster live in one memory. It is measured once, before anything is
+started, so that ranks which start at the same moment do not count the same bytes twice. A rank that
 is started again gets the same part.
 """
 
@@ -18,11 +18,11 @@ _GIB, _MIB = 1 << 30, 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """What every rank that computes is told."""
+    """The memory of every rank that computes."""
 
     kv_bytes: int  # of each; 0: as much as its part leaves
-    budget_bytes: int  # each rank's part; 0: it has to look itself
-    asked: str = AUTO  # what --kv-memory says
+    budget_bytes: int  # each rank's part; 0: the rank measures itself
+    asked: str = AUTO  # --kv-memory as given
 
     def found_by(self, device: str) -> str:
         """How the size of the KV memory is found, in words."""
@@ -34,11 +34,11 @@ class MemoryPlan:
 
 
 def share_out(kv_memory: str, num_ranks: int, store_bytes: int, room: Room | None) -> MemoryPlan:
-    """How ``num_ranks`` ranks and a store share ``room``.
+    """Share ``room`` out to ``num_ranks`` ranks and a store.
 
     Args:
         kv_memory: "auto", or a size for each rank.
-        room: what the machine leaves; None where the ranks do not share one that we can see.
+        room: the free memory of the machine; None where the ranks do not share one.
 
     Raises:
         ConfigError: not a size, or more than there is.
@@ -59,10 +59,10 @@ def share_out(kv_memory: str, num_ranks: int, store_bytes: int, room: Room | Non
 
 
 def body_bytes(memory: int) -> int:
-    """Of all bodies of requests that are in flight: an eighth, and no more than a GiB."""
+    """The limit on all bodies of requests in flight: an eighth of memory, a GiB at most."""
     return max(64 * _MIB, min(_GIB, memory // 8))
 
 
 def text_worker_bytes(memory: int) -> int:
-    """Of the address space of a process that reads requests: a quarter, within reason."""
+    """The limit on a text worker's address space: a quarter of memory, within reason."""
     return max(512 * _MIB, min(4 * _GIB, memory // 4))

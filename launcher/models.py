@@ -1,9 +1,9 @@
-"""The model that was asked for: a folder, a built-in one, or a name on the Hugging Face Hub.
+"""Finding the model: in a folder, built in, or by its name on the Hugging Face Hub.
 
 A folder wins over a name. A name is looked for in the local cache, which everything that uses the
-Hub shares, and only what is not there is downloaded: weights as safetensors, and the JSON and
-templates beside them. Where the cache is and which Hub is asked, huggingface_hub reads from its own
-environment (``HF_HOME``, ``HF_HUB_CACHE``, ``HF_ENDPOINT``, ``HF_TOKEN``, ``HF_HUB_OFFLINE``).
+Hub shares, and only missing files are downloaded: weights as safetensors, and the JSON and
+templates beside them. The places of the cache and of the Hub are in huggingface_hub's own variables
+ (``HF_HOME``, ``HF_HUB_CACHE``, ``HF_ENDPOINT``, ``HF_TOKEN``, ``HF_HUB_OFFLINE``).
 """
 
 import logging
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class FoundModel:
-    """What processes load, and the name that requests give it when no other was asked for."""
+    """The path or name that processes load, and the default name in requests."""
 
     path_or_name: str
     name: str
@@ -38,11 +38,11 @@ def find_model(asked: str | None, revision: str | None) -> FoundModel:
     """The model of ``baton serve MODEL --revision NAME``. May download it, with a progress bar.
 
     Args:
-        asked: as it was written; None is the embedded model.
+        asked: the argument; None is the embedded model.
         revision: of a model on the Hub; None is its main branch.
 
     Raises:
-        ConfigError: it is neither here nor to be had, or a revision was asked of a folder.
+        ConfigError: it is neither here nor on the Hub, or a folder was given with a revision.
     """
     path = Path(CHECKPOINT if asked is None else asked).expanduser()
     is_built_in = asked is not None and is_arithmetic(asked)

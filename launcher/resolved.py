@@ -1,4 +1,4 @@
-"""From what was asked for to what each process is told: "auto" becomes a value here.
+"""From the configuration of ``baton serve`` to a cluster: "auto" becomes a value here.
 
 Everything that can be known before a process starts is checked before one starts, so that a mistake
 is one line and not the same line from every rank.
@@ -11,17 +11,19 @@ from typing import Any
 
 import msgspec
 
+from coordinator.config import ExpectedPool
 from coordinator.key_file import read_keys
 from kvcache.host_memory import available
-from launcher.config import ServeConfig, key_file, num_cores, parse_size
+from launcher.config import ServeConfig, key_file, parse_size
 from launcher.data_folder import DataFolder, open_data_folder
 from launcher.memory import MemoryPlan, share_out
 from launcher.models import find_model
-from launcher.topology import PoolSpec, parse_pools, store_pool, threads_per_rank
+from launcher.topology import parse_pools, store_pool, threads_per_rank
 from modeling.checkpoint.config import ModelConfig, load_config
 from modeling.checkpoint.dtypes import serving_dtype
 from protocol.errors import ConfigError
 from protocol.kv import KVLayout
+from protocol.process.limits import num_cores
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,7 @@ class Cluster:
     serve: ServeConfig
     model: str
     model_config: ModelConfig
-    pools: tuple[PoolSpec, ...]
+    pools: tuple[ExpectedPool, ...]
     device: str
     dtype: str
     max_model_len: int
@@ -48,12 +50,12 @@ class Cluster:
 
 
 def resolve_cluster(serve: ServeConfig) -> Cluster:
-    """Check ``serve`` against the model and this machine and fill in what was left to us.
+    """Check ``serve`` against the model and this machine, and choose all "auto" values.
 
     Raises:
         ConfigError: anything that would keep the cluster from serving one request.
     """
-    if not serve.prefill and not serve.decode:  # nothing said: the smallest that disaggregates
+    if not serve.prefill and not serve.decode:  # the smallest cluster that disaggregates
         pools = parse_pools(("cp1",), ("tp1",))
     else:
         pools = parse_pools(serve.prefill, serve.decode)
@@ -134,7 +136,7 @@ def _max_model_len(asked: int | None, model: ModelConfig) -> int:
 
 
 def _check_pool(
-    pool: PoolSpec, model: ModelConfig, block_size: int, dtype: str, kv_bytes: int
+    pool: ExpectedPool, model: ModelConfig, block_size: int, dtype: str, kv_bytes: int
 ) -> None:
     heads = (("attention", model.num_heads), ("KV", model.num_kv_heads))
     for kind, count in heads:
@@ -151,7 +153,7 @@ def _check_pool(
         )
 
 
-def block_layout(pool: PoolSpec, model: ModelConfig, block_size: int, dtype: str) -> KVLayout:
+def block_layout(pool: ExpectedPool, model: ModelConfig, block_size: int, dtype: str) -> KVLayout:
     """One block of KV of a rank of ``pool``."""
     return KVLayout(
         num_layers=model.num_layers,

@@ -1,4 +1,4 @@
-"""Which processes a cluster has: pool spellings in, ranks out. Pure.
+"""The pools of a cluster, from their spellings on the command line. Pure.
 
 A pool is written ``cp2``, ``tp2`` or ``cp4tp2``: the degrees of context and tensor parallelism. A
 decode pool has no context parallelism. Pools are numbered in the order given: prefill0, decode0.
@@ -6,30 +6,16 @@ decode pool has no context parallelism. Pools are numbered in the order given: p
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from coordinator.config import ExpectedPool
 from protocol.errors import ConfigError
 
 _SPELLING = re.compile(r"(?:cp(?P<cp>[1-9]\d{0,2}))?(?:tp(?P<tp>[1-9]\d{0,2}))?")
 MAX_RANKS = 1024
 
 
-@dataclass(frozen=True, slots=True)
-class PoolSpec:
-    """One pool of the cluster."""
-
-    pool_id: str
-    role: str  # "prefill", "decode" or "store"
-    cp_size: int
-    tp_size: int
-
-    @property
-    def num_ranks(self) -> int:
-        return self.cp_size * self.tp_size
-
-
-def parse_pool(role: str, number: int, spelling: str) -> PoolSpec:
-    """The pool that ``spelling`` asks for.
+def parse_pool(role: str, number: int, spelling: str) -> ExpectedPool:
+    """The pool with a spelling.
 
     Raises:
         ConfigError: not a spelling of a pool, or one that this role cannot have.
@@ -40,16 +26,17 @@ def parse_pool(role: str, number: int, spelling: str) -> PoolSpec:
             f"--{role} {spelling}: a pool is written cp2, tp2 or cp4tp2 "
             f"(degrees of context and tensor parallelism)"
         )
-    cp_size, tp_size = int(match["cp"] or 1), int(match["tp"] or 1)
+    cp_size = int(match["cp"] or 1)
+    tp_size = int(match["tp"] or 1)
     if role == "decode" and cp_size > 1:
         raise ConfigError(
             f"--decode {spelling}: a decode pool is tensor-parallel only: --decode tp{tp_size}"
         )
-    return PoolSpec(f"{role}{number}", role, cp_size, tp_size)
+    return ExpectedPool(f"{role}{number}", role, cp_size, tp_size)
 
 
-def parse_pools(prefill: Sequence[str], decode: Sequence[str]) -> tuple[PoolSpec, ...]:
-    """All pools of a cluster, prefill first. Without a decode pool there is none to serve from.
+def parse_pools(prefill: Sequence[str], decode: Sequence[str]) -> tuple[ExpectedPool, ...]:
+    """All pools of a cluster that compute, prefill first. At least one must be a decode pool.
 
     Raises:
         ConfigError: see :func:`parse_pool`; no decode pool, or absurdly many ranks.
@@ -67,11 +54,11 @@ def parse_pools(prefill: Sequence[str], decode: Sequence[str]) -> tuple[PoolSpec
     return pools
 
 
-def store_pool() -> PoolSpec:
-    """The process that keeps KV in host memory and on disk; it has no model."""
-    return PoolSpec("store0", "store", 1, 1)
+def store_pool() -> ExpectedPool:
+    """The pool of the one process that keeps KV in host memory and on disk; it has no model."""
+    return ExpectedPool("store0", "store", 1, 1)
 
 
-def threads_per_rank(num_cores: int, pools: Sequence[PoolSpec]) -> int:
+def threads_per_rank(num_cores: int, pools: Sequence[ExpectedPool]) -> int:
     """An even share of the cores for each rank that computes, at least one thread."""
     return max(1, num_cores // sum(pool.num_ranks for pool in pools if pool.role != "store"))

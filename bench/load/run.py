@@ -7,7 +7,6 @@
 """
 
 import asyncio
-import os
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from bench.load.driving.target import join_timelines
 from bench.load.driving.watch import OnSample, Watch
 from bench.load.record import FORMAT_VERSION, Manifest, RequestRecord
 from bench.load.workload.schedule import Schedule, ideal_cached_share
+from protocol.process.limits import num_cores
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ async def _execute(
 
 def loads_of(plan: Plan) -> list[Load]:
     """The plan, dealt to its processes."""
-    num = plan.num_processes or num_processes_for(plan.schedule, _num_cores())
+    num = plan.num_processes or num_processes_for(plan.schedule, num_cores())
     if plan.loop == "closed":
         num = min(num, plan.num_users)
     num = max(1, min(num, len(plan.schedule.sessions)))
@@ -111,10 +111,6 @@ def loads_of(plan: Plan) -> list[Load]:
         )
         for number, part in enumerate(plan.schedule.deal(num))
     ]
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _manifest(

@@ -1,7 +1,7 @@
 """``baton demo``: a small disaggregated cluster at work, from nothing to answers.
 
 1. A cluster ``--prefill cp2 --decode tp2`` starts on this machine, with the embedded model.
-2. story.py puts a document through the ring and asks about it.
+2. demo_script.py puts a document through the ring and asks about it.
 3. Everything ends, or stays with ``--keep``.
 """
 

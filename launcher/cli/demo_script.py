@@ -1,11 +1,10 @@
-"""What ``baton demo`` tells: one long document, five questions about it, and where the time went.
+"""The script of ``baton demo``: one long document, five questions about it, and their time lines.
 
-The document is generated, so nobody has seen it before; the questions are about facts at different
-depths of it, in its own words and in others, and about one that it does not state. The answers come
-from the embedded model: had one block of KV been lost on the way, they would be wrong.
+The document is generated. The questions are about facts at different depths of it, in its own words
+and in others, and about one that it does not state. The answers come from the embedded model: if
+one block of KV had been lost on the way, they would be wrong.
 """
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
@@ -15,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from baton_client import Client, SequenceTimeline
 from launcher.cli.waterfall import draw_waterfall, show_seconds
+from launcher.doctor.cluster_health import num_held, settled_state
 from modeling.embedded import CHECKPOINT
 from modeling.embedded.grammar import Document, Fact, write_document
 from modeling.text.tokenizer import load_tokenizer
@@ -25,7 +25,7 @@ DEPTHS = (0.5, 0.1, 0.9, 0.3)  # of the facts that are asked for
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What one streamed chat completion brought."""
+    """One streamed chat completion."""
 
     text: str
     first_token_s: float
@@ -37,14 +37,18 @@ class Answer:
 
 
 def tell(console: Console, client: Client, num_tokens: int, seed: int) -> bool:
-    """Run the story on a cluster that serves the embedded model; returns whether all went well."""
+    """Run the script on a cluster that serves the embedded model.
+
+    Returns:
+        Whether all answers were right, and no block is held afterwards.
+    """
     random = Random(seed)
     tokenizer = load_tokenizer(str(CHECKPOINT))
     document = write_document(
         random, num_tokens, lambda text: len(tokenizer.encode(text, add_special_tokens=False))
     )
     console.print(
-        f"\n[bold]1. A document that nobody has seen[/]: {document.num_tokens} tokens, "
+        f"\n[bold]1. A new document[/]: {document.num_tokens} tokens, "
         f"{len(document.facts)} facts among {document.text.count('. ')} sentences"
     )
     console.print(f"   [dim]{document.text[:180]} ...[/]")
@@ -71,7 +75,7 @@ def tell(console: Console, client: Client, num_tokens: int, seed: int) -> bool:
     first = answers[0].timeline
     console.print(f"\n[bold]4. The first question's time[/]: {first.path}")
     draw_waterfall(console, first)
-    held = held_blocks(client)
+    held = num_held(settled_state(client))
     console.print(f"\n{num_right} of {len(answers)} answers right; blocks still held: {held}")
     return num_right == len(answers) and held == 0
 
@@ -132,14 +136,3 @@ def _compare(console: Console, answers: list[Answer]) -> None:
         f"\n[bold]3. Cold and warm[/]: first token after {show_seconds(cold)} with the document "
         f"to compute, {show_seconds(warm)} (median) without: [bold]{cold / warm:.0f}x[/]"
     )
-
-
-def held_blocks(client: Client) -> int:
-    """Blocks that are neither free nor cached, once the pools have reported an idle state."""
-    deadline = time.monotonic() + 10.0
-    while True:
-        spaces = [space for pool in client.cluster().pools for space in pool.blocks]
-        held = sum(space.total - space.free - space.cached for space in spaces)
-        if (held == 0 and spaces) or time.monotonic() > deadline:
-            return held
-        time.sleep(0.2)  # heartbeats carry the counts, one each second

@@ -1,8 +1,8 @@
-"""``baton ingest``, ``jobs``, ``ask``, ``trace`` and ``top``: what a user does with a server.
+"""``baton ingest``, ``jobs``, ``ask``, ``trace`` and ``top``: the commands of a user of a server.
 
-Results go to standard output, and what is told on the way to standard error. A server that is not
-there, an id or a key that is wrong: one line and exit code 2. A job that failed, or was not done in
-time: one line and exit code 1.
+Results go to standard output, progress and errors to standard error. A server that is not there, or
+a wrong id or key, is one line and exit code 2. A job that failed, or was not done in time, is one
+line and exit code 1.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace, poll_s: float = POLL_S) -> int:
         return _say(str(error), FAILED)
     except (ClientError, ConfigError) as error:
         return _say(f"{error}{_way_out(error)}", MISTAKE)
-    except BrokenPipeError:  # whoever read our output has seen enough
+    except BrokenPipeError:  # the reader of our output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""A picture that is drawn again and again, until somebody has seen enough."""
+"""A picture that is drawn again each second, until q or Ctrl-C."""
 
 import os
 import select
@@ -53,7 +53,7 @@ class Keys:
 
 
 def can_redraw(console: Console) -> bool:
-    """What was written can be written over."""
+    """Whether lines on this console can be overwritten."""
     return console.is_terminal and not console.is_dumb_terminal
 
 
@@ -63,7 +63,7 @@ def watch(
     """Draw until q or Ctrl-C. Without a terminal, one picture below the other.
 
     Raises:
-        ClientError: already the first picture cannot be drawn; later ones say so, and go on.
+        ClientError: the first picture cannot be drawn. Later failures are shown, and it goes on.
     """
     frame = draw()
     try:

@@ -28,7 +28,7 @@ from launcher.supervise.processes import LogFiles, Report, StopAsked
 from launcher.supervise.supervisor import ClusterFailed, Supervisor
 from protocol.errors import ConfigError
 from protocol.process.folders import temporary_folder
-from protocol.process.open_files import raise_open_files
+from protocol.process.limits import raise_open_files
 
 log = logging.getLogger(__name__)
 

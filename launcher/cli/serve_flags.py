@@ -78,7 +78,7 @@ GROUPS: tuple[tuple[str, tuple[_Flag, ...]], ...] = (
 
 
 def add_serve_flags(parser: argparse.ArgumentParser) -> None:
-    """Add them all. What is not said does not occur in the namespace: a file may say it."""
+    """Add all flags. One that is not given does not occur in the namespace: a file may have it."""
     parser.add_argument(
         "model",
         nargs="?",
@@ -103,7 +103,7 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
         "--quiet",
         action="store_true",
         default=argparse.SUPPRESS,
-        help="do not tell at the start what is served, and how",
+        help="do not report at the start what is served, and how",
     )
     other.add_argument(
         "--config", metavar="FILE", default=None, help="a TOML file with the same names"

@@ -1,4 +1,4 @@
-"""``baton config show``: what was asked for, or what every process would be told."""
+"""``baton config show``: the configuration as given, or that of every process."""
 
 import dataclasses
 import io
@@ -13,12 +13,11 @@ from coordinator.text.tokenizing import load_tools, read_model
 from launcher.config import ServeConfig
 from launcher.data_folder import DataFolder
 from launcher.resolved import Cluster, block_layout, resolve_cluster
-from launcher.supervise.ranks import coordinator_config, rank_config
+from launcher.supervise.ranks import ROLES, coordinator_config, rank_config
 from launcher.topology import store_pool
 
 _OF_A_RUN = ("control_address", "control_listen", "listen", "parent_pid", "gang_start", "rank")
 _SECRET = ("token", "secret")
-_TABLES = {"prefill": "prefill_pool", "decode": "decode_pool", "store": "store"}
 
 
 def asked(serve: ServeConfig) -> dict[str, Any]:
@@ -43,7 +42,7 @@ def resolved(serve: ServeConfig) -> dict[str, Any]:
     shown: dict[str, Any] = {"coordinator": coordinator}
     serving = msgspec.to_builtins(_report(cluster))
     for pool in cluster.pools:
-        shown[_TABLES[pool.role]] = msgspec.json.decode(rank_config(cluster, pool, 0, where))
+        shown[ROLES[pool.role].table] = msgspec.json.decode(rank_config(cluster, pool, 0, where))
     for table in shown.values():
         for name in (*_OF_A_RUN, *_SECRET, "pool_id", "cp_size", "tp_size"):
             table.pop(name, None)
@@ -54,7 +53,7 @@ def resolved(serve: ServeConfig) -> dict[str, Any]:
 
 
 def _report(cluster: Cluster) -> StartReport:
-    """What ``baton serve`` would tell at its start."""
+    """The report that ``baton serve`` would print at its start."""
     config = msgspec.json.decode(coordinator_config(cluster, {}), type=CoordinatorConfig)
     _, checkpoint = read_model(config, load_tools(config))
     memory = []

@@ -1,7 +1,4 @@
-"""Is a running cluster well? Its pools, and the conservation of its blocks, judged from its state.
-
-What is judged is pure; who is asked, and how often, is in ``ask``.
-"""
+"""The health of a running cluster: its pools, and the conservation of its blocks."""
 
 import time
 from collections.abc import Callable
@@ -10,31 +7,33 @@ from typing import Protocol
 from baton_client import BlockCounts, ClusterState
 from launcher.doctor.findings import Finding
 
-SETTLE_S = 5.0  # what was given back is told with the next heartbeats; an abort has two seconds
+SETTLE_S = 5.0  # released blocks are reported by the next heartbeats; an abort takes two seconds
 _POLL_S = 0.5
 
 
 class Observed(Protocol):
-    """A cluster that tells its state: the client of one that runs."""
+    """The client of a cluster."""
 
     def cluster(self) -> ClusterState: ...
 
 
-def ask(client: Observed, pause: Callable[[float], None] = time.sleep) -> list[Finding]:
-    """Look at a cluster, again for a few seconds as long as something is still held.
+def settled_state(client: Observed, pause: Callable[[float], None] = time.sleep) -> ClusterState:
+    """The state of a cluster, after a few seconds at most in which idle pools release all blocks.
 
     Raises:
-        ClientError: nobody answers there, or not as Baton does.
+        ClientError: no server answers there, or not as Baton does.
     """
-    state, waited_s = client.cluster(), 0.0
+    state = client.cluster()
+    waited_s = 0.0
     while num_held(state) and not state.num_active_requests and waited_s < SETTLE_S:
         pause(_POLL_S)
-        state, waited_s = client.cluster(), waited_s + _POLL_S
-    return judge(state)
+        state = client.cluster()
+        waited_s += _POLL_S
+    return state
 
 
 def judge(state: ClusterState) -> list[Finding]:
-    """A finding about the pools, one about requests, one about blocks."""
+    """A finding about the pools, one about requests, one about blocks. Pure."""
     return [_pools(state), _requests(state), _blocks(state)]
 
 

@@ -1,4 +1,4 @@
-"""``baton doctor``: what this machine has, whether KV can move on it, how a cluster there is."""
+"""``baton doctor``: the machine, the transports that work on it, the health of a cluster."""
 
 import sys
 
@@ -7,7 +7,7 @@ import msgspec
 from baton_client import BatonConnectionError, Client, ClientError
 from bench.environment import describe
 from launcher.config import default_api_key, default_url
-from launcher.doctor.cluster_health import ask
+from launcher.doctor.cluster_health import judge, settled_state
 from launcher.doctor.findings import Finding
 from protocol.errors import BatonError
 
@@ -28,11 +28,11 @@ def _check_transports() -> list[Finding]:
 
 
 def _check_cluster(url: str | None) -> list[Finding]:
-    """How the cluster at ``url`` is. That none is at the default one is nothing to report."""
+    """The findings about the cluster at ``url``; none if no server is at the default address."""
     address = url or default_url()
     try:
         with Client(address, api_key=default_api_key()) as client:
-            return ask(client)
+            return judge(settled_state(client))
     except BatonConnectionError as error:
         return [Finding("cluster", False, str(error), "set --url")] if url else []
     except ClientError as error:

@@ -1,8 +1,8 @@
-"""The process that ranks are forks of: ``python -P -m launcher.supervise.fork_server``.
+"""The process that ranks are forked from: ``python -P -m launcher.supervise.fork_server``.
 
 A fork has one thread, the one that forked; a lock that another one held would stay locked in it. So
-this process has a single thread, and says that it is of no use if a library has started another. It
-loads nothing of NIXL, UCX or CUDA: what they open belongs to one process.
+this process must have a single thread, and reports that it is of no use if a library has started
+another. It does not load NIXL, UCX or CUDA: what they open belongs to one process.
 """
 
 import ctypes
@@ -26,10 +26,10 @@ _ARG_START, _ARG_END = 45, 46  # fields of /proc/PID/stat behind the name
 
 
 def main() -> None:
-    """Import, say ``{"preloaded": USABLE}``, then fork until the launcher closes its end."""
+    """Import, write ``{"preloaded": USABLE}``, then fork until the launcher closes its end."""
     number, parent_pid, *modules = sys.argv[1:-1]  # the last is room for the titles of forks
     die_with_parent(int(parent_pid))
-    for asked in ASKED:  # whoever sends them means the cluster, which the launcher ends
+    for asked in ASKED:  # these mean the whole cluster, which the launcher ends
         signal.signal(asked, signal.SIG_IGN)
     launcher = socket.socket(fileno=int(number))
     for module in modules:
@@ -59,7 +59,7 @@ def _has_one_thread() -> bool:
 
 
 class Fork:
-    """One process that is to be.
+    """One process that is to be forked.
 
     Args:
         argv: the module that it runs, and its arguments.
@@ -71,13 +71,16 @@ class Fork:
         self._descriptors = descriptors
 
     def start(self, launcher: socket.socket) -> dict[str, int | str]:
-        """Have it be the launcher's child; ``{"pid": ...}``, or ``{"error": REASON}``.
+        """Fork it as a child of the launcher.
 
         ::
 
-            server -- fork --> parent -- fork --> it
-               |<--- its id ----| ends            | waits: it is to be an orphan first, who is the
-               | closes ``ours`` ---------------->| launcher's then; only now it goes on
+            server -- fork --> parent -- fork --> child
+               |<--- its id ----| ends              | waits until it is an orphan, and so the
+               | closes ``ours`` ------------------>| launcher's child; only then it goes on
+
+        Returns:
+            ``{"pid": ...}``, or ``{"error": REASON}``.
         """
         ours, theirs = socket.socketpair()
         with ours, theirs:
@@ -100,12 +103,12 @@ class Fork:
                 launcher.close()
                 server.recv(1)
                 server.close()
-                self._be_it()
+                self._be_child()
             server.send(str(pid).encode())
         finally:
             os._exit(0)
 
-    def _be_it(self) -> NoReturn:
+    def _be_child(self) -> NoReturn:
         code = 1
         try:
             for asked in ASKED:
@@ -121,7 +124,7 @@ class Fork:
             os._exit(code)
 
     def _take_descriptors(self) -> None:
-        # Above all numbers that are asked for first: none is written over before it is copied.
+        # First move all above the numbers that are wanted, so that none is overwritten.
         above = max(self._descriptors) + 1
         for number, ours in self._descriptors.items():
             high = fcntl.fcntl(ours, fcntl.F_DUPFD, above)
@@ -137,7 +140,7 @@ def set_title(argv: list[str]) -> None:
     title = b"".join(word.encode() + b"\0" for word in argv)
     fields = Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()
     start, end = int(fields[_ARG_START]), int(fields[_ARG_END])
-    # The last byte stays 0: another one has the kernel take all of it for a single string.
+    # The last byte stays 0: otherwise the kernel takes all of it for a single string.
     ctypes.memmove(start, title[: end - start - 1].ljust(end - start, b"\0"), end - start)
 
 

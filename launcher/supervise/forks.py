@@ -5,12 +5,13 @@ while its requests wait. The fork server (fork_server.py) has imported it once: 
 once, and shares its pages with the others.
 
 1. The launcher starts the server first, with the environment that the ranks need: variables that
-   libraries read when they are loaded hold for the forks as well. It says ``preloaded`` on its
-   standard output, like any child of the launcher.
+   libraries read when they are loaded hold for the forks as well. It writes ``preloaded`` to its
+   standard output when it is ready.
 2. ``fork`` sends it a command and the descriptors for the output, and gets a process id back.
-3. The fork is our own child, not the server's: its parent ends at once, and meanwhile we are the
-   subreaper, who inherits orphans. So it dies with us, we wait for it, and it does not miss the
-   server, whose end only means that the next rank is started the long way.
+3. The fork is the launcher's own child, not the server's: its parent ends at once, and meanwhile
+   the launcher is the subreaper, which inherits orphans. So the fork dies with the launcher, and
+   the launcher waits for it. When the server ends, its forks go on, and the next rank is started
+   the long way.
 """
 
 import contextlib
@@ -71,7 +72,7 @@ class ForkedProcess:
         return self._code
 
     def send_signal(self, number: int) -> None:
-        """Nothing if it has ended."""
+        """Send a signal; nothing happens if the process has ended."""
         with self._lock:
             if self._code is None:
                 os.kill(self.pid, number)
@@ -118,7 +119,7 @@ class ForkServer:
             return start_piped(argv, self.environment, pass_fds=(number,))
 
     def fork(self, *argv: str, pass_fds: Sequence[int] = ()) -> ForkedProcess:
-        """What ``python -P -m argv`` would start; call it in the main thread.
+        """Start the same as ``python -P -m argv``; call it in the main thread.
 
         Args:
             argv: a module and its arguments.
@@ -155,13 +156,13 @@ class ForkServer:
         return int(said["pid"])
 
     def close(self) -> None:
-        """It ends when it has nobody to hear any more."""
+        """Close the connection, which ends the server."""
         self._ours.close()
 
 
 @contextlib.contextmanager
 def _inheriting_orphans() -> Iterator[None]:
-    """Only for the moment of a fork: orphans of others are for init to wait for, not for us."""
+    """Be a subreaper for the moment of a fork, and not for other orphans, which go to init."""
     prctl = ctypes.CDLL(None).prctl
     if prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise ForkServerGone("is of no use: the system gives us no orphans")

@@ -1,18 +1,18 @@
-"""What becomes of gangs whose processes die: told what happened, it says what to do. Pure.
+"""The rules for gangs whose processes die: reports and time come in, actions go out. Pure.
 
 The life of a gang
-1. SERVING until one of its processes exits, or the coordinator says that it is lost (a rank that is
-   silent or hangs, which nobody else can see).
-2. ENDING: its processes are asked to end, and killed after a short grace; a stopped process, or one
-   in a collective that will never complete, knows nothing but SIGKILL.
+1. SERVING until one of its processes exits, or the coordinator reports it lost: only the
+   coordinator can see that a rank is silent or hangs.
+2. ENDING: its processes are asked to end, and killed after a short grace, because a stopped
+   process, or one in a collective that will never complete, obeys only SIGKILL.
 3. WAITING, when the last of them has exited: the longer, the more often this has happened.
-4. STARTING, under the next start number, until the coordinator says that it serves.
+4. STARTING, under the next start number, until the coordinator reports that it serves.
 5. GIVEN_UP when its restarts are used up. The cluster goes on as long as it can answer: with one
    decode pool, and a coordinator.
 
-The coordinator is a gang of one, whose start number is its epoch. When it says nothing it is looked
-at (silence.py): a busy one has time. It is killed without grace: one that was only slow would tell
-every rank to end.
+The coordinator is a gang of one, whose start number is its epoch. A silent coordinator is looked at
+from outside (silence.py), and gets more time if it is busy. It is killed without grace: if it was
+only slow, it would take a request to end as one for the whole cluster, and end every rank.
 """
 
 import enum
@@ -24,7 +24,7 @@ from launcher.supervise.silence import Silence, Vitals
 
 COORDINATOR = "coordinator"
 GRACE_S = 0.5
-PAUSE_S = 2.0  # ticks come each second: a longer gap is a pause of our own
+PAUSE_S = 2.0  # ticks come each second: after a longer gap this process was paused itself
 
 
 class Phase(enum.Enum):
@@ -44,7 +44,7 @@ class End:
 
 @dataclass(frozen=True, slots=True)
 class Kill:
-    """End them whether they want or not."""
+    """Kill the gang's processes."""
 
     name: str
 
@@ -59,7 +59,7 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """Look at what the gang's process is doing, and tell ``on_vitals``."""
+    """Read the vitals of the gang's process, and pass them to ``on_vitals``."""
 
     name: str
     start: int
@@ -97,10 +97,14 @@ class Gang:
     lost_at: float = 0.0
     deadline: float | None = None  # of the phase
 
+    def enter(self, phase: Phase, deadline: float | None = None) -> None:
+        self.phase = phase
+        self.deadline = deadline
+
 
 @dataclass(frozen=True, slots=True)
 class RestartTimeouts:
-    """How long what may take, in seconds."""
+    """Budgets of time, in seconds."""
 
     start_s: float  # a gang, until it serves
     coordinator_start_s: float  # until it listens
@@ -147,21 +151,21 @@ class Gangs:
         return [g.name for g in gangs if g.phase is Phase.SERVING and g.name != COORDINATOR]
 
     def close(self) -> None:
-        """The cluster ends in order: what dies from now on stays dead, and says nothing."""
+        """The cluster ends in order: from now on no process is started again, or reported lost."""
         self._is_closed = True
         for gang in self._gangs.values():
             if gang.phase is Phase.WAITING:
-                gang.phase, gang.deadline = Phase.GIVEN_UP, None
+                gang.enter(Phase.GIVEN_UP)
 
     def wait_s(self, now: float) -> float:
-        """Until the next ``tick`` is due."""
+        """Seconds until the next ``tick`` is due."""
         deadlines = [gang.deadline for gang in self._gangs.values() if gang.deadline is not None]
         return max(0.0, min(1.0, min(deadlines, default=now + 1.0) - now))
 
-    # -- what happens ------------------------------------------------------------------------------
+    # -- in: reports and time ----------------------------------------------------------------------
 
     def on_exit(self, name: str, rank: int, start: int, reason: str, now: float) -> list[Action]:
-        """A process is gone, for a reason or because it was told to."""
+        """A process has exited, by itself or because it was asked to."""
         gang = self._gangs[name]
         if start != gang.start:
             return []
@@ -182,7 +186,7 @@ class Gangs:
         gang = self._gangs[name]
         if start != gang.start or gang.phase is not Phase.STARTING:
             return []
-        gang.phase, gang.deadline = Phase.SERVING, None
+        gang.enter(Phase.SERVING)
         if name == COORDINATOR:
             self.on_alive(start, now)
         return [Say(f"{name} is serving again after {now - gang.lost_at:.1f} s")]
@@ -195,7 +199,7 @@ class Gangs:
             gang.deadline = self._silence.look_at
 
     def on_vitals(self, epoch: int, vitals: Vitals | None, now: float) -> list[Action]:
-        """What a look at the coordinator showed; None is nothing."""
+        """The vitals of the coordinator; None if they cannot be read."""
         gang = self._gangs[COORDINATOR]
         if epoch != gang.start or gang.phase is not Phase.SERVING:
             return []
@@ -214,7 +218,7 @@ class Gangs:
         return self._lose(gang, reason, now)
 
     def tick(self, now: float) -> list[Action]:
-        """What is due. Call it at least each second."""
+        """Let time pass. Call it at least each second."""
         pause_s = now - self._ticked
         self._ticked = now
         actions: list[Action] = []
@@ -222,7 +226,7 @@ class Gangs:
             if gang.deadline is None:
                 continue
             is_for_others = gang.phase in (Phase.SERVING, Phase.STARTING)
-            if pause_s > PAUSE_S and is_for_others:  # nobody listened: that is no silence
+            if pause_s > PAUSE_S and is_for_others:  # no report was read: that is no silence
                 gang.deadline += pause_s
                 if gang.name == COORDINATOR:
                     self._silence.excuse(pause_s)
@@ -251,7 +255,8 @@ class Gangs:
             return []
         if gang.phase is Phase.SERVING:
             gang.lost_at = now
-        gang.phase, gang.reason = Phase.ENDING, reason
+        gang.phase = Phase.ENDING
+        gang.reason = reason
         actions: list[Action] = []
         if not self._is_closed:
             actions.append(Say(f"{gang.name} is lost: {reason}"))
@@ -262,13 +267,13 @@ class Gangs:
 
     def _ended(self, gang: Gang, now: float) -> list[Action]:
         if self._is_closed:
-            gang.phase, gang.deadline = Phase.GIVEN_UP, None
+            gang.enter(Phase.GIVEN_UP)
             return []
         wait_s = gang.budget.take(now)
         if wait_s is not None:
-            gang.phase, gang.deadline = Phase.WAITING, now + wait_s
+            gang.enter(Phase.WAITING, now + wait_s)
             return [Say(f"{gang.name} restarts in {wait_s:.2g} s")]
-        gang.phase, gang.deadline = Phase.GIVEN_UP, None
+        gang.enter(Phase.GIVEN_UP)
         policy = self._policy
         text = (
             f"{gang.name} is given up after {policy.max_restarts} restarts within "
@@ -283,8 +288,7 @@ class Gangs:
     def _start(self, gang: Gang, now: float) -> list[Action]:
         gang.start += 1
         gang.running = set(range(gang.num_ranks))
-        gang.phase = Phase.STARTING
-        waits = self._waits
         is_pool = gang.name != COORDINATOR
-        gang.deadline = now + (waits.start_s if is_pool else waits.coordinator_start_s)
+        waits = self._waits
+        gang.enter(Phase.STARTING, now + (waits.start_s if is_pool else waits.coordinator_start_s))
         return [Start(gang.name, gang.start)]

@@ -1,10 +1,10 @@
 """Local processes: started, watched, and never left behind.
 
 1. ``start`` runs ``python -P -m MODULE --config FILE`` with an environment that is complete before
-   the interpreter starts. ``-P`` keeps the current folder from shadowing our packages. What a fork
-   server (forks.py) has imported runs as a fork of it, which is the same but for the time it takes.
-2. Threads read a child's output until the end, whether or not anybody takes what they pass on, then
-   report its exit. Every report goes to one queue, so the supervisor waits in one place.
+   the interpreter starts. ``-P`` keeps the current folder from shadowing our packages. A module
+   that a fork server (forks.py) has imported runs as a fork of it, which only takes less time.
+2. Threads read a child's output until the end, even if the log cannot be written, then report its
+   exit. Every report goes to one queue, so the supervisor waits in one place.
 3. ``stop`` asks by a signal, waits out a budget, then kills. Children also ask the kernel to kill
    them when their parent dies, so a killed launcher leaves nothing either.
 """
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 FORK_SERVER = "fork-server"  # among the names of children
 STOP_BUDGET_S = 8.0
-OUTPUT_BUDGET_S = 1.0  # for what the last children have said to be written
+OUTPUT_BUDGET_S = 1.0  # for the last children's output to be written
 READ_BYTES = 64 << 10
 _ERROR = "error: "
 
@@ -103,10 +103,10 @@ class Child:
     """One process and the threads that read it.
 
     Args:
-        name: how it is called in messages, ``prefill0/1``.
+        name: in messages, such as ``prefill0/1``.
         process: it, with pipes for its outputs.
         log: takes the lines of its standard error; None writes them to ours.
-        reports: where its lines and its exit are told.
+        reports: gets its lines and its exit.
         start: which start of its gang this is.
     """
 
@@ -147,12 +147,12 @@ class Child:
             if line.startswith(_ERROR):
                 self._error = line.removeprefix(_ERROR)
                 if self._log is None:
-                    continue  # who started us tells it
+                    continue  # the launcher prints the reason of the exit itself
             self._write(line)
 
     def _write(self, line: str) -> None:
         if self._log is None:
-            with contextlib.suppress(OSError, ValueError):  # who does not listen costs us no reader
+            with contextlib.suppress(OSError, ValueError):  # the thread must go on reading
                 sys.stderr.write(f"{line}\n")
         else:
             self._log.put(line.encode("utf-8", "replace"))
@@ -168,7 +168,7 @@ class Child:
 
 
 def _lines(stream: IO[bytes]) -> Iterator[str]:
-    """Every line until the end; of one that is too long for memory the beginning."""
+    """Every line until the end; lines that are too long are cut."""
     splitter = LineSplitter()
     with stream:
         while piece := stream.read(READ_BYTES):
@@ -200,7 +200,7 @@ class ProcessGroup:
         self._forks: ForkServer | None = None
 
     def start_fork_server(self, modules: Sequence[str], environment: Mapping[str, str]) -> None:
-        """Have ``modules`` imported once, and all with this environment be forks from now on.
+        """Import ``modules`` once; processes with this environment are forks from now on.
 
         Before the first of them, wait for FORK_SERVER to report ``{"preloaded": USABLE}``; when it
         is of no use, or exits, call :meth:`end_fork_server`.
@@ -209,7 +209,7 @@ class ProcessGroup:
         self._add(FORK_SERVER, self._forks.start, 1)
 
     def end_fork_server(self, reason: str = "") -> None:
-        """Every start is the long one from now on, which a reason has logged. Idempotent."""
+        """Fork no more: each process imports for itself. A ``reason`` is logged. Idempotent."""
         if self._forks is None:
             return
         if reason:
@@ -228,7 +228,7 @@ class ProcessGroup:
     ) -> None:
         """Start ``python -P -m module --config config_file``; again, if it has ended before.
 
-        A process that the system does not let us start is reported as one that has ended.
+        A process that cannot be started is reported as one that has exited.
         """
         argv = (module, "--config", str(config_file))
         forks = self._forks

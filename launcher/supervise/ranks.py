@@ -1,13 +1,13 @@
-"""How the ranks of a cluster are started: one interface, local processes or Ray actors behind it.
+"""Starting the ranks of a cluster: one interface, with local processes or Ray actors behind it.
 
-The configuration of a rank is the same for both; only who starts the process differs.
+The configuration of a rank is the same for both.
 """
 
 import os
 import sys
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -18,17 +18,30 @@ from launcher.config import child_environment, environment_api_keys, key_file
 from launcher.memory import body_bytes, text_worker_bytes
 from launcher.resolved import Cluster
 from launcher.supervise.processes import ProcessGroup
-from launcher.topology import PoolSpec
 from prefill.config import PrefillConfig
 from protocol.errors import ConfigError
 from store.config import StoreConfig
+
+
+class Role(NamedTuple):
+    """A kind of pool. Its ranks run ``serve`` of the module ``ROLE.worker``."""
+
+    table: str  # of the configuration file and of --set
+    config: type[PrefillConfig | DecodeConfig | StoreConfig]
+
+
+ROLES = {
+    "prefill": Role("prefill_pool", PrefillConfig),
+    "decode": Role("decode_pool", DecodeConfig),
+    "store": Role("store", StoreConfig),
+}
 
 
 class RankStarter(ABC):
     """Starts the gangs of a cluster and ends them. Exits are reported to the supervisor's queue."""
 
     def prepare(self) -> bool:
-        """Begin what can be done before a coordinator listens.
+        """Do the work that needs no coordinator yet.
 
         Returns:
             Whether ``start`` has to wait until FORK_SERVER has reported.
@@ -36,21 +49,21 @@ class RankStarter(ABC):
         return False
 
     @abstractmethod
-    def start(self, pool: PoolSpec, start: int, control_address: str) -> None:
+    def start(self, pool: ExpectedPool, start: int, control_address: str) -> None:
         """Start every rank of a pool, as its gang's start number ``start``. Does not wait.
 
-        What shows only later is reported as ``StartFailed``.
+        Failures that show only later are reported as ``StartFailed``.
 
         Raises:
             ConfigError: not all of them can be started.
         """
 
     @abstractmethod
-    def terminate(self, pool: PoolSpec) -> None:
+    def terminate(self, pool: ExpectedPool) -> None:
         """Ask a pool's ranks to end. Does not wait."""
 
     @abstractmethod
-    def kill(self, pool: PoolSpec) -> None:
+    def kill(self, pool: ExpectedPool) -> None:
         """End a pool's ranks, whatever they are doing. Does not wait."""
 
     @abstractmethod
@@ -68,14 +81,15 @@ class LocalRanks(RankStarter):
         self._environment = child_environment(cluster.threads, is_local=True, device=cluster.device)
 
     def prepare(self) -> bool:
-        # Forks share what was opened of a GPU before them, which nobody has seen to be nothing.
+        # Forks would share what a library has opened of a GPU before them. No library is known to
+        # open nothing.
         if sys.platform != "linux" or self._cluster.device != "cpu":
             return False
         modules = sorted({f"{pool.role}.worker" for pool in self._cluster.pools})
         self._group.start_fork_server(modules, self._environment)
         return True
 
-    def start(self, pool: PoolSpec, start: int, control_address: str) -> None:
+    def start(self, pool: ExpectedPool, start: int, control_address: str) -> None:
         where = {
             "control_address": control_address,
             "listen": f"ipc://{self._run_dir}",
@@ -88,24 +102,24 @@ class LocalRanks(RankStarter):
             write_config(file, config)
             self._group.start(name, pool.role, file, self._environment, start)
 
-    def terminate(self, pool: PoolSpec) -> None:
+    def terminate(self, pool: ExpectedPool) -> None:
         for name in _names(pool):
             self._group.terminate(name)
 
-    def kill(self, pool: PoolSpec) -> None:
+    def kill(self, pool: ExpectedPool) -> None:
         for name in _names(pool):
             self._group.kill(name)
 
     def stop(self) -> None:
-        """The supervisor ends the whole group, these among them."""
+        """Nothing to do: the supervisor ends the whole process group."""
 
 
-def _names(pool: PoolSpec) -> list[str]:
+def _names(pool: ExpectedPool) -> list[str]:
     return [f"{pool.pool_id}/{rank}" for rank in range(pool.num_ranks)]
 
 
 def write_config(file: Path, content: bytes) -> None:
-    """Write a process's configuration, which has secrets in it, for nobody else to read.
+    """Write a process's configuration, which has secrets in it, unreadable for other users.
 
     Raises:
         ConfigError: it cannot be written, as on a full disk.
@@ -117,8 +131,8 @@ def write_config(file: Path, content: bytes) -> None:
         raise ConfigError(f"{file}: {error.strerror}") from error
 
 
-def rank_config(cluster: Cluster, pool: PoolSpec, rank: int, where: dict[str, Any]) -> bytes:
-    """The JSON that rank ``rank`` of ``pool`` is started with; ``where`` is the starter's part.
+def rank_config(cluster: Cluster, pool: ExpectedPool, rank: int, where: dict[str, Any]) -> bytes:
+    """The configuration of one rank, as JSON; ``where`` holds the starter's fields of it.
 
     Raises:
         ConfigError: ``[prefill_pool]``, ``[decode_pool]`` or ``[store]`` names an unknown field or
@@ -147,21 +161,20 @@ def rank_config(cluster: Cluster, pool: PoolSpec, rank: int, where: dict[str, An
         **where,
     }
     if pool.role == "store":
-        return _encode("store", StoreConfig, fields | _store_fields(cluster) | where | serve.store)
-    if pool.role == "prefill":
-        return _encode("prefill_pool", PrefillConfig, fields | serve.prefill_pool)
-    return _encode("decode_pool", DecodeConfig, fields | serve.decode_pool)
+        fields |= _store_fields(cluster)
+    role = ROLES[pool.role]
+    return _encode(role.table, role.config, fields | getattr(serve, role.table))
 
 
 def _device_sharers(cluster: Cluster) -> list[int]:
-    """The ranks of each pool that look for a GPU on one machine; Ray gives each rank one."""
+    """The sizes of the pools whose ranks share this machine's GPUs; Ray gives each rank its own."""
     if cluster.serve.launcher != "local":
         return []
     return [pool.num_ranks for pool in cluster.pools if pool.role != "store"]
 
 
 def _store_fields(cluster: Cluster) -> dict[str, Any]:
-    """Where a store differs from a rank that computes."""
+    """The fields in which a store differs from a rank that computes."""
     assert cluster.data is not None, "a store needs a folder"
     return {
         "folder": str(cluster.data.kv),
@@ -175,12 +188,13 @@ def _store_fields(cluster: Cluster) -> dict[str, Any]:
 
 
 def coordinator_config(cluster: Cluster, where: dict[str, Any]) -> bytes:
-    """The JSON that the coordinator is started with; ``where`` is the supervisor's part.
+    """The coordinator's configuration, as JSON; ``where`` holds the supervisor's fields of it.
 
     Raises:
         ConfigError: ``[coordinator]`` names an unknown field or a bad value.
     """
-    serve, given = cluster.serve, cluster.serve.coordinator
+    serve = cluster.serve
+    given = serve.coordinator
     fields: dict[str, Any] = {
         "host": serve.host,
         "port": serve.port,
@@ -196,12 +210,7 @@ def coordinator_config(cluster: Cluster, where: dict[str, Any]) -> bytes:
         "kv_dtype": cluster.dtype,
         "kv_memory_from": cluster.kv_memory_from,
         "max_model_len": cluster.max_model_len,
-        "pools": [
-            msgspec.structs.asdict(
-                ExpectedPool(pool.pool_id, pool.role, pool.cp_size, pool.tp_size)
-            )
-            for pool in cluster.pools
-        ],
+        "pools": [msgspec.structs.asdict(pool) for pool in cluster.pools],
         "allowed_hosts": serve.allowed_host,
         "cors_origins": serve.cors_origin,
         "api_keys": [*serve.api_key, *environment_api_keys()],

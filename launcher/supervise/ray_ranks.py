@@ -6,8 +6,8 @@
 3. Each rank is one actor whose process has the rank's environment before torch is imported. Its one
    method runs the rank until it ends.
 4. A gang that is started again has new actors, in the placement that its pool has.
-5. Ray may take its time to find room for a gang, so a thread of its own waits for that: nobody else
-   does, and a gang that is killed meanwhile is not brought up any more.
+5. Ray may take long to find room for a gang, so a thread of its own waits for that. A gang that is
+   killed meanwhile is not brought up any more.
 
 Nothing of Ray is on the path of a request: ranks reach the coordinator and each other by ZMQ and
 NIXL, as local processes do.
@@ -22,45 +22,27 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from decode.config import DecodeConfig
-from launcher.config import ServeConfig, child_environment, keep_this_process_to
+from coordinator.config import ExpectedPool
+from launcher.config import ServeConfig, keep_this_process_to, rank_variables
 from launcher.interfaces import address_of, interface_of
 from launcher.resolved import Cluster
 from launcher.supervise.processes import Exited, Report, StartFailed
-from launcher.supervise.ranks import RankStarter, rank_config
-from launcher.topology import PoolSpec
-from prefill.config import PrefillConfig
+from launcher.supervise.ranks import ROLES, RankStarter, rank_config
 from protocol.errors import ConfigError
-from store.config import StoreConfig
 
 log = logging.getLogger(__name__)
 
 PLACEMENT_BUDGET_S = 60.0
 _LOOPBACK = "127.0.0.1"
 STOP_BUDGET_S = 10.0
-POLL_S = 0.5  # how soon a gang that is not wanted any more is not waited for
-_ENVIRONMENT_OF_A_RANK = (
-    "OMP_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "OPENBLAS_NUM_THREADS",
-    "GLIBC_TUNABLES",
-    "TOKENIZERS_PARALLELISM",
-    "NIXL_LOG_LEVEL",
-    "UCX_LOG_LEVEL",
-    "UCX_LOG_FILE",
-    "UCX_TLS",
-    "UCX_NET_DEVICES",
-    "UCX_POSIX_ERROR_HANDLING",
-    "UCX_SYSV_ERROR_HANDLING",
-    "GLOO_SOCKET_IFNAME",
-    "NCCL_SOCKET_IFNAME",
-)
+POLL_S = 0.5  # between two looks whether a gang is still wanted
 
 
 class RankActor:
@@ -74,7 +56,7 @@ class RankActor:
         return os.getpid()
 
     def settle(self, interface: str | None) -> str:
-        """Keep the rank's sockets to one interface, Ray's own unless it is named; its address."""
+        """Keep the rank's sockets to one interface, Ray's own by default; returns its address."""
         interface = interface or interface_of(self.node_ip())
         keep_this_process_to(interface)
         return address_of(interface)
@@ -84,17 +66,7 @@ class RankActor:
         # Imported here: the actor's process has its environment now, the driver needs no torch.
         from engine.boot import run_here
 
-        if role == "prefill":
-            from prefill.worker import serve as serve_prefill
-
-            return run_here(config, PrefillConfig, serve_prefill)
-        if role == "store":
-            from store.worker import serve as serve_store
-
-            return run_here(config, StoreConfig, serve_store)
-        from decode.worker import serve as serve_decode
-
-        return run_here(config, DecodeConfig, serve_decode)
+        return run_here(config, ROLES[role].config, import_module(f"{role}.worker").serve)
 
 
 def connect(address: str | None) -> None:
@@ -115,8 +87,10 @@ def connect(address: str | None) -> None:
 
 
 def head_address(serve: ServeConfig) -> str:
-    """The address of this machine at which the ranks reach it: the loopback's, if it is Ray's only
-    node and no interface is named. Then all of them are placed here, also if Ray gets more nodes.
+    """The address of this machine at which the ranks reach it.
+
+    It is the loopback's if this is Ray's only node and no interface is named. Then all ranks are
+    placed here, even if Ray gets more nodes.
 
     Raises:
         ConfigError: no Ray answers, or this machine has no such interface.
@@ -155,7 +129,7 @@ class RayRanks(RankStarter):
         self._threads: list[threading.Thread] = []
         self._is_on_loopback = True
 
-    def start(self, pool: PoolSpec, start: int, control_address: str) -> None:
+    def start(self, pool: ExpectedPool, start: int, control_address: str) -> None:
         connect(self._cluster.serve.ray_address)
         self._is_on_loopback = control_address.startswith(f"tcp://{_LOOPBACK}:")
         for actor in self._take_actors(pool, start):
@@ -163,18 +137,18 @@ class RayRanks(RankStarter):
         where = {"control_address": control_address, "gang_start": start}
         self._run_thread(self._bring_up, pool, where)
 
-    def terminate(self, pool: PoolSpec) -> None:
-        """An actor cannot be asked while its one method runs; the coordinator has told it."""
+    def terminate(self, pool: ExpectedPool) -> None:
+        """Nothing: an actor does not listen while its one method runs. The coordinator ends it."""
 
-    def kill(self, pool: PoolSpec) -> None:
+    def kill(self, pool: ExpectedPool) -> None:
         for actor in self._take_actors(pool, None):
             ray.kill(actor.handle)
             if actor.is_here:  # Ray asks the process, and one that is stopped does not hear it
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(actor.pid, signal.SIGKILL)
 
-    def _take_actors(self, pool: PoolSpec, start: int | None) -> list[_Actor]:
-        """The actors that there are, which are nobody's from now on; ``start`` may have others."""
+    def _take_actors(self, pool: ExpectedPool, start: int | None) -> list[_Actor]:
+        """Take a pool's actors away, to be killed; ``start``: the one that may have new ones."""
         with self._lock:
             self._wanted.pop(pool.pool_id, None)
             if start is not None:
@@ -189,7 +163,7 @@ class RayRanks(RankStarter):
 
     # -- bringing a gang up, in a thread -----------------------------------------------------------
 
-    def _bring_up(self, pool: PoolSpec, where: dict[str, Any]) -> None:
+    def _bring_up(self, pool: ExpectedPool, where: dict[str, Any]) -> None:
         start = int(where["gang_start"])
         try:
             group = self._groups.get(pool.pool_id) or self._place(pool, start)
@@ -208,11 +182,11 @@ class RayRanks(RankStarter):
             self.kill(pool)
         self._reports.put(StartFailed(pool.pool_id, start, reason))
 
-    def _check_wanted(self, pool: PoolSpec, start: int) -> None:
+    def _check_wanted(self, pool: ExpectedPool, start: int) -> None:
         if self._wanted.get(pool.pool_id) != start:
             raise ConfigError(f"{pool.pool_id} was ended before Ray had started it")
 
-    def _place(self, pool: PoolSpec, start: int) -> PlacementGroup:
+    def _place(self, pool: ExpectedPool, start: int) -> PlacementGroup:
         strategy = (
             "STRICT_PACK" if pool.role == "decode" else self._cluster.serve.ray_prefill_strategy
         )
@@ -238,10 +212,10 @@ class RayRanks(RankStarter):
             self._groups[pool.pool_id] = group
         return group
 
-    def _num_gpus(self, pool: PoolSpec) -> float:
+    def _num_gpus(self, pool: ExpectedPool) -> float:
         return 1.0 if self._cluster.device == "cuda" and pool.role != "store" else 0.0
 
-    def _num_cpus(self, pool: PoolSpec) -> float:
+    def _num_cpus(self, pool: ExpectedPool) -> float:
         if pool.role == "store":
             return 0.01  # it copies now and then
         # On a machine with fewer cores than ranks they share; Ray counts, it does not pin.
@@ -250,24 +224,19 @@ class RayRanks(RankStarter):
         return min(float(self._cluster.threads), total / (num_ranks + 1))
 
     def _start_rank(
-        self, pool: PoolSpec, rank: int, group: PlacementGroup, where: dict[str, Any]
+        self, pool: ExpectedPool, rank: int, group: PlacementGroup, where: dict[str, Any]
     ) -> None:
-        environment = child_environment(self._cluster.threads, is_local=self._is_on_loopback)
+        variables = rank_variables(self._cluster.threads, is_local=self._is_on_loopback)
         options = {
             "num_cpus": self._num_cpus(pool),
             "num_gpus": self._num_gpus(pool),
             "scheduling_strategy": PlacementGroupSchedulingStrategy(
                 group, placement_group_bundle_index=rank
             ),
-            "runtime_env": {
-                "env_vars": {
-                    name: environment[name]
-                    for name in _ENVIRONMENT_OF_A_RANK
-                    if name in environment
-                }
-            },
+            "runtime_env": {"env_vars": variables},
         }
-        name, start = f"{pool.pool_id}/{rank}", int(where["gang_start"])
+        name = f"{pool.pool_id}/{rank}"
+        start = int(where["gang_start"])
         handle = ray.remote(RankActor).options(**options).remote()
         try:
             actor = self._wait_for_actor(pool, start, handle)
@@ -282,7 +251,7 @@ class RayRanks(RankStarter):
             raise
         self._run_thread(self._watch, name, start, handle.run.remote(pool.role, config))
 
-    def _wait_for_actor(self, pool: PoolSpec, start: int, handle: Any) -> _Actor:  # noqa: ANN401
+    def _wait_for_actor(self, pool: ExpectedPool, start: int, handle: Any) -> _Actor:  # noqa: ANN401
         asked = [handle.node_ip.remote(), handle.pid.remote()]
         deadline = time.monotonic() + PLACEMENT_BUDGET_S
         while ray.wait(asked, num_returns=len(asked), timeout=POLL_S)[1]:
@@ -306,7 +275,7 @@ class RayRanks(RankStarter):
         with self._lock:
             self._wanted.clear()
             threads = self._threads
-        for thread in threads:  # the coordinator has told the ranks to end
+        for thread in threads:  # the coordinator has ended the ranks
             thread.join(STOP_BUDGET_S / max(1, len(threads)))
         with self._lock:
             actors = [actor for pool in self._actors.values() for actor in pool]

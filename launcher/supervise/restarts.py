@@ -1,4 +1,4 @@
-"""How often, and how soon, what has died is started again. Pure."""
+"""The limits on restarts of a gang: how often, and how soon. Pure."""
 
 from collections import deque
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class RestartPolicy:
 
 
 class RestartBudget:
-    """What one gang has left of its restarts."""
+    """The restarts that one gang has left."""
 
     def __init__(self, policy: RestartPolicy) -> None:
         self._policy = policy

@@ -1,8 +1,8 @@
-"""When a process that says nothing is given up: soon if it does nothing, late if it works. Pure.
+"""When to give up a silent process: soon if it is idle, late if it works. Pure.
 
-A process is heard when it says a line. While it says none it is looked at from outside: has it used
-a processor since the last look, or is a thread of it running or reading a disk right now? Work puts
-off the end, at most until ``stall_s`` after the last line:
+A process is heard when it writes a line. A silent one is looked at from outside: has it used a
+processor since the last look, or is one of its threads running or reading a disk right now? Work
+puts off the end, at most until ``stall_s`` after the last line:
 
 ::
 
@@ -10,8 +10,8 @@ off the end, at most until ``stall_s`` after the last line:
     |----------|----|----|----|----|
     heard           worked         given up: worked + silent_s, or heard + stall_s
 
-One that is stopped, that waits for a lock which nobody will release, or that has nothing to do and
-says nothing, does not work.
+A process does not work when it is stopped, waits for a lock that is never released, or has nothing
+to do.
 """
 
 from dataclasses import dataclass
@@ -23,20 +23,19 @@ WORK_SHARE = 0.1  # of one processor, from which on it works
 
 @dataclass(frozen=True, slots=True)
 class Vitals:
-    """What a look at a process shows. ``cpu_s`` is what its threads have used since they began;
-    ``is_running``, that one of them runs, wants to, or reads a disk."""
+    """A look at a process from outside."""
 
-    cpu_s: float
-    is_running: bool
+    cpu_s: float  # that its threads have used since they began
+    is_running: bool  # one of its threads runs, is ready to, or reads a disk
 
 
 class Silence:
     """The silence of one process. Times are monotonic seconds.
 
     Args:
-        silent_s: how long it may say nothing and do nothing.
-        stall_s: how long it may say nothing.
-        now: when it has last said something.
+        silent_s: how long it may be silent and idle.
+        stall_s: how long it may be silent.
+        now: when it was heard last.
     """
 
     def __init__(self, silent_s: float, stall_s: float, now: float) -> None:
@@ -45,13 +44,13 @@ class Silence:
         self.heard(now)
 
     def heard(self, now: float) -> None:
-        """It has said something."""
+        """It has written a line."""
         self._heard = self._worked = self._look_at = now
         self._look_at += min(LOOK_AFTER_S, self._silent_s)
         self._last: tuple[float, Vitals] | None = None
 
     def excuse(self, pause_s: float) -> None:
-        """We were not there ourselves for so long."""
+        """Do not count ``pause_s`` seconds, in which this process was paused itself."""
         self._heard += pause_s
         self._worked += pause_s
         self._look_at += pause_s
@@ -63,8 +62,11 @@ class Silence:
         return self._look_at
 
     def look(self, vitals: Vitals | None, now: float) -> str | None:
-        """What it looks like now, None if that cannot be told; why it is to be given up, if it
-        is."""
+        """Take in its vitals, None if they cannot be read.
+
+        Returns:
+            The reason to give it up now, or None.
+        """
         if vitals is not None and (vitals.is_running or self._has_worked(vitals, now)):
             self._worked = now
         self._last = None if vitals is None else (now, vitals)

@@ -1,17 +1,17 @@
 """One running cluster: its processes, from the first to the last.
 
 1. ``start``: the coordinator, and beside it the fork server, which imports what ranks need; then
-   every gang; whatever goes wrong until all of them serve ends it.
-2. ``supervise``: reports of the processes go to the rules (gangs.py, pure), and what those say is
-   done: a gang is ended, killed, started again. The coordinator is started again on the addresses
-   that it had, and told which pools to wait for.
+   every gang. Any failure before all of them serve ends the cluster.
+2. ``supervise``: reports of the processes go to the rules (gangs.py, pure), whose actions end, kill
+   and start gangs. The coordinator is started again on the addresses that it had, with the list of
+   pools to wait for.
 3. Asked to end, ``supervise`` has the coordinator drain first: nothing is started again any more,
-   but what hangs is still killed. Asked twice, it returns at once.
-4. ``stop``: the coordinator first, it tells the ranks; then whoever is left.
+   but a process that hangs is still killed. Asked twice, it returns at once.
+4. ``stop`` ends the coordinator first, which ends the ranks; then all that is left.
 
-What became of a rank is known from its process's exit, or from the coordinator, which finds those
-that are stopped or hang; what became of the coordinator, from its exit or its silence. The two meet
-in the gang's start number: it is in every HELLO, and in every line about a gang.
+The end of a rank shows in its process's exit, or is reported by the coordinator, which finds ranks
+that are stopped or hang. The end of the coordinator shows in its exit or its silence. A gang's
+start number, which is in every HELLO and in every line about a gang, tells its starts apart.
 """
 
 import json
@@ -56,9 +56,9 @@ from protocol.errors import ConfigError
 log = logging.getLogger(__name__)
 
 COORDINATOR_START_S = 60.0
-_PRELOADED = "preloaded"  # says the fork server
-FAREWELL_S = 3.0  # for the ranks to end because the coordinator says so
-EXIT_WAIT_S = 3.0  # for the exit of a process that the coordinator misses already
+_PRELOADED = "preloaded"  # of the fork server's line
+FAREWELL_S = 3.0  # for the ranks to end after the coordinator's Shutdown
+EXIT_WAIT_S = 3.0  # for the exit of a process that the coordinator has lost already
 
 
 class ClusterFailed(Exception):
@@ -84,7 +84,7 @@ class Supervisor:
         serve = cluster.serve
         self._run_dir = run_dir
         self._group = ProcessGroup(log_files)
-        self._ranks: RankStarter | None = None
+        self._ranks = self._make_ranks()
         self._control_address = ""
         self.report: StartReport | None = None  # once the cluster has come up
         self._epoch = 1  # the coordinator's
@@ -114,11 +114,11 @@ class Supervisor:
             ClusterFailed: a process ended, was refused, or the start took too long.
         """
         serve = self.cluster.serve
-        self._ranks = self._make_ranks()
         has_fork_server = self._ranks.prepare()
         self._start_coordinator({"control_listen": self._control_listen(), "epoch": self._epoch})
         hello = self._wait_for("control", time.monotonic() + COORDINATOR_START_S)
-        self.url, self._control_address = str(hello["http"]), str(hello["control"])
+        self.url = str(hello["http"])
+        self._control_address = str(hello["control"])
         if has_fork_server:
             self._wait_for(_PRELOADED, time.monotonic() + serve.ready_timeout_s)
         for pool in self.cluster.pools:
@@ -126,10 +126,10 @@ class Supervisor:
         said = self._wait_for("ready", time.monotonic() + serve.ready_timeout_s)
         self.report = msgspec.json.decode(str(said["report"]), type=StartReport)
         waits = RestartTimeouts(
-            serve.ready_timeout_s,
-            COORDINATOR_START_S,
-            serve.coordinator_silence_s,
-            serve.coordinator_stall_s,
+            start_s=serve.ready_timeout_s,
+            coordinator_start_s=COORDINATOR_START_S,
+            coordinator_silent_s=serve.coordinator_silence_s,
+            coordinator_stall_s=serve.coordinator_stall_s,
         )
         pools = [(pool.pool_id, pool.role, pool.num_ranks) for pool in self.cluster.pools]
         self._gangs = Gangs(pools, self._policy, waits, time.monotonic())
@@ -169,7 +169,7 @@ class Supervisor:
                 said: dict[str, object] = json.loads(report.line)
                 if "failed" in said:
                     raise ClusterFailed(str(said["failed"]), is_config=False)
-                if "lost" in said:  # the process itself knows better why
+                if "lost" in said:  # its own exit, which may follow, has a better reason
                     late = f"{said['lost']} is lost: {said['reason']}"
                     deadline = min(deadline, time.monotonic() + EXIT_WAIT_S)
                 self._said |= said
@@ -182,7 +182,7 @@ class Supervisor:
         return self._said
 
     def _is_of_fork_server(self, report: Report) -> bool:
-        """Whether it concerns nobody else; then what is to be done about it is done."""
+        """Handle a report of the fork server; False, and nothing is done, for any other."""
         if not isinstance(report, OutputLine | Exited) or report.name != FORK_SERVER:
             return False
         if isinstance(report, Exited):
@@ -208,19 +208,19 @@ class Supervisor:
             try:
                 report = self.reports.get(timeout=gangs.wait_s(time.monotonic()))
             except queue.Empty:
-                self._do(gangs.tick(time.monotonic()))
+                self._do(gangs, gangs.tick(time.monotonic()))
                 continue
             if isinstance(report, StopAsked):
                 self._drain(gangs, report.signal_name)
                 return
             if self._is_farewell(report):
                 return
-            self._do(self._judge(gangs, report, time.monotonic()))
+            self._do(gangs, self._judge(gangs, report, time.monotonic()))
             if self.reports.empty():
-                self._do(gangs.tick(time.monotonic()))
+                self._do(gangs, gangs.tick(time.monotonic()))
 
     def _drain(self, gangs: Gangs, reason: str) -> None:
-        """Let what runs end, until the coordinator has ended, or we are asked again."""
+        """Let running requests end, until the coordinator has ended, or a second signal comes."""
         grace_s = self.cluster.serve.shutdown_grace_s
         log.info("%s: ending the cluster, what runs has %.0f s", reason, grace_s)
         gangs.close()
@@ -230,17 +230,17 @@ class Supervisor:
             try:
                 report = self.reports.get(timeout=min(gangs.wait_s(now), deadline - now))
             except queue.Empty:
-                self._do(gangs.tick(time.monotonic()))
+                self._do(gangs, gangs.tick(time.monotonic()))
                 continue
             if isinstance(report, StopAsked):
                 log.info("%s: ending the cluster at once", report.signal_name)
                 return
-            if not (isinstance(report, Exited) and report.code == 0):  # it was told to
-                self._do(self._judge(gangs, report, time.monotonic()))
+            if not (isinstance(report, Exited) and report.code == 0):  # that is in order now
+                self._do(gangs, self._judge(gangs, report, time.monotonic()))
 
     @staticmethod
     def _is_farewell(report: Report) -> bool:
-        # A coordinator that ends in order was asked to, and has told every rank to end.
+        # A coordinator that ends in order was asked to, and has sent Shutdown to every rank.
         return isinstance(report, Exited) and (report.name, report.code) == (COORDINATOR, 0)
 
     def _judge(self, gangs: Gangs, report: Report, now: float) -> list[Action]:
@@ -266,7 +266,7 @@ class Supervisor:
             return gangs.on_serving(COORDINATOR, self._epoch, now)
         return []
 
-    def _do(self, actions: list[Action]) -> None:
+    def _do(self, gangs: Gangs, actions: list[Action]) -> None:
         for action in actions:
             match action:
                 case Say():
@@ -274,30 +274,22 @@ class Supervisor:
                 case Fail():
                     raise ClusterFailed(action.reason, is_config=False)
                 case Start():
-                    self._start_again(action)
+                    self._start_again(gangs, action)
                 case Look():
-                    self._look(action)
+                    self._look(gangs, action)
                 case End() | Kill() if action.name == COORDINATOR:
                     self._group.kill(COORDINATOR)
                 case End():
-                    self._starter.terminate(self._pools[action.name])
+                    self._ranks.terminate(self._pools[action.name])
                 case Kill():
-                    self._starter.kill(self._pools[action.name])
+                    self._ranks.kill(self._pools[action.name])
 
-    def _look(self, action: Look) -> None:
-        assert self._gangs is not None, "the cluster has come up"
+    def _look(self, gangs: Gangs, action: Look) -> None:
         pid = self._group.pids().get(action.name)
         vitals = None if pid is None else read_vitals(pid)
-        self._do(self._gangs.on_vitals(action.start, vitals, time.monotonic()))
+        self._do(gangs, gangs.on_vitals(action.start, vitals, time.monotonic()))
 
-    @property
-    def _starter(self) -> RankStarter:
-        assert self._ranks is not None, "the cluster has come up"
-        return self._ranks
-
-    def _start_again(self, action: Start) -> None:
-        gangs = self._gangs
-        assert gangs is not None, "the cluster has come up"
+    def _start_again(self, gangs: Gangs, action: Start) -> None:
         if action.name == COORDINATOR:
             self._epoch = action.start
             where = {
@@ -314,11 +306,11 @@ class Supervisor:
             return
         pool = self._pools[action.name]
         try:
-            self._starter.start(pool, action.start, self._control_address)
+            self._ranks.start(pool, action.start, self._control_address)
         except ConfigError as error:
-            self._starter.kill(pool)
-            reason, now = str(error), time.monotonic()
-            self._do(gangs.on_start_failed(action.name, action.start, reason, now))
+            self._ranks.kill(pool)
+            now = time.monotonic()
+            self._do(gangs, gangs.on_start_failed(action.name, action.start, str(error), now))
 
     # -- the end -----------------------------------------------------------------------------------
 
@@ -327,10 +319,9 @@ class Supervisor:
         return self._group.pids()
 
     def stop(self) -> None:
-        """End every process: the coordinator first, it tells the ranks; then whoever is left."""
+        """End every process: the coordinator first, which ends the ranks; then all that is left."""
         self._group.end_fork_server()
         self._group.terminate(COORDINATOR)
         self._group.wait_ended(FAREWELL_S)
-        if self._ranks is not None:
-            self._ranks.stop()
+        self._ranks.stop()
         self._group.stop()

@@ -1,7 +1,7 @@
 """A look at a process from outside, through ``/proc``.
 
-The threads of libzmq do not count: they answer the heartbeats of every rank whatever the process
-itself is doing, which is what they are for.
+The threads of libzmq do not count: they answer the heartbeats of every rank even if the process
+itself hangs.
 """
 
 import os
@@ -16,7 +16,7 @@ _RUNNING = frozenset("RD")
 
 
 def read_vitals(pid: int) -> Vitals | None:
-    """What process ``pid`` is doing; None if it is gone, or this is not Linux."""
+    """The vitals of process ``pid``; None if it is gone, or this is not Linux."""
     threads = list(_threads(pid))
     if not threads:
         return None

@@ -183,7 +183,7 @@ def test_a_system_without_room_is_asked_again_after_a_while(
 
 def test_the_limit_of_open_files_is_raised_for_children_too() -> None:
     program = (
-        "from protocol.process.open_files import max_open_files, raise_open_files\n"
+        "from protocol.process.limits import max_open_files, raise_open_files\n"
         "import subprocess, sys\n"
         "print(max_open_files(), raise_open_files(), flush=True)\n"
         "subprocess.run(['sh', '-c', 'ulimit -n'])"

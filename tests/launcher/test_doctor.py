@@ -4,7 +4,7 @@ import msgspec
 import pytest
 
 from baton_client import BlockCounts, ClusterState
-from launcher.doctor.cluster_health import SETTLE_S, ask, judge
+from launcher.doctor.cluster_health import SETTLE_S, judge, settled_state
 from launcher.doctor.doctor import doctor
 from launcher.doctor.findings import Finding
 from tests.coordinator.client.fake_state import cluster_state
@@ -80,7 +80,7 @@ class Settling:
 @pytest.mark.parametrize(("num_looks", "is_well"), [(0, True), (3, True), (1000, False)])
 def test_what_was_just_given_back_is_waited_for(num_looks: int, is_well: bool) -> None:
     cluster = Settling(num_looks)
-    findings = {f.name: f for f in ask(cluster, cluster.pause)}
+    findings = {f.name: f for f in judge(settled_state(cluster, cluster.pause))}
     assert findings["blocks"].is_well == is_well
     assert cluster.paused_s == (SETTLE_S if not is_well else 0.5 * num_looks)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from uvloop import run
 
 from bench.environment import headline
-from protocol.process.open_files import raise_open_files
+from protocol.process.limits import raise_open_files
 from tests.campaign.cluster import ClusterLost, RunningCluster, run_cluster
 from tests.stress.beside import Beside, rss_bytes, watching
 from tests.stress.client import Tally

@@ -1,6 +1,7 @@
-"""How many files and sockets this process may have open at one time."""
+"""The limits of this process: open files and sockets, cores."""
 
 import contextlib
+import os
 import resource
 
 
@@ -25,3 +26,8 @@ def raise_open_files() -> int:
 
 def _finite(limit: int) -> int:
     return 1 << 20 if limit == resource.RLIM_INFINITY else limit
+
+
+def num_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
