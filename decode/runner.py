@@ -38,7 +38,8 @@ from protocol.request import NoToken, RequestKey
 
 def sampling_row(sequence: DecodeSequence) -> SamplingRow:
     """What its next token depends on, whatever attempt generated those before it."""
-    index, params = sequence.num_generated_tokens, sequence.sampling
+    index = sequence.num_generated_tokens
+    params = sequence.sampling
     if not needs_history(params):
         return SamplingRow(params, index)
     prompt_token_ids, output_token_ids = sequence.history()

@@ -258,7 +258,8 @@ def start_rank(
         thread.start()
         stack.callback(thread.stop, STOP_TIMEOUT_S)
         process = RankProcess(config, identity, thread, context)
-        process.leader, process.store_fd = leader, store_fd
+        process.leader = leader
+        process.store_fd = store_fd
         stack.callback(_dismiss, process)
         yield process
 

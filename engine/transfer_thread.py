@@ -215,7 +215,9 @@ class _Loop:
             self._transport.close()
 
     def _open_peers(self, context: zmq.Context[zmq.Socket[bytes]]) -> Peers:
-        me, listen, counters = self._identity, self._config.listen, self._node.counters
+        me = self._identity
+        listen = self._config.listen
+        counters = self._node.counters
         if self._failpoints:
             return FaultyPeers(context, me, listen, counters, self._failpoints)
         return Peers(context, me, listen, counters)
@@ -223,7 +225,8 @@ class _Loop:
     def _open_control(
         self, context: zmq.Context[zmq.Socket[bytes]], poller: Poller
     ) -> CoordinatorConnection:
-        me, config = self._identity, self._config
+        me = self._identity
+        config = self._config
         if self._failpoints:
             return FaultyCoordinatorConnection(context, me, config, poller, self._failpoints)
         return CoordinatorConnection(context, me, config, self._node.counters, poller)

@@ -58,7 +58,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _serve_config(arguments: argparse.Namespace) -> Any:  # noqa: ANN401 - resolved lazily
     flags = vars(arguments).copy()
-    file, sets = flags.pop("config"), tuple(flags.pop("sets"))
+    file = flags.pop("config")
+    sets = tuple(flags.pop("sets"))
     for name in ("command", "action", "resolved"):
         flags.pop(name, None)
     return resolve(file, flags, sets)

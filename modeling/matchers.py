@@ -39,11 +39,13 @@ class Matcher:
             output_token_ids: the answer so far; one that continues what this matcher has seen
                 costs only what is new.
         """
-        matcher, known = self._matcher, len(self._consumed)
+        matcher = self._matcher
+        known = len(self._consumed)
         if self._consumed != list(output_token_ids[:known]):
             if matcher.is_error() or not matcher.reset():
                 return None
-            known, self._consumed = 0, []
+            known = 0
+            self._consumed = []
         new = list(output_token_ids[known:])
         if new and not matcher.consume_tokens(new):
             return None

@@ -129,7 +129,8 @@ def _adjust(logits_V: torch.Tensor, row: SamplingRow) -> torch.Tensor:
     frequency count what was generated, repetition also the prompt; it divides positive logits and
     multiplies negative ones.
     """
-    params, device = row.params, logits_V.device
+    params = row.params
+    device = logits_V.device
     if row.allowed is None:
         logits_V = logits_V.clone()
     else:

@@ -318,7 +318,8 @@ class PrefillScheduler:
         block_size = self.facts.geometry.block_size
         request.num_chunks_done += 1
         self.num_computed_tokens += len(work.token_ids)
-        first, end = work.start // block_size, request.num_computed_tokens // block_size
+        first = work.start // block_size
+        end = request.num_computed_tokens // block_size
         self._memory.offer(request, request.blocks[first:end])
         self._commands.tell(request.progress())
 

@@ -35,7 +35,8 @@ class Pack:
     def value(self, now: float) -> float:
         """The value per byte of keeping it, in units of one block at the start of a prompt."""
         hits: float = self.hits * 0.5 ** (max(0.0, now - self.hit_at) / HALF_LIFE_S)
-        first, count = self.header.first_logical, self.header.num_blocks
+        first = self.header.first_logical
+        count = self.header.num_blocks
         cost = count * (1 + ATTENTION_SHARE * (first + count / 2))
         return (1 + hits) * cost / max(1, self.num_bytes)
 

@@ -295,6 +295,7 @@ def _cut(runs: Sequence[ByteRun], post_bytes: int) -> Iterator[_Pieces]:
             room -= size
             if not room:
                 yield np.array(post, dtype=np.int64)
-                post, room = [], post_bytes
+                post = []
+                room = post_bytes
     if post:
         yield np.array(post, dtype=np.int64)

@@ -132,7 +132,8 @@ def _sweep(arguments: argparse.Namespace, command: str) -> int:
         )
         try:
             if rates:
-                found, goodput = sweep_rates(sweep, rates, num), None
+                found = sweep_rates(sweep, rates, num)
+                goodput = None
             else:
                 search = Search(
                     start,

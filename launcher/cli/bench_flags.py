@@ -98,5 +98,6 @@ def target_of(arguments: argparse.Namespace, url: str = "", name: str = "") -> "
     from bench.load.driving.target import discover
 
     url = url or arguments.url or default_url()
-    plain, api_key = arguments.plain, arguments.api_key
+    plain = arguments.plain
+    api_key = arguments.api_key
     return discover(url, dialect_of(arguments), name=name, api_key=api_key, plain=plain)

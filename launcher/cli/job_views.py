@@ -42,7 +42,8 @@ class IngestView:
 
     def show(self, document: Document) -> None:
         """How it stands now."""
-        tokens, told = document.tokens, _progress(document)
+        tokens = document.tokens
+        told = _progress(document)
         if self._has_bar:
             self._bar.update(
                 self._task,
@@ -89,7 +90,8 @@ def draw_documents(documents: list[Document]) -> Table:
     """One row each."""
     table = _table("document", "status", "tokens", "done", "tok/s", "left", "ring", "pin", "name")
     for document in documents:
-        tokens, pin = document.tokens, document.pin
+        tokens = document.tokens
+        pin = document.pin
         is_running = document.is_pending
         table.add_row(
             document.id,

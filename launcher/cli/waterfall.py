@@ -21,7 +21,8 @@ SPANS = (  # of a request's life, each from one event to the next that happened
 def draw_waterfall(console: Console, timeline: SequenceTimeline) -> None:
     """One bar for each span, and what moved meanwhile."""
     table = Table(show_header=False, box=None, padding=(0, 1))
-    total, last = max((at for at in timeline.events.values()), default=0.0), 0.0
+    total = max((at for at in timeline.events.values()), default=0.0)
+    last = 0.0
     total = timeline.events.get("finished", total) or 1.0  # one that arrives is at 0 of nothing
     for event, name in SPANS:
         at = timeline.events.get(event)

@@ -50,7 +50,8 @@ def doctor(*, as_json: bool, url: str | None = None) -> int:
         0 when a cluster can be served from here, and the one that was looked at is well; else 1.
     """
     environment = describe()
-    transports, cluster = _check_transports(), _check_cluster(url)
+    transports = _check_transports()
+    cluster = _check_cluster(url)
     findings = [*transports, *cluster]
     if as_json:
         report = {"environment": environment, "findings": findings}

@@ -266,9 +266,11 @@ class RayRanks(RankStarter):
 
     def _watch(self, name: str, start: int, running: Any) -> None:  # noqa: ANN401 - Ray's own
         try:
-            code, error = int(ray.get(running)), None
+            code = int(ray.get(running))
+            error = None
         except ray.exceptions.RayError as failure:
-            code, error = 1, f"{name} died: {str(failure).splitlines()[0]}"
+            code = 1
+            error = f"{name} died: {str(failure).splitlines()[0]}"
         self._reports.put(Exited(name, code, error, start))
 
     def stop(self) -> None:

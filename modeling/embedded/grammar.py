@@ -102,7 +102,8 @@ class Fact:
 
     def question(self, random: Random, *, paraphrase: bool) -> str:
         """In the words of the document, or in others that mean the same."""
-        role, words = self.role, {"place": self.place}
+        role = self.role
+        words = {"place": self.place}
         office_words = OFFICES if role.domain else ALONE
         if not paraphrase:
             plain = QUESTIONS_WITH_DOMAIN if role.domain else QUESTIONS_ALONE
@@ -166,7 +167,9 @@ def write_document(random: Random, num_tokens: int, count_tokens: Callable[[str]
 
 def _facts(random: Random) -> Iterator[Fact]:
     """No two have the same keys, or the same value."""
-    names, places, seen = made_up_names(random), place_names(), set()
+    names = made_up_names(random)
+    places = place_names()
+    seen = set()
     values: set[str] = set()
     while True:
         role, place = _pick(random, ROLES), _pick(random, places)

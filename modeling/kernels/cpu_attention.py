@@ -159,7 +159,8 @@ def _paged_decode_torch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Without a compiler: gather each sequence and call the flash op."""
     block_size = pool.shape[3]
-    outs, lses = [], []
+    outs = []
+    lses = []
     for q_NH, table, length in zip(q_BNH, block_tables, context_lens.tolist(), strict=True):
         assert length >= 1, "a sequence without keys"
         first = max(0, length - window) if window else 0

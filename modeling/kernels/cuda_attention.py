@@ -119,7 +119,8 @@ def _torch_flash(
 
 
 def _math(q_TNH: torch.Tensor, k_SKH: torch.Tensor, v_SKH: torch.Tensor, causal: bool) -> _Partial:
-    outs, lses = [], []
+    outs = []
+    lses = []
     for start in range(0, len(q_TNH), _MATH_TILE):
         q_tile_TNH = q_TNH[start : start + _MATH_TILE]
         end = start + len(q_tile_TNH) if causal else len(k_SKH)

@@ -54,7 +54,9 @@ def attend_windowed(
     Queries past the window's reach are left out: they get 0 and -inf.
     """
     assert piece.window is not None
-    num_queries, window, k_positions = q_TNH.shape[0], piece.window, piece.k_positions
+    num_queries = q_TNH.shape[0]
+    window = piece.window
+    k_positions = piece.k_positions
     out_TNH = torch.zeros(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
     lse_TN = torch.full(q_TNH.shape[:2], -torch.inf, device=q_TNH.device)
     blind = int(k_positions[-1]) + window - piece.q_start  # from this query on: no key in reach

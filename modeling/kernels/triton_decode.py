@@ -133,7 +133,8 @@ def paged_decode(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :meth:`AttentionKernel.paged_decode` of attention.py; everything on one GPU."""
     num_seqs, num_heads, head_dim = q_BNH.shape
-    num_kv_heads, block_size = pool.shape[1], pool.shape[3]
+    num_kv_heads = pool.shape[1]
+    block_size = pool.shape[3]
     group = num_heads // num_kv_heads
     num_splits = triton.cdiv(block_tables.shape[1] * block_size, SPLIT)
     head_pad = max(16, triton.next_power_of_2(head_dim))  # tl.dot wants 16 at least

@@ -221,7 +221,8 @@ class ChatTemplate:
             "strftime_now": lambda form: (now or datetime.now()).strftime(form),
             "range": lambda *bounds: _TickingRange(safe_range(*bounds), deadline),
         }
-        pieces, size = [], 0
+        pieces = []
+        size = 0
         try:
             for piece in self._template.generate(names):
                 pieces.append(piece)

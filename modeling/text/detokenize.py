@@ -98,7 +98,8 @@ def parse_decoder(decoder: dict[str, Any] | None, where: str) -> DecodeRule:
     if kind == "Fuse":
         return DecodeRule()
     if kind == "WordPiece":
-        mark, tidies = decoder.get("prefix", "##"), decoder.get("cleanup", True)
+        mark = decoder.get("prefix", "##")
+        tidies = decoder.get("cleanup", True)
         return DecodeRule(joiner=" ", goes_on=mark, tidies=tidies)
     if kind != "Sequence":
         raise ConfigError(f"{where}: decoder {kind!r} is not supported: use ByteLevel or Metaspace")
@@ -110,9 +111,11 @@ def _parse_sequence(steps: Sequence[dict[str, Any]], where: str) -> DecodeRule:
         return parse_decoder(steps[0], where)
     replacements: list[tuple[str, str]] = []
     byte_fallback = is_fused = False
-    strip, num_strip = "", 0
+    strip = ""
+    num_strip = 0
     for step in steps:
-        kind, pattern = step.get("type"), step.get("pattern")
+        kind = step.get("type")
+        pattern = step.get("pattern")
         if kind == "Replace" and not is_fused and isinstance(pattern, dict) and "String" in pattern:
             replacements.append((pattern["String"], step["content"]))
         elif kind == "ByteFallback" and not is_fused:
@@ -120,7 +123,8 @@ def _parse_sequence(steps: Sequence[dict[str, Any]], where: str) -> DecodeRule:
         elif kind == "Fuse":
             is_fused = True
         elif kind == "Strip" and is_fused and not step.get("stop"):
-            strip, num_strip = step["content"], step["start"]
+            strip = step["content"]
+            num_strip = step["start"]
         else:
             raise ConfigError(f"{where}: decoder step {kind!r} is not supported at its place")
     return DecodeRule(

@@ -208,7 +208,8 @@ class ByteTokenizer(Tokenizer):
             return self.NAMED[token_id - 256]
         if token_id >= self.vocab_size:
             return None
-        filler, word = token_id - 260, ""
+        filler = token_id - 260
+        word = ""
         while filler >= 0:  # a, b ... z, aa, ab ...
             filler, letter = divmod(filler, 26)
             word = chr(97 + letter) + word

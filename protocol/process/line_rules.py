@@ -42,7 +42,8 @@ class RateLimit:
             self.num_dropped += 1
             return None
         bucket.tokens -= 1
-        untold, bucket.num_untold = bucket.num_untold, 0
+        untold = bucket.num_untold
+        bucket.num_untold = 0
         return untold
 
     def settle(self, now: float) -> list[tuple[str, int]]:
