@@ -4,10 +4,10 @@
    that a block freed by one sequence may serve another in the same step.
 2. Drop and add sequences, append the blocks by which others have grown.
 3. One forward pass over every sequence's tokens, the single ones in front.
-4. Rank 0 looks whether the hidden states of each prompt's chunk are finite: its KV is offered to
-   others next. A single token shows in its logits.
-5. Logits of the last tokens that are to be sampled, all tensor-parallel shards together; rank 0
-   samples, for it alone is given what the sampling needs.
+4. Rank 0 checks that the hidden states of each prompt's chunk are finite, because its KV is offered
+   to others next. A single token that is not finite shows in its logits.
+5. Logits of the last tokens that are to be sampled, all tensor-parallel shards together. Rank 0
+   alone has the sampling rows, and samples.
 
 Shape suffixes: T tokens of the batch, B sampled rows, D hidden size, V vocabulary.
 """
@@ -37,7 +37,7 @@ from protocol.request import NoToken, RequestKey
 
 
 def sampling_row(sequence: DecodeSequence) -> SamplingRow:
-    """What its next token depends on, whatever attempt generated those before it."""
+    """The sampling of a sequence's next token, whichever attempts generated those before it."""
     index = sequence.num_generated_tokens
     params = sequence.sampling
     if not needs_history(params):
@@ -68,7 +68,7 @@ class DecodeRunner:
 
     @property
     def num_sequences(self) -> int:
-        """Sequences that this rank knows of."""
+        """Sequences that this rank has, computed or in host memory."""
         return len(self._tables) + len(self._host)
 
     @torch.inference_mode()
@@ -141,7 +141,7 @@ class DecodeRunner:
         logits_BV = self._model.logits(hidden_TD)
         if self._rank == 0:
             results += (
-                row_result(step.request_id, step.attempt, chosen)
+                row_result(step.key, chosen)
                 for step, chosen in zip(steps, sample(logits_BV, rows), strict=True)
             )
         return results
@@ -149,7 +149,7 @@ class DecodeRunner:
     def _constrained(self, step: SequenceStep, row: SamplingRow) -> SamplingRow:
         if not row.params.grammar or self._matchers is None:
             return row
-        return self._matchers.constrain((step.request_id, step.attempt), row)
+        return self._matchers.constrain(step.key, row)
 
     @staticmethod
     def _failed_chunks(plan: DecodePlan, hidden_TD: torch.Tensor) -> list[RowResult]:
@@ -159,11 +159,11 @@ class DecodeRunner:
             end = first + len(step.token_ids)
             is_chunk = len(step.token_ids) > 1 or not step.sample
             if is_chunk and not is_finite(hidden_TD[first:end]):
-                failed.append(FailedRow(step.request_id, step.attempt, why=NoToken.NON_FINITE))
+                failed.append(FailedRow(*step.key, why=NoToken.NON_FINITE))
             first = end
         return failed
 
     def _finish_on_device(self) -> None:
-        """When the leader's step ends, its blocks may be given to others: nothing may be queued."""
+        """Wait for a GPU: when the step ends, its blocks may be given to other sequences."""
         if self._pool.device.type == "cuda":
             torch.cuda.synchronize(self._pool.device)

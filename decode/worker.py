@@ -52,7 +52,7 @@ def serve(config: DecodeConfig) -> None:
         _log.info("%d blocks of KV, %s", layout.num_blocks, speed)
         process.tell(GangReady(tokens_per_s=speed.prefill_tokens_per_s))
         gc.collect()
-        gc.freeze()  # a model's many small objects need not be walked in the middle of a step
+        gc.freeze()  # or collections in the middle of a step would walk all objects of the model
         if not config.is_leader:
             process.follow(runner.execute)  # never returns
         scheduler = make_scheduler(config, shard.model_config, layout)

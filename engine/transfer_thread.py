@@ -26,7 +26,7 @@ import time
 import msgspec
 import zmq
 
-from engine.rank_node import RankNode
+from engine.rank_node import HandoffPolicy, RankNode
 from kvcache.pool import KVPool
 from kvtransfer.events import (
     Command,
@@ -41,7 +41,6 @@ from kvtransfer.events import (
 )
 from kvtransfer.faulty import FaultyCoordinatorConnection, FaultyPeers, FaultyTransport
 from kvtransfer.handoff.actions import StartRead
-from kvtransfer.handoff.handoffs import HandoffPolicy
 from kvtransfer.identity import PeerName, RankIdentity, TransferConfig
 from kvtransfer.links.coordinator_connection import CoordinatorConnection
 from kvtransfer.links.peers import Peers

@@ -1,11 +1,30 @@
-"""Announces the final blocks of a chunk, as its layers are computed."""
+"""Announces the final blocks of a chunk, as its layers are computed.
 
+On a GPU the host runs ahead of the device: a group of layers is final when the device has got
+there. So each announcement waits for a mark in the device's stream, which is looked at again after
+each further layer.
+"""
+
+from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from kvtransfer.events import AnnounceBlocks, AnnouncedAll, Command
 from prefill.manifest import CACHED_CHUNK, cached_blocks, moving_blocks
 from prefill.request import ref_of
 from protocol.plans import ChunkWork, HandoffRoute, PlacedBlock
+
+
+class StreamMark(Protocol):
+    """A point in a device's stream of work, such as a recorded ``torch.cuda.Event``."""
+
+    def query(self) -> bool:
+        """Whether the device has got there."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait until it has."""
+        ...
 
 
 class Announcer:
@@ -14,6 +33,7 @@ class Announcer:
     Args:
         submit: takes a command to the transfer thread; does not block.
         groups: of layers, announced together.
+        mark: marks the end of the work that the device has been given; None if the host computes.
     """
 
     def __init__(
@@ -23,11 +43,14 @@ class Announcer:
         cp_rank: int,
         block_size: int,
         groups: Sequence[range],
+        mark: Callable[[], StreamMark] | None = None,
     ) -> None:
         self._submit = submit
         self._cp_rank = cp_rank
         self._block_size = block_size
         self._groups = groups
+        self._mark = mark
+        self._pending: deque[tuple[StreamMark, AnnounceBlocks]] = deque()
         self._group_ending_at = {group.stop - 1: group for group in groups}
 
     def cached(self, work: ChunkWork) -> None:
@@ -83,10 +106,21 @@ class Announcer:
 
     def _announce(self, announcement: AnnounceBlocks) -> None:
         """Announce a group of layers whose last kernel has been launched; on CPU it has ended."""
-        self._submit(announcement)
+        if self._mark is None:
+            self._submit(announcement)
+        else:
+            self._pending.append((self._mark(), announcement))
 
     def _flush(self, *, wait: bool) -> None:
         """Submit the announcements whose layers the device has finished; ``wait`` for all."""
+        while self._pending:
+            computed, announcement = self._pending[0]
+            if wait:
+                computed.synchronize()
+            elif not computed.query():
+                return
+            self._pending.popleft()
+            self._submit(announcement)
 
 
 def _announcement(

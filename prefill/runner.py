@@ -95,14 +95,14 @@ class PrefillRunner:
         last = context.last_token_index
         failed: list[RowResult] = []
         if hidden_TD is not None and not is_finite(hidden_TD):
-            failed.append(FailedRow(work.request_id, work.attempt, why=NoToken.NON_FINITE))
+            failed.append(FailedRow(*work.key, why=NoToken.NON_FINITE))
         if work.sampling is None or last is None:
             return failed
         assert hidden_TD is not None, "a rank with the last token has tokens"
         logits_1V = self._model.logits(hidden_TD[last : last + 1])  # all shards are in this, always
         if self._tp_rank != 0 or failed:
             return failed
-        # What earlier attempts have generated counts as generated, not as given.
+        # The tokens that earlier attempts have generated count as output, not as prompt.
         num_given = max(0, len(work.prompt_token_ids) - work.num_output_tokens)
         row = SamplingRow(
             params=work.sampling,
@@ -111,8 +111,7 @@ class PrefillRunner:
             output_token_ids=work.prompt_token_ids[num_given:],
         )
         if work.sampling.grammar and self._matchers is not None:
-            key = (work.request_id, work.attempt)
-            row = self._matchers.constrain(key, row)
-            self._matchers.forget(key)  # the decode pool goes on from here
+            row = self._matchers.constrain(work.key, row)
+            self._matchers.forget(work.key)  # the decode pool goes on from here
         [chosen] = sample(logits_1V, [row])
-        return [row_result(work.request_id, work.attempt, chosen)]
+        return [row_result(work.key, chosen)]

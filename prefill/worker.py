@@ -19,7 +19,6 @@ from modeling.matchers import load_matchers
 from modeling.model import Model
 from prefill.announcer import Announcer
 from prefill.config import PrefillConfig
-from prefill.device_announcer import DeviceAnnouncer
 from prefill.facts import PrefillFacts
 from prefill.manifest import layer_groups
 from prefill.placement import Geometry, PoolCosts
@@ -63,11 +62,14 @@ def serve(config: PrefillConfig) -> None:
         tokens_per_s = warm_up(config, model, shard.pool)
         costs = measure(config, model, shard.pool, comm)
         groups = layer_groups(shard.model_config.num_layers, config.layers_per_group)
-        make_announcer = DeviceAnnouncer if shard.device.type == "cuda" else Announcer
-        announcer = make_announcer(
-            process.submit, cp_rank=config.cp_rank, block_size=config.block_size, groups=groups
+        announcer = Announcer(
+            process.submit,
+            cp_rank=config.cp_rank,
+            block_size=config.block_size,
+            groups=groups,
+            mark=_mark_stream if shard.device.type == "cuda" else None,
         )
-        samples = config.tp_rank == 0  # whichever rank of the ring has the prompt's last token
+        samples = config.tp_rank == 0  # any cp rank may have a prompt's last token
         matchers = load_matchers(config.model, shard.model_config) if samples else None
         runner = PrefillRunner(config.rank, model, shard.pool, comm, announcer, matchers)
         _log.info("%d blocks of KV, %.0f tokens/s, %s", shard.num_blocks, tokens_per_s, costs)
@@ -76,6 +78,12 @@ def serve(config: PrefillConfig) -> None:
             process.follow(runner.execute)  # never returns
         scheduler = make_scheduler(config, shard.model_config, shard.num_blocks, costs)
         process.lead(scheduler, runner.execute)
+
+
+def _mark_stream() -> torch.cuda.Event:
+    event = torch.cuda.Event()
+    event.record()
+    return event
 
 
 def make_scheduler(

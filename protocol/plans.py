@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from protocol.request import Keyed, NoToken, SamplingParams, TokenLogprobs
+from protocol.request import Keyed, NoToken, RequestKey, SamplingParams, TokenLogprobs
 
 
 class _Message(
@@ -73,7 +73,7 @@ class SampledToken(Keyed, frozen=True, array_like=True, omit_defaults=True):
 
 
 class FailedRow(Keyed, frozen=True, array_like=True):
-    """A request whose numbers give no token: it ends here, its neighbours in the step do not."""
+    """A request that has no next token: it ends here, its neighbours in the step do not."""
 
     why: NoToken
 
@@ -81,14 +81,12 @@ class FailedRow(Keyed, frozen=True, array_like=True):
 RowResult = SampledToken | FailedRow
 
 
-def row_result(
-    request_id: str, attempt: int, chosen: tuple[int, TokenLogprobs | None] | NoToken
-) -> RowResult:
-    """What became of one sampled row."""
+def row_result(key: RequestKey, chosen: tuple[int, TokenLogprobs | None] | NoToken) -> RowResult:
+    """The result of one sampled row: a token, or the reason why there is none."""
     if isinstance(chosen, NoToken):
-        return FailedRow(request_id, attempt, why=chosen)
+        return FailedRow(*key, why=chosen)
     token_id, logprobs = chosen
-    return SampledToken(request_id, attempt, token_id=token_id, logprobs=logprobs)
+    return SampledToken(*key, token_id=token_id, logprobs=logprobs)
 
 
 # -- decode ----------------------------------------------------------------------------------------
@@ -136,8 +134,8 @@ class Stop(_Message, frozen=True):
 class StepResult(_Message, frozen=True):
     """rank -> leader: the step is done here. ``tokens`` from the rank that sampled.
 
-    ``failed`` are requests whose KV, or whose next token, came to nothing; of such a one there may
-    be no token although it was to be sampled.
+    ``failed`` are requests whose KV is not finite, or that have no next token. They may have no
+    token although one was to be sampled.
     """
 
     step: int
@@ -155,7 +153,7 @@ class StepResult(_Message, frozen=True):
 
 
 def outcomes(results: Iterable[StepResult]) -> dict[tuple[str, int], RowResult]:
-    """What became of each request in a step of all ranks: one failure outweighs a token."""
+    """The result of each request in a step of all ranks; a failure outweighs a token."""
     every = list(results)
     rows: list[RowResult] = [row for result in every for row in result.tokens]
     rows += (row for result in every for row in result.failed)

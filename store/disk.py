@@ -1,4 +1,4 @@
-"""The disk threads of a store: jobs in, answers out, in any order."""
+"""The disk threads of a store: jobs in, results out, in any order."""
 
 import errno
 import logging
@@ -27,7 +27,7 @@ class Disk:
     Args:
         files: the packs.
         num_threads: jobs at one time.
-        answer: called from a thread with what has become of a job.
+        answer: called from a thread with the result of a job.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Disk:
         self._pool.submit(self._run, job)
 
     def close(self) -> None:
-        """Leave what has not been begun; wait for what has."""
+        """Drop the jobs that have not begun; wait for those that have."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _run(self, job: DiskJob) -> None:

@@ -1,4 +1,4 @@
-"""How a store's packs are read and written: the one place that knows all the ways."""
+"""The choice of a mover for a store's packs by ``--disk-io``."""
 
 from kvcache.tiers.movers import FileMover, VectoredMover
 from protocol.errors import ConfigError
@@ -14,7 +14,7 @@ def open_mover(name: str, memory: memoryview) -> FileMover:
         memory: all of it, writable.
 
     Raises:
-        ConfigError: there is no such way, or it does not run here.
+        ConfigError: there is no such mover, or it does not run here.
     """
     if name == "vectored":
         return VectoredMover(memory)

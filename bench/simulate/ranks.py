@@ -5,10 +5,9 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from bench.simulate.event_loop import EventLoop
-from engine.rank_node import RankNode
+from engine.rank_node import HandoffPolicy, RankNode
 from kvtransfer.events import Command, Event
 from kvtransfer.handoff.actions import StartRead
-from kvtransfer.handoff.handoffs import HandoffPolicy
 from kvtransfer.identity import PeerName, RankIdentity
 from kvtransfer.plan import ByteRun
 from protocol.handoff import HandoffMessage
@@ -83,7 +82,9 @@ class Rank:
         self.emit = emit
         self._world = world
         self._everyone = everyone
-        policy = HandoffPolicy("simulated", "always", LEASE_S, MAX_READS)
+        policy = HandoffPolicy(
+            transport_name="simulated", checksum="always", lease_s=LEASE_S, max_reads=MAX_READS
+        )
         self.node = RankNode(identity, layout, self.memory, self, policy)
         everyone[identity.incarnation] = self
 

@@ -31,7 +31,7 @@ class Emit:
 
 @dataclass(frozen=True, slots=True)
 class StartRead:
-    """Post a read. ``Handoffs.read_ended`` gets its end under ``read_id``."""
+    """Post a read. ``RankNode.read_ended`` gets its end under ``read_id``."""
 
     read_id: int
     incarnation: str

@@ -12,7 +12,7 @@ from kvtransfer.plan import ByteRun
 
 
 class PoolChecksums:
-    """The checksums of a rank's KV pool; see :class:`kvtransfer.handoff.handoffs.Checksums`."""
+    """The checksums of a rank's KV pool; see :class:`engine.rank_node.Checksums`."""
 
     def __init__(self, pool: KVPool) -> None:
         self._pool = pool

@@ -2,13 +2,28 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from baton_client import BlockCounts, ClusterState
-from launcher.doctor.findings import Finding
 
 SETTLE_S = 5.0  # released blocks are reported by the next heartbeats; an abort takes two seconds
 _POLL_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report. ``advice`` says what to do when it is not well."""
+
+    name: str
+    is_well: bool
+    found: str
+    advice: str = ""
+
+    def line(self) -> str:
+        """As it is printed."""
+        advice = f" ({self.advice})" if self.advice and not self.is_well else ""
+        return f"  {'ok' if self.is_well else 'NO'} {self.name:<14} {self.found}{advice}"
 
 
 class Observed(Protocol):

@@ -7,8 +7,7 @@ import msgspec
 from baton_client import BatonConnectionError, Client, ClientError
 from bench.environment import describe
 from launcher.config import default_api_key, default_url
-from launcher.doctor.cluster_health import judge, settled_state
-from launcher.doctor.findings import Finding
+from launcher.doctor.cluster_health import Finding, judge, settled_state
 from protocol.errors import BatonError
 
 

@@ -18,12 +18,11 @@ from coordinator.requests.delivery import Delivery
 from coordinator.requests.service import Ports, at_once
 from decode.facts import DecodeFacts
 from decode.scheduler import DecodeScheduler
-from engine.rank_node import RankNode
+from engine.rank_node import HandoffPolicy, RankNode
 from kvcache.blocks import BlockPool
 from kvcache.prefix import block_salt, hash_blocks
 from kvtransfer.events import ControlReceived, Event, PoolsChanged, SendControl
 from kvtransfer.handoff.actions import StartRead
-from kvtransfer.handoff.handoffs import HandoffPolicy
 from kvtransfer.identity import PeerName, RankIdentity
 from kvtransfer.plan import ByteRun
 from prefill.announcer import Announcer
@@ -60,7 +59,7 @@ from tests.decode.fake_cluster import NAN, FakeRank, next_token, reference
 Key = tuple[str, int]
 BLOCK_SIZE = 4
 FINGERPRINT = "model"
-POLICY = HandoffPolicy("memory", checksum="off", lease_s=30.0, max_reads=4)
+POLICY = HandoffPolicy(transport_name="memory", checksum="off", lease_s=30.0, max_reads=4)
 GROUPS = layer_groups(1, 1)
 Slots = dict[tuple[int, int], tuple[int, int]]  # (block, offset) -> (position, token)
 
@@ -457,7 +456,7 @@ class WholeCluster:
     def num_arrived(self, key: Key) -> int:
         """Leading blocks of a hand-off into a decode pool that are read and confirmed."""
         for pool in self.pools.values():
-            handoff = pool.ranks[0].node.handoffs.target._handoffs.get(key)
+            handoff = pool.ranks[0].node.target._handoffs.get(key)
             if handoff is not None and pool.spec.role == "decode":
                 count = 0
                 while handoff.first_logical + count in handoff.covered:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from engine.rank_node import RankNode
+from engine.rank_node import HandoffPolicy, RankNode
 from kvtransfer.events import (
     CloseTarget,
     Event,
@@ -14,7 +14,6 @@ from kvtransfer.events import (
     TargetIsOpen,
 )
 from kvtransfer.handoff.actions import StartRead
-from kvtransfer.handoff.handoffs import HandoffPolicy
 from kvtransfer.identity import PeerName, RankIdentity
 from kvtransfer.plan import ByteRun
 from protocol.handoff import Announce, HandoffMessage, ReadDone, ReadsEnded, SegmentKey
@@ -35,7 +34,7 @@ class Rank:
         self.reads: list[StartRead] = []
         self.events: list[Event] = []
         ranks = [RankIdentity("decode", "d", r, 1, num_ranks, f"d{r}") for r in range(num_ranks)]
-        policy = HandoffPolicy("memory", checksum="off", lease_s=5.0, max_reads=1)
+        policy = HandoffPolicy(transport_name="memory", checksum="off", lease_s=5.0, max_reads=1)
         self.node = RankNode(ranks[0], LAYOUT, self, self, policy)
         self.node.welcomed(EPOCHS["d"])
         pools = [

@@ -164,7 +164,7 @@ def _is_kept_from_reuse(node: Node, rank_node: Node) -> str:
 def _is_as_the_ranks_say(node: Node, rank_node: Node) -> str:
     """Checks 3 and 4."""
     main, rank = main_of(node), rank_of(rank_node)
-    incoming, outgoing = rank.handoffs.target._handoffs, rank.handoffs.source._handoffs
+    incoming, outgoing = rank.node.target._handoffs, rank.node.source._handoffs
     for key in main.computed_with():
         if key in incoming:
             return f"{key} is computed with, and {rank.name} does not hold all of it"

@@ -5,10 +5,9 @@ What it says goes into the outbox, by the name of whoever is to get it.
 
 from dataclasses import dataclass
 
-from engine.rank_node import RankNode
+from engine.rank_node import HandoffPolicy, RankNode
 from kvtransfer.events import Command, ControlReceived, Event, PoolsChanged, SendControl
 from kvtransfer.handoff.actions import StartRead
-from kvtransfer.handoff.handoffs import HandoffPolicy, Handoffs
 from kvtransfer.handoff.states import SourceState
 from kvtransfer.identity import PeerName, RankIdentity
 from kvtransfer.plan import ByteRun
@@ -80,7 +79,12 @@ class Rank:
     ) -> None:
         self.identity = identity
         self.memory = Memory(layout)
-        policy = HandoffPolicy("explored", setting.checksum, LEASE_S, setting.max_reads)
+        policy = HandoffPolicy(
+            transport_name="explored",
+            checksum=setting.checksum,
+            lease_s=LEASE_S,
+            max_reads=setting.max_reads,
+        )
         self.node = RankNode(identity, layout, self.memory, self, policy)
         self.reads: dict[int, _Reading] = {}
         self.outbox: Outbox = []
@@ -94,10 +98,6 @@ class Rank:
         return self.identity.endpoint(self.memory.layout)
 
     @property
-    def handoffs(self) -> Handoffs:
-        return self.node.handoffs
-
-    @property
     def name(self) -> str:
         return self.identity.incarnation
 
@@ -106,7 +106,7 @@ class Rank:
 
     @property
     def is_quiet(self) -> bool:
-        return not (self.reads or self.handoffs.num_open)
+        return not (self.reads or self.node.num_open)
 
     # -- steps of its own --------------------------------------------------------------------------
 
@@ -121,7 +121,7 @@ class Rank:
         return found
 
     def _is_waiting_for_readers(self) -> bool:
-        handoffs = self.handoffs.source._handoffs.values()
+        handoffs = self.node.source._handoffs.values()
         return any(handoff.state is SourceState.CLOSING for handoff in handoffs)
 
     def take(self, option: Option, found: bytes | None) -> None:

@@ -10,7 +10,7 @@ from typing import Generic, Protocol, TypeVar
 
 import torch
 
-from engine.rank_node import RankNode
+from engine.rank_node import HandoffPolicy, RankNode
 from kvcache.pool import KVPool
 from kvtransfer.events import (
     AnnounceBlocks,
@@ -23,7 +23,6 @@ from kvtransfer.events import (
     TargetClosed,
 )
 from kvtransfer.handoff.actions import StartRead
-from kvtransfer.handoff.handoffs import HandoffPolicy
 from kvtransfer.identity import PeerName, RankIdentity
 from kvtransfer.transport.checksum import PoolChecksums
 from protocol.handoff import HandoffMessage, SegmentKey
@@ -115,7 +114,9 @@ class World:
 
     def add(self, pool_id: str, role: str, *, cp: int, tp: int, epoch: int) -> None:
         checksum, max_reads, num_blocks = self._settings
-        policy = HandoffPolicy("memory", checksum, LEASE_S, max_reads)
+        policy = HandoffPolicy(
+            transport_name="memory", checksum=checksum, lease_s=LEASE_S, max_reads=max_reads
+        )
         endpoints = []
         for rank in range(cp * tp):
             identity = RankIdentity(role, pool_id, rank, cp, tp, f"{pool_id}{rank}e{epoch}")
@@ -200,7 +201,7 @@ class World:
         if isinstance(event, TargetClosed):
             key = (event.request_id, event.attempt)
             for other in self.of(rank.name.pool_id):
-                target = other.node.handoffs.target
+                target = other.node.target
                 assert key not in target._handoffs
                 is_quiet = not any(read.key == key for read in target._reads.values())
                 assert is_quiet, "a read is in flight after TargetClosed"

@@ -4,9 +4,9 @@ import json
 import queue
 import sys
 import time
-from dataclasses import replace
 
 import ray
+from msgspec.structs import replace
 
 from launcher.config import ServeConfig
 from launcher.resolved import resolve_cluster

@@ -4,9 +4,8 @@ import msgspec
 import pytest
 
 from baton_client import BlockCounts, ClusterState
-from launcher.doctor.cluster_health import SETTLE_S, judge, settled_state
+from launcher.doctor.cluster_health import SETTLE_S, Finding, judge, settled_state
 from launcher.doctor.doctor import doctor
-from launcher.doctor.findings import Finding
 from tests.coordinator.client.fake_state import cluster_state
 
 IDLE = BlockCounts(total=100, free=70, cached=30)
