@@ -105,8 +105,8 @@ class Reading:
     def after_reasoning(self, grammar: str, prompt: str, param: str) -> str:
         """A grammar of which the model's reasoning is no part, in front of the answer."""
         form = self.tools.format
-        thinking = form.thinking_form
-        if thinking is None:
+        markers = form.reasoning_markers
+        if markers is None:
             return grammar
         if form.is_harmony and param != "tools":
             raise RequestError(
@@ -115,9 +115,9 @@ class Reading:
                 code="unsupported_parameter",
                 param=param,
             )
-        is_opened = thinking.is_opened_by(prompt)
+        is_opened = markers.is_opened_by(prompt)
         return after_reasoning(
-            grammar, thinking.opens, thinking.closes, self.spell, is_opened=is_opened
+            grammar, markers.opens, markers.closes, self.spell, is_opened=is_opened
         )
 
     def check_model(self, name: str | None) -> None:

@@ -16,11 +16,11 @@ _HEAD = ("%llguidance {}", "FREE: /(.|\\n)*/")
 
 def of_forced_calls(structure: Structure, spell: Spell, *, is_one: bool) -> str:
     """Calls and nothing else, from the first token on; one alone, or as many as are wanted."""
-    writing = structure.writing
+    syntax = structure.syntax
     lines = [*_HEAD, *_call_rules(structure, spell)]
-    between = sequence(spell(writing.between))
+    between = sequence(spell(syntax.between))
     more = "" if is_one else f" ({between} call)*"
-    before, after = sequence(spell(writing.before)), sequence(spell(writing.after))
+    before, after = sequence(spell(syntax.before)), sequence(spell(syntax.after))
     lines.append(f"start: {before} call{more} {after}")
     return "\n".join(lines)
 
@@ -30,9 +30,9 @@ def of_free_calls(structure: Structure, spell: Spell, *, is_one: bool) -> str | 
 
     None where the format's triggers begin other things as well, so that they tell nothing.
     """
-    writing = structure.writing
-    begins = {writing.before + form.begin for form in structure.calls}
-    trigger = next((t for t in writing.triggers if all(b.startswith(t) for b in begins)), "")
+    syntax = structure.syntax
+    begins = {syntax.before + form.begin for form in structure.calls}
+    trigger = next((t for t in syntax.triggers if all(b.startswith(t) for b in begins)), "")
     parts = spell(trigger)
     if not parts or (len(parts) > 1 and isinstance(parts[0], int)):
         return None
@@ -43,11 +43,11 @@ def of_free_calls(structure: Structure, spell: Spell, *, is_one: bool) -> str | 
         lines.append(f"trigger[lazy]: /(.|\\n)*/ {json.dumps(trigger)}")
     firsts = []
     for number, form in enumerate(structure.calls):
-        rest = (writing.before + form.begin).removeprefix(trigger)
+        rest = (syntax.before + form.begin).removeprefix(trigger)
         firsts.append(f"first_{number}")
         lines.append(f"first_{number}: {sequence(spell(rest))} rest_{number}")
-    between, after = sequence(spell(writing.between)), sequence(spell(writing.after))
-    more = f" ({between} call)*" if writing.after and not is_one else ""
+    between, after = sequence(spell(syntax.between)), sequence(spell(syntax.after))
+    more = f" ({between} call)*" if syntax.after and not is_one else ""
     lines.append(f"section: trigger ({' | '.join(firsts)}){more} {after}")
     lines.append(f"start: section{'?' if is_one else '*'} FREE")
     return "\n".join(lines)
@@ -59,7 +59,7 @@ def _call_rules(structure: Structure, spell: Spell) -> list[str]:
     for number, form in enumerate(structure.calls):
         lines.append(f"call_{number}: {sequence(spell(form.begin))} rest_{number}")
         lines.append(f"rest_{number}: arguments_{number} {sequence(spell(form.end))}")
-        lines += _argument_rules(number, form, structure.writing.between_arguments, spell)
+        lines += _argument_rules(number, form, structure.syntax.between_arguments, spell)
     return lines
 
 

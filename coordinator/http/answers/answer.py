@@ -162,8 +162,8 @@ class Answer(Response):
             parser = form.parser(
                 prompt=parsing.prompt_end,
                 tools=parsing.tools,
-                seed=request.request_id,
-                holds_calls=not options.stream,
+                id_seed=request.request_id,
+                buffer_calls=not options.stream,
             )
         return Choice(
             request=request,

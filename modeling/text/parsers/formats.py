@@ -17,8 +17,8 @@ from modeling.text.parsers.json_calls import (
     MistralList,
 )
 from modeling.text.parsers.pythonic import Pythonic
+from modeling.text.parsers.reasoning import ReasoningMarkers, ReasoningParser
 from modeling.text.parsers.structure import Structure, structure_of
-from modeling.text.parsers.thinking import Thinking, ThinkingForm
 from modeling.text.parsers.tool_parser import ToolParser
 from modeling.text.parsers.xml_calls import Glm45, Qwen3Coder
 from protocol.errors import ConfigError
@@ -38,17 +38,19 @@ TOOL_CALL_PARSERS: Mapping[str, type[ToolParser]] = {
     "qwen3_coder": Qwen3Coder,
 }
 
-_THINK = ThinkingForm(("<think>",), ("</think>",))
-REASONING_PARSERS: Mapping[str, ThinkingForm] = {
+_THINK = ReasoningMarkers(("<think>",), ("</think>",))
+REASONING_PARSERS: Mapping[str, ReasoningMarkers] = {
     "deepseek_r1": _THINK,
     "deepseek_v3": _THINK,
     "glm45": _THINK,
-    "granite": ThinkingForm(
+    "granite": ReasoningMarkers(
         ("Here is my thought process:", "Here's my thought process:"),
         ("Here is my response:", "Here's my response:"),
     ),
-    "mistral": ThinkingForm(("[THINK]",), ("[/THINK]",)),
-    "openai_gptoss": ThinkingForm((f"{CHANNEL}analysis{MESSAGE}",), (f"<|end|>{START}assistant",)),
+    "mistral": ReasoningMarkers(("[THINK]",), ("[/THINK]",)),
+    "openai_gptoss": ReasoningMarkers(
+        (f"{CHANNEL}analysis{MESSAGE}",), (f"<|end|>{START}assistant",)
+    ),
     "qwen3": _THINK,
 }
 
@@ -81,27 +83,27 @@ class OutputParser:
     The deltas of an answer, joined, are the same however its text was cut.
     """
 
-    def __init__(self, thinking: Thinking | None, tools: ToolParser | None) -> None:
-        self._thinking = thinking
+    def __init__(self, reasoning: ReasoningParser | None, tools: ToolParser | None) -> None:
+        self._reasoning = reasoning
         self._tools = tools
 
     @property
     def num_calls(self) -> int:
-        """Calls that were told, or have begun."""
+        """Calls that have begun."""
         return self._tools.num_calls if self._tools else 0
 
     def push(self, text: str) -> list[Delta]:
         """What became certain with a further piece of text; may be nothing."""
-        return self._after_thinking(
-            self._thinking.push(text) if self._thinking else [Content(text)]
+        return self._after_reasoning(
+            self._reasoning.push(text) if self._reasoning else [Content(text)]
         )
 
     def finish(self) -> list[Delta]:
         """What still waited. The text has ended, by itself or at a limit."""
-        last = self._after_thinking(self._thinking.finish() if self._thinking else [])
+        last = self._after_reasoning(self._reasoning.finish() if self._reasoning else [])
         return merged([*last, *(self._tools.finish() if self._tools else [])])
 
-    def _after_thinking(self, deltas: Sequence[Delta]) -> list[Delta]:
+    def _after_reasoning(self, deltas: Sequence[Delta]) -> list[Delta]:
         read: list[Delta] = []
         for delta in deltas:
             if self._tools and isinstance(delta, Content):
@@ -133,7 +135,7 @@ class OutputFormat:
         return "openai" in self.tool_call_parser or "openai" in self.reasoning_parser
 
     @property
-    def thinking_form(self) -> ThinkingForm | None:
+    def reasoning_markers(self) -> ReasoningMarkers | None:
         """The markers of reasoning; None without it."""
         return REASONING_PARSERS.get(self.reasoning_parser)
 
@@ -142,36 +144,36 @@ class OutputFormat:
         """Texts that the parsers need to see, so that special tokens of these texts are kept."""
         if self.is_harmony:
             return Harmony.special_tokens
-        form, tools = self.thinking_form, TOOL_CALL_PARSERS.get(self.tool_call_parser)
+        form, tools = self.reasoning_markers, TOOL_CALL_PARSERS.get(self.tool_call_parser)
         return (
             *(form.opens + form.closes if form else ()),
             *(tools.special_tokens if tools else ()),
         )
 
     def parser(
-        self, *, prompt: str, tools: Sequence[Tool], seed: str, holds_calls: bool = False
+        self, *, prompt: str, tools: Sequence[Tool], id_seed: str, buffer_calls: bool = False
     ) -> OutputParser:
         """The parser of one answer.
 
         Args:
             prompt: its end tells whether the answer goes on with reasoning.
-            tools: that the model may call; without any, no call is looked for.
-            seed: of the calls' ids: the same seed gives the same ids.
-            holds_calls: as of :class:`ToolParser`, for an answer that is not streamed.
+            tools: that the model may call; without any, calls are text.
+            id_seed: makes the calls' ids; it should name the request and the choice.
+            buffer_calls: as of :class:`ToolParser`; for an answer that is not streamed.
         """
         if self.is_harmony:
-            return OutputParser(None, Harmony(tools, seed, holds_calls=holds_calls))
+            return OutputParser(None, Harmony(tools, id_seed, buffer_calls=buffer_calls))
         kind = TOOL_CALL_PARSERS.get(self.tool_call_parser) if tools else None
-        form = self.thinking_form
+        form = self.reasoning_markers
         return OutputParser(
-            Thinking(form, is_opened=form.is_opened_by(prompt)) if form else None,
-            kind(tools, seed, holds_calls=holds_calls) if kind else None,
+            ReasoningParser(form, is_opened=form.is_opened_by(prompt)) if form else None,
+            kind(tools, id_seed, buffer_calls=buffer_calls) if kind else None,
         )
 
     def structure(self, tools: Sequence[Tool]) -> Structure | None:
         """How calls of these tools are written, for a grammar; None without a format."""
         kind = TOOL_CALL_PARSERS.get(self.tool_call_parser)
-        return structure_of(kind.writing, tools) if kind else None
+        return structure_of(kind.syntax, tools) if kind else None
 
 
 def choose_format(

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from modeling.text.parsers.deltas import Tool
 from modeling.text.parsers.reader import Ended, Malformed, Marks, Steps
-from modeling.text.parsers.structure import Writing
+from modeling.text.parsers.structure import Syntax
 from modeling.text.parsers.tool_parser import NAME, ToolParser
 
 MAX_HEADER_WORDS = 3  # beside channel and recipient: a role, the type of the content
@@ -38,14 +38,14 @@ class Harmony(ToolParser):
     marks = (START, CHANNEL, MESSAGE)
     ends = _BOUNDS
     special_tokens = _CONTROL
-    writing = Writing(
+    syntax = Syntax(
         triggers=(f"{CHANNEL}commentary to=functions.",),
         call=(f"{CHANNEL}commentary to=functions.%s {CONSTRAIN}json{MESSAGE}", "<|call|>"),
         between=f"{START}assistant",
     )
 
-    def __init__(self, tools: Sequence[Tool], seed: str, *, holds_calls: bool = False) -> None:
-        super().__init__(tools, seed, holds_calls=holds_calls)
+    def __init__(self, tools: Sequence[Tool], id_seed: str, *, buffer_calls: bool = False) -> None:
+        super().__init__(tools, id_seed, buffer_calls=buffer_calls)
         self._stray = Marks(*_CONTROL, with_blank=True)
         self._bounds = Marks(*_BOUNDS)
         self._name = ""  # of the function whose call begins
@@ -65,16 +65,16 @@ class Harmony(ToolParser):
 
     def _message(self, mark: str) -> Steps[str]:
         """Reads a message from its header on. Returns the control token after it."""
-        self._raw = raw = [mark]
+        self._hold(mark)
         try:
             mark, channel, recipient = yield from self._header(mark)
         except Malformed:
             self._give_back()
             return (yield from self._until(self._stray, self._content)).lstrip()
         except Ended:
-            if not any(token in "".join(raw) for token in _CONTROL):
-                self._rest()
-                self._give_back()  # it was no header
+            header = self._held()
+            if not any(token in header for token in _CONTROL):
+                self._content(header + self._rest())
             raise
         if mark != MESSAGE:
             self._raw = None
@@ -82,7 +82,7 @@ class Harmony(ToolParser):
         self._name, self._bound = recipient.removeprefix("functions."), ""
         is_call = recipient.startswith("functions.") and bool(self._tools)
         if is_call and NAME.fullmatch(self._name):
-            broken = yield from self._section("".join(raw), self._bounds)
+            broken = yield from self._section(self._held(), self._bounds)
             found = self._bound or broken
             return found or (yield from self._until(self._stray, self._content)).lstrip()
         self._raw = None
@@ -104,7 +104,9 @@ class Harmony(ToolParser):
         is_header = bool(mark)
         while mark not in (MESSAGE, *_ENDS):
             yield from self._space()
-            if mark == CHANNEL:
+            if mark == START:  # another message: the one before had no text
+                channel = recipient = ""
+            elif mark == CHANNEL:
                 name = yield from self._span(_CHANNEL_NAME, MAX_WORD_CHARS)
                 channel = channel or name
                 yield from self._space()

@@ -4,7 +4,7 @@ Each class says how the chat templates write its format.
 """
 
 from modeling.text.parsers.reader import Steps
-from modeling.text.parsers.structure import Writing
+from modeling.text.parsers.structure import Syntax
 from modeling.text.parsers.tool_parser import MAX_NAME_CHARS, NAME, ToolParser
 
 
@@ -14,7 +14,7 @@ class Hermes(ToolParser):
     marks = ("<tool_call>",)
     ends = ("</tool_call>",)
     special_tokens = ("<tool_call>", "</tool_call>")
-    writing = Writing(
+    syntax = Syntax(
         triggers=marks,
         call=('<tool_call>\n{"name": "%s", "arguments": ', "}\n</tool_call>"),
         between="\n",
@@ -32,10 +32,10 @@ class Llama3(ToolParser):
 
     marks = ("<|python_tag|>", "\n{")
     ends = ("<|python_tag|>",)
-    opening = "{"
-    names_only_tools = True
+    first_mark = "{"
+    needs_known_name = True
     special_tokens = ("<|python_tag|>",)
-    writing = Writing(
+    syntax = Syntax(
         triggers=("<|python_tag|>", '{"name": "'),
         call=('{"name": "%s", "parameters": ', "}"),
         between="; ",
@@ -60,7 +60,7 @@ class Mistral(ToolParser):
     marks = ("[TOOL_CALLS]",)
     ends = ("[TOOL_CALLS]",)
     special_tokens = ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]")
-    writing = Writing(triggers=marks, call=("[TOOL_CALLS]%s[ARGS]", ""))
+    syntax = Syntax(triggers=marks, call=("[TOOL_CALLS]%s[ARGS]", ""))
 
     def _calls(self, mark: str) -> Steps[None]:  # noqa: ARG002 - there is one
         yield from self._space()
@@ -85,7 +85,7 @@ class Mistral(ToolParser):
 class MistralList(Mistral):
     """Models whose template writes the list."""
 
-    writing = Writing(
+    syntax = Syntax(
         triggers=Mistral.marks,
         before="[TOOL_CALLS] [",
         call=('{"name": "%s", "arguments": ', "}"),
@@ -108,7 +108,7 @@ class DeepSeek(ToolParser):
     marks = (CALLS, CALL)
     ends = (END,)
     special_tokens = (CALLS, END_OF_CALLS, CALL, SEPARATOR, END)
-    writing = Writing(
+    syntax = Syntax(
         triggers=(CALLS,), before=CALLS, call=(f"{CALL}%s{SEPARATOR}", END), after=END_OF_CALLS
     )
 
@@ -134,7 +134,7 @@ class DeepSeek(ToolParser):
 class DeepSeekFenced(DeepSeek):
     """V3 and R1."""
 
-    writing = Writing(
+    syntax = Syntax(
         triggers=(DeepSeek.CALLS,),
         before=DeepSeek.CALLS,
         call=(

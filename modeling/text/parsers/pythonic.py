@@ -3,11 +3,14 @@
 import ast
 import json
 import re
+from io import StringIO
 
 from modeling.text.parsers.reader import Malformed, Marks, Steps
 from modeling.text.parsers.schema_types import python_tree, python_value
-from modeling.text.parsers.structure import Writing
-from modeling.text.parsers.tool_parser import MAX_HELD_CHARS, MAX_NAME_CHARS, ToolParser
+from modeling.text.parsers.structure import Syntax
+from modeling.text.parsers.tool_parser import MAX_NAME_CHARS, ToolParser
+
+MAX_SOURCE_CHARS = 1 << 16  # of a list: its syntax tree is a hundred times as large
 
 _DOTTED = re.compile(r"[\w.]+")
 _BRACKETS = Marks(*"()[]{}'\"")
@@ -15,14 +18,16 @@ _STRING_ENDS = {quote: Marks(quote, "\\") for quote in ("'", '"', "'''", '"""')}
 
 
 class Pythonic(ToolParser):
-    """A list is calls where a line begins, if it names only offered tools; none is told before it
-    is whole. It is parsed, never evaluated."""
+    """A list of calls where a line begins, if it names only offered tools.
+
+    No call is emitted before the list is whole. The list is parsed, never evaluated.
+    """
 
     marks = ("\n[",)
     ends = ("\n[",)
-    opening = "["
-    names_only_tools = True
-    writing = Writing(
+    first_mark = "["
+    needs_known_name = True
+    syntax = Syntax(
         triggers=("[",),
         before="[",
         call=("%s(", ")"),
@@ -34,17 +39,17 @@ class Pythonic(ToolParser):
     )
 
     def _calls(self, mark: str) -> Steps[None]:  # noqa: ARG002 - it is "["
-        source = _Source(["["])
         yield from self._space()
         name = yield from self._span(_DOTTED, MAX_NAME_CHARS)
         yield from self._expect("(")
         if self._tools and name not in self._tools:
             raise Malformed  # at once: it may be a link in a long text
-        source.keep(f"{name}(")
+        source = StringIO()
         yield from self._to_closing_bracket(source)
         try:
-            calls = [_call(node) for node in getattr(python_tree(source.text()), "elts", ())]
-        except ValueError:
+            tree = python_tree(f"[{name}({source.getvalue()}")
+            calls = [_call(node) for node in getattr(tree, "elts", ())]
+        except (ValueError, RecursionError):
             raise Malformed from None
         if not all(name in self._tools for name, _ in calls if self._tools):
             raise Malformed
@@ -53,41 +58,32 @@ class Pythonic(ToolParser):
             self._arguments(arguments)
             self._end()
 
-    def _to_closing_bracket(self, source: "_Source") -> Steps[None]:
-        depth = 2
+    def _to_closing_bracket(self, source: StringIO) -> Steps[None]:
+        depth = 2  # the list and the call
         while depth:
-            found = yield from self._until(_BRACKETS, source.keep, source.left)
-            source.keep(found)
-            if found in "'\"":
+            found = yield from self._source_until(_BRACKETS, source)
+            if found in _STRING_ENDS:
                 yield from self._python_string(found, source)
             else:
                 depth += 1 if found in "([{" else -1
 
-    def _python_string(self, quote: str, source: "_Source") -> Steps[None]:
+    def _python_string(self, quote: str, source: StringIO) -> Steps[None]:
         more = yield from self._literal(quote * 2)
-        source.keep(more)
+        source.write(more)
         found = ""
         while found != quote + more:
-            found = yield from self._until(_STRING_ENDS[quote + more], source.keep, source.left)
-            source.keep(found)
+            found = yield from self._source_until(_STRING_ENDS[quote + more], source)
             if found == "\\":
                 yield from self._next()
-                source.keep(self._take(self._at + 1))
+                source.write(self._take(self._at + 1))
 
-
-class _Source:
-    """Text that is collected, within a limit."""
-
-    def __init__(self, parts: list[str]) -> None:
-        self._parts = parts
-        self.left = MAX_HELD_CHARS
-
-    def keep(self, text: str) -> None:
-        self._parts.append(text)
-        self.left -= len(text)
-
-    def text(self) -> str:
-        return "".join(self._parts)
+    def _source_until(self, marks: Marks, source: StringIO) -> Steps[str]:
+        left = MAX_SOURCE_CHARS - source.tell()
+        if left <= 0:
+            raise Malformed
+        found = yield from self._until(marks, source.write, left)
+        source.write(found)
+        return found
 
 
 def _call(node: ast.expr) -> tuple[str, str]:

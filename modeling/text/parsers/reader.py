@@ -9,6 +9,7 @@ consume what is decided at once, and fail at a place that the text determines.
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable
+from io import StringIO
 from typing import TypeVar
 
 from modeling.text.parsers.deltas import Content, Delta, Reasoning, merged
@@ -16,7 +17,7 @@ from modeling.text.parsers.json_text import JsonText
 
 T = TypeVar("T")
 Steps = Generator[None, None, T]
-Sink = Callable[[str], None]
+Sink = Callable[[str], object]
 
 MAX_BLANK_CHARS = 64  # white space before markup that belongs to the markup
 MAX_SPACE_CHARS = 1024  # inside markup
@@ -65,7 +66,7 @@ class Reader(ABC):
         self._text = ""
         self._at = 0  # what is before it was consumed
         self._is_whole = False
-        self._raw: list[str] | None = None  # consumed text that may have to be given back
+        self._raw: StringIO | None = None  # consumed text that may have to be given back
         self._deltas: list[Delta] = []
         self._steps = self._run()
 
@@ -97,9 +98,14 @@ class Reader(ABC):
     def _reasoning(self, text: str) -> None:
         self._deltas.append(Reasoning(text))
 
+    def _hold(self, text: str = "") -> None:
+        """From now on, keep what is consumed, and this before it."""
+        self._raw = StringIO()
+        self._raw.write(text)
+
     def _held(self) -> str:
         """What was consumed since it is held, which ends here."""
-        held, self._raw = "".join(self._raw or ()), None
+        held, self._raw = self._raw.getvalue() if self._raw else "", None
         return held
 
     def _give_back(self) -> None:
@@ -114,7 +120,7 @@ class Reader(ABC):
         piece = self._text[self._at : end]
         self._at = end
         if self._raw is not None:
-            self._raw.append(piece)
+            self._raw.write(piece)
         return piece
 
     def _more(self) -> Steps[None]:

@@ -20,7 +20,7 @@ _JSON_NAMES = {"true": True, "false": False, "null": None}
 
 
 def property_types(schema: Mapping[str, Any], name: str) -> frozenset[str]:
-    """JSON types that a schema of arguments allows for one of them; none if it does not tell."""
+    """JSON types that a schema of arguments allows for one of them; none if they are not known."""
     properties = schema.get("properties")
     of_name = properties.get(name) if isinstance(properties, Mapping) else None
     return frozenset(_types(of_name, schema, MAX_SCHEMA_DEPTH))
@@ -50,14 +50,14 @@ def _types(schema: Any, root: Mapping[str, Any], depth: int) -> set[str]:  # noq
 def as_json(text: str, types: frozenset[str]) -> str:
     """JSON text of the value that ``text`` stands for.
 
-    It is JSON or, as models also write, Python. Where a string is allowed, it is one, unless it is
-    something else that is allowed. Where the types are not known, it is what it reads as.
+    Models write JSON or Python. If the types allow a string, the text is one, unless it reads as a
+    value of another allowed type. If the types are not known, the text is what it reads as.
     """
     bare = text.strip()
     for read in (_read_json, python_value):
         try:
             value = read(bare)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         kind = _KINDS[type(value)]
         if kind == "number" and "number" not in types and value.is_integer():
@@ -69,10 +69,7 @@ def as_json(text: str, types: frozenset[str]) -> str:
 
 
 def _read_json(text: str) -> Any:  # noqa: ANN401 - any JSON
-    try:
-        return json.loads(text, parse_constant=_no_constant)
-    except RecursionError as error:
-        raise ValueError("too deep") from error
+    return json.loads(text, parse_constant=_no_constant)
 
 
 def _no_constant(name: str) -> None:

@@ -15,7 +15,7 @@ _DEFINITIONS: tuple[str, ...] = ("$defs", "definitions")
 
 
 @dataclass(frozen=True, slots=True)
-class Writing:
+class Syntax:
     """What a format writes around its parts; ``%s`` stands for the name of the part."""
 
     triggers: tuple[str, ...]  # a free answer that comes to one of these begins a call
@@ -45,7 +45,7 @@ class CallForm:
     """How a call of one tool is written: ``begin``, the arguments, ``end``.
 
     The arguments are a JSON object or, if ``arguments`` is not None, those of its forms that the
-    call has, in this order, with the writing's ``between_arguments``.
+    call has, in this order, with the syntax's ``between_arguments``.
     """
 
     name: str
@@ -59,28 +59,28 @@ class CallForm:
 class Structure:
     """How calls of some tools are written."""
 
-    writing: Writing
+    syntax: Syntax
     calls: tuple[CallForm, ...]
 
 
-def structure_of(writing: Writing, tools: Sequence[Tool]) -> Structure:
-    """The writing of a format, made out for some tools."""
-    return Structure(writing, tuple(_call_form(writing, tool) for tool in tools))
+def structure_of(syntax: Syntax, tools: Sequence[Tool]) -> Structure:
+    """The syntax of a format, made out for some tools."""
+    return Structure(syntax, tuple(_call_form(syntax, tool) for tool in tools))
 
 
-def _call_form(writing: Writing, tool: Tool) -> CallForm:
-    begin, end = (text.replace("%s", tool.name) for text in writing.call)
+def _call_form(syntax: Syntax, tool: Tool) -> CallForm:
+    begin, end = (text.replace("%s", tool.name) for text in syntax.call)
     schema: dict[str, Any] = {"type": "object", **tool.parameters}
-    if writing.argument is None:
+    if syntax.argument is None:
         return CallForm(tool.name, begin, schema, end, None)
     definitions = {key: schema[key] for key in _DEFINITIONS if key in schema}
-    before, after = writing.argument
+    before, after = syntax.argument
     arguments = tuple(
         ArgumentForm(
             name=name,
             begin=before.replace("%s", name),
             schema={**of_name, **definitions} if isinstance(of_name, Mapping) else {},
-            is_text=writing.has_text and "string" in property_types(schema, name),
+            is_text=syntax.has_text and "string" in property_types(schema, name),
             is_required=name in schema.get("required", ()),
             end=after,
         )

@@ -1,15 +1,16 @@
 """Formats whose arguments are written one by one and without types: Qwen3-Coder and GLM-4.5.
 
-Strings are told as they come; what the tool's schema says is something else, when it is whole.
+Strings are emitted as they come; values of other types, by the tool's schema, when they are whole.
 """
 
 import json
 import re
+from io import StringIO
 from typing import ClassVar
 
 from modeling.text.parsers.reader import Ended, Marks, Steps
 from modeling.text.parsers.schema_types import as_json, property_types
-from modeling.text.parsers.structure import Writing
+from modeling.text.parsers.structure import Syntax
 from modeling.text.parsers.tool_parser import MAX_HELD_CHARS, MAX_NAME_CHARS, NAME, ToolParser
 
 _KEY = re.compile(r"[^<>\n]+")
@@ -35,13 +36,13 @@ class _UntypedArguments(ToolParser):
             yield from self._until(self.value_ends, self._string_body)
             self._arguments('"')
             return
-        held: list[str] = []
+        held = StringIO()
         try:
-            yield from self._until(self.value_ends, held.append, MAX_HELD_CHARS)
+            yield from self._until(self.value_ends, held.write, MAX_HELD_CHARS)
         except Ended:
-            self._arguments("".join(held))
+            self._arguments(held.getvalue())
             raise
-        self._arguments(as_json("".join(held), types))
+        self._arguments(as_json(held.getvalue(), types))
 
     def _string_body(self, text: str) -> None:
         self._arguments(json.dumps(text, ensure_ascii=False)[1:-1])
@@ -54,7 +55,7 @@ class Qwen3Coder(_UntypedArguments):
     ends = ("</tool_call>",)
     value_ends = Marks("\n</parameter>", "</parameter>")
     special_tokens = ("<tool_call>", "</tool_call>")
-    writing = Writing(
+    syntax = Syntax(
         triggers=marks,
         call=("<tool_call>\n<function=%s>\n", "</function>\n</tool_call>"),
         between="\n",
@@ -89,7 +90,7 @@ class Glm45(_UntypedArguments):
         *("<tool_call>", "</tool_call>"),
         *("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
     )
-    writing = Writing(
+    syntax = Syntax(
         triggers=marks,
         call=("<tool_call>%s\n", "</tool_call>"),
         between="\n",

@@ -1,4 +1,4 @@
-"""What the parsers' tests share: tools, reading a text in pieces, writing calls by a structure."""
+"""What the parsers' tests share: tools, reading a text in pieces, syntax calls by a structure."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -49,11 +49,11 @@ def read(  # all that an answer's reading depends on
     prompt: str = "",
     cuts: Sequence[int] = (),
     tools: Sequence[Tool] = TOOLS,
-    holds_calls: bool = False,
+    buffer_calls: bool = False,
 ) -> list[Delta]:
     """The deltas of an answer that comes in pieces, cut at some places."""
     parser = OutputFormat(tool_call_parser, reasoning_parser).parser(
-        prompt=prompt, tools=tools, seed="request", holds_calls=holds_calls
+        prompt=prompt, tools=tools, id_seed="request", buffer_calls=buffer_calls
     )
     deltas: list[Delta] = []
     for start, end in pairwise([0, *sorted(cuts), len(text)]):
@@ -63,19 +63,19 @@ def read(  # all that an answer's reading depends on
 
 def write(structure: Structure, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     """Calls as a grammar made from a structure would let a model write them."""
-    writing = structure.writing
+    syntax = structure.syntax
     forms = {form.name: form for form in structure.calls}
     written = [
         forms[name].begin + _arguments(structure, forms[name], arguments) + forms[name].end
         for name, arguments in calls
     ]
-    return writing.before + writing.between.join(written) + writing.after
+    return syntax.before + syntax.between.join(written) + syntax.after
 
 
 def _arguments(structure: Structure, form: CallForm, arguments: Mapping[str, Any]) -> str:
     if form.arguments is None:
         return json.dumps(arguments)
-    return structure.writing.between_arguments.join(
+    return structure.syntax.between_arguments.join(
         argument.begin
         + (
             value

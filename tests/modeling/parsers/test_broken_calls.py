@@ -94,7 +94,7 @@ def test_a_call_that_breaks_after_it_was_told_keeps_all_text_up_to_its_end(
 )
 def test_a_broken_call_of_an_answer_that_is_not_streamed_is_text(parser: str, text: str) -> None:
     for cuts in ((), range(len(text))):
-        assert read(text, parser, cuts=cuts, holds_calls=True) == [Content(text)]
+        assert read(text, parser, cuts=cuts, buffer_calls=True) == [Content(text)]
 
 
 def test_a_broken_call_does_not_hide_the_next() -> None:
@@ -133,12 +133,12 @@ def test_a_broken_call_does_not_hide_the_next() -> None:
         ),
     ],
 )
-@pytest.mark.parametrize("holds_calls", [False, True], ids=["streamed", "held"])
+@pytest.mark.parametrize("buffer_calls", [False, True], ids=["streamed", "held"])
 def test_a_call_that_ends_at_a_limit_is_told_as_far_as_it_came(
-    parser: str, text: str, holds_calls: bool
+    parser: str, text: str, buffer_calls: bool
 ) -> None:
     for cuts in ((), range(len(text))):
-        call, arguments = read(text, parser, cuts=cuts, holds_calls=holds_calls)
+        call, arguments = read(text, parser, cuts=cuts, buffer_calls=buffer_calls)
         assert isinstance(call, ToolCall)
         assert call.name == "get_weather"
         assert arguments == Arguments(0, '{"days": 3, "city": "Be')

@@ -3,10 +3,10 @@
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling.text.parsers.deltas import Arguments, Content, ToolCall
+from modeling.text.parsers.deltas import Arguments, Content, Delta, ToolCall
 from modeling.text.parsers.formats import REASONING_PARSERS, TOOL_CALL_PARSERS, OutputFormat
 from modeling.text.parsers.reader import MAX_BLANK_CHARS
 from tests.modeling.parsers.reading import TOOLS, deepseek, read
@@ -63,41 +63,31 @@ def _cuts(text: str) -> st.SearchStrategy[list[int]]:
 
 
 @pytest.mark.parametrize("parser", FRAGMENTS)
-@pytest.mark.parametrize("holds_calls", [False, True], ids=["streamed", "held"])
-@given(data=st.data())
-def test_a_cut_changes_nothing(parser: str, holds_calls: bool, data: st.DataObject) -> None:
+@given(data=st.data(), buffer_calls=st.booleans())
+def test_a_cut_changes_nothing(parser: str, buffer_calls: bool, data: st.DataObject) -> None:
     text = data.draw(_texts(parser))
-    whole = read(text, parser, holds_calls=holds_calls)
-    assert read(text, parser, cuts=data.draw(_cuts(text)), holds_calls=holds_calls) == whole
+    deltas = read(text, parser, buffer_calls=buffer_calls)
+    cuts = data.draw(_cuts(text))
+    assert read(text, parser, buffer_calls=buffer_calls, cuts=cuts) == deltas
+    _check_order(deltas)
+    if parser != "openai" and not any(isinstance(delta, ToolCall) for delta in deltas):
+        assert deltas == ([Content(text)] if text else [])
 
 
-@pytest.mark.parametrize("parser", FRAGMENTS)
-@given(data=st.data())
-def test_deltas_are_what_a_chat_stream_may_send(parser: str, data: st.DataObject) -> None:
-    """Calls are numbered from 0 on, each is told once and before its arguments."""
+def _check_order(deltas: list[Delta]) -> None:
+    """Calls are numbered from 0 on, and each begins once and before its arguments."""
     begun = 0
-    for delta in read(data.draw(_texts(parser)), parser):
+    for delta in deltas:
         if isinstance(delta, ToolCall):
             assert delta.index == begun
-            begun += 1
             assert delta.name
+            begun += 1
         elif isinstance(delta, Arguments):
             assert delta.index == begun - 1
 
 
 @pytest.mark.parametrize("parser", NOT_HARMONY)
-@pytest.mark.parametrize("holds_calls", [False, True], ids=["streamed", "held"])
-@given(data=st.data())
-def test_an_answer_without_calls_is_its_text(
-    parser: str, holds_calls: bool, data: st.DataObject
-) -> None:
-    text = data.draw(_texts(parser))
-    deltas = read(text, parser, holds_calls=holds_calls)
-    if not any(isinstance(delta, ToolCall) for delta in deltas):
-        assert deltas == ([Content(text)] if text else [])
-
-
-@pytest.mark.parametrize("parser", NOT_HARMONY)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_no_letter_that_is_not_markup_is_lost(parser: str, data: st.DataObject) -> None:
     """Wherever it stood; in harmony, what stands in the header of a message is markup."""
@@ -109,27 +99,38 @@ def test_no_letter_that_is_not_markup_is_lost(parser: str, data: st.DataObject) 
         )
     )
     deltas = read("".join(parts), parser)
-    told = "".join(delta.text for delta in deltas if not isinstance(delta, ToolCall))
-    told += "".join(delta.name for delta in deltas if isinstance(delta, ToolCall))
-    assert sorted(re.findall("[ÄÖÜ]", told)) == sorted(re.findall("[ÄÖÜ]", "".join(parts)))
+    emitted = "".join(delta.text for delta in deltas if not isinstance(delta, ToolCall))
+    emitted += "".join(delta.name for delta in deltas if isinstance(delta, ToolCall))
+    assert sorted(re.findall("[ÄÖÜ]", emitted)) == sorted(re.findall("[ÄÖÜ]", "".join(parts)))
 
 
 @pytest.mark.parametrize("parser", NOT_HARMONY)
+@settings(max_examples=40)
 @given(text=st.text("ab <\n[T{|_", max_size=40))
 def test_only_what_may_become_markup_is_held_back(parser: str, text: str) -> None:
     kind = TOOL_CALL_PARSERS[parser]
-    stream = OutputFormat(parser).parser(prompt="", tools=TOOLS, seed="request")
-    told = ""
+    stream = OutputFormat(parser).parser(prompt="", tools=TOOLS, id_seed="request")
+    emitted = ""
     for at, character in enumerate(text):
-        told += "".join(d.text for d in stream.push(character) if isinstance(d, Content))
-        held = text[len(told) : at + 1]
-        assert text.startswith(told)
+        emitted += "".join(d.text for d in stream.push(character) if isinstance(d, Content))
+        held = text[len(emitted) : at + 1]
+        assert text.startswith(emitted)
         bare = held.lstrip()
-        marks = [mark.lstrip() for mark in (*kind.marks, kind.opening)]
+        marks = [mark.lstrip() for mark in (*kind.marks, kind.first_mark)]
         assert any(mark.startswith(bare) or bare.rstrip().startswith(mark) for mark in marks)
 
 
-@pytest.mark.parametrize("parser", REASONING_PARSERS)
+@pytest.mark.parametrize(
+    ("parser", "text"),
+    [("pythonic", "\n[see("), ("llama3_json", '\n{"city"'), ("hermes", '<tool_call>{"a"')],
+)
+def test_what_cannot_become_a_call_is_released_at_once(parser: str, text: str) -> None:
+    stream = OutputFormat(parser).parser(prompt="", tools=TOOLS, id_seed="request")
+    assert stream.push(text) == [Content(text)]
+
+
+@pytest.mark.parametrize("parser", ["qwen3", "mistral", "granite"])
+@settings(max_examples=40)
 @given(data=st.data())
 def test_a_cut_changes_nothing_in_reasoning(parser: str, data: st.DataObject) -> None:
     form = REASONING_PARSERS[parser]

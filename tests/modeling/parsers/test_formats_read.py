@@ -225,9 +225,10 @@ ANSWERS: dict[str, tuple[str, str, str, Calls]] = {
         [],
     ),
     "harmony: no markup at all": ("openai", "to be or not <|be", "to be or not <|be", []),
-    "harmony: a message without a text": (
+    "harmony: two messages without a text": (
         "openai",
-        "<|channel|>commentary?<|end|><|start|>assistant<|channel|>final<|message|>Yes.",
+        "<|channel|>commentary?<|end|><|start|>assistant<|channel|>analysis<|start|>assistant"
+        "<|channel|>final<|message|>Yes.",
         "Yes.",
         [],
     ),
@@ -235,11 +236,11 @@ ANSWERS: dict[str, tuple[str, str, str, Calls]] = {
 
 
 @pytest.mark.parametrize("title", ANSWERS)
-@pytest.mark.parametrize("holds_calls", [False, True], ids=["streamed", "held"])
-def test_a_format_is_read_as_its_models_write_it(title: str, holds_calls: bool) -> None:
+@pytest.mark.parametrize("buffer_calls", [False, True], ids=["streamed", "held"])
+def test_a_format_is_read_as_its_models_write_it(title: str, buffer_calls: bool) -> None:
     parser, text, content, calls = ANSWERS[title]
     for cuts in ((), range(len(text))):
-        message = collect(read(text, parser, cuts=cuts, holds_calls=holds_calls))
+        message = collect(read(text, parser, cuts=cuts, buffer_calls=buffer_calls))
         assert message.content == content
         assert message.reasoning == ""
         assert [(call.name, json.loads(call.arguments)) for call in message.calls] == calls
@@ -247,9 +248,9 @@ def test_a_format_is_read_as_its_models_write_it(title: str, holds_calls: bool) 
 
 def test_a_call_is_told_before_its_arguments_which_come_in_pieces() -> None:
     text = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Bern"}}\n</tool_call>'
-    parser = OutputFormat("hermes").parser(prompt="", tools=TOOLS, seed="request")
-    told = [parser.push(character) for character in text]
-    after = {text[: at + 1]: deltas for at, deltas in enumerate(told) if deltas}
+    parser = OutputFormat("hermes").parser(prompt="", tools=TOOLS, id_seed="request")
+    emitted = [parser.push(character) for character in text]
+    after = {text[: at + 1]: deltas for at, deltas in enumerate(emitted) if deltas}
     (begun, brace), *pieces = after.values()
     assert isinstance(begun, ToolCall)
     assert (begun.index, begun.name, brace) == (0, "get_weather", Arguments(0, "{"))

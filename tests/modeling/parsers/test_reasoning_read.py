@@ -34,7 +34,7 @@ def test_reasoning_stands_between_its_markers_and_white_space_beside_them_is_mar
         assert _read(text.format(thought), parser) == expected
 
 
-def test_a_prompt_that_ends_with_the_opening_marker_begins_the_reasoning() -> None:
+def test_a_prompt_that_ends_with_the_first_mark_marker_begins_the_reasoning() -> None:
     assert _read("Well.\n</think>\n\nYes.", "qwen3", "...<think>\n") == ("Well.", "Yes.", 0)
     assert _read("<think>Well.</think>Yes.", "qwen3", "...<think>\n") == ("Well.", "Yes.", 0)
 

@@ -6,8 +6,8 @@ from modeling.text.parsers.reader import Ended, Malformed, Marks, Reader, Steps
 
 
 @dataclass(frozen=True, slots=True)
-class ThinkingForm:
-    """The markers, each in the ways that models write it."""
+class ReasoningMarkers:
+    """The texts around reasoning, each in the ways that models write it."""
 
     opens: tuple[str, ...]
     closes: tuple[str, ...]
@@ -17,28 +17,30 @@ class ThinkingForm:
         return prompt.rstrip().endswith(self.opens)
 
 
-class Thinking(Reader):
+class ReasoningParser(Reader):
     """Reads reasoning and, after it, content: everything, if the answer begins with something else.
 
     White space beside the markers belongs to them.
 
     Args:
-        form: the markers.
-        is_opened: the prompt wrote the opening one already. The answer may repeat it.
+        markers: of the model.
+        is_opened: the prompt has the opening one already. The answer may repeat it.
     """
 
-    def __init__(self, form: ThinkingForm, *, is_opened: bool) -> None:
+    def __init__(self, markers: ReasoningMarkers, *, is_opened: bool) -> None:
         super().__init__()
-        self._form = form
+        self._markers = markers
         self._is_opened = is_opened
 
     def _run(self) -> Steps[None]:
-        self._raw = []
+        self._hold()
         try:
             is_thinking = yield from self._opening()
             if is_thinking:
                 self._raw = None
-                yield from self._until(Marks(*self._form.closes, with_blank=True), self._reasoning)
+                yield from self._until(
+                    Marks(*self._markers.closes, with_blank=True), self._reasoning
+                )
                 yield from self._skip_space()
             else:
                 self._give_back()
@@ -51,13 +53,13 @@ class Thinking(Reader):
     def _opening(self) -> Steps[bool]:
         try:
             yield from self._skip_space()
-            found = yield from self._literal(*self._form.opens)
+            found = yield from self._literal(*self._markers.opens)
             if found:
                 self._raw = None
                 yield from self._skip_space()
         except Ended:
             self._rest()
-            (self._reasoning if self._is_opened else self._content)("".join(self._raw or ()))
+            (self._reasoning if self._is_opened else self._content)(self._held())
             raise
         return bool(found) or self._is_opened
 
