@@ -91,9 +91,14 @@ def quarantined() -> RequestError:
     )
 
 
-def invalid_value(param: str, message: str) -> RequestError:
+def invalid_value(param: str, message: str, code: str = "invalid_value") -> RequestError:
     """A field, or a part of a query, has a value that it cannot have."""
-    return RequestError(message, code="invalid_value", param=param)
+    return RequestError(message, code=code, param=param)
+
+
+def unsupported(param: str, message: str) -> RequestError:
+    """A field, or a value of it, is not served here."""
+    return invalid_value(param, message, "unsupported_parameter")
 
 
 def internal_error() -> RequestError:

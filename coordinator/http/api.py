@@ -26,6 +26,7 @@ from coordinator.http.frontend import Frontend, RequestContext
 from coordinator.http.generation import PATHS, generate
 from coordinator.http.metrics import render
 from coordinator.text.tasks import Json, ReadDetokenize, ReadTokenize
+from coordinator.validation.parameters import check_model
 from protocol.errors import RequestError
 
 _log = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ def _add_generation(app: FastAPI, frontend: Frontend) -> None:
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        frontend.check_model(name)
+        check_model(frontend.config, name)
         return _model(frontend, name)
 
     @app.get("/v1/requests/{request_id}/timeline")

@@ -36,7 +36,6 @@ from coordinator.requests.traces import Traces
 from coordinator.text.tasks import Fields, ReadFields
 from coordinator.text.workers import TextWorkers
 from coordinator.validation.bodies import Body, Budget, receive_body
-from coordinator.validation.parameters import check_model
 from modeling.checkpoint.config import ModelConfig
 from modeling.facts import CheckpointFacts
 from modeling.text.parsers.formats import OutputFormat
@@ -123,10 +122,6 @@ class Frontend:
         pools = (pool for pool in self.registry.pools.values() if 0 in pool.ranks)
         memory = [PoolMemory.of(pool) for pool in pools]
         return make_report(self.config, self.facts, memory, self.max_model_len)
-
-    def check_model(self, name: str | None) -> None:
-        """Raises RequestError when ``name`` is given and is not the model that is served."""
-        check_model(self.config, name)
 
     @asynccontextmanager
     async def body(self, request: Request) -> AsyncIterator[Body]:

@@ -40,7 +40,7 @@ async def generate(frontend: Frontend, context: RequestContext, path: str, body:
         found,
         shape(
             return_token_ids=found.options.return_token_ids,
-            with_logprobs=found.with_logprobs,
+            with_logprobs=found.options.sampling.num_logprobs is not None,
             bytes_of=frontend.tokenizer.token_bytes,
         ),
     )

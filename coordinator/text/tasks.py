@@ -132,7 +132,6 @@ class Prepared(_Message, frozen=True):
     prompts: list[PackedPrompt]
     samplings: list[SamplingParams]
     salt: str
-    with_logprobs: bool
     echoed: list[str] = []
     parsing: Parsing | None = None  # None: an answer is its text
     attached: Attached | None = None

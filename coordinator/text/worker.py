@@ -19,6 +19,7 @@ from typing import Any
 
 import msgspec
 
+from coordinator.errors import invalid_value
 from coordinator.jobs.batches.input import LineReader, request_of
 from coordinator.jobs.documents.document import Document, check_size
 from coordinator.jobs.documents.document_files import read_text, read_tokens
@@ -53,7 +54,7 @@ from coordinator.validation.chat_body import read_chat, read_messages, render_ch
 from coordinator.validation.completion_body import read_completion
 from coordinator.validation.document_bodies import read_document
 from coordinator.validation.json_body import parse_json
-from coordinator.validation.parameters import check_token_ids
+from coordinator.validation.parameters import check_model, check_token_ids
 from coordinator.validation.reading import Reading
 from coordinator.validation.schemas import DetokenizeBody, TokenizeBody, UnknownFields, validate
 from coordinator.validation.tools import read_offer
@@ -167,11 +168,9 @@ class TextWorker:
 
     def _tokenize(self, reading: Reading, fields: dict[str, Any]) -> Json:
         body = validate(TokenizeBody, fields)
-        reading.check_model(body.model)
+        check_model(self._config, body.model)
         if (body.prompt is None) == (body.messages is None):
-            raise RequestError(
-                "give either prompt or messages", code="invalid_value", param="prompt"
-            )
+            raise invalid_value("prompt", "give either prompt or messages")
         tokenizer = self._tools.tokenizer
         if body.prompt is not None:
             reading.check_text(body.prompt, "prompt")
@@ -194,7 +193,7 @@ class TextWorker:
 
     def _detokenize(self, reading: Reading, fields: dict[str, Any]) -> Json:
         body = validate(DetokenizeBody, fields)
-        reading.check_model(body.model)
+        check_model(self._config, body.model)
         token_ids = check_token_ids("tokens", body.tokens, reading.model.vocab_size)
         self._enter(Stage.ENCODING, len(token_ids))
         return _json({"prompt": self._tools.tokenizer.decode(token_ids, skip_special_tokens=False)})

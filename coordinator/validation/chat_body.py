@@ -10,11 +10,12 @@ import msgspec
 
 from coordinator.auth import Tenant
 from coordinator.config import Limits
+from coordinator.errors import invalid_value, unsupported
 from coordinator.jobs.questions.prompts import chat_prompt, check_system
 from coordinator.text.tasks import NeedsDocument, Parsing, Prepared, Stage
 from coordinator.validation.forms import read_form
 from coordinator.validation.parameters import Options
-from coordinator.validation.reading import Encoder, Named, Reading
+from coordinator.validation.reading import Named, Reading
 from coordinator.validation.schemas import ChatBody, TokenizeBody
 from coordinator.validation.tools import Offer, read_calls, read_offer
 from modeling.text.chat_template import RenderedChat
@@ -25,15 +26,8 @@ MESSAGES = "messages"
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 REASONING = ("reasoning_content", "reasoning")
 PROMPT_END_CHARS = 256  # of a prompt, by which it is seen whether it has begun the reasoning
-NOT_SUPPORTED = (  # of a message
-    "function_call",
-    "audio",
-    "prefix",
-    "partial",
-    "images",
-    "attachments",
-    "file_ids",
-)
+# of a message
+NOT_SUPPORTED = "function_call audio prefix partial images attachments file_ids".split()
 SHOWN = ("name", "tool_call_id", *REASONING)  # what a template may show beside the content
 KNOWN = frozenset(
     {"role", "content", "refusal", "annotations", "tool_calls", *SHOWN, *NOT_SUPPORTED}
@@ -41,10 +35,7 @@ KNOWN = frozenset(
 
 
 def read_chat(
-    reading: Reading,
-    tenant: Tenant,
-    fields: dict[str, Any],
-    document: Named | None,
+    reading: Reading, tenant: Tenant, fields: dict[str, Any], document: Named | None
 ) -> Prepared | NeedsDocument:
     """The request that ``fields`` ask for; what it names first, if that has not been opened.
 
@@ -53,13 +44,8 @@ def read_chat(
     """
     body = reading.begin(ChatBody, fields)
     if body.top_logprobs and not body.logprobs:
-        raise RequestError(
-            "top_logprobs needs logprobs: true", code="invalid_value", param="top_logprobs"
-        )
-    options = reading.options(
-        body,
-        num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-    )
+        raise invalid_value("top_logprobs", "top_logprobs needs logprobs: true")
+    options = reading.options(body, (body.top_logprobs or 0) if body.logprobs else None)
     document_id, given = take_document(body.messages)
     messages = read_messages(reading, given)
     offer = read_offer(reading.tools, body.tools, body.tool_choice, body.parallel_tool_calls)
@@ -67,25 +53,22 @@ def read_chat(
         return NeedsDocument(document_id)
     if document is None:
         text, token_ids = render_chat(reading, messages, body, offer)
-        encoders: list[Encoder] = [lambda _tools: token_ids]
         attached = None
     else:
         _check_plain(body)
         check_system(document[0].document, messages, MESSAGES)
         reading.enter(Stage.ENCODING, _size(messages))
         made = chat_prompt(reading.tools, *document, messages)
-        text, encoders, attached = "", [lambda _tools: made.token_ids], made.attached
+        text, token_ids, attached = "", made.token_ids, made.attached
     options = _held_to(reading, options, body, offer, text)
-    prepared = reading.prepare(options, tenant, encoders, MESSAGES, attached)
+    prepared = reading.prepare(options, tenant, [lambda: token_ids], MESSAGES, attached)
     called = offer.tools if offer is not None and offer.choice != "none" else ()
     is_read = body.separate_reasoning is not False or called
-    return msgspec.structs.replace(
-        prepared,
-        with_logprobs=bool(body.logprobs),
-        parsing=Parsing(called, text[-PROMPT_END_CHARS:], body.include_reasoning is not False)
-        if is_read and (called or reading.tools.format.reasoning_parser != NONE)
-        else None,
-    )
+    if is_read and (called or reading.tools.format.reasoning_parser != NONE):
+        shows_reasoning = body.include_reasoning is not False
+        parsing = Parsing(called, text[-PROMPT_END_CHARS:], shows_reasoning)
+        return msgspec.structs.replace(prepared, parsing=parsing)
+    return prepared
 
 
 def _held_to(
@@ -95,11 +78,8 @@ def _held_to(
     asked, spell = read_form(body), reading.spell
     if asked is not None and offer is not None and offer.choice != "none":
         # Either might come, and none of the two grammars has room for the other.
-        raise RequestError(
-            f"{asked[1]} cannot be had together with tools: give one, or tool_choice none",
-            code="unsupported_parameter",
-            param=asked[1],
-        )
+        message = f"{asked[1]} cannot be had together with tools: give one, or tool_choice none"
+        raise unsupported(asked[1], message)
     if asked is None:
         grammar = None if offer is None else offer.grammar(reading.tools, spell)
         asked = None if grammar is None else (grammar, "tools")
@@ -126,11 +106,10 @@ def render_chat(
     reading.enter(Stage.RENDERING, _size(messages))
     continues = bool(body.continue_final_message)
     if continues and (body.add_generation_prompt or messages[-1]["role"] != "assistant"):
-        raise RequestError(
+        raise invalid_value(
+            "continue_final_message",
             "continue_final_message goes on with the last message: it must be an assistant's, and "
             "add_generation_prompt false",
-            code="invalid_value",
-            param="continue_final_message",
         )
     rendered = RenderedChat(
         tools.chat_template,
@@ -154,22 +133,18 @@ def _variables(reading: Reading, body: ChatBody | TokenizeBody) -> dict[str, Any
     given = dict(body.chat_template_kwargs or {})
     if isinstance(body, ChatBody) and body.reasoning_effort is not None:
         if "reasoning_effort" not in known and body.reasoning_effort != "none":
-            raise RequestError(
-                "this model's chat template knows no reasoning_effort",
-                code="unsupported_parameter",
-                param="reasoning_effort",
-            )
+            message = "this model's chat template knows no reasoning_effort"
+            raise unsupported("reasoning_effort", message)
         given.setdefault("reasoning_effort", body.reasoning_effort)
         if body.reasoning_effort == "none" and "enable_thinking" in known:
             given.setdefault("enable_thinking", False)
     for name in given.keys() - known:
         if name == "reasoning_effort":
             continue
-        raise RequestError(
+        raise unsupported(
+            "chat_template_kwargs",
             f"chat_template_kwargs.{name[:64]}: this model's chat template does not use it; it "
             f"uses {', '.join(sorted(known - _GIVEN)) or 'none'}",
-            code="unsupported_parameter",
-            param="chat_template_kwargs",
         )
     return {**reading.config.default_chat_template_kwargs, **given}
 
@@ -183,11 +158,7 @@ def _check_plain(body: ChatBody) -> None:
     """A document's prompt is the same in every request: what would change it is refused."""
     for name in ("tools", "chat_template_kwargs", "reasoning_effort", "continue_final_message"):
         if getattr(body, name):
-            raise RequestError(
-                f"{name} cannot be had together with a document",
-                code="unsupported_parameter",
-                param=name,
-            )
+            raise unsupported(name, f"{name} cannot be had together with a document")
 
 
 def _size(messages: list[dict[str, Any]]) -> int:
@@ -224,11 +195,8 @@ def take_document(given: Any) -> tuple[str | None, Any]:  # noqa: ANN401 - a cal
             return None, given
         document_id = part.get("document_id")
         if not isinstance(document_id, str) or not 0 < len(document_id) <= 64:
-            raise RequestError(
-                f"messages[{number}].content[0].document_id must be the id of a document",
-                code="invalid_type",
-                param=MESSAGES,
-            )
+            where = f"messages[{number}].content[0].document_id"
+            raise _refusal(f"{where} must be the id of a document", "invalid_type")
         shown = {**message, "content": content[1:] or ""}
         return document_id, [*given[:number], shown, *given[number + 1 :]]
     return None, given
@@ -342,4 +310,4 @@ def _refusal_text(where: str, given: Any) -> str:  # noqa: ANN401 - a caller's J
 
 
 def _refusal(message: str, code: str) -> RequestError:
-    return RequestError(message, code=code, param="messages")
+    return invalid_value(MESSAGES, message, code)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from coordinator.config import JobLimits, Limits
+from coordinator.errors import invalid_value
 from coordinator.jobs.documents.document import CHAT, TEXT, Document, Pin, SystemMessage, new_id
 from coordinator.jobs.documents.pins import read_duration, read_pin
 from coordinator.jobs.engine.table import Idempotency
@@ -18,7 +19,7 @@ from coordinator.jobs.parsing.formats import HEAD_BYTES, identify, plain_name, u
 from coordinator.text.tasks import Asked, NeedsFile, ReadDocument, Uploaded
 from coordinator.validation.chat_body import read_messages
 from coordinator.validation.json_body import parse_json
-from coordinator.validation.parameters import check_token_ids
+from coordinator.validation.parameters import check_model, check_token_ids
 from coordinator.validation.reading import Reading
 from coordinator.validation.schemas import TokenIdList, validate
 from protocol.errors import RequestError
@@ -83,15 +84,15 @@ def read_document(
         RequestError: naming the field at fault.
     """
     body, uploaded, limits = validate(DocumentBody, fields), task.uploaded, reading.config.jobs
-    reading.check_model(body.model)
+    check_model(reading.config, body.model)
     if body.source is not None and body.source.file_id is not None and uploaded is None:
         if len(body.source.model_dump(exclude={"type"}, exclude_none=True)) > 1:
-            raise _invalid("source", ONE_SOURCE)
+            raise invalid_value("source", ONE_SOURCE)
         return NeedsFile(body.source.file_id)
     source = _source(reading, body, uploaded)
     form = body.form or CHAT
     if form == TEXT and source.kind == "messages":
-        raise _invalid("form", "form: a document made of messages is of form 'chat'")
+        raise invalid_value("form", "form: a document made of messages is of form 'chat'")
     name = plain_name(uploaded.file_name) if uploaded is not None else ""
     charset = uploaded.charset if uploaded is not None else ""
     salt = task.tenant.cache_salt(None)
@@ -134,7 +135,7 @@ def check_metadata(metadata: dict[str, Any], max_chars: int) -> dict[str, Any]:
     """
     is_large = any(len(k) + len(json.dumps(v)) > max_chars for k, v in metadata.items())
     if len(metadata) > MAX_METADATA_KEYS or is_large:
-        raise _invalid(
+        raise invalid_value(
             "metadata",
             f"metadata has at most {MAX_METADATA_KEYS} keys of {max_chars} characters each",
         )
@@ -158,7 +159,7 @@ def _source(reading: Reading, body: DocumentBody, uploaded: Uploaded | None) -> 
     given = body.source or SourceBody()
     kinds = [name for name in ("text", "messages", "token_ids") if getattr(given, name) is not None]
     if len(kinds) != 1:
-        raise _invalid("source", ONE_SOURCE)
+        raise invalid_value("source", ONE_SOURCE)
     if given.token_ids is not None:
         token_ids = check_token_ids("source", given.token_ids, reading.model.vocab_size)
         if not token_ids:
@@ -178,11 +179,11 @@ def _messages(reading: Reading, given: Any) -> tuple[str, tuple[SystemMessage, .
         raise
     is_document = last["role"] == "user" and set(last) == {"role", "content"}
     if not is_document or any(m["role"] not in ("system", "developer") for m in before):
-        raise _invalid(
+        raise invalid_value(
             "source", "source.messages are system messages and one user message: the document"
         )
     if sum(len(message["content"]) for message in before) > MAX_SYSTEM_CHARS:
-        raise _invalid("source", f"system messages have at most {MAX_SYSTEM_CHARS} characters")
+        raise invalid_value("source", f"system messages have at most {MAX_SYSTEM_CHARS} characters")
     return last["content"], tuple(SystemMessage(m["role"], m["content"]) for m in before)
 
 
@@ -211,7 +212,7 @@ def _media_type(name: str, uploaded: Uploaded) -> str:
 
 def _priority(priority: int, limits: JobLimits) -> int:
     if abs(priority) > limits.max_priority:
-        raise _invalid("priority", f"priority is from -{limits.max_priority} to its opposite")
+        raise invalid_value("priority", f"priority is from -{limits.max_priority} to its opposite")
     return priority
 
 
@@ -222,14 +223,16 @@ def _deadline(given: str | float | None, now: float) -> float | None:
     if isinstance(given, str):
         return now + read_duration(given, "deadline")
     if given <= now:
-        raise _invalid("deadline", "deadline is Unix time, and has passed; or a text such as '2h'")
+        raise invalid_value(
+            "deadline", "deadline is Unix time, and has passed; or a text such as '2h'"
+        )
     return float(given)
 
 
 def _ring_size(given: str | int | None) -> int:
     size = RING_SIZES.get("auto" if given is None else str(given))
     if size is None or isinstance(given, bool):
-        raise _invalid("cp", f"cp is one of {', '.join(RING_SIZES)}")
+        raise invalid_value("cp", f"cp is one of {', '.join(RING_SIZES)}")
     return size
 
 
@@ -238,7 +241,7 @@ def _idempotency(
 ) -> Idempotency | None:
     """Of a request that brings a key; ``named`` is its file's name, and the charset if it has."""
     if header is not None and body.idempotency_key not in (None, header):
-        raise _invalid("idempotency_key", "Idempotency-Key and idempotency_key differ")
+        raise invalid_value("idempotency_key", "Idempotency-Key and idempotency_key differ")
     key = header or body.idempotency_key
     if key is None:
         return None
@@ -258,7 +261,9 @@ def _idempotency(
 def check_idempotency_key(key: str) -> None:
     """Raises RequestError if a caller may not use such a key."""
     if not key.isprintable() or not 0 < len(key) <= 256:
-        raise _invalid("idempotency_key", "an idempotency key is 1 to 256 printable characters")
+        raise invalid_value(
+            "idempotency_key", "an idempotency key is 1 to 256 printable characters"
+        )
 
 
 def _contents(source: _Source) -> Sequence[bytes]:
@@ -268,10 +273,6 @@ def _contents(source: _Source) -> Sequence[bytes]:
     if source.text is not None:
         return (b"text", source.text)
     return (b"tokens", json.dumps(tuple(source.token_ids)).encode())
-
-
-def _invalid(param: str, message: str) -> RequestError:
-    return RequestError(message, code="invalid_value", param=param)
 
 
 def fields_of_form(form: Mapping[str, str], limits: Limits) -> dict[str, Any]:
@@ -298,4 +299,4 @@ def _json_of(name: str, text: str, limits: Limits) -> dict[str, Any]:
         return parse_json(text.encode("utf-8"), limits)
     except RequestError as error:
         why = str(error).replace("the body", "it")
-        raise _invalid(name, f"{name} must be a JSON object: {why}") from error
+        raise invalid_value(name, f"{name} must be a JSON object: {why}") from error

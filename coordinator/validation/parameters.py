@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from coordinator.config import CoordinatorConfig, Limits
+from coordinator.errors import invalid_value
 from coordinator.text.tokens import TextOptions
 from coordinator.validation.schemas import GenerationBody
 from modeling.checkpoint.config import ModelConfig
@@ -42,7 +43,6 @@ class Options:
 def read_options(
     body: GenerationBody,
     *,
-    max_tokens: int | None,
     default_max_tokens: int | None = None,
     num_logprobs: int | None,
     model: ModelConfig,
@@ -50,17 +50,25 @@ def read_options(
 ) -> Options:
     """Check the fields against each other and the model.
 
+    Args:
+        default_max_tokens: of the endpoint; None takes the model's.
+        num_logprobs: alternatives of each token that are shown; None shows no log-probabilities.
+
     Raises:
         RequestError: naming the field at fault.
     """
+    newer = body.max_completion_tokens  # of the two names it counts
+    max_tokens = body.max_tokens if newer is None else newer
     num_choices = body.n or 1
     if num_choices > limits.max_choices:
-        raise _invalid("n", f"n is {num_choices}, at most {limits.max_choices} are served")
+        raise invalid_value("n", f"n is {num_choices}, at most {limits.max_choices} are served")
     if body.stream_options is not None and not body.stream:
-        raise _invalid("stream_options", "stream_options needs stream: true")
+        raise invalid_value("stream_options", "stream_options needs stream: true")
     min_tokens = body.min_tokens or 0
     if max_tokens is not None and min_tokens > max_tokens:
-        raise _invalid("min_tokens", f"min_tokens {min_tokens} exceeds max_tokens {max_tokens}")
+        raise invalid_value(
+            "min_tokens", f"min_tokens {min_tokens} exceeds max_tokens {max_tokens}"
+        )
     _check_labels(body, limits)
     stream_options = body.stream_options
     return Options(
@@ -88,7 +96,7 @@ def read_options(
 def _sampling(
     body: GenerationBody, num_logprobs: int | None, model: ModelConfig, limits: Limits
 ) -> SamplingParams:
-    caller_stops = _token_ids("stop_token_ids", body.stop_token_ids or [], model.vocab_size)
+    caller_stops = check_token_ids("stop_token_ids", body.stop_token_ids or [], model.vocab_size)
     default = model.sampling
     ignore_eos = bool(body.ignore_eos)
     eos_token_ids = () if ignore_eos else model.eos_token_ids
@@ -133,7 +141,7 @@ def for_prompt(options: Options, num_prompt_tokens: int, max_model_len: int) -> 
             param="max_tokens",
         )
     if options.sampling.min_tokens > max_tokens:
-        raise _invalid(
+        raise invalid_value(
             "min_tokens",
             f"min_tokens {options.sampling.min_tokens} exceeds the {max_tokens} tokens that fit",
         )
@@ -179,15 +187,11 @@ def check_token_ids(param: str, token_ids: Sequence[Any], vocab_size: int) -> tu
     Raises:
         RequestError: something in it is no token of the model.
     """
-    return _token_ids(param, token_ids, vocab_size)
-
-
-def _token_ids(param: str, token_ids: Sequence[Any], vocab_size: int) -> tuple[int, ...]:
     # Not isinstance: true is an int there. Whole-list checks, since prompts may be a million long.
     if set(map(type, token_ids)) - {int}:
-        raise RequestError(f"{param}: token ids must be integers", code="invalid_type", param=param)
+        raise invalid_value(param, f"{param}: token ids must be integers", "invalid_type")
     if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
-        raise _invalid(param, f"{param}: token ids must be from 0 to {vocab_size - 1}")
+        raise invalid_value(param, f"{param}: token ids must be from 0 to {vocab_size - 1}")
     return tuple(token_ids)
 
 
@@ -196,32 +200,30 @@ def _first(*values: float | None) -> float:
     return float(next(value for value in values if value is not None))
 
 
-def _invalid(param: str, message: str) -> RequestError:
-    return RequestError(message, code="invalid_value", param=param)
-
-
 def _stops(stop: Any, limits: Limits) -> tuple[str, ...]:  # noqa: ANN401 - a caller's JSON value
     stops = [] if stop is None else [stop] if isinstance(stop, str) else stop
     if not isinstance(stops, list) or not all(isinstance(item, str) for item in stops):
-        raise RequestError(
-            "stop must be a string or a list of strings", code="invalid_type", param="stop"
-        )
+        raise invalid_value("stop", "stop must be a string or a list of strings", "invalid_type")
     if len(stops) > limits.max_stops:
-        raise _invalid("stop", f"{len(stops)} stop strings, at most {limits.max_stops} are served")
+        raise invalid_value(
+            "stop", f"{len(stops)} stop strings, at most {limits.max_stops} are served"
+        )
     if not all(1 <= len(item) <= limits.max_stop_chars for item in stops):
-        raise _invalid("stop", f"a stop string has 1 to {limits.max_stop_chars} characters")
+        raise invalid_value("stop", f"a stop string has 1 to {limits.max_stop_chars} characters")
     return tuple(stops)
 
 
 def _logit_bias(given: dict[str, float], vocab_size: int, limits: Limits) -> dict[int, float]:
     if len(given) > limits.max_logit_bias:
-        raise _invalid("logit_bias", f"logit_bias has more than {limits.max_logit_bias} entries")
+        raise invalid_value(
+            "logit_bias", f"logit_bias has more than {limits.max_logit_bias} entries"
+        )
     bias: dict[int, float] = {}
     for key, value in given.items():
         is_number = key.isascii() and key.isdigit() and len(key) <= 10
         # "07" beside "7" would be one token with two biases.
         if not is_number or str(int(key)) != key or int(key) >= vocab_size:
-            raise _invalid(
+            raise invalid_value(
                 "logit_bias", f"logit_bias: {key[:32]!r} is not a token id below {vocab_size}"
             )
         bias[int(key)] = value
@@ -230,7 +232,7 @@ def _logit_bias(given: dict[str, float], vocab_size: int, limits: Limits) -> dic
 
 def _check_labels(body: GenerationBody, limits: Limits) -> None:
     if body.user is not None and len(body.user) > limits.max_label_chars:
-        raise _invalid("user", f"user is longer than {limits.max_label_chars} characters")
+        raise invalid_value("user", f"user is longer than {limits.max_label_chars} characters")
     for key, value in (body.metadata or {}).items():
         if len(key) + len(str(value)) > limits.max_label_chars or len(body.metadata or {}) > 64:
-            raise _invalid("metadata", "metadata is too large")
+            raise invalid_value("metadata", "metadata is too large")

@@ -13,6 +13,7 @@ import msgspec
 
 from coordinator.auth import Tenant
 from coordinator.config import CoordinatorConfig, Limits
+from coordinator.errors import invalid_value, unsupported
 from coordinator.jobs.questions.prompts import Attached, Contents, Opened
 from coordinator.text.tasks import PackedPrompt, Prepared, Stage
 from coordinator.text.tokenizing import TextTools, as_prompt
@@ -27,11 +28,10 @@ from coordinator.validation.parameters import (
 from coordinator.validation.schemas import GenerationBody, UnknownFields, validate
 from modeling.checkpoint.config import ModelConfig
 from modeling.text.grammar import Spell, after_reasoning, check, spell_with
-from protocol.errors import RequestError
 
 MAX_BYTES_PER_TOKEN = 8  # a text longer than this for each token of the context is not tokenized
 
-Encoder = Callable[[TextTools], Sequence[int]]
+Encoder = Callable[[], Sequence[int]]
 Named = tuple[Opened, Contents]  # the document that a request names
 B = TypeVar("B", bound=GenerationBody)
 
@@ -59,21 +59,15 @@ class Reading:
         """
         body = validate(kind, fields)
         self.unknown_fields.note(kind, fields)
-        self.check_model(body.model)
+        check_model(self.config, body.model)
         return body
 
     def options(
-        self,
-        body: GenerationBody,
-        *,
-        default_max_tokens: int | None = None,
-        num_logprobs: int | None,
+        self, body: GenerationBody, num_logprobs: int | None, default_max_tokens: int | None = None
     ) -> Options:
-        """See :func:`read_options`; of two names the newer one counts."""
-        newer = body.max_completion_tokens
+        """See :func:`read_options`."""
         return read_options(
             body,
-            max_tokens=body.max_tokens if newer is None else newer,
             default_max_tokens=default_max_tokens,
             num_logprobs=num_logprobs,
             model=self.model,
@@ -92,11 +86,8 @@ class Reading:
             RequestError: it cannot be followed, or the model cannot end an answer.
         """
         if not self.model.eos_token_ids:
-            raise RequestError(
-                f"{param} cannot be had from this model: it has no end-of-sequence token",
-                code="unsupported_parameter",
-                param=param,
-            )
+            message = f"{param} cannot be had from this model: it has no end-of-sequence token"
+            raise unsupported(param, message)
         self.enter(Stage.RENDERING, len(grammar))
         check(grammar, param, num_tokens=self.tools.tokenizer.vocab_size)
         sampling = msgspec.structs.replace(options.sampling, grammar=grammar)
@@ -109,20 +100,15 @@ class Reading:
         if markers is None:
             return grammar
         if form.is_harmony and param != "tools":
-            raise RequestError(
+            raise unsupported(
+                param,
                 f"{param} is not supported for this model's format (harmony): offer a tool with "
                 f"this schema and force it by tool_choice",
-                code="unsupported_parameter",
-                param=param,
             )
         is_opened = markers.is_opened_by(prompt)
         return after_reasoning(
             grammar, markers.opens, markers.closes, self.spell, is_opened=is_opened
         )
-
-    def check_model(self, name: str | None) -> None:
-        """Raises RequestError when ``name`` is given and is not the model that is served."""
-        check_model(self.config, name)
 
     def check_text(self, text: str, param: str) -> None:
         """Refuse by its length a text that cannot fit, before it costs seconds to tokenize."""
@@ -137,37 +123,38 @@ class Reading:
         tenant: Tenant,
         encoders: Sequence[Encoder],
         param: str,
-        attached: Attached | None,
+        attached: Attached | None = None,
     ) -> Prepared:
         """The request, with every prompt of it.
+
+        Args:
+            param: the field that has the prompts.
+            attached: the document that they begin with.
 
         Raises:
             RequestError: a prompt is empty, too long, or not of the model's tokens.
         """
         most = self.limits.max_sequences
         if len(encoders) * options.num_choices > most:
-            raise RequestError(
+            raise invalid_value(
+                "n",
                 f"{len(encoders)} prompts with n {options.num_choices} each: at most {most} "
                 f"sequences are served in one request",
-                code="invalid_value",
-                param="n",
             )
         salt = tenant.cache_salt(options.cache_salt)
         if attached is not None:
             salt, attached = attached.salted(salt, is_own=options.cache_salt is not None)
         prompts, samplings, num_tokens = [], [], 0
         for encode in encoders:
-            token_ids = self._checked(encode(self.tools), param)
+            token_ids = self._checked(encode(), param)
             num_tokens += len(token_ids)
             if num_tokens > max(self.limits.max_prompt_tokens, self.max_model_len):
-                raise RequestError(
-                    f"the prompts have more than {self.limits.max_prompt_tokens} tokens together",
-                    code="too_large",
-                    param=param,
-                )
+                most = self.limits.max_prompt_tokens
+                message = f"the prompts have more than {most} tokens together"
+                raise invalid_value(param, message, "too_large")
             samplings.append(for_prompt(options, len(token_ids), self.max_model_len))
             prompts.append(self.packed(token_ids, salt, is_shown=options.return_token_ids))
-        return Prepared(options, prompts, samplings, salt, with_logprobs=False, attached=attached)
+        return Prepared(options, prompts, samplings, salt, attached=attached)
 
     def packed(
         self, token_ids: Sequence[int], salt: str, *, is_shown: bool = False
@@ -181,7 +168,7 @@ class Reading:
 
     def _checked(self, token_ids: Sequence[int], param: str) -> Sequence[int]:
         if not token_ids:
-            raise RequestError("the prompt is empty", code="empty_prompt", param=param)
+            raise invalid_value(param, "the prompt is empty", "empty_prompt")
         if len(token_ids) >= self.max_model_len:
             raise context_exceeded(len(token_ids), self.max_model_len, param)
         return check_token_ids(param, token_ids, self.model.vocab_size)

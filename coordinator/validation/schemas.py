@@ -13,177 +13,70 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from coordinator.errors import unsupported
 from protocol.errors import RequestError
 
 MAX_TOKENS = 2**31 - 1
 
 _log = logging.getLogger(__name__)
 
-# What some other server takes and what would change the answer, or names our insides, with the
-# values under which it changes nothing: under any other it is refused by name.
+# What some other server takes, and names our insides, or would change the answer whatever it says.
+_REFUSED = """
+    block_ids bootstrap_host bootstrap_port bootstrap_room cache_hashes custom_logit_processor
+    custom_params input_embeds input_ids kv_transfer_params logits_processors lora_path lora_request
+    mm_processor_kwargs prompt_embeds session_params vllm_xargs
+    allowed_token_ids repeat_last_n sampling_seed
+    chat_template document_id enable_thinking max_thinking_tokens prompt_mode reasoning
+    reasoning_effort think thinking thinking_budget thinking_token_budget
+    grammar guided_decoding_backend guided_whitespace_pattern response_schema
+    audio prediction prompt_logprobs truncate truncate_prompt_tokens web_search_options
+""".split()
+# Other names of what we have, which would be missed under ours.
+_OTHER_NAMES = """
+    extra_body inputs max_length max_new_tokens n_predict num_ctx num_predict options random_seed
+    sampling_params stop_sequences stop_strings stopping_strings
+""".split()
+# The values under which these change nothing: under any other they are refused by name, too.
 _PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
-    # our insides, and other servers'
-    **dict.fromkeys(
-        (
-            "block_ids",
-            "bootstrap_host",
-            "bootstrap_port",
-            "bootstrap_room",
-            "cache_hashes",
-            "custom_logit_processor",
-            "custom_params",
-            "input_embeds",
-            "input_ids",
-            "kv_transfer_params",
-            "logits_processors",
-            "lora_path",
-            "lora_request",
-            "mm_processor_kwargs",
-            "prompt_embeds",
-            "session_params",
-            "vllm_xargs",
-        ),
-        (),
-    ),
+    **dict.fromkeys(_REFUSED, ()),
+    **dict.fromkeys(_OTHER_NAMES, ((), [], {})),
     # templates are the checkpoint's
-    "add_generation_prompt": (True,),
+    "add_generation_prompt": (True,), "chat_template_kwargs": ({},), "documents": ([],),
     "add_special_tokens": (False,),  # of a chat: its template has them
-    "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
-    "document_id": (),
-    "documents": ([],),
-    "enable_thinking": (),
-    "reasoning": (),
-    "reasoning_effort": (),
-    "think": (),
-    "instructions": ("",),
-    "max_thinking_tokens": (),
-    "prompt_mode": (),
-    "safe_prompt": (False,),
-    "system": ("",),
-    "template": ("",),
-    "thinking": (),
-    "thinking_budget": (),
-    "thinking_token_budget": (),
+    "continue_final_message": (False,), "instructions": ("",), "safe_prompt": (False,),
+    "system": ("",), "template": ("",),
     # the other endpoint's: each is in the body that has it
-    "best_of": (1,),
-    "echo": (False,),
-    "input": ("", []),
-    "messages": ([],),
-    "prompt": ("", []),
+    "best_of": (1,), "echo": (False,), "input": ("", []), "messages": ([],), "prompt": ("", []),
     "top_logprobs": (0,),
     # tools and forms
-    "format": ("",),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    **dict.fromkeys(
-        (
-            "grammar",
-            "guided_decoding_backend",
-            "guided_whitespace_pattern",
-            "response_schema",
-        ),
-        (),
-    ),
+    "format": ("",), "function_call": ("none", "auto"), "functions": ([],),
+    "tool_choice": ("none", "auto"), "tools": ([],),
     # sampling that is not offered
-    "allowed_token_ids": (),
-    "bad_words": ([],),
-    "detokenize": (True,),
-    "do_sample": (True,),
-    "dry_multiplier": (0,),
-    "dynatemp_range": (0,),
-    "early_stopping": (False,),
-    "encoder_repetition_penalty": (1,),
-    "epsilon_cutoff": (0,),
-    "eta_cutoff": (0,),
-    "guidance_scale": (1,),
-    "length_penalty": (1,),
-    "min_length": (0,),
-    "min_new_tokens": (0,),
-    "mirostat": (0,),
-    "mirostat_mode": (0,),
-    "negative_prompt": ("",),
-    "no_repeat_ngram_size": (0,),
-    "nsigma": (0,),
-    "num_beams": (1,),
-    "penalty_alpha": (0,),
-    "repeat_last_n": (),
-    "repeat_penalty": (1,),
-    "sampling_seed": (),
-    "smoothing_factor": (0,),
-    "temperature_last": (False,),
-    "tfs": (1,),
-    "tfs_z": (1,),
-    "top_a": (0,),
-    "top_n_sigma": (-1, 0),
-    "typical": (1,),
-    "typical_p": (1,),
-    "use_beam_search": (False,),
-    "watermark": (False,),
+    "bad_words": ([],), "detokenize": (True,), "do_sample": (True,), "dry_multiplier": (0,),
+    "dynatemp_range": (0,), "early_stopping": (False,), "encoder_repetition_penalty": (1,),
+    "epsilon_cutoff": (0,), "eta_cutoff": (0,), "guidance_scale": (1,), "length_penalty": (1,),
+    "min_length": (0,), "min_new_tokens": (0,), "mirostat": (0,), "mirostat_mode": (0,),
+    "negative_prompt": ("",), "no_repeat_ngram_size": (0,), "nsigma": (0,), "num_beams": (1,),
+    "penalty_alpha": (0,), "repeat_penalty": (1,), "smoothing_factor": (0,),
+    "temperature_last": (False,), "tfs": (1,), "tfs_z": (1,), "top_a": (0,), "top_n_sigma": (-1, 0),
+    "typical": (1,), "typical_p": (1,), "use_beam_search": (False,), "watermark": (False,),
     "xtc_probability": (0,),
-    # other names of what we have, which would be missed under ours
-    **dict.fromkeys(
-        (
-            "extra_body",
-            "inputs",
-            "max_length",
-            "max_new_tokens",
-            "n_predict",
-            "num_ctx",
-            "num_predict",
-            "options",
-            "random_seed",
-            "sampling_params",
-            "stop_sequences",
-            "stop_strings",
-            "stopping_strings",
-        ),
-        ((), [], {}),
-    ),
     # other forms of the answer
-    "audio": (),
-    "decoder_input_details": (False,),
-    "images": ([],),
-    "include_reasoning": (True,),
-    "logprob_start_len": (-1,),
-    "modalities": (["text"],),
-    "models": ([],),
-    "n_probs": (0,),
-    "no_stop_trim": (False,),
-    "plugins": ([],),
-    "prediction": (),
-    "prompt_logprobs": (),
-    "return_hidden_states": (False,),
-    "return_tokens_as_token_ids": (False,),
-    "separate_reasoning": (True, False),
-    "spaces_between_special_tokens": (True,),
-    "stop_regex": ("", []),
-    "suffix": ("",),
-    "top_logprobs_num": (0,),
-    "transforms": ([],),
-    "truncate": (),
-    "truncate_prompt_tokens": (),
-    "verbosity": ("medium",),
-    "web_search_options": (),
+    "decoder_input_details": (False,), "images": ([],), "include_reasoning": (True,),
+    "logprob_start_len": (-1,), "modalities": (["text"],), "models": ([],), "n_probs": (0,),
+    "no_stop_trim": (False,), "plugins": ([],), "return_hidden_states": (False,),
+    "return_tokens_as_token_ids": (False,), "separate_reasoning": (True, False),
+    "spaces_between_special_tokens": (True,), "stop_regex": ("", []), "suffix": ("",),
+    "top_logprobs_num": (0,), "transforms": ([],), "verbosity": ("medium",),
     # who goes first: there is one class
-    "priority": (0,),
-    "service_tier": ("auto", "default"),
-}
+    "priority": (0,), "service_tier": ("auto", "default"),
+}  # fmt: skip
 # What clients send, and what changes no answer of ours.
 _WITHOUT_EFFECT = frozenset(
-    {
-        "logprobs_mode",
-        "prompt_cache_key",
-        "prompt_cache_retention",
-        "request_id",
-        "rid",
-        "safety_identifier",
-        "store",
-        "stream_reasoning",
-    }
+    """
+    logprobs_mode prompt_cache_key prompt_cache_retention request_id rid safety_identifier store
+    stream_reasoning
+    """.split()
 )
 MAX_UNKNOWN_FIELDS = 256
 
@@ -302,10 +195,10 @@ def validate(kind: type[B], body: dict[str, Any]) -> B:
             continue
         plain = _PLAIN_VALUES.get(name)
         if name.startswith("remote_") or (plain is not None and value not in plain):
-            raise _unsupported(name, "is not supported here")
+            raise unsupported(name[:64], f"{name[:64]} is not supported here")
         known = None if name in _PLAIN_VALUES else _spelt(kind).get(_bare(name))
         if known is not None:
-            raise _unsupported(name, f"is no field: {known} is")
+            raise unsupported(name[:64], f"{name[:64]} is no field: {known} is")
     try:
         return kind.model_validate(body)
     except ValidationError as error:
@@ -320,11 +213,6 @@ def _spelt(kind: type[BaseModel]) -> dict[str, str]:
 
 def _bare(name: str) -> str:
     return name.replace("_", "").replace("-", "").lower()
-
-
-def _unsupported(name: str, problem: str) -> RequestError:
-    shown = name[:64]
-    return RequestError(f"{shown} {problem}", code="unsupported_parameter", param=shown)
 
 
 class UnknownFields:

@@ -11,7 +11,6 @@ import pytest
 from bench.tokenizer_file import write_tokenizer
 from coordinator.auth import Tenant
 from coordinator.config import CoordinatorConfig, ExpectedPool
-from coordinator.text.in_process import InProcessWorkers
 from coordinator.text.tasks import Prepared, ReadChat, ReadCompletion, Settings
 from coordinator.validation.bodies import Body
 from modeling.checkpoint.config import load_config
@@ -19,6 +18,7 @@ from modeling.embedded import CHECKPOINT
 from modeling.text.tokenizer import load_tokenizer
 from protocol.errors import RequestError
 from protocol.token_ids import TokenIds
+from tests.coordinator.in_process import InProcessWorkers
 
 TENANT = Tenant("tenant", "salt")
 TEMPLATE = (

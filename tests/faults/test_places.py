@@ -20,7 +20,6 @@ from coordinator.jobs.engine.database import Database
 from coordinator.jobs.files.files import BATCH, Files, StoredFile
 from coordinator.jobs.files.folder import DurableFolder
 from coordinator.jobs.schema import prepare
-from coordinator.text.in_process import InProcessWorkers
 from coordinator.text.tasks import Settings
 from coordinator.text.tokenizing import TextIdentity
 from kvcache.pool import KVPool
@@ -30,6 +29,7 @@ from protocol.errors import RequestError
 from protocol.kv import KVLayout
 from protocol.process.crash_points import EXIT_FAILPOINT, CrashPoints
 from protocol.process.failpoints import ACTIONS, FAIL, KINDS
+from tests.coordinator.in_process import InProcessWorkers
 
 
 def test_without_failpoints_a_place_does_nothing() -> None:

@@ -31,7 +31,6 @@ def _options(defaults: SamplingDefaults, **body: Any) -> Options:
     model: ModelConfig = msgspec.structs.replace(ARITHMETIC, sampling=defaults)
     return read_options(
         validate(ChatBody, body),
-        max_tokens=body.get("max_tokens"),
         num_logprobs=None,
         model=model,
         limits=Limits(),

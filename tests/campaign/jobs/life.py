@@ -34,7 +34,6 @@ from coordinator.jobs.documents.ingestor import IngestRequest, IngestResult
 from coordinator.jobs.documents.states import DocumentState
 from coordinator.jobs.engine.table import Idempotency
 from coordinator.jobs.files.files import BATCH, StoredFile, new_file_id
-from coordinator.text.in_process import InProcessWorkers
 from coordinator.text.tasks import Settings
 from coordinator.text.tokenizing import load_tools
 from coordinator.validation.bodies import Body
@@ -44,6 +43,7 @@ from protocol.process.crash_points import CrashPoints
 from tests.campaign.jobs.asked import BLOCK_SIZE, SALT, SEGMENT_TOKENS, TENANT, answer_of, text_of
 from tests.campaign.jobs.asked import linked_lines as lines_of
 from tests.campaign.jobs.packs import PackIngestor
+from tests.coordinator.in_process import InProcessWorkers
 
 MANY = 10**6
 LOOK_S = 0.01

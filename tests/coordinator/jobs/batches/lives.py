@@ -22,11 +22,11 @@ from coordinator.http.frontend import Frontend
 from coordinator.http.line_server import LineServer
 from coordinator.jobs.batches.batches import BatchRequest
 from coordinator.jobs.files.files import BATCH, StoredFile, new_file_id
-from coordinator.text.in_process import InProcessWorkers
 from coordinator.text.tasks import Settings
 from coordinator.validation.bodies import Body
 from tests.campaign.jobs.asked import batch_lines
 from tests.coordinator.conftest import FakeCluster
+from tests.coordinator.in_process import InProcessWorkers
 from tests.coordinator.jobs.simulated_ingestor import SimulatedIngestor
 from tests.coordinator.jobs.world import BLOCK_SIZE, FINGERPRINT, POOLS, Observed, Server, config_of
 
