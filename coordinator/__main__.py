@@ -22,10 +22,10 @@ import msgspec
 import uvloop
 
 from coordinator.config import CoordinatorConfig, read_config
-from coordinator.control import Owner
+from coordinator.control import Owner, StartFailed
 from coordinator.http.frontend import Frontend
 from coordinator.node import News
-from coordinator.server import Coordinator, StartFailed
+from coordinator.server import Coordinator
 from protocol.errors import ConfigError
 from protocol.process.ending import ASKED, DRAIN, END, die_with_parent
 from protocol.process.limits import raise_open_files
@@ -80,8 +80,7 @@ async def _serve(config: CoordinatorConfig) -> None:
     await coordinator.run()
 
 
-def _say_ready(url: str, frontend: Frontend | None) -> None:
-    assert frontend is not None, "it answers"
+def _say_ready(url: str, frontend: Frontend) -> None:
     _say({"ready": url, "report": msgspec.json.encode(frontend.report()).decode()})
 
 

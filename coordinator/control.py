@@ -24,7 +24,7 @@ from coordinator.node import (
     StepDown,
 )
 from protocol.codec import Codec
-from protocol.errors import IllegalTransition, PeerError, VersionError
+from protocol.errors import BatonError, IllegalTransition, PeerError, VersionError
 from protocol.messages import ToCoordinator, ToRank
 from protocol.sockets import AsyncRouter
 
@@ -32,6 +32,10 @@ _INCOMING: Codec[ToCoordinator] = Codec(ToCoordinator)
 _OUTGOING: Codec[ToRank] = Codec(ToRank)
 
 _log = logging.getLogger(__name__)
+
+
+class StartFailed(BatonError):
+    """The cluster did not come up. The message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +64,8 @@ class Outlet:
 class ControlPlane:
     """The coordinator's end of every rank's connection.
 
-    ``complete`` is set when the cluster can answer for the first time; ``refused`` gets the reason
-    when a rank of ours was turned away before that.
+    ``started`` is done when the cluster can answer for the first time; it raises StartFailed if a
+    rank of ours was turned away before that.
 
     Args:
         router: bound.
@@ -70,8 +74,7 @@ class ControlPlane:
     """
 
     def __init__(self, router: AsyncRouter, outlet: Outlet, owner: Owner = Owner()) -> None:
-        self.complete = asyncio.Event()
-        self.refused: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._router = router
         self._outlet = outlet
         self._owner = owner
@@ -135,11 +138,10 @@ class ControlPlane:
                     node.on_unreachable(peer, str(error))
             case Report(news):
                 self._owner.tell(news)
-            case Complete():
-                self.complete.set()
-            case GiveUp(reason):
-                if not self.refused.done():
-                    self.refused.set_result(reason)
+            case Complete() if not self.started.done():
+                self.started.set_result(None)
+            case GiveUp(reason) if not self.started.done():
+                self.started.set_exception(StartFailed(f"a worker was refused: {reason}"))
             case StepDown(reason):
                 self._owner.on_stale(reason)
 

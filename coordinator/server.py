@@ -14,30 +14,24 @@
 
 import asyncio
 import contextlib
-import logging
 import os
-import socket
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import cast
-
-import uvicorn
+from typing import Any
 
 from coordinator.auth import Tenants
-from coordinator.cluster.registry import Registry
 from coordinator.config import CoordinatorConfig, public
-from coordinator.control import ControlPlane, Outlet, Owner
+from coordinator.control import ControlPlane, Outlet, Owner, StartFailed
 from coordinator.faulty import FaultyOutlet
 from coordinator.http.api import build_app
-from coordinator.http.connections.accepting import Acceptor
-from coordinator.http.connections.connection import GuardedConnection, guarded
+from coordinator.http.connections.connection import GuardedConnection
 from coordinator.http.connections.kept import Connections, max_connections
-from coordinator.http.connections.listening import bind_http, http_url
-from coordinator.http.documents_api import make_document
+from coordinator.http.connections.serving import HttpServer, bind_http, http_url
 from coordinator.http.entry import Door
 from coordinator.http.frontend import Frontend
 from coordinator.http.line_server import LineServer
@@ -58,55 +52,39 @@ from coordinator.text.tasks import Settings
 from coordinator.text.tokenizing import load_tools, read_model
 from coordinator.text.workers import TextWorkers
 from coordinator.validation.bodies import Budget
-from protocol.errors import BatonError
 from protocol.process.limits import max_open_files
 from protocol.sockets import AsyncRouter, open_async_context
 
-KEEP_ALIVE_S = 75  # longer than clients keep idle connections, so that they close them first
 STOP_BUDGET_S = 2.0
 
-_log = logging.getLogger(__name__)
 
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a coordinator works with. Whoever runs one may bring another than its own.
 
-class StartFailed(BatonError):
-    """The cluster did not come up. The message says why."""
+    Attributes:
+        ingestor: computes and keeps documents; None lets the pools and the store do it.
+        workers: read what callers send; None starts processes.
+        make_lines: makes what answers the lines of batches.
+        clock: Unix time, as callers see it.
+    """
 
-
-class _HttpServer(uvicorn.Server):
-    """uvicorn without its signal handlers, and with our own way of accepting connections."""
-
-    def __init__(self, config: uvicorn.Config, connections: Connections[GuardedConnection]) -> None:
-        super().__init__(config)
-        self.connections = connections
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await self.lifespan.startup()
-        make_protocol = partial(
-            cast(Callable[..., asyncio.Protocol], self.config.http_protocol_class),
-            config=self.config,
-            server_state=self.server_state,
-            app_state=self.lifespan.state,
-        )
-        acceptors = [Acceptor(one, make_protocol, self.connections) for one in sockets or ()]
-        for acceptor in acceptors:
-            acceptor.start()
-        self.servers = acceptors  # type: ignore[assignment]  # closed like those of the loop
-        self.started = True
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
+    ingestor: Ingestor | None = None
+    workers: TextWorkers | None = None
+    make_lines: Callable[[Frontend, Tenants], LineServer] = LineServer
+    clock: Callable[[], float] = time.time
 
 
 class Coordinator:
-    """The whole coordinator. Create it in its event loop, then ``run``.
+    """The whole coordinator. Create it in its event loop, then ``run``. ``frontend`` and ``jobs``
+    are there once it runs.
 
     Args:
         config: checked.
         on_control: called with (control address, HTTP URL) once both are bound.
         on_ready: called with the HTTP URL once the cluster answers.
         owner: told what happens to the pools, and when another coordinator has taken over.
-        ingestor: computes and keeps documents; None lets the pools and the store do it.
+        parts: see there.
 
     Raises:
         ConfigError: a model or tokenizer that cannot be read, an address that is taken.
@@ -118,13 +96,14 @@ class Coordinator:
         on_control: Callable[[str, str], None],
         on_ready: Callable[[str], None],
         owner: Owner,
-        ingestor: Ingestor | None = None,
+        parts: Parts = Parts(),
     ) -> None:
         self._config = config
-        self._ingestor = ingestor
+        self._parts = parts
         self._on_control = on_control
         self._on_ready = on_ready
-        self.frontend: Frontend | None = None  # once it runs
+        self.frontend: Frontend
+        self.jobs: Jobs
         self._owner = owner
         self._stop, self._stop_now = asyncio.Event(), asyncio.Event()
         self._door = Door()
@@ -136,7 +115,7 @@ class Coordinator:
         settings = Settings(public(config), self._model, os.getpid(), self._text)
         self._tenants = Tenants(config.api_keys, config.secret or config.token)
         places = config.limits.max_requests, self._max_waiting_of_one
-        self._workers = TextWorkers(settings, config.num_text_workers, places)
+        self._workers = parts.workers or TextWorkers(settings, config.num_text_workers, places)
         self._key_file: KeyFile | None = None
         if config.api_key_file:
             self._key_file = KeyFile(Path(config.api_key_file), config.api_keys, self._tenants)
@@ -171,7 +150,7 @@ class Coordinator:
                 ),
                 wake=control.wake,
             )
-            jobs = self._jobs(node)
+            self.jobs = jobs = self._make_jobs(node)
             http = self._http_server(node, jobs, traces, metrics)
             failure: StartFailed | None = None
             self._workers.start()
@@ -250,20 +229,24 @@ class Coordinator:
             return Outlet(router)
         return FaultyOutlet(router, self._config.failpoints, self._counters)
 
-    def _jobs(self, node: CoordinatorNode) -> Jobs:
-        ingestor = self._ingestor or Tiering(self._config, node, time.monotonic)
-        return Jobs(self._dependencies(node.registry, ingestor))
-
-    def _dependencies(self, registry: Registry, ingestor: Ingestor) -> JobDependencies:
-        config, model = self._config, self._model
-        longest = partial(registry.max_model_len, config.max_model_len or model.max_model_len)
-        return JobDependencies(
-            config, model, self._text, self._workers, ingestor, longest, counters=self._counters
+    def _make_jobs(self, node: CoordinatorNode) -> Jobs:
+        limit = self._config.max_model_len or self._model.max_model_len
+        return Jobs(
+            JobDependencies(
+                config=self._config,
+                model=self._model,
+                text=self._text,
+                workers=self._workers,
+                ingestor=self._parts.ingestor or Tiering(self._config, node, time.monotonic),
+                max_model_len=partial(node.registry.max_model_len, limit),
+                clock=self._parts.clock,
+                counters=self._counters,
+            )
         )
 
     def _http_server(
         self, node: CoordinatorNode, jobs: Jobs, traces: Traces, metrics: RequestMetrics
-    ) -> _HttpServer:
+    ) -> HttpServer:
         limits, turns = self._config.limits, Turns()
         connections: Connections[GuardedConnection] = Connections(
             max_connections(limits.max_connections, max_open_files())
@@ -287,48 +270,25 @@ class Coordinator:
             turns=turns,
             connections=connections,
         )
-        jobs.attach(self._line_server(frontend, self._tenants))
-        return _HttpServer(
-            uvicorn.Config(
-                build_app(frontend, self._tenants),
-                http=guarded(limits, connections, turns),
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,
-                timeout_keep_alive=KEEP_ALIVE_S,
-                timeout_graceful_shutdown=1,
-            ),
-            connections,
-        )
-
-    def _line_server(self, frontend: Frontend, tenants: Tenants) -> LineServer:
-        return LineServer(frontend, tenants, partial(make_document, frontend))
+        jobs.attach(self._parts.make_lines(frontend, self._tenants))
+        app = build_app(frontend, self._tenants)
+        return HttpServer(app, limits, connections, turns)
 
     async def _wait_ready(self, control: ControlPlane, node: CoordinatorNode) -> None:
-        complete: asyncio.Future[object] = asyncio.ensure_future(control.complete.wait())
-        stop: asyncio.Future[object] = asyncio.ensure_future(self._stop.wait())
-        refused: asyncio.Future[object] = asyncio.ensure_future(control.refused)
-        try:
-            done, _ = await asyncio.wait(
-                {complete, stop, refused},
-                timeout=None if self._config.is_restart else self._config.ready_timeout_s,
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-            if refused in done:
-                raise StartFailed(f"a worker was refused: {control.refused.result()}")
-            if not done:
-                waited_s, missing = self._config.ready_timeout_s, node.registry.missing()
-                raise StartFailed(f"not ready after {waited_s:.0f} s: {missing}")
-            if complete in done:
-                self._on_ready(self.url)
-        finally:
-            complete.cancel()
-            stop.cancel()
+        stopping = asyncio.create_task(self._stop.wait())
+        timeout_s = None if self._config.is_restart else self._config.ready_timeout_s
+        waiting: set[asyncio.Future[Any]] = {control.started, stopping}
+        done, _ = await asyncio.wait(
+            waiting, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
+        )
+        stopping.cancel()
+        if control.started in done:
+            control.started.result()
+            self._on_ready(self.url)
+        elif not done:
+            raise StartFailed(f"not ready after {timeout_s:.0f} s: {node.registry.missing()}")
 
 
-def _num_at_work(node: CoordinatorNode, http: _HttpServer) -> int:
+def _num_at_work(node: CoordinatorNode, http: HttpServer) -> int:
     """Requests, or answers that are still being sent."""
     return max(node.service.loads.num_active, http.connections.num_at_work)

@@ -2,20 +2,17 @@
 
 import logging
 import time
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 from coordinator.auth import Tenant, Tenants
 from coordinator.errors import error_object, internal_error
+from coordinator.http.documents_api import make_document
 from coordinator.http.frontend import Frontend, RequestContext
 from coordinator.http.generation import PATHS, generate
 from coordinator.jobs.documents.tiering import BACKGROUND
 from coordinator.validation.bodies import Body
 from protocol.errors import RequestError
 
-# Makes a document for a tenant, as a POST would have it, and returns it when it is ready or has
-# failed. The body has an ``idempotency_key``: asked again, it means the same document.
-CreateDocument = Callable[[Tenant, Body], Awaitable[dict[str, Any]]]
 _log = logging.getLogger(__name__)
 
 
@@ -25,15 +22,11 @@ class LineServer:
     Args:
         frontend: whose answers are given.
         tenants: whom batches belong to.
-        create_document: for lines to ``/v1/documents``; None refuses them.
     """
 
-    def __init__(
-        self, frontend: Frontend, tenants: Tenants, create_document: CreateDocument | None = None
-    ) -> None:
+    def __init__(self, frontend: Frontend, tenants: Tenants) -> None:
         self._frontend = frontend
         self._tenants = tenants
-        self._create_document = create_document
 
     @property
     def num_interactive(self) -> int | None:
@@ -63,14 +56,17 @@ class LineServer:
             context = RequestContext(tenant, request_id, request_id, None, now, priority=BACKGROUND)
             answer = await generate(self._frontend, context, url, body)
             return await answer.gather()
-        if self._create_document is None:
-            raise RequestError(f"{url} is not offered here", code="not_found", status=404)
-        document = await self._create_document(tenant, body)
+        document = await self.make_document(tenant, body)
         error = document.get("error")
         if error is not None:
             message, code = error.get("message", "the document has failed"), error.get("code")
             raise RequestError(message, code=code or "document_failed", status=422)
         return 200, document
+
+    async def make_document(self, tenant: Tenant, body: Body) -> dict[str, Any]:
+        """A document as a POST would have it, when it is ready or has failed. The body has an
+        ``idempotency_key``: asked again, it means the same document."""
+        return await make_document(self._frontend, tenant, body)
 
     def _tenant(self, name: str) -> Tenant:
         tenant = self._tenants.named(name)

@@ -64,7 +64,6 @@ class JobDependencies:
     ingestor: Ingestor
     max_model_len: Callable[[], int]  # of a request, now
     clock: Callable[[], float] = time.time  # Unix time, as callers see it
-    min_free_bytes: int = 0  # 0 takes what is configured
     counters: Counter[str] = field(default_factory=Counter)  # hits of failpoints, too
 
 
@@ -79,7 +78,7 @@ class Jobs:
         config, clock = dependencies.config, dependencies.clock
         self._leftovers = contextlib.ExitStack()
         self.folder = self._folder(config.data_dir)
-        self.min_free_bytes = dependencies.min_free_bytes or config.batches.min_free_bytes
+        self.min_free_bytes = config.batches.min_free_bytes
         secret = config.secret if config.data_dir else ""
         self.disk = DiskWatch(self.folder, secret, self.min_free_bytes)
         path = self.folder / DATABASE_NAME if config.data_dir else None

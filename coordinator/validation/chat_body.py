@@ -59,7 +59,7 @@ def read_chat(
         check_system(document[0].document, messages, MESSAGES)
         reading.enter(Stage.ENCODING, _size(messages))
         made = chat_prompt(reading.tools, *document, messages)
-        text, token_ids, attached = "", made.token_ids, made.attached
+        text, token_ids, attached = "", list(made.token_ids), made.attached
     options = _held_to(reading, options, body, offer, text)
     prepared = reading.prepare(options, tenant, [lambda: token_ids], MESSAGES, attached)
     called = offer.tools if offer is not None and offer.choice != "none" else ()

@@ -154,11 +154,7 @@ class Life:
         if poison:
             ingestor.poison = tuple(tools.tokenizer.encode(text_of(poison)))[:SEGMENT_TOKENS]
         text, max_len = tools.identity, 1 << 20
-        self.jobs = Jobs(
-            JobDependencies(
-                config, model, text, workers, ingestor, lambda: max_len, min_free_bytes=1
-            )
-        )
+        self.jobs = Jobs(JobDependencies(config, model, text, workers, ingestor, lambda: max_len))
         self.jobs.attach(Lines(self.jobs.documents))
         self._asked: set[asyncio.Task[None]] = set()
 

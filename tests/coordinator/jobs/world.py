@@ -2,14 +2,12 @@
 
 import asyncio
 import contextlib
-import dataclasses
 import json
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +15,13 @@ import httpx
 import openai
 
 from coordinator.auth import Tenant, Tenants
-from coordinator.cluster.registry import Registry
 from coordinator.config import BatchLimits, CoordinatorConfig, ExpectedPool, JobLimits, Limits
 from coordinator.control import Owner
-from coordinator.http.documents_api import make_document
 from coordinator.http.frontend import Frontend
 from coordinator.http.line_server import LineServer
 from coordinator.jobs.batches.input import request_of
-from coordinator.jobs.context import JobDependencies, Jobs
-from coordinator.jobs.documents.ingestor import Ingestor
-from coordinator.node import CoordinatorNode
-from coordinator.server import Coordinator
+from coordinator.jobs.context import Jobs
+from coordinator.server import Coordinator, Parts
 from coordinator.validation.bodies import Body
 from kvcache.prefix import block_salt, hash_blocks
 from modeling.checkpoint.config import load_config
@@ -80,8 +74,7 @@ class Server(LineServer):
     """Notes which lines it was asked for; fails as a test has told it."""
 
     def __init__(self, frontend: Frontend, tenants: Tenants) -> None:
-        super().__init__(frontend, tenants, self._make_document)
-        self._make = partial(make_document, frontend)
+        super().__init__(frontend, tenants)
         self.asked: list[dict[str, Any]] = []
         self.failures: list[tuple[int, dict[str, Any]]] = []
         self.bugs: list[Exception] = []  # of making documents
@@ -94,49 +87,24 @@ class Server(LineServer):
             return self.failures.pop()
         return await super().serve(tenant, url, body, request_id)
 
-    async def _make_document(self, tenant: Tenant, body: Body) -> dict[str, Any]:
+    async def make_document(self, tenant: Tenant, body: Body) -> dict[str, Any]:
         if self.bugs:
             raise self.bugs.pop()
-        return await self._make(tenant, body)
-
-
-class Observed(Coordinator):
-    """A coordinator whose clock, jobs and lines a test can get at."""
-
-    clock: Callable[[], float] = time.time
-    min_free_bytes = 1
-    jobs: Jobs
-    server: Server
-
-    def _dependencies(self, registry: Registry, ingestor: Ingestor) -> JobDependencies:
-        return dataclasses.replace(
-            super()._dependencies(registry, ingestor),
-            clock=self.clock,
-            min_free_bytes=self.min_free_bytes,
-        )
-
-    def _jobs(self, node: CoordinatorNode) -> Jobs:
-        self.jobs = super()._jobs(node)
-        return self.jobs
-
-    def _line_server(self, frontend: Frontend, tenants: Tenants) -> LineServer:
-        self.server = Server(frontend, tenants)
-        return self.server
+        return await super().make_document(tenant, body)
 
 
 class Running(threading.Thread):
     """A coordinator in a thread; ``do`` runs something in its event loop."""
 
-    def __init__(
-        self, config: CoordinatorConfig, ingestor: FakeIngestor, clock: Clock, min_free_bytes: int
-    ) -> None:
+    server: Server  # once it is ready
+
+    def __init__(self, config: CoordinatorConfig, ingestor: FakeIngestor, clock: Clock) -> None:
         super().__init__(daemon=True)
         self.ingestor = ingestor
         self.url = ""
         self._failure: BaseException | None = None
         self._config = config
         self._clock = clock
-        self._min_free_bytes = min_free_bytes
         self._is_ready = threading.Event()
 
     def run(self) -> None:
@@ -149,12 +117,15 @@ class Running(threading.Thread):
 
     async def _serve(self) -> None:
         self.loop = asyncio.get_running_loop()
-        self.coordinator = Observed(
-            self._config, self._on_control, self._on_ready, Owner(), self.ingestor
+        parts = Parts(ingestor=self.ingestor, make_lines=self._make_lines, clock=self._clock)
+        self.coordinator = Coordinator(
+            self._config, self._on_control, self._on_ready, Owner(), parts
         )
-        self.coordinator.clock = self._clock
-        self.coordinator.min_free_bytes = self._min_free_bytes
         await self.coordinator.run()
+
+    def _make_lines(self, frontend: Frontend, tenants: Tenants) -> Server:
+        self.server = Server(frontend, tenants)
+        return self.server
 
     def _on_control(self, control: str, _url: str) -> None:
         self.fake = FakeCluster(control, POOLS)
@@ -208,7 +179,7 @@ class Site:
 
     @property
     def server(self) -> Server:
-        return self.running.coordinator.server
+        return self.running.server
 
     def until(self, condition: Callable[[], Any], what: str = "") -> Any:
         """Ask again and again until something is so."""
@@ -360,13 +331,11 @@ def config_of(folder: Path, **fields: Any) -> CoordinatorConfig:
 
 
 @contextlib.contextmanager
-def start_site(
-    folder: Path, ingestor: FakeIngestor | None = None, min_free_bytes: int = 1, **fields: Any
-) -> Iterator[Site]:
+def start_site(folder: Path, ingestor: FakeIngestor | None = None, **fields: Any) -> Iterator[Site]:
     """A coordinator with jobs until the block ends; they are kept if there is a ``data_dir``."""
     config, clock = config_of(folder, **fields), Clock()
     ingestor = ingestor or FakeIngestor(BLOCK_SIZE, FINGERPRINT, chunk_tokens=64)
-    running = Running(config, ingestor, clock, min_free_bytes)
+    running = Running(config, ingestor, clock)
     running.begin()
     try:
         key = config.api_keys[0] if config.api_keys else "none"

@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,17 @@ from coordinator.auth import Tenants
 from coordinator.config import public
 from coordinator.control import Owner
 from coordinator.http.frontend import Frontend
-from coordinator.http.line_server import LineServer
 from coordinator.jobs.batches.batches import BatchRequest
 from coordinator.jobs.files.files import BATCH, StoredFile, new_file_id
+from coordinator.server import Coordinator, Parts
 from coordinator.text.tasks import Settings
 from coordinator.validation.bodies import Body
+from modeling.checkpoint.config import load_config
 from tests.campaign.jobs.asked import batch_lines
 from tests.coordinator.conftest import FakeCluster
 from tests.coordinator.in_process import InProcessWorkers
 from tests.coordinator.jobs.simulated_ingestor import SimulatedIngestor
-from tests.coordinator.jobs.world import BLOCK_SIZE, FINGERPRINT, POOLS, Observed, Server, config_of
+from tests.coordinator.jobs.world import BLOCK_SIZE, FINGERPRINT, POOLS, Server, config_of
 
 NUM_LINES = 40
 NUM_OPEN = 2
@@ -48,48 +50,56 @@ class Noting(Server):
         return await super().serve(tenant, url, body, request_id)
 
 
-class Life(Observed):
+class Life:
     """A coordinator that keeps itself busy."""
 
-    folder: Path
-    is_draining = False
+    def __init__(self, folder: Path, *, is_draining: bool) -> None:
+        self._folder = folder
+        self._is_draining = is_draining
+        config = config_of(folder, data_dir=str(folder), jobs={"max_crashes": 1000})
+        # The text worker's tasks in a thread: a life is shorter than a process takes to start.
+        settings = Settings(public(config), load_config(config.model), os.getpid())
+        parts = Parts(
+            ingestor=SimulatedIngestor(BLOCK_SIZE, FINGERPRINT, folder=folder),
+            workers=InProcessWorkers(settings),  # type: ignore[arg-type]  # what lives use of it
+            make_lines=self._make_lines,
+        )
+        self.coordinator = Coordinator(config, self._on_control, lambda _url: None, Owner(), parts)
 
-    def __init__(self, *given: Any) -> None:
-        super().__init__(*given)
-        # The same tasks in a thread: a life is shorter than a process takes to start.
-        settings = Settings(public(self._config), self._model, os.getpid())
-        self._workers = InProcessWorkers(settings)  # type: ignore[assignment]  # what lives use of it
+    def _on_control(self, control: str, _url: str) -> None:
+        FakeCluster(control, POOLS).start()
 
-    def _line_server(self, frontend: Frontend, tenants: Tenants) -> LineServer:
+    def _make_lines(self, frontend: Frontend, tenants: Tenants) -> Noting:
         server = Noting(frontend, tenants)
-        server.log = _appended(self.folder / "asked")
+        server.log = _appended(self._folder / "asked")
         self.making = asyncio.create_task(self._make())
         return server
 
     async def _make(self) -> None:
-        acknowledged = _appended(self.folder / "acked")
-        table = self.jobs.batches.table
-        await self.jobs.recovered.wait()
+        acknowledged = _appended(self._folder / "acked")
+        jobs = self.coordinator.jobs
+        table = jobs.batches.table
+        await jobs.recovered.wait()
         for pause in itertools.repeat(0.005):
             pending = await table.in_states(table.of.PENDING)
-            if len(pending) < NUM_OPEN and not self.is_draining:
+            if len(pending) < NUM_OPEN and not self._is_draining:
                 seed = secrets.randbelow(10**9)
                 batch_id = await self._make_one(seed)
                 os.write(acknowledged, f"{batch_id} {seed}\n".encode())
                 _say(MADE)
-            if self.is_draining and not pending and not await table.cleanups():
-                self.stop()
+            if self._is_draining and not pending and not await table.cleanups():
+                self.coordinator.stop()
                 return
             await asyncio.sleep(pause)
 
     async def _make_one(self, seed: int) -> str:
-        files = self.jobs.files
+        files = self.coordinator.jobs.files
         text = "\n".join(json.dumps(line) for line in batch_lines(seed, NUM_LINES))
         arrived = files.path(f"{seed}.upload")
         arrived.write_text(text)
-        file_id, now = new_file_id(), int(self.clock())
+        file_id, now = new_file_id(), int(time.time())
         await files.add(StoredFile(file_id, TENANT, BATCH, "in", len(text), now), arrived)
-        batch = await self.jobs.batches.create(
+        batch = await self.coordinator.jobs.batches.create(
             BatchRequest(
                 tenant=TENANT,
                 model="arithmetic",
@@ -107,14 +117,7 @@ def _appended(path: Path) -> int:
 
 
 async def live(folder: Path, *, is_draining: bool) -> None:
-    def on_control(control: str, _url: str) -> None:
-        FakeCluster(control, POOLS).start()
-
-    config = config_of(folder, data_dir=str(folder), jobs={"max_crashes": 1000})
-    ingestor = SimulatedIngestor(BLOCK_SIZE, FINGERPRINT, folder=folder)
-    life = Life(config, on_control, lambda _url: None, Owner(), ingestor)
-    life.folder, life.is_draining = folder, is_draining
-    await life.run()
+    await Life(folder, is_draining=is_draining).coordinator.run()
 
 
 def _say(number: int) -> None:

@@ -199,7 +199,7 @@ def test_a_sender_that_goes_or_pauses_leaves_nothing(site: Site) -> None:
 
 
 def test_a_full_disk_refuses_before_anything_is_taken(tmp_path: Path) -> None:
-    with start_site(tmp_path, min_free_bytes=1 << 60) as site:
+    with start_site(tmp_path, batches={"min_free_bytes": 1 << 60}) as site:
         reply = site.client.post("/v1/files", content=form(PURPOSE, FILE), headers=HEAD)
         check_error(reply, 507, "insufficient_storage")
         check_error(site.post(source={"text": "x"}), 507, "insufficient_storage")
