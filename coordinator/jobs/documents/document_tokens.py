@@ -6,13 +6,12 @@ few are kept, packed.
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from coordinator.jobs.documents.document import Document
 from coordinator.jobs.documents.document_files import file_names, packed_tokens
 from coordinator.jobs.documents.identity import MODEL_CHANGED, OF_TOKENS, ModelFacts, mismatch
-from coordinator.jobs.files.folder import DurableFolder
+from coordinator.jobs.files.folder import DurableFolder, finished
 from coordinator.text.tasks import Encoded, EncodeDocument, LoadDocument, PackedPrompt, Workers
 from coordinator.text.tokenizing import Prompt
 from protocol.errors import RequestError
@@ -90,7 +89,7 @@ class DocumentTokens:
         assert isinstance(found, Encoded), found
         prompt = found.prompt.unpacked()
         packed = await asyncio.to_thread(packed_tokens, prompt.token_ids)
-        await finished(self._files.write, file_names(document.id)[2], packed)
+        await finished(asyncio.to_thread(self._files.write, file_names(document.id)[2], packed))
         self.keep(document.id, prompt)
         return Encoding(prompt, found.shown, found.varies_with)
 
@@ -109,18 +108,6 @@ class DocumentTokens:
         while total > MAX_KEPT_TOKENS and len(self._kept) > 1:
             _, dropped = self._kept.popitem(last=False)
             total -= len(dropped.token_ids)
-
-
-async def finished(work: Callable[..., None], *arguments: object) -> None:
-    """``work`` in a thread, to its end: no thread stops when its task is cancelled, and it must not
-    write a file of a document that is deleted next."""
-    running = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
-    try:
-        await asyncio.shield(running)
-    except asyncio.CancelledError:
-        await asyncio.wait({running})
-        running.exception()
-        raise
 
 
 def model_changed() -> RequestError:

@@ -4,15 +4,16 @@ An uploaded file is read in a process of its own. When that dies, once is taken 
 file that has killed it as often as is allowed is quarantined.
 """
 
+import asyncio
 import logging
 
 import msgspec
 
 from coordinator.jobs.documents.document import Document, check_size
 from coordinator.jobs.documents.document_files import file_names
-from coordinator.jobs.documents.document_tokens import finished
 from coordinator.jobs.documents.parts import DocumentParts
 from coordinator.jobs.engine.job import Notice
+from coordinator.jobs.files.folder import finished
 from coordinator.jobs.parsing.process import ParserCrashed, extract
 from protocol.errors import RequestError
 from protocol.process.failpoints import PARSE
@@ -72,7 +73,7 @@ async def _parse(parts: DocumentParts, document: Document) -> None:
         except ParserCrashed as error:
             document = await _crashed(parts, document.id, error)
             continue
-        await finished(parts.files.adopt, new, text)
+        await finished(asyncio.to_thread(parts.files.adopt, new, text))
         if warnings:
             doubts = [_warning("doubtful_text", message) for message in warnings]
             await parts.table.change(document.id, lambda found: found, *doubts)

@@ -3,8 +3,8 @@
 Every method that takes a tenant is for that tenant alone. Once a second, and after each deletion:
 
 1. A job whose time is over is changed by its kind, and nobody works on it any more.
-2. The kind looks after what is its own.
-3. What a deleted or ended job has left is put away, then forgotten. A crash in between repeats it.
+2. What a deleted or ended job has left is put away, then forgotten. A crash in between repeats it.
+3. The kind looks after what is its own.
 
 A bug that one job brings out keeps none of the others from it.
 """
@@ -41,15 +41,13 @@ class Engine(Generic[J]):
         limits: of those who wait for news.
     """
 
-    def __init__(
-        self, kind: Kind[J], table: JobTable[J], gate: Gate, limits: JobLimits | None = None
-    ) -> None:
+    def __init__(self, kind: Kind[J], table: JobTable[J], gate: Gate, limits: JobLimits) -> None:
         self.kind = kind
         self.table = table
         self.gate = gate
         self.runner = Runner(kind, table, gate)
-        self.watchers = Watchers(limits or JobLimits())
-        self._max_wait_s = (limits or JobLimits()).max_wait_s
+        self.watchers = Watchers(limits)
+        self._max_wait_s = limits.max_wait_s
         self._wakeup = asyncio.Event()
 
     # -- for owners --------------------------------------------------------------------------------
@@ -173,12 +171,12 @@ class Engine(Generic[J]):
                 after = await self.kind.when_due(job, now)
                 if after.state is not job.state:
                     await self._let_go(job.id)
-        await self.kind.look_after()
         for job in await self.table.cleanups():
             with contained(job.id):
                 await self._let_go(job.id)
                 await self.kind.clean_up(job)
                 await self.table.cleaned_up(job.id)
+        await self.kind.look_after()
 
 
 @contextmanager

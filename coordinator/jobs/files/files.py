@@ -16,7 +16,7 @@ import msgspec
 
 from coordinator.config import BatchLimits
 from coordinator.jobs.engine.database import Database
-from coordinator.jobs.files.folder import DurableFolder
+from coordinator.jobs.files.folder import DurableFolder, finished
 from coordinator.jobs.files.quotas import NO_QUOTA, Quota
 from protocol.errors import RequestError
 from protocol.process.crash_points import CrashPoints
@@ -145,10 +145,7 @@ class Files:
             RequestError: there is none (404).
         """
         await self.get(tenant, file_id)
-        await self._database.write(
-            lambda c: c.execute("DELETE FROM file WHERE file_id = ?", (file_id,)), "file_deleted"
-        )
-        await asyncio.to_thread(self.folder.remove, file_id)
+        await finished(self._drop("file_id = ?", file_id, "file_deleted"))
 
     async def recover(self) -> None:
         """Remove what an earlier process has left and no row tells of. Before batches go on."""
@@ -158,15 +155,12 @@ class Files:
 
     async def remove_expired(self) -> None:
         """Forget the files whose time is over."""
-        now = int(self.clock())
+        await finished(self._drop("expires_at <= ?", int(self.clock()), "files_expired"))
 
-        def work(connection: sqlite3.Connection) -> list[str]:
-            query = "DELETE FROM file WHERE expires_at <= ? RETURNING file_id"
-            return [file_id for (file_id,) in connection.execute(query, (now,)).fetchall()]
-
-        await asyncio.to_thread(
-            self.folder.remove, *await self._database.write(work, "files_expired")
-        )
+    async def _drop(self, where: str, value: object, name: str) -> None:
+        query = f"DELETE FROM file WHERE {where} RETURNING file_id"
+        rows = await self._database.write(lambda c: c.execute(query, (value,)).fetchall(), name)
+        await asyncio.to_thread(self.folder.remove, *(file_id for (file_id,) in rows))
 
     async def _select(self, where: str, *values: object) -> list[StoredFile]:
         query = f"SELECT {_COLUMNS} FROM file WHERE {where}"

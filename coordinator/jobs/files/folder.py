@@ -5,17 +5,32 @@ is that of a row in the database. A file that no row knows is left from a proces
 and is removed at the next start.
 """
 
+import asyncio
 import contextlib
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Coroutine, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
 from coordinator.jobs.engine.disk import told_when_full
 from protocol.process.crash_points import CrashPoints
 from protocol.process.failpoints import FILE_REMOVED, FILE_RENAMED, FILE_WRITE
 
+T = TypeVar("T")
 UNFINISHED = ".new"
+
+
+async def finished(work: Coroutine[Any, Any, T]) -> T:
+    """Do ``work`` to its end, also when its caller is cancelled: no thread stops then, and it must
+    not write a file of a document that is deleted next; nor may a row go without its file."""
+    running = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait({running})
+        running.exception()
+        raise
 
 
 class DurableFolder:
