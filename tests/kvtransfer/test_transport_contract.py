@@ -561,6 +561,9 @@ def _wakers(pid: int) -> list[bytes]:
     """The abstract names of a process's datagram sockets."""
     table = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:]]
     names = {fields[6]: fields[7] for fields in table if len(fields) > 7 and fields[4] == "0002"}
-    links = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()]
+    links = []
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # it was closed meanwhile
+            links.append(os.readlink(link))
     found = [names[link[8:-1]] for link in links if link[8:-1] in names]
     return [b"\0" + name[1:].encode() for name in found if name.startswith("@")]
