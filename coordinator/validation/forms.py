@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from coordinator.errors import invalid_value, unsupported
 from coordinator.validation.schemas import GenerationBody
 from modeling.text import grammar as grammars
 from modeling.text.grammar import Tag
@@ -30,18 +31,13 @@ def read_form(body: GenerationBody) -> tuple[str, str] | None:
         return None
     if len(asked) > 1:
         names = " and ".join(name for name, _ in asked)
-        raise RequestError(
-            f"{names} both say what the answer is to be: give one",
-            code="invalid_value",
-            param=asked[1][0],
-        )
+        raise invalid_value(asked[1][0], f"{names} both say what the answer is to be: give one")
     [(param, make)] = asked
     for name in ("min_tokens", "ignore_eos"):
         if getattr(body, name):
-            raise RequestError(
+            raise invalid_value(
+                name,
                 f"{name} cannot be had together with {param}, which decides where the answer ends",
-                code="invalid_value",
-                param=name,
             )
     return make(), param
 
@@ -81,10 +77,8 @@ def _response_format(given: Any) -> Make | None:  # noqa: ANN401 - a caller's JS
         case "structural_tag":
             return _one(param, "structural_tag", given)
         case _:
-            raise RequestError(
-                f"{param}.type must be text, json_object, json_schema or structural_tag",
-                code="invalid_value",
-                param=param,
+            raise invalid_value(
+                param, f"{param}.type must be text, json_object, json_schema or structural_tag"
             )
 
 
@@ -99,14 +93,10 @@ def _structured_outputs(given: Any) -> Make | None:  # noqa: ANN401 - a caller's
     settings = {"disable_any_whitespace", "disable_fallback", "disable_additional_properties"}
     if unknown := named.keys() - _MAKERS.keys() - {"json_object"}:
         what = "cannot be set here" if unknown <= settings else "is no field of it"
-        raise RequestError(
-            f"{param}.{min(unknown)} {what}", code="unsupported_parameter", param=param
-        )
+        raise unsupported(param, f"{param}.{min(unknown)} {what}")
     if len(kinds) != 1:
-        raise RequestError(
-            f"{param} needs one of {', '.join(sorted([*_MAKERS, 'json_object']))}",
-            code="invalid_value",
-            param=param,
+        raise invalid_value(
+            param, f"{param} needs one of {', '.join(sorted([*_MAKERS, 'json_object']))}"
         )
     [kind] = kinds
     return grammars.of_json_object if kind == "json_object" else _one(param, kind, named[kind])
@@ -133,11 +123,7 @@ def _choice(param: str, value: Any) -> str:  # noqa: ANN401 - a caller's JSON va
     if not isinstance(value, list) or not all(isinstance(choice, str) for choice in value):
         raise _wrong_type(param, f"{param}: choice", "a list of strings")
     if not 0 < len(value) <= MAX_CHOICES:
-        raise RequestError(
-            f"{param}: from 1 to {MAX_CHOICES} choices are served",
-            code="invalid_value",
-            param=param,
-        )
+        raise invalid_value(param, f"{param}: from 1 to {MAX_CHOICES} choices are served")
     return grammars.of_choice(value)
 
 
@@ -153,11 +139,7 @@ def _structural_tag(param: str, value: Any) -> str:  # noqa: ANN401 - a caller's
     if not isinstance(structures, list) or not isinstance(triggers, list):
         raise _missing(f"{param}: structures, or triggers,", param)
     if not 0 < len(structures) <= MAX_TAGS:
-        raise RequestError(
-            f"{param}: from 1 to {MAX_TAGS} structures are served",
-            code="invalid_value",
-            param=param,
-        )
+        raise invalid_value(param, f"{param}: from 1 to {MAX_TAGS} structures are served")
     return grammars.of_tags([_tag(param, structure, triggers) for structure in structures])
 
 
@@ -170,11 +152,7 @@ def _tag(param: str, structure: Any, triggers: list[Any]) -> Tag:  # noqa: ANN40
     found = (t for t in triggers if isinstance(t, str) and t and begin.startswith(t))
     trigger = next(found, None)
     if trigger is None:
-        raise RequestError(
-            f"{param}: no trigger is the beginning of {begin[:64]!r}",
-            code="invalid_value",
-            param=param,
-        )
+        raise invalid_value(param, f"{param}: no trigger is the beginning of {begin[:64]!r}")
     schema = structure.get("schema", {})
     if not isinstance(schema, dict):
         raise _wrong_type(param, f"{param}: schema", "an object")
@@ -197,9 +175,7 @@ def _parsed(param: str, value: Any) -> Any:  # noqa: ANN401 - a caller's JSON va
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise RequestError(
-            f"{param} is not JSON: {error}", code="invalid_value", param=param
-        ) from error
+        raise invalid_value(param, f"{param} is not JSON: {error}") from error
 
 
 def _text(param: str, value: Any) -> str:  # noqa: ANN401 - a caller's JSON value
@@ -209,8 +185,8 @@ def _text(param: str, value: Any) -> str:  # noqa: ANN401 - a caller's JSON valu
 
 
 def _wrong_type(param: str, what: str, wanted: str) -> RequestError:
-    return RequestError(f"{what} must be {wanted}", code="invalid_type", param=param)
+    return invalid_value(param, f"{what} must be {wanted}", "invalid_type")
 
 
 def _missing(what: str, param: str) -> RequestError:
-    return RequestError(f"{what} is missing", code="missing_required_parameter", param=param)
+    return invalid_value(param, f"{what} is missing", "missing_required_parameter")

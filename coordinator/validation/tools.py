@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from coordinator.errors import invalid_value, unsupported
 from coordinator.text.tokenizing import TextTools
 from modeling.text.call_grammar import of_forced_calls, of_free_calls
 from modeling.text.grammar import Spell
 from modeling.text.parsers.deltas import Tool
-from protocol.errors import RequestError
 
 MAX_TOOLS = 512
 NAME = re.compile(r"[a-zA-Z0-9_.:/-]{1,128}")
@@ -55,11 +55,10 @@ class Offer:
             return None
         grammar = of_free_calls(structure, spell, is_one=is_one)
         if grammar is None:
-            raise RequestError(
+            raise unsupported(
+                "tools",
                 "this model's format of calls cannot be held to strict: true or to "
                 "parallel_tool_calls: false while tool_choice is auto",
-                code="unsupported_parameter",
-                param="tools",
             )
         return grammar
 
@@ -76,21 +75,19 @@ def read_offer(
         RequestError: a field is wrong, or the model does not know tools.
     """
     if tools is not None and not isinstance(tools, list):
-        raise _wrong("tools", "tools must be a list", "invalid_type")
+        raise invalid_value("tools", "tools must be a list", "invalid_type")
     if not tools:
         if choice not in (None, "none", "auto"):
-            raise _wrong("tool_choice", "tool_choice needs tools", "invalid_value")
+            raise invalid_value("tool_choice", "tool_choice needs tools")
         return None
     if len(tools) > MAX_TOOLS:
-        raise _wrong(
-            "tools", f"{len(tools)} tools, at most {MAX_TOOLS} are served", "invalid_value"
-        )
+        raise invalid_value("tools", f"{len(tools)} tools, at most {MAX_TOOLS} are served")
     _check_known(text_tools)
     read = [_tool(number, tool) for number, tool in enumerate(tools)]
     names = [tool.name for tool in read]
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise _wrong("tools", f"two tools are named {twice}", "invalid_value")
+        raise invalid_value("tools", f"two tools are named {twice}")
     chosen, kind = _choice(choice, read)
     functions = [tool["function"] for tool in tools]
     return Offer(
@@ -105,36 +102,35 @@ def read_offer(
 def _check_known(text_tools: TextTools) -> None:
     template = text_tools.chat_template
     if "tools" not in template.variables:
-        raise _wrong(
-            "tools", "this model's chat template does not show tools", "unsupported_parameter"
-        )
+        raise unsupported("tools", "this model's chat template does not show tools")
     if text_tools.format.structure(()) is None:
-        raise _wrong(
+        raise unsupported(
             "tools",
             "it is not known how this model writes calls: start the server with "
             "--tool-call-parser NAME",
-            "unsupported_parameter",
         )
 
 
 def _tool(number: int, given: Any) -> Tool:  # noqa: ANN401 - a caller's JSON value
     where = f"tools[{number}]"
     if not isinstance(given, dict) or not isinstance(given.get("function"), dict):
-        raise _wrong("tools", f"{where} must be an object with a function", "invalid_type")
+        raise invalid_value("tools", f"{where} must be an object with a function", "invalid_type")
     if given.get("type") != "function":
-        raise _wrong("tools", f"{where}.type must be function", "unsupported_parameter")
+        raise unsupported("tools", f"{where}.type must be function")
     function = given["function"]
     name, parameters = function.get("name"), function.get("parameters")
     if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise _wrong(
-            "tools",
-            f"{where}.function.name must have 1 to 128 letters, digits, _, -, ., : or /",
-            "invalid_value",
+        raise invalid_value(
+            "tools", f"{where}.function.name must have 1 to 128 letters, digits, _, -, ., : or /"
         )
     if parameters is not None and not isinstance(parameters, dict):
-        raise _wrong("tools", f"{where}.function.parameters must be an object", "invalid_type")
+        raise invalid_value(
+            "tools", f"{where}.function.parameters must be an object", "invalid_type"
+        )
     if not isinstance(function.get("description") or "", str):
-        raise _wrong("tools", f"{where}.function.description must be a string", "invalid_type")
+        raise invalid_value(
+            "tools", f"{where}.function.description must be a string", "invalid_type"
+        )
     return Tool(name, parameters or {"type": "object", "properties": {}})
 
 
@@ -152,9 +148,7 @@ def _choice(given: Any, tools: Sequence[Tool]) -> tuple[Sequence[Tool], str]:  #
         return tools, "auto"
     if isinstance(given, str):
         if given not in _CHOICES:
-            raise _wrong(
-                "tool_choice", f"tool_choice must be one of {', '.join(_CHOICES)}", "invalid_value"
-            )
+            raise invalid_value("tool_choice", f"tool_choice must be one of {', '.join(_CHOICES)}")
         return tools, given
     kind = given.get("type") if isinstance(given, dict) else None
     if kind == "allowed_tools":
@@ -162,7 +156,7 @@ def _choice(given: Any, tools: Sequence[Tool]) -> tuple[Sequence[Tool], str]:  #
     function = given.get("function") if kind == "function" else None
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str):
-        raise _wrong("tool_choice", "tool_choice names no function", "invalid_type")
+        raise invalid_value("tool_choice", "tool_choice names no function", "invalid_type")
     return [_named(name, tools)], "one"
 
 
@@ -171,9 +165,7 @@ def _allowed(given: Any, tools: Sequence[Tool]) -> tuple[Sequence[Tool], str]:  
     mode = given.get("mode") if isinstance(given, dict) else None
     entries = given.get("tools") if isinstance(given, dict) else None
     if mode not in ("auto", "required") or not isinstance(entries, list) or not entries:
-        raise _wrong(
-            "tool_choice", "allowed_tools needs a mode and a list of tools", "invalid_value"
-        )
+        raise invalid_value("tool_choice", "allowed_tools needs a mode and a list of tools")
     names = []
     for entry in entries:
         function = entry.get("function") if isinstance(entry, dict) else None
@@ -185,7 +177,7 @@ def _named(name: str, tools: Sequence[Tool]) -> Tool:
     for tool in tools:
         if tool.name == name:
             return tool
-    raise _wrong("tool_choice", f"tool_choice names {name[:64]!r}, no tool has it", "invalid_value")
+    raise invalid_value("tool_choice", f"tool_choice names {name[:64]!r}, no tool has it")
 
 
 def read_calls(where: str, given: Any) -> list[dict[str, Any]]:  # noqa: ANN401 - a caller's JSON value
@@ -195,29 +187,27 @@ def read_calls(where: str, given: Any) -> list[dict[str, Any]]:  # noqa: ANN401 
         RequestError: with param ``messages``.
     """
     if not isinstance(given, list):
-        raise _wrong("messages", f"{where}.tool_calls must be a list", "invalid_type")
+        raise invalid_value("messages", f"{where}.tool_calls must be a list", "invalid_type")
     return [_call(f"{where}.tool_calls[{i}]", call) for i, call in enumerate(given)]
 
 
 def _call(where: str, given: Any) -> dict[str, Any]:  # noqa: ANN401 - a caller's JSON value
     function = given.get("function") if isinstance(given, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise _wrong("messages", f"{where} must have a function with a name", "invalid_type")
+        raise invalid_value("messages", f"{where} must have a function with a name", "invalid_type")
     arguments = function.get("arguments")
     try:
         parsed = json.loads(arguments or "{}") if isinstance(arguments, str | None) else arguments
     except (ValueError, RecursionError) as error:
-        raise _wrong(
-            "messages", f"{where}.function.arguments is not JSON: {error}", "invalid_value"
+        raise invalid_value(
+            "messages", f"{where}.function.arguments is not JSON: {error}"
         ) from error
     if not isinstance(parsed, dict):
-        raise _wrong("messages", f"{where}.function.arguments must be an object", "invalid_type")
+        raise invalid_value(
+            "messages", f"{where}.function.arguments must be an object", "invalid_type"
+        )
     call = {"type": "function", "function": {"name": function["name"], "arguments": parsed}}
     call_id = given.get("id")
     if call_id is not None and not (isinstance(call_id, str) and len(call_id) <= 256):
-        raise _wrong("messages", f"{where}.id must be a short string", "invalid_type")
+        raise invalid_value("messages", f"{where}.id must be a short string", "invalid_type")
     return {"id": call_id, **call} if call_id else call
-
-
-def _wrong(param: str, message: str, code: str) -> RequestError:
-    return RequestError(message, code=code, param=param)

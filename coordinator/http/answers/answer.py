@@ -35,7 +35,7 @@ from coordinator.text.tasks import Prepared
 from coordinator.text.tokenizing import Prompt
 from coordinator.text.tokens import ChoiceText, TextDelta
 from coordinator.validation.parameters import mixed_seed
-from modeling.text.parsers.deltas import Delta, Reasoning
+from modeling.text.parsers.deltas import Content, Delta, Reasoning
 from protocol.errors import RequestError
 from protocol.messages import NewToken
 from protocol.request import FinishReason
@@ -197,8 +197,9 @@ class Answer(Response):
             yield choice, piece
 
     def _parsed(self, choice: Choice, piece: TextDelta) -> list[Delta]:
-        """What an answer's text was read as."""
-        assert choice.parser is not None and self._prepared.parsing is not None
+        """What a piece of an answer is: its text, or what the model's format makes of it."""
+        if choice.parser is None or self._prepared.parsing is None:
+            return [Content(piece.text)] if piece.text else []
         deltas = choice.parser.push(piece.text)
         if piece.finish_reason is not None:
             deltas += choice.parser.finish()
@@ -292,14 +293,11 @@ class Answer(Response):
     def _events(self, arrivals: Arrivals) -> Iterator[bytes]:
         shows_all = self._shape.return_token_ids or self._shape.with_logprobs
         for choice, piece in self._take(arrivals):
-            if choice.parser is not None:
-                parts: list[str | Delta] = list(self._parsed(choice, piece))
-            else:
-                parts = [piece.text] if piece.text else []
-            if not parts and (not choice.is_started or (shows_all and choice.unsent)):
-                parts = [""]
-            for part in parts:
-                yield self._chunk(self._shape.content(choice, part))
+            deltas = self._parsed(choice, piece)
+            if not deltas and (not choice.is_started or (shows_all and choice.unsent)):
+                deltas = [Content("")]
+            for delta in deltas:
+                yield self._chunk(self._shape.content(choice, delta))
                 choice.is_started = True
                 choice.unsent.clear()
             if piece.finish_reason is not None:

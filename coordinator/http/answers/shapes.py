@@ -116,11 +116,11 @@ class Shape(ABC):
         choice.token_ids.add({"token_ids": [shown.token.token_id for shown in choice.unsent]})
         choice.unsent.clear()
 
-    def content(self, choice: Choice, text: str | Delta) -> dict[str, Any]:
-        """A choice of a chunk: ``text``, or what it was read as, and the unsent tokens."""
+    def content(self, choice: Choice, delta: Delta) -> dict[str, Any]:
+        """A choice of a chunk: a part of the answer, and the unsent tokens."""
         shown = {
             "index": choice.request.choice,
-            **(self._delta(choice, text) if isinstance(text, str) else self._part(choice, text)),
+            **self._delta(choice, delta),
             "logprobs": self._shape_logprobs(choice),
             "finish_reason": None,
         }
@@ -169,10 +169,7 @@ class Shape(ABC):
         }
 
     @abstractmethod
-    def _delta(self, choice: Choice, text: str) -> dict[str, Any]: ...
-
-    def _part(self, choice: Choice, delta: Delta) -> dict[str, Any]:
-        raise NotImplementedError(f"no answer of this shape is parsed: {choice} {delta}")
+    def _delta(self, choice: Choice, delta: Delta) -> dict[str, Any]: ...
 
     @abstractmethod
     def _empty_delta(self) -> dict[str, Any]: ...
@@ -190,8 +187,9 @@ class CompletionShape(Shape):
     chunk_object = "text_completion"
     continues_prompt = True
 
-    def _delta(self, choice: Choice, text: str) -> dict[str, Any]:
-        return {"text": text if choice.is_started else choice.echoed + text}
+    def _delta(self, choice: Choice, delta: Delta) -> dict[str, Any]:
+        assert isinstance(delta, Content), "a completion is its text"
+        return {"text": delta.text if choice.is_started else choice.echoed + delta.text}
 
     def _empty_delta(self) -> dict[str, Any]:
         return {"text": ""}
@@ -211,12 +209,7 @@ class ChatShape(Shape):
     chunk_object = "chat.completion.chunk"
     continues_prompt = False
 
-    def _delta(self, choice: Choice, text: str) -> dict[str, Any]:
-        if choice.is_started:
-            return {"delta": {"content": text}}
-        return {"delta": {"role": "assistant", "content": text}}
-
-    def _part(self, choice: Choice, delta: Delta) -> dict[str, Any]:
+    def _delta(self, choice: Choice, delta: Delta) -> dict[str, Any]:
         match delta:
             case Content(text):
                 shown: dict[str, Any] = {"content": text}
