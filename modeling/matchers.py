@@ -99,8 +99,10 @@ class Matchers:
         return len(self._matchers)
 
 
-def load_matchers(path_or_name: str, model: ModelConfig) -> Matchers | None:
-    """The matchers of a rank that samples; None for a model that has no end of sequence.
+def load_matchers(path_or_name: str, model: ModelConfig) -> Matchers:
+    """The matchers of a rank that samples.
+
+    A model that has no end of sequence is never asked for one: the coordinator refuses the grammar.
 
     Args:
         path_or_name: of the model; its folder has the tokenizer.

@@ -79,7 +79,6 @@ def _of_ascii(schema: Any) -> Any:  # noqa: ANN401 - a schema is any JSON
 
 def _ascii_classes(pattern: str) -> str:
     r"""A pattern with ``\d`` and ``\w`` of ASCII alone, as callers mean them; Rust's are wider."""
-
     is_in_class = False
 
     def of(found: re.Match[str]) -> str:
@@ -278,7 +277,6 @@ class Vocabulary:
     def __init__(self, tokenizer: Tokenizer, eos_token_ids: Sequence[int]) -> None:
         source = TokenizerWrapper(_Source(tokenizer, eos_token_ids))
         self.tokens = LLTokenizer(source, eos_token=list(eos_token_ids))
-        self.size: int = self.tokens.vocab_size
 
 
 class _Source:
